@@ -1,0 +1,75 @@
+"""The processes that work together: who this one is, on which device, and how they meet. GPU or CPU, place 1 of 4."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `device` is where its tensors live."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+_current = World()
+
+
+def current() -> World:
+    """The open world; a world of one on the CPU when none was opened."""
+    return _current
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("runtime.device: 'cuda' was asked for but this machine has no GPU; allowed: auto, cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer processes")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def open_world(device: str = "auto", timeout_s: float = 1800.0) -> World:
+    """Join the world that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    Without RANK this process is alone and nothing is opened. nccl on GPUs, gloo on CPUs.
+    """
+    global _current
+    env = os.environ
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    place = _device(device, local_rank)
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+    _current = World(rank, world_size, local_rank, local_size, place)
+    return _current
+
+
+def close_world() -> None:
+    """Leave the world. Safe to call twice."""
+    global _current
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _current = World()
+
+
+def wrap(module: torch.nn.Module) -> torch.nn.Module:
+    """DDP around a method; the module itself when alone or when nothing is trained.
+
+    Buffers are not broadcast: what a method remembers is the same on all ranks by construction (DESIGN.md 2), and
+    broadcasting MoCo's queue at every step costs 33 MB for nothing.
+    """
+    if _current.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
+        return module
+    return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)

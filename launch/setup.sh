@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The one place that sets up a machine: system packages, .venv, the project. `make` calls it once; a second run finds
+# .venv/.ready newer than pyproject.toml and does nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+"$python" - <<'PY' || exit 2
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    found = ".".join(map(str, sys.version_info[:3]))
+    sys.exit(f"setup: python3 is {found}; dist_scan runs on 3.11 to 3.13. Install one and call: make PYTHON=python3.12 ...")
+PY
+
+# What ffcv's build needs, found by what it looks for (not by package name): a machine with its own OpenCV keeps it.
+missing=()
+command -v g++ >/dev/null || missing+=(g++)
+command -v pkg-config >/dev/null || missing+=(pkg-config)
+if ! pkg-config --exists opencv4 2>/dev/null; then missing+=(libopencv-dev); fi
+if ! pkg-config --exists libturbojpeg 2>/dev/null; then missing+=(libturbojpeg0-dev); fi
+"$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+"$python" -c 'import sysconfig, pathlib, sys; sys.exit(not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists())' || missing+=(python3-dev)
+
+if [ ${#missing[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo=none; fi
+    if [ "$sudo" = none ] || ! command -v apt-get >/dev/null; then
+        echo "setup: missing system packages: ${missing[*]}. Ask an administrator for: apt-get install ${missing[*]}" >&2
+        exit 2
+    fi
+    echo "setup: installing ${missing[*]} through apt"
+    $sudo apt-get update -qq
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install -q --disable-pip-version-check uv
+echo "setup: installing dist_scan and what it needs into .venv (several GB the first time)"
+VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q -e '.[test]'
+touch .venv/.ready
+echo "setup: done"
