@@ -1,0 +1,65 @@
+"""How far long work has come, how fast, and how long it will take: a live line on a terminal, plain lines elsewhere."""
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+def duration(seconds: float) -> str:
+    """42 -> '42s', 754 -> '12m34s', 7500 -> '2h05m', 200000 -> '2d07h'."""
+    s = int(max(seconds, 0))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s < 86400 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+class Progress:
+    """`with Progress("embed", total, "images") as p: p.advance(512)`. Silent on ranks other than 0 (pass enabled=False).
+
+    `done` is what was finished before this start: it counts as progress but not into the rate.
+    """
+
+    def __init__(self, name: str, total: int, unit: str = "", done: int = 0, enabled: bool = True, stream: TextIO | None = None):
+        self.name, self.total, self.unit, self.done, self.enabled = name, total, unit, done, enabled
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.started = time.monotonic()
+        self.first, self.next_print, self.note = done, 0.0, ""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._print(last=True)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count finished work; prints at most twice a second on a terminal, every 10 s elsewhere."""
+        self.done += count
+        self.note = note or self.note
+        now = time.monotonic()
+        if now >= self.next_print:
+            self.next_print = now + (0.5 if self.live else 10.0)
+            self._print()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since this start."""
+        return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
+
+    def line(self) -> str:
+        """One line: share, rate, time left, note."""
+        left = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
+        share = 100 * self.done / max(self.total, 1)
+        took = duration(time.monotonic() - self.started)
+        rest = f"{duration(left)} left" if self.done < self.total else f"took {took}"
+        return f"{self.name}: {self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.3g}/s, {rest}{'  ' + self.note if self.note else ''}"
+
+    def _print(self, last: bool = False) -> None:
+        if not self.enabled:
+            return
+        end = "\n" if last or not self.live else ""
+        self.stream.write(("\r\x1b[K" if self.live else "") + self.line() + end)
+        self.stream.flush()
