@@ -1,0 +1,1 @@
+"""One file per method; `kind: moco` is found as moco.py."""

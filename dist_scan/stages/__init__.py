@@ -1,0 +1,1 @@
+"""One file per stage; `kind: train` is found as train.py."""

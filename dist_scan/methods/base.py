@@ -1,0 +1,144 @@
+"""The one abstraction: a method is a loss over (views, targets) plus a rule that renews the targets (DESIGN.md 2).
+
+A method is one file `dist_scan/methods/<kind>.py` with one class that has a `Config`; the engine finds it by its name and
+knows nothing else about it.
+"""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_scan.banks import Bank
+from dist_scan.config import Strict
+
+
+class MethodConfig(Strict):
+    """Settings of a method; `kind` is the name of its file."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one step.
+
+    index: [b] int64, dataset rows (CPU). views: per view [b, 3, S, S] float images, or [b, D] features when the stage
+    reads a feature table. With `wants_neighbour` the last view is that of a random neighbour of each row. Rank r holds rows
+    [r*b, (r+1)*b) of the global batch, so `all_rows` gives the global batch in the order one rank would see.
+    """
+
+    index: Tensor
+    views: tuple[Tensor, ...]
+    epoch: int
+    step: int
+    """Optimizer steps since the stage began."""
+
+
+class Step(NamedTuple):
+    """What forward returns. `skip` (equal on all ranks): no update this step; it is counted."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = {}
+    """Scalars; the loop averages them over ranks."""
+    keep: dict[str, Tensor] = {}
+    """For end_step (keys to enqueue, predictions to remember); detached."""
+    skip: bool = False
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters with a learning rate of lr_scale times the schedule's; weight_decay None means the optimizer's."""
+
+    parameters: list[nn.Parameter]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows kept from training, for choosing (SCAN's heads). `batches()` yields this rank's contiguous shard of M rows, as
+    Batches with one view (centre crop or features); gather_rows over ranks gives all M in order. `neighbours` [A, K] int64
+    are positions among the M rows; rows 0..A-1 are the anchors. Only anchors are held out; their neighbours may be seen.
+    """
+
+    batches: Callable[[], Iterator[Batch]]
+    neighbours: np.ndarray
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a stage hands to a method when it is made."""
+
+    num_images: int
+    global_batch: int
+    seed: int
+    total_steps: int
+    on_features: bool = False
+    """Views are rows of a feature table, not images."""
+    feature_dim: int = 0
+    """Width of the backbone's features (or of the table's rows)."""
+    backbone: nn.Module | None = None
+    """Fresh or loaded, as the stage says; with on_features it is what made the features and is only published."""
+    backbone_config: Any = None
+    """Its models.backbone.BackboneConfig, so that a publication can be loaded again."""
+    moments: tuple[np.ndarray, np.ndarray] | None = None
+    """Mean and standard deviation [D] of the table's features, when on_features."""
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the artefacts this stage refers to, by role (`model`: a published cluster model)."""
+
+
+Embed = Callable[..., Any]
+"""embed(network, recipe='center') -> FeatureTable of the whole set, made by all ranks (collective)."""
+
+
+class Method(nn.Module, ABC):
+    """See DESIGN.md 2. Everything remembered is a buffer (equal on all ranks) or a bank; no state appears later."""
+
+    Config: ClassVar[type[MethodConfig]]
+    recipes: ClassVar[tuple[str, ...]]
+    """One augmentation recipe per view, by name; the stage's `recipes:` overrides them."""
+    wants_neighbour: ClassVar[bool] = False
+    """The last view is of a random neighbour of the row instead of the row itself."""
+
+    def __init__(self, config: MethodConfig, given: Given):
+        super().__init__()
+        self.config, self.given = config, given
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Step:
+        """The loss of this rank's part; what is global (entropy, negatives, counts) goes through collectives."""
+
+    def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
+        """Before an epoch; collective. Returns the parameters it re-initialised (their optimizer state is dropped)."""
+        return ()
+
+    @torch.no_grad()
+    def end_step(self, batch: Batch, step: Step) -> None:
+        """After the optimizer's update: EMA, queue, bank rows."""
+
+    @torch.no_grad()
+    def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
+        """After an epoch; collective. Choosing by held-out rows; returns what to log (equal on all ranks)."""
+        return {}
+
+    def finished(self) -> str:
+        """A reason to end training before the last epoch (a plateau), or ''. Asked after end_epoch; equal on all ranks."""
+        return ""
+
+    def banks(self) -> Mapping[str, Bank]:
+        """Rows per image, sharded over ranks; saved by shard and re-dealt when the number of ranks changes."""
+        return {}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What the optimizer updates."""
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+
+    @abstractmethod
+    def publish(self, out: Path) -> None:
+        """Write what the stage hands on into `out` (called on rank 0 only)."""
