@@ -16,6 +16,10 @@ def duration(seconds: float) -> str:
     return f"{s // 3600}h{s % 3600 // 60:02d}m" if s < 86400 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
+class Stopped(Exception):
+    """Long work was left in good order because the process was asked to stop; everything is saved, the same command goes on."""
+
+
 class Progress:
     """`with Progress("embed", total, "images") as p: p.advance(512)`. Silent on ranks other than 0 (pass enabled=False).
 

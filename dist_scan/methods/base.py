@@ -6,7 +6,7 @@ knows nothing else about it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -17,28 +17,13 @@ from torch import Tensor, nn
 
 from dist_scan.banks import Bank
 from dist_scan.config import Strict
+from dist_scan.data.batch import Batch, HeldOut
 
 
 class MethodConfig(Strict):
     """Settings of a method; `kind` is the name of its file."""
 
     kind: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This rank's part of one step.
-
-    index: [b] int64, dataset rows (CPU). views: per view [b, 3, S, S] float images, or [b, D] features when the stage
-    reads a feature table. With `wants_neighbour` the last view is that of a random neighbour of each row. Rank r holds rows
-    [r*b, (r+1)*b) of the global batch, so `all_rows` gives the global batch in the order one rank would see.
-    """
-
-    index: Tensor
-    views: tuple[Tensor, ...]
-    epoch: int
-    step: int
-    """Optimizer steps since the stage began."""
 
 
 class Step(NamedTuple):
@@ -58,17 +43,6 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float | None = None
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows kept from training, for choosing (SCAN's heads). `batches()` yields this rank's contiguous shard of M rows, as
-    Batches with one view (centre crop or features); gather_rows over ranks gives all M in order. `neighbours` [A, K] int64
-    are positions among the M rows; rows 0..A-1 are the anchors. Only anchors are held out; their neighbours may be seen.
-    """
-
-    batches: Callable[[], Iterator[Batch]]
-    neighbours: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""From rows to Batches: the two places a method's views come from, decoded images and cached features.
+
+A feed's `batches(epoch, first_step)` is this rank's part of every step from `first_step` of the epoch on, as a pure
+function of (seed, epoch, step): the same for any number of ranks, workers or threads.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_scan.data.augment import Recipe
+from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.data.beton.loader import BetonLoader
+from dist_scan.data.order import batch_per_rank, cached_views, epoch_order, partner_columns, rank_plan
+from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.world.world import World
+
+
+class Feed(Protocol):
+    """What the loop asks for."""
+
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
+
+
+class Plan:
+    """Rows of an epoch, and each row's partner: shared by both feeds."""
+
+    def __init__(self, rows: np.ndarray, global_batch: int, seed: int, world: World, steps: int | None = None,
+                 neighbours: NeighbourTable | None = None, num_neighbours: int | None = None, self_as_candidate: bool = False):
+        self.rows, self.global_batch, self.seed, self.world = rows, global_batch, seed, world
+        self.batch = batch_per_rank(global_batch, world.world_size)
+        full = len(rows) // global_batch
+        if full == 0:
+            raise ValueError(f"global_batch: {global_batch} is larger than the {len(rows)} images to train on; "
+                             f"allowed: at most {len(rows)}. Lower it")
+        self.steps_per_epoch = min(full, steps or full)
+        self.neighbours, self.self_as_candidate = neighbours, self_as_candidate
+        self.num_neighbours = num_neighbours or (neighbours.num_neighbours if neighbours else 0)
+
+    def grid(self, epoch: int, first_step: int) -> np.ndarray:
+        """[steps, b] rows of this rank."""
+        order = epoch_order(self.rows, self.seed, epoch)
+        plan = rank_plan(order, self.global_batch, self.world.rank, self.world.world_size, first_step)
+        return plan[:self.steps_per_epoch - first_step]
+
+    def partners(self, index: np.ndarray, epoch: int) -> np.ndarray:
+        """The row each row is paired with this epoch."""
+        if self.neighbours is None:
+            return index
+        column = partner_columns(index, self.seed, epoch, self.num_neighbours, self.self_as_candidate)
+        if self.num_neighbours == 0:
+            return index
+        ids = self.neighbours.rows(index)[0]
+        return np.where(column < 0, index, ids[np.arange(len(index)), np.maximum(column, 0)])
+
+
+class ImageFeed:
+    """Views decoded from a .beton, coloured on the device by their recipes."""
+
+    def __init__(self, loader: BetonLoader, recipes: tuple[Recipe, ...], plan: Plan, device: torch.device):
+        self.loader, self.recipes, self.plan, self.device = loader, recipes, plan, device
+        self.paired = plan.neighbours is not None
+        self.steps_per_epoch = plan.steps_per_epoch
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """See Feed. With neighbours the last view is the partner's."""
+        grid = self.plan.grid(epoch, first_step)
+        partners = np.stack([self.plan.partners(rows, epoch) for rows in grid]) if self.paired else None
+        rows = np.concatenate([grid, partners], axis=1) if self.paired else grid
+        step = epoch * self.steps_per_epoch + first_step
+        for i, (index, views) in enumerate(self.loader.batches(rows.reshape(-1), epoch)):
+            yield Batch(torch.from_numpy(grid[i].astype(np.int64)), self._colour(index, views, epoch, grid.shape[1]), epoch, step + i)
+
+    def _colour(self, index: np.ndarray, views: tuple[Tensor, ...], epoch: int, b: int) -> tuple[Tensor, ...]:
+        out, last = [], len(self.recipes) - 1
+        for v, (recipe, images) in enumerate(zip(self.recipes, views)):
+            if self.paired:  # the loader gave anchors then partners; each view needs one of the two
+                half = slice(b, None) if v == last else slice(0, b)
+                images, rows = images[half], index[half]
+            else:
+                rows = index
+            out.append(recipe(images.to(self.device, non_blocking=True), rows, seed=self.plan.seed, epoch=epoch, view=v))
+        return tuple(out)
+
+
+class FeatureFeed:
+    """Views are random cached views of rows of a feature table: anchor, and partner when there are neighbours."""
+
+    def __init__(self, table: FeatureTable, plan: Plan, device: torch.device):
+        self.table, self.plan, self.device = table, plan, device
+        self.steps_per_epoch = plan.steps_per_epoch
+
+    def _rows(self, index: np.ndarray, epoch: int, slot: int) -> Tensor:
+        view = cached_views(index, self.plan.seed, epoch, slot, self.table.num_views)
+        return torch.from_numpy(self.table.rows(index, view)).to(self.device).float()
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """See Feed."""
+        step = epoch * self.steps_per_epoch + first_step
+        for i, index in enumerate(self.plan.grid(epoch, first_step)):
+            views = (self._rows(index, epoch, 0), self._rows(self.plan.partners(index, epoch), epoch, 1))
+            yield Batch(torch.from_numpy(index.astype(np.int64)), views, epoch, step + i)
+
+
+def eval_batches(loader: BetonLoader, recipe: Recipe, rows: np.ndarray, device: torch.device, *, seed: int = 0) -> Iterator[Batch]:
+    """One view (usually the centre crop) of exactly these rows, in order, nothing padded or dropped."""
+    for index, views in loader.batches(rows, 0):
+        images = recipe(views[0].to(device, non_blocking=True), index, seed=seed, epoch=0, view=0)
+        yield Batch(torch.from_numpy(np.asarray(index).astype(np.int64)), (images,), 0, 0)
+
+
+def held_out_rows(anchors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [M]: the anchors, then every neighbour that is no anchor; positions [A, K] of the neighbours in them)."""
+    rest = np.setdiff1d(ids, anchors)
+    rows = np.concatenate([anchors, rest])
+    order = np.argsort(rows)
+    return rows, order[np.searchsorted(rows, ids, sorter=order)]
+
+
+def held_out_features(table: FeatureTable, anchors: np.ndarray, ids: np.ndarray, world: World, chunk: int = 8192) -> HeldOut:
+    """Held-out rows from cached features (view 0)."""
+    rows, positions = held_out_rows(anchors, ids)
+    mine = np.array_split(rows, world.world_size)[world.rank]
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(mine), chunk):
+            index = mine[start:start + chunk]
+            views = torch.from_numpy(table.rows(index, 0)).to(world.device).float()
+            yield Batch(torch.from_numpy(index.astype(np.int64)), (views,), 0, 0)
+
+    return HeldOut(batches, positions)
+
+
+def held_out_images(loader: BetonLoader, recipe: Recipe, anchors: np.ndarray, ids: np.ndarray, world: World) -> HeldOut:
+    """Held-out rows decoded as centre crops."""
+    rows, positions = held_out_rows(anchors, ids)
+    mine = np.array_split(rows, world.world_size)[world.rank]
+    return HeldOut(lambda: eval_batches(loader, recipe, mine, world.device), positions)

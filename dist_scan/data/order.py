@@ -1,0 +1,53 @@
+"""Which rows make step s of epoch e on rank r: pure functions, so an epoch is the same for any number of ranks."""
+from __future__ import annotations
+
+import numpy as np
+
+from dist_scan.data.hashing import keyed, uniform
+
+ORDER, PARTNER, VIEW, HELD_OUT = 101, 102, 103, 104  # streams of the hash, one per use
+
+
+def epoch_order(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The rows [n] int64 shuffled: sorted by a hash of (seed, epoch, row)."""
+    return rows[np.argsort(keyed(seed, ORDER, epoch, rows), kind="stable")]
+
+
+def rank_plan(order: np.ndarray, global_batch: int, rank: int, world_size: int, first_step: int = 0) -> np.ndarray:
+    """[steps, b] rows of this rank from `first_step` of the epoch on; the last partial batch is dropped on all ranks.
+
+    Rank r takes the r-th contiguous part of each global batch.
+    """
+    b = global_batch // world_size
+    steps = len(order) // global_batch
+    grid = order[:steps * global_batch].reshape(steps, world_size, b)
+    return grid[first_step:, rank]
+
+
+def batch_per_rank(global_batch: int, world_size: int) -> int:
+    """The rows per rank. Raises ValueError with the nearest batches that divide."""
+    if global_batch % world_size:
+        low = global_batch // world_size * world_size
+        raise ValueError(f"global_batch: {global_batch} does not divide over {world_size} processes; "
+                         f"nearest that do: {', '.join(str(v) for v in (low, low + world_size) if v)}")
+    return global_batch // world_size
+
+
+def partner_columns(index: np.ndarray, seed: int, epoch: int, num_neighbours: int, self_as_candidate: bool) -> np.ndarray:
+    """Which neighbour each row is paired with in this epoch: uniform over columns 0..K-1; -1 means the row itself.
+
+    `self_as_candidate` is the released code's behaviour (P(self) = 1/(K+1), FIDELITY.md 0.5).
+    """
+    choices = num_neighbours + self_as_candidate
+    return np.floor(uniform(seed, PARTNER, epoch, index) * choices).astype(np.int64) - self_as_candidate
+
+
+def cached_views(index: np.ndarray, seed: int, epoch: int, slot: int, num_views: int) -> np.ndarray:
+    """Which cached view of each row stands in slot 0 (anchor) or 1 (partner) this epoch."""
+    return np.floor(uniform(seed, VIEW, epoch, index, slot) * num_views).astype(np.int64)
+
+
+def split_held_out(num_images: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to train on, held-out rows), both sorted; a row's side depends on (seed, row) alone."""
+    held = uniform(seed, HELD_OUT, np.arange(num_images)) < share
+    return np.flatnonzero(~held), np.flatnonzero(held)

@@ -1,0 +1,156 @@
+"""Checkpoints that can be trusted: written aside, hashed, renamed in; verified before they are used.
+
+A folder `step-00000123/` holds state.pt (method, optimizer, position; rank 0), bank files (a file per bank and rank; RELIABILITY.md)
+and manifest.json with every file's sha256. One flipped bit loads silently through torch.load: the hash catches it.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_scan.artefacts import MANIFEST, fsync_dir, sha256_of, write_json
+from dist_scan.world.collectives import agree, barrier, broadcast_object
+from dist_scan.world.world import current
+
+Say = Callable[[str], None]
+FATAL_FAILURES = 3  # saves that may fail in a row before training is pointless
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be used, or none can be written: said once, with what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage. Every method is collective."""
+
+    def __init__(self, folder: Path, keep: int, say: Say = print):
+        self.folder, self.keep, self.say = Path(folder), keep, say
+        self.failures = 0
+        self.save_s = 0.0
+
+    def save(self, step: int, state: Mapping[str, Any], banks: Mapping[str, Any]) -> bool:
+        """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks."""
+        began, error = time.monotonic(), None
+        name = f"step-{step:09d}"
+        temporary = self.folder / f".tmp-{name}"
+        if current().rank == 0:
+            error = _try(lambda: self._prepare(temporary))
+        if not agree(error is not None):
+            error = _try(lambda: self._write(temporary, state, banks))
+            if not agree(error is not None) and current().rank == 0:
+                error = _try(lambda: self._commit(temporary, name, step))
+        if agree(error is not None):
+            self._failed(error, temporary)
+            return False
+        self.failures, self.save_s = 0, time.monotonic() - began
+        return True
+
+    def _prepare(self, temporary: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+
+    def _write(self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]) -> None:
+        if current().rank == 0:
+            _save_file(temporary / "state.pt", dict(state))
+        for name, bank in banks.items():
+            _save_file(temporary / f"bank-{name}-{current().rank:05d}.pt", bank.state())
+
+    def _commit(self, temporary: Path, name: str, step: int) -> None:
+        files = {f.name: {"sha256": sha256_of(f), "size": f.stat().st_size} for f in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {"step": step, "world_size": current().world_size, "files": files})
+        final = self.folder / name
+        if final.exists():  # the same step saved again (stopped right after a save): equal by construction
+            shutil.rmtree(temporary)
+            return
+        os.replace(temporary, final)
+        fsync_dir(self.folder)
+        _verify(final)  # prune only after the new one has been read back
+        for old in self._found()[self.keep:]:
+            shutil.rmtree(old)
+
+    def _failed(self, error: Exception | None, temporary: Path) -> None:
+        if current().rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.failures += 1
+        if error is not None:
+            self.say(f"checkpoint: could not save in {self.folder}: {error}; training goes on, older ones are intact")
+        if self.failures >= FATAL_FAILURES:
+            raise CheckpointError(f"{self.failures} checkpoints in a row could not be saved in {self.folder}; "
+                                  "make room there (or make it writable) and start the same command again")
+
+    def _found(self) -> list[Path]:
+        return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+
+    def load(self, device: torch.device) -> tuple[dict[str, Any], Path] | None:
+        """(state, folder) of the newest that verifies, or None when there was never one.
+
+        A bad one is renamed bad-* and named; when some exist and none verifies, CheckpointError: never again at step 0.
+        """
+        chosen, problem = None, ""
+        if current().rank == 0:
+            chosen, problem = self._choose()
+        chosen, problem = broadcast_object((chosen, problem))
+        if problem:
+            raise CheckpointError(problem)
+        if chosen is None:
+            return None
+        state = torch.load(chosen / "state.pt", map_location=device, weights_only=True)
+        barrier()
+        return state, chosen
+
+    def _choose(self) -> tuple[Path | None, str]:
+        bad = [p.name for p in self.folder.glob("bad-*")]
+        for path in self._found():
+            try:
+                _verify(path)
+                return path, ""
+            except (OSError, ValueError, KeyError) as error:
+                self.say(f"checkpoint: {path} is bad ({error}); kept aside as bad-{path.name}, trying the one before")
+                aside = path.with_name(f"bad-{path.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+                bad.append(aside.name)
+        if bad:
+            return None, (f"no checkpoint in {self.folder} can be used (bad: {', '.join(sorted(bad))}); not starting again at step 0. "
+                          "Restore one, or remove the folder to train this stage from its beginning")
+        return None, ""
+
+
+def load_bank_files(folder: Path, name: str) -> list[dict]:
+    """All parts of a bank in a checkpoint, whichever ranks wrote them."""
+    return [torch.load(f, map_location="cpu", weights_only=True) for f in sorted(folder.glob(f"bank-{name}-*.pt"))]
+
+
+def _try(action: Callable[[], None]) -> Exception | None:
+    try:
+        action()
+    except (OSError, RuntimeError, ValueError, CheckpointError) as error:  # torch.save wraps a full disk in RuntimeError
+        return error
+    return None
+
+
+def _save_file(path: Path, value: Any) -> None:
+    with open(path, "wb") as f:
+        torch.save(value, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _verify(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, facts in manifest["files"].items():
+        size = (path / name).stat().st_size
+        if size != facts["size"]:
+            raise ValueError(f"{name} has {size} bytes instead of {facts['size']}")
+        if sha256_of(path / name) != facts["sha256"]:
+            raise ValueError(f"{name} does not match its sha256")

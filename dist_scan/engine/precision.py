@@ -1,0 +1,41 @@
+"""Number formats and determinism. GPU or CPU, place 4 of 4."""
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Literal
+
+import torch
+
+from dist_scan.data.hashing import keyed
+
+Precision = Literal["fp32", "bf16"]
+
+
+def set_determinism() -> None:
+    """The same sums in the same order on the same machine. Called once per process, before any CUDA work."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = True  # convolutions: what PyTorch does by default, and what the papers ran with
+
+
+def autocast(precision: Precision, device: torch.device):
+    """bf16 for the network's products; losses stay fp32 (each method upcasts)."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def seed_step(*keys: int) -> None:
+    """Seed torch's generators (dropout, fresh layers) from (seed, stage, epoch, step, rank): nothing random is saved."""
+    torch.manual_seed(int(keyed(*keys) >> 1))
+
+
+def memory_format(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """channels_last on GPUs, where convolutions are faster with it."""
+    return module.to(device, memory_format=torch.channels_last) if device.type == "cuda" else module.to(device)
+
+
+def peak_memory() -> int:
+    """Most bytes of GPU memory held since the process began; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
