@@ -1,0 +1,154 @@
+"""The train loop. It knows methods, not which one: forward is the loss, the rest is saying, saving and stopping in time."""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.data.feed import Feed
+from dist_scan.engine.log import Log
+from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig, build_optimizer, forget, learning_rate, set_learning_rate
+from dist_scan.engine.position import Position, Saver
+from dist_scan.engine.precision import Precision, autocast, seed_step
+from dist_scan.engine.stop import Stop
+from dist_scan.methods.base import Embed, Method, Step
+from dist_scan.models.layers import sync_running_stats
+from dist_scan.progress import Progress, Stopped
+from dist_scan.world.collectives import all_sum
+from dist_scan.world.world import current, wrap
+
+MOST_REFUSED = 10  # non-finite updates in a row before the run ends
+
+
+class Diverged(RuntimeError):
+    """Losses or gradients stopped being numbers; told with the image rows of the last step."""
+
+
+@dataclass(frozen=True)
+class Schooling:
+    """How a stage trains: the update rule, the schedule and the length."""
+
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    epochs: int
+    seed: int
+    precision: Precision = "fp32"
+    log_every: int = 10
+
+
+class Trainer:
+    """One stage's training. `run()` goes on from the newest checkpoint and returns when the last epoch is done."""
+
+    def __init__(self, method: Method, feed: Feed, schooling: Schooling, embed: Embed, saver: Saver, stop: Stop, log: Log,
+                 held_out: HeldOut | None = None, name: str = "train"):
+        self.method, self.feed, self.schooling, self.embed = method, feed, schooling, embed
+        self.saver, self.stop, self.log, self.held_out, self.name = saver, stop, log, held_out, name
+        self.optimizer = build_optimizer(schooling.optimizer, method.parameter_groups())
+        self.at, self.network, self.settled = Position(), method, False
+
+    def run(self) -> Position:
+        """Train to the end. Raises Stopped (everything saved), Diverged, or CheckpointError."""
+        self.at = self.saver.load(self.method, self.optimizer) or Position()
+        self.network = wrap(self.method)
+        total = self.schooling.epochs * self.feed.steps_per_epoch
+        with Progress(self.name, total, "steps", done=self.at.step, enabled=current().rank == 0) as progress:
+            while self.at.epoch < self.schooling.epochs and not self.at.finished:
+                self._begin_epoch()
+                for batch in self.feed.batches(self.at.epoch, self.at.step_in_epoch):
+                    values = self._step(batch)
+                    self._after_step(values, progress)
+                self._end_epoch()
+        return self.at
+
+    def _begin_epoch(self) -> None:
+        """The method's whole-set moment, once per epoch: a run resumed inside the epoch does not repeat it."""
+        seed_step(self.schooling.seed, self.at.epoch, 1)
+        self.method.train()
+        if not self.at.begun:
+            forget(self.optimizer, fresh := tuple(self.method.begin_epoch(self.at.epoch, self.embed)))
+            self.at.begun = True
+            if fresh:
+                self.saver.save(self.method, self.optimizer, self.at)
+        if self.network is not self.method and not self.settled:
+            self._settle()
+
+    def _settle(self) -> None:
+        """DDP rebuilds its buckets after the first backward pass, and sums in another order from then on: two throw-away passes
+        now, with everything put back, make a resumed run equal to an undisturbed one, bit for bit (RELIABILITY.md 6)."""
+        self.settled = True
+        before = {k: v.clone() for k, v in self.method.state_dict().items()}
+        for _ in range(2):
+            batch = next(iter(self.feed.batches(self.at.epoch)))
+            with autocast(self.schooling.precision, current().device):
+                step = self.network(batch)
+            step.loss.backward()
+        self.method.load_state_dict(before)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One update, agreed by all ranks: the loss, its gradient, the refusal of what is no number, the method's afterthought."""
+        lr = learning_rate(self.schooling.optimizer.lr, self.schooling.schedule, self.at.step, self.feed.steps_per_epoch, self.schooling.epochs)
+        set_learning_rate(self.optimizer, lr)
+        seed_step(self.schooling.seed, batch.epoch, 2, batch.step, current().rank)
+        with autocast(self.schooling.precision, current().device):
+            step = self.network(batch)
+        if not step.skip:
+            step.loss.backward()
+        values, finite = self._agree(step)
+        if step.skip:
+            self.at.skipped += 1
+        elif not finite:
+            self._refuse(batch)
+        else:
+            self.at.refused_in_a_row = 0
+            self.optimizer.step()
+            self.method.end_step(batch, step)
+            sync_running_stats(self.method)
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**values, "lr": lr}
+
+    def _agree(self, step: Step) -> tuple[dict[str, float], bool]:
+        """Means over ranks of the loss and the method's metrics; in the same message: is all finite, was anyone asked to stop,
+        is a save due on rank 0. One all-reduce a step, so all ranks do the same at the same step."""
+        names = ["loss", *step.metrics]
+        parts = [step.loss.detach(), *(torch.as_tensor(v).detach() for v in step.metrics.values())]
+        finite = torch.isfinite(step.loss.detach()) & (torch.tensor(True) if step.skip else self._gradient_is_finite()).to(step.loss.device)
+        parts += [finite, torch.tensor(float(self.stop.asked)), torch.tensor(float(current().rank == 0 and self.saver.due()))]
+        message = all_sum(torch.stack([p.double().reshape(()).to(step.loss.device) for p in parts])).tolist()
+        *means, finite_ranks, asked, due = message
+        self.at.asked, self.at.save_due = asked > 0, due > 0
+        values = {name: value / current().world_size for name, value in zip(names, means)}
+        return values, finite_ranks == current().world_size
+
+    def _gradient_is_finite(self) -> Tensor:
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        return torch.isfinite(torch.stack(torch._foreach_norm(gradients, float("inf")))).all() if gradients else torch.tensor(True)
+
+    def _refuse(self, batch: Batch) -> None:
+        self.at.refused += 1
+        self.at.refused_in_a_row += 1
+        if self.at.refused_in_a_row >= MOST_REFUSED:
+            raise Diverged(f"{self.name}: {MOST_REFUSED} updates in a row had a loss or gradient that is no number (step {batch.step}); "
+                           f"image rows on this rank: {batch.index[:32].tolist()}. Lower the learning rate, or look at these images")
+
+    def _after_step(self, values: dict[str, float], progress: Progress) -> None:
+        self.at.step += 1
+        self.at.step_in_epoch += 1
+        if self.at.step % self.schooling.log_every == 0 or self.at.step <= 20:
+            self.log.row(self.at.step, {**values, "skipped": self.at.skipped, "refused": self.at.refused})
+        progress.advance(1, f"epoch {self.at.epoch + 1}/{self.schooling.epochs} loss {values['loss']:.4f}")
+        if self.at.asked or self.at.save_due:
+            self.saver.save(self.method, self.optimizer, self.at)
+        if self.at.asked:
+            raise Stopped()
+
+    def _end_epoch(self) -> None:
+        self.method.eval()
+        began = time.monotonic()
+        values = self.method.end_epoch(self.at.epoch, self.held_out)
+        if values:
+            self.log.row(self.at.step, {**values, "choosing_s": time.monotonic() - began})
+        self.at.next_epoch(bool(self.method.finished()))

@@ -1,0 +1,95 @@
+"""A stage: a folder made from other folders. Its config names its inputs; the pipeline decides whether it must run."""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from dist_scan.config import RunConfig, Strict
+from dist_scan.engine.stop import Stop
+from dist_scan.world.world import World
+
+REF, IMAGES = "the name of an earlier stage", "train or val of `data:`"
+Ref = Annotated[str, REF]
+Images = Annotated[Literal["train", "val"], IMAGES]
+
+
+def beton_stage(split: str) -> str:
+    """The name of the stage that the pipeline puts first for a split of `data:`."""
+    return f"beton_{split}"
+
+
+class StageConfig(Strict):
+    """Settings of a stage; `kind` is the name of its file."""
+
+    kind: str
+
+    def inputs(self) -> dict[str, str]:
+        """Role -> name of the stage it refers to: every field typed Ref, and beton_<split> for one typed Images."""
+        found = {}
+        for role, field in type(self).model_fields.items():
+            value = getattr(self, role)
+            marks = [*field.metadata, *_inner_marks(field.annotation)]
+            if value is not None and REF in marks:
+                found[role] = value
+            elif value is not None and IMAGES in marks:
+                found[role] = beton_stage(value)
+        return found
+
+    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+        """Raise ValueError when this stage does not fit the stages it refers to (before any work)."""
+
+    def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
+        """Raise ValueError when the data is too small for these settings (before any work)."""
+
+    def images_split(self, earlier: Mapping[str, Any]) -> str | None:
+        """train or val: which images this stage's rows are, found through what it refers to."""
+        own = getattr(self, "images", None)
+        if own is not None:
+            return own
+        for target in self.inputs().values():
+            stage = earlier.get(target)
+            split = stage.images_split(earlier) if stage is not None else None
+            if split:
+                return split
+        return None
+
+
+def _inner_marks(annotation: Any) -> list[Any]:
+    """Marks of `Ref | None`: they sit on the union's members."""
+    marks = list(getattr(annotation, "__metadata__", ()))
+    for inner in getattr(annotation, "__args__", ()):
+        marks += _inner_marks(inner)
+    return marks
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the pipeline hands a stage: where it writes, the folders of its inputs by role, and the process around it."""
+
+    run: RunConfig
+    name: str
+    out: Path
+    inputs: Mapping[str, Path]
+    world: World
+    stop: Stop
+    say: Callable[[str], None]
+    folders: Mapping[str, Path]
+    """Folders of all finished stages by name (the report reads every one's logs and manifests)."""
+
+
+class Stage(ABC):
+    """One file per kind. `run` is collective, resumable, and writes only into `context.out`."""
+
+    Config: ClassVar[type[StageConfig]]
+    version: ClassVar[int] = 1
+    """Raised when the stage's meaning changes, so that old artefacts are not reused."""
+
+    def __init__(self, config: StageConfig, context: Context):
+        self.config, self.context = config, context
+
+    @abstractmethod
+    def run(self) -> None:
+        """Make the artefact. Raises Stopped when asked to leave; the next start goes on."""
