@@ -26,12 +26,15 @@ class Progress:
     `done` is what was finished before this start: it counts as progress but not into the rate.
     """
 
+    copy_to: TextIO | None = None
+    """A log file that gets a plain line every 10 s beside the terminal's live one (set once per process)."""
+
     def __init__(self, name: str, total: int, unit: str = "", done: int = 0, enabled: bool = True, stream: TextIO | None = None):
         self.name, self.total, self.unit, self.done, self.enabled = name, total, unit, done, enabled
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.started = time.monotonic()
-        self.first, self.next_print, self.note = done, 0.0, ""
+        self.first, self.next_print, self.next_copy, self.note = done, 0.0, 0.0, ""
 
     def __enter__(self) -> "Progress":
         return self
@@ -65,5 +68,10 @@ class Progress:
         if not self.enabled:
             return
         end = "\n" if last or not self.live else ""
-        self.stream.write(("\r\x1b[K" if self.live else "") + self.line() + end)
+        line = self.line()
+        self.stream.write(("\r\x1b[K" if self.live else "") + line + end)
         self.stream.flush()
+        now = time.monotonic()
+        if self.copy_to is not None and (last or now >= self.next_copy):
+            self.next_copy = now + 10.0
+            self.copy_to.write(time.strftime("%H:%M:%S ") + line + "\n")

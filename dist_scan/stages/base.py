@@ -87,6 +87,9 @@ class Stage(ABC):
     version: ClassVar[int] = 1
     """Raised when the stage's meaning changes, so that old artefacts are not reused."""
 
+    for_people: ClassVar[tuple[str, ...]] = ()
+    """Files of this stage that are copied to the top of the run's folder."""
+
     def __init__(self, config: StageConfig, context: Context):
         self.config, self.context = config, context
 

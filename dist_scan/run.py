@@ -1,0 +1,100 @@
+"""A process's life: signals, world, config, pipeline, exit. Launchers start it as `python -m dist_scan.run RUN_DIR`, once per rank.
+
+Exit codes do not survive srun, so what a launcher must know is a file in RUN_DIR: DONE, or STOPPED with the signal's number.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from dist_scan.artefacts import write_json, write_text
+from dist_scan.config import ConfigError, load
+from dist_scan.engine.stop import Stop
+
+USER_MISTAKE = 2
+
+
+def main(run_dir: str) -> int:
+    """Run everything the folder's config.yaml asks for. Returns the exit code."""
+    stop = Stop()
+    stop.install()
+    folder, rank = Path(run_dir), int(os.environ.get("RANK", 0))
+    try:
+        return _work(folder, stop)
+    except ConfigError as error:
+        return _mistake(folder, rank, str(error))
+    except ValueError as error:
+        if os.environ.get("DIST_SCAN_TRACEBACK"):
+            traceback.print_exc()
+        _remember(folder, rank, error)
+        return _mistake(folder, rank, str(error))
+    except BaseException as error:
+        _remember(folder, rank, error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
+
+
+def _work(folder: Path, stop: Stop) -> int:
+    from dist_scan.engine.precision import set_determinism
+    from dist_scan.pipeline import Pipeline
+    from dist_scan.progress import Progress, Stopped
+    from dist_scan.world.world import close_world, open_world
+
+    run = load(folder / "config.yaml")
+    if run.runtime.run_dir is None:
+        run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"run_dir": str(folder)})})
+    set_determinism()
+    world = open_world(run.runtime.device, run.runtime.timeout_s)
+    (folder / "logs").mkdir(exist_ok=True)
+    if world.rank == 0:
+        Progress.copy_to = open(folder / "logs" / "run.log", "a", buffering=1)
+
+    def say(text: str) -> None:
+        if world.rank == 0:
+            print(text, flush=True)
+            Progress.copy_to.write(time.strftime("%H:%M:%S ") + text + "\n")
+
+    try:
+        Pipeline(run, world, stop, say).run()
+    except Stopped:
+        say(f"stopped by {'signal ' + str(stop.signal) if stop.signal else 'another rank'}; everything is saved, the same command goes on")
+        if world.rank == 0:
+            write_json(folder / "STOPPED", {"signal": stop.signal})
+        return 0
+    if world.rank == 0:
+        write_text(folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"))
+        if (folder / "summary.txt").is_file():
+            say("\n" + (folder / "summary.txt").read_text())
+        if (folder / "report.html").is_file():
+            say(f"report: {folder / 'report.html'}")
+    close_world()
+    return 0
+
+
+def _mistake(folder: Path, rank: int, text: str) -> int:
+    if rank == 0 or not (folder / "config.yaml").is_file():
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    return USER_MISTAKE
+
+
+def _remember(folder: Path, rank: int, error: BaseException) -> None:
+    """Leave the error where the launcher finds it; the earliest of all ranks is the one it shows."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        (folder / "logs").mkdir(exist_ok=True)
+        with open(folder / "logs" / f"error-rank{rank:05d}.json", "w") as f:
+            json.dump({"time": time.time(), "rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": text}, f)
+    except OSError:
+        pass
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m dist_scan.run RUN_DIR")
+    sys.exit(main(sys.argv[1]))

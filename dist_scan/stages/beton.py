@@ -1,0 +1,53 @@
+"""Images in, one checked .beton out. The pipeline puts this stage first, once for each split of `data:`."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from dist_scan.data.sources import DataConfig, open_source
+from dist_scan.stages.base import Stage, StageConfig
+from dist_scan.world.collectives import broadcast_object
+
+FILE = "images.beton"
+
+
+class BetonConfig(StageConfig):
+    """Made from `data:` by the pipeline; users do not write it."""
+
+    kind: Literal["beton"] = "beton"
+    split: Literal["train", "val"]
+    data: DataConfig
+
+
+class BetonStage(Stage):
+    """Writes images.beton, its sidecars, and the list of images that could not be read."""
+
+    Config = BetonConfig
+
+    def run(self) -> None:
+        """Rank 0 writes (in parallel processes); the others wait, and hear of a refusal."""
+        problem = None
+        if self.context.world.rank == 0:
+            try:
+                self._write()
+            except ValueError as error:
+                problem = str(error)
+        problem = broadcast_object(problem)
+        if problem:
+            raise ValueError(problem)
+
+    def _write(self) -> None:
+        from dist_scan.data.beton.format import write_beton  # ffcv takes seconds to import; only who writes or reads images pays
+
+        config, run = self.config, self.context.run
+        source = open_source(getattr(config.data, config.split))
+        workers = run.runtime.workers or len(os.sched_getaffinity(0))
+        report = write_beton(source, self.context.out / FILE, config.data, workers)
+        if report.num_bad:
+            self.context.say(f"{self.context.name}: {report.num_bad} of {report.num_bad + report.num_images} images could not be read; listed in {report.bad_path}")
+
+
+def beton_path(folder: Path) -> Path:
+    """The .beton inside a beton stage's folder."""
+    return folder / FILE

@@ -1,0 +1,54 @@
+"""FeatureTable -> a cluster for every image by exact k-means: the baseline on pixels and on pretext features."""
+from __future__ import annotations
+
+from typing import Any, Literal, Mapping
+
+import numpy as np
+from pydantic import Field
+
+from dist_scan.data.assignments import Assignments
+from dist_scan.stages.base import Ref, Stage, StageConfig
+from dist_scan.world.collectives import barrier
+
+
+class KMeansConfig(StageConfig):
+    """Lloyd's algorithm on view 0 of every image; never a subsample."""
+
+    kind: Literal["kmeans"] = "kmeans"
+    features: Ref
+    num_clusters: int = Field(ge=2)
+    normalise: bool = True
+    """Rows to unit length first, as the papers' baselines do."""
+    iterations: int = Field(default=100, ge=1)
+    tolerance: float = Field(default=0.0, ge=0)
+    """Stop when the objective gains less than this share in an iteration; 0: when no assignment changes."""
+    restarts: int = Field(default=5, ge=1)
+    init: Literal["kmeans++", "random"] = "kmeans++"
+    spherical: bool = False
+
+    def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
+        """Every cluster needs an image."""
+        if self.num_clusters > num_images:
+            raise ValueError(f"stages.{name}.num_clusters: {self.num_clusters} clusters of {num_images} images; "
+                             f"allowed: at most {num_images}. Lower it, or give more images")
+
+
+class KMeansStage(Stage):
+    """Writes assignments.npz and centroids.npy."""
+
+    Config = KMeansConfig
+
+    def run(self) -> None:
+        """Collective."""
+        from dist_scan.artefacts import write_atomic
+        from dist_scan.data.tables import FeatureTable
+        from dist_scan.search.kmeans import kmeans
+
+        c, s = self.context, self.config
+        result = kmeans(FeatureTable.open(c.inputs["features"]), s.num_clusters, iterations=s.iterations, tolerance=s.tolerance, init=s.init,
+                        restarts=s.restarts, spherical=s.spherical, normalise=s.normalise, seed=c.run.seed,
+                        stop=lambda: c.stop.asked, progress=c.world.rank == 0)
+        if c.world.rank == 0:
+            Assignments(result.assignment, s.num_clusters).save(c.out)
+            write_atomic(c.out / "centroids.npy", lambda f: np.save(f, result.centroids))
+        barrier()

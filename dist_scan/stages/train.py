@@ -1,0 +1,193 @@
+"""Any method, trained: the stage gives it images or features, a network, neighbours and held-out rows, and lets the loop run."""
+from __future__ import annotations
+
+from typing import Any, Literal, Mapping
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from dist_scan.config import RunConfig, kind_class, one_of
+from dist_scan.data.augment import RecipeConfig
+from dist_scan.data.order import split_held_out
+from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.precision import Precision, memory_format, seed_step
+from dist_scan.methods.base import Given, HeldOut, Method
+from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone
+from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.world.collectives import barrier
+
+
+class TrainConfig(StageConfig):
+    """One method's training."""
+
+    kind: Literal["train"] = "train"
+    method: one_of("dist_scan.methods")  # type: ignore[valid-type]
+    images: Images | None = None
+    """Train on decoded images of this split..."""
+    features: Ref | None = None
+    """...or on the cached views of this embed stage."""
+    network: BackboneConfig | None = None
+    """A fresh backbone (a pretext)."""
+    backbone: Ref | None = None
+    """A backbone that a stage published (with features: the one that made them, published along with the heads)."""
+    model: Ref | None = None
+    """A cluster model that a stage published (self-labelling starts from it)."""
+    neighbours: Ref | None = None
+    num_neighbours: int | None = Field(default=None, ge=0)
+    """Use only so many of the table's neighbours; 0 pairs each image with another view of itself (the papers' K = 0)."""
+    self_as_candidate: bool = False
+    """The released SCAN code draws the image itself with probability 1/(K+1); the paper does not."""
+    recipes: tuple[RecipeConfig, ...] = ()
+    """One per view; left out: the method's own."""
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    epochs: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    """Over all ranks; the batch per rank is derived."""
+    steps_per_epoch: int | None = Field(default=None, ge=1)
+    """Cut an epoch short (a trial run)."""
+    precision: Precision = "fp32"
+    held_out_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the rows kept from training, for choosing heads."""
+    held_out_features: Ref | None = None
+    """Choose on these features instead (rows of train if no held_out_neighbours; else a set of their own, as published)."""
+    held_out_neighbours: Ref | None = None
+    held_out_images: Images | None = None
+    """Choose on centre crops of this split (a network trained on images); with held_out_neighbours mined inside it."""
+
+    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+        """The method gets what it needs, once."""
+        where, method = f"stages.{name}", kind_class("dist_scan.methods", self.method.kind)
+        if (self.images is None) == (self.features is None):
+            raise ValueError(f"{where}: give exactly one of images (train or val) and features (a stage's name)")
+        if sum(x is not None for x in (self.network, self.backbone, self.model)) != 1:
+            raise ValueError(f"{where}: give exactly one of network (fresh), backbone and model (a stage's name)")
+        if self.features is not None and self.recipes:
+            raise ValueError(f"{where}.recipes: cached features are not augmented; set the recipe in the embed stage '{self.features}', or give images")
+        if method.wants_neighbour and self.neighbours is None:
+            raise ValueError(f"{where}.neighbours: method '{self.method.kind}' needs neighbours; give the name of a neighbours stage")
+        if self.recipes and len(self.recipes) != len(method.recipes):
+            raise ValueError(f"{where}.recipes: {len(self.recipes)} given, method '{self.method.kind}' wants {len(method.recipes)} (one per view)")
+        table = earlier.get(self.neighbours)
+        if table is not None and self.num_neighbours is not None and self.num_neighbours > table.num_neighbours:
+            raise ValueError(f"{where}.num_neighbours: {self.num_neighbours}, but stage '{self.neighbours}' mines {table.num_neighbours}; lower it")
+
+    def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
+        """A batch must fit into the data, and clusters into the images."""
+        if self.global_batch > num_images * (1 - self.held_out_share):
+            allowed = int(num_images * (1 - self.held_out_share) * 0.95)
+            raise ValueError(f"stages.{name}.global_batch: {self.global_batch} is larger than the data ({num_images} images"
+                             f"{f', {self.held_out_share:.0%} held out' if self.held_out_share else ''}); allowed: at most {allowed}. Lower it")
+        clusters = getattr(self.method, "num_clusters", 0)
+        if clusters > num_images:
+            raise ValueError(f"stages.{name}.method.num_clusters: {clusters} clusters of {num_images} images; allowed: at most {num_images}. Lower it")
+
+
+class TrainStage(Stage):
+    """Publishes whatever the method publishes."""
+
+    Config = TrainConfig
+
+    def run(self) -> None:
+        """Collective; goes on from the newest good checkpoint."""
+        from dist_scan.artefacts import WORK
+        from dist_scan.engine.checkpoint import Checkpoints
+        from dist_scan.engine.log import Log
+        from dist_scan.engine.loop import Schooling, Trainer
+        from dist_scan.engine.position import Saver
+
+        c, config = self.context, self.config
+        seed_step(c.run.seed, 0, 0)
+        self._open()
+        method = self._method()
+        schooling = Schooling(config.optimizer, config.schedule, config.epochs, c.run.seed, config.precision, c.run.runtime.log_every)
+        saver = Saver(Checkpoints(c.out / WORK / "checkpoints", c.run.runtime.keep_checkpoints, c.say), c.run.runtime.checkpoint_s)
+        log = Log(c.run.run_dir, c.name)
+        try:
+            at = Trainer(method, self.feed, schooling, self._embed, saver, c.stop, log, self._held_out(), c.name).run()
+        finally:
+            log.close()
+        if at.skipped or at.refused:
+            c.say(f"{c.name}: {at.skipped} steps skipped (nobody was confident), {at.refused} updates refused (not a number)")
+        if c.world.rank == 0:
+            method.publish(c.out)
+        barrier()
+
+    def _open(self) -> None:
+        """The feed: which rows, from where."""
+        from dist_scan.data.feed import FeatureFeed, ImageFeed, Plan
+        from dist_scan.engine.images import open_images
+        from dist_scan.stages.beton import beton_path
+
+        c, config = self.context, self.config
+        self.neighbours = NeighbourTable.open(c.inputs["neighbours"]) if config.neighbours else None
+        self.table = FeatureTable.open(c.inputs["features"]) if config.features else None
+        recipes = config.recipes or tuple(RecipeConfig(name=n) for n in kind_class("dist_scan.methods", config.method.kind).recipes)
+        if self.table is None:
+            per_rank = config.global_batch // c.world.world_size * (2 if self.neighbours else 1)
+            loader, built = open_images(beton_path(c.inputs["images"]), recipes, max(per_rank, 1), c.run, c.world)
+        self.num_images = self.table.num_rows if self.table else loader.num_images
+        if self.neighbours is not None and self.neighbours.num_rows != self.num_images:
+            raise ValueError(f"stages.{c.name}: {self.num_images} images but the neighbours of {self.neighbours.num_rows}; mine them on the same split")
+        rows = np.arange(self.num_images)
+        if config.held_out_share and config.held_out_neighbours is None:
+            rows, self.held_rows = split_held_out(self.num_images, config.held_out_share, c.run.seed)
+        plan = Plan(rows, config.global_batch, c.run.seed, c.world, config.steps_per_epoch, self.neighbours,
+                    config.num_neighbours, config.self_as_candidate)
+        self.feed = FeatureFeed(self.table, plan, c.world.device) if self.table else ImageFeed(loader, built, plan, c.world.device)
+
+    def _method(self) -> Method:
+        """The method with its network, the same on every rank."""
+        c, config = self.context, self.config
+        backbone, backbone_config = None, config.network
+        if config.network is not None:
+            backbone = build_backbone(config.network)
+        elif config.backbone is not None:
+            backbone, backbone_config = load_backbone(c.inputs["backbone"])
+        given = Given(
+            num_images=self.num_images, global_batch=config.global_batch, seed=c.run.seed, total_steps=config.epochs * self.feed.steps_per_epoch,
+            on_features=self.table is not None, feature_dim=self.table.dim if self.table else getattr(backbone, "num_features", 0),
+            backbone=backbone, backbone_config=backbone_config, moments=self.table.moments() if self.table else None, inputs=c.inputs)
+        method = kind_class("dist_scan.methods", config.method.kind)(config.method, given)
+        return memory_format(method, c.world.device)
+
+    def _held_out(self) -> HeldOut | None:
+        """Rows for choosing, from features or images; None when the config asks for none."""
+        from dist_scan.data.feed import held_out_features, held_out_images
+        from dist_scan.engine.images import open_images
+        from dist_scan.stages.beton import beton_path
+
+        c, config = self.context, self.config
+        if not config.held_out_share and config.held_out_neighbours is None:
+            return None
+        table = NeighbourTable.open(c.inputs["held_out_neighbours"]) if config.held_out_neighbours else self.neighbours
+        if table is None:
+            return None
+        anchors = np.arange(table.num_rows) if config.held_out_neighbours else self.held_rows
+        ids = table.rows(anchors)[0]
+        if config.held_out_features or (self.table is not None and not config.held_out_images):
+            features = FeatureTable.open(c.inputs["held_out_features"]) if config.held_out_features else self.table
+            return held_out_features(features, anchors, ids, c.world)
+        path = beton_path(c.inputs["held_out_images"] if config.held_out_images else c.inputs["images"])
+        loader, recipes = open_images(path, (RecipeConfig(name="center"),), 256, c.run, c.world)
+        return held_out_images(loader, recipes[0], anchors, ids, c.world)
+
+    def _embed(self, network: torch.nn.Module, recipe: str = "center", num_shards: int = 16, name: str = "embed") -> FeatureTable:
+        """For methods whose whole-set moment needs features of every image: made afresh at each call."""
+        import shutil
+
+        from dist_scan.artefacts import WORK
+        from dist_scan.engine.embed import embed_images
+        from dist_scan.engine.images import open_images
+        from dist_scan.stages.beton import beton_path
+
+        c = self.context
+        folder = c.out / WORK / name
+        if c.world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        barrier()
+        loader, recipes = open_images(beton_path(c.inputs["images"]), (RecipeConfig(name=recipe),), 256, c.run, c.world)
+        return embed_images(network, loader, recipes, folder, network.num_features, num_shards, c.run.seed, c.world, c.stop,
+                            self.config.precision, f"{c.name}: {name}")

@@ -1,0 +1,151 @@
+"""The same job on this machine: python launch/local.py CONFIG [--processes N] [dotted.override=value ...]"""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/local.py` from a checkout
+
+GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Validate, write RUN/config.yaml, start the processes, wait. Returns the exit code (2: a mistake of the user's)."""
+    parser = argparse.ArgumentParser(prog="launch/local.py", description="Run a config on this machine.")
+    parser.add_argument("config", help="a YAML file, as in configs/")
+    parser.add_argument("--processes", type=int, default=1, help="how many processes share the work (default 1; on GPUs one per GPU)")
+    parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
+    args = parser.parse_intermixed_args(argv)
+    from dist_scan.config import ConfigError, dump, load
+
+    try:
+        if args.processes < 1:
+            raise ConfigError(f"--processes: {args.processes}; allowed: 1 or more")
+        run = load(args.config, args.overrides)
+        check_processes(run, args.processes)
+        lock = take_lease(run.run_dir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with lock:
+        from dist_scan.artefacts import write_text
+
+        write_text(run.run_dir / "config.yaml", dump(run))
+        return launch(run.run_dir, args.processes)
+
+
+def check_processes(run, processes: int) -> None:
+    """Every training batch must divide over the processes: said before anything starts."""
+    from dist_scan.config import ConfigError
+    from dist_scan.data.order import batch_per_rank
+
+    for name, stage in run.stages.items():
+        if hasattr(stage, "global_batch"):
+            try:
+                batch_per_rank(stage.global_batch, processes)
+            except ValueError as error:
+                raise ConfigError(f"stages.{name}.{error}") from None
+
+
+def take_lease(run_dir: Path):
+    """An open file that holds the run folder's lock while this process lives. Raises ConfigError naming who holds it."""
+    from dist_scan.config import ConfigError
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "a+")
+    except OSError as error:
+        raise ConfigError(f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}); give another with runtime.run_dir=PATH") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ConfigError(f"the run folder '{run_dir}' is in use by {lock.read().strip() or 'another process'}; wait for it, stop it, "
+                          "or give this run another name with name=OTHER") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def launch(run_dir: Path, processes: int) -> int:
+    """Start the ranks and wait for all. When one fails the others are ended, and the first error is shown last."""
+    for stale in [run_dir / "DONE", run_dir / "STOPPED", *run_dir.glob("logs/error-rank*.json")]:
+        stale.unlink(missing_ok=True)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [_start(run_dir, rank, processes, port) for rank in range(processes)]
+
+    def forward(number, frame):
+        for p in ranks:
+            if p.poll() is None:
+                p.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, forward)
+    code = _wait(ranks)
+    if code not in (0, 2) or (code == 2 and processes > 1):
+        _show_first_error(run_dir, code)
+    return code
+
+
+def _start(run_dir: Path, rank: int, processes: int, port: int) -> subprocess.Popen:
+    cores = len(os.sched_getaffinity(0))
+    env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Two oversubscribed ranks were 17 times slower: every rank gets its share of the cores.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [env.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "dist_scan.run", str(run_dir)]
+    if rank == 0:
+        return subprocess.Popen(command, env=env, start_new_session=True)
+    with open(run_dir / "logs" / f"rank{rank:05d}.log", "ab") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """0 when all ended well; else the code of the first that did not, with the others ended within GRACE_S."""
+    while True:
+        codes = [p.poll() for p in ranks]
+        bad = [c for c in codes if c not in (None, 0)]
+        if bad:
+            deadline = time.monotonic() + GRACE_S
+            while any(p.poll() is None for p in ranks) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for p in ranks:
+                if p.poll() is None:
+                    p.kill()
+                p.wait()
+            return bad[0] if bad[0] > 0 else 128 - bad[0]
+        if all(c == 0 for c in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _show_first_error(run_dir: Path, code: int) -> None:
+    errors = []
+    for path in run_dir.glob("logs/error-rank*.json"):
+        try:
+            errors.append(json.loads(path.read_text()))
+        except ValueError:
+            continue
+    if errors:
+        first = min(errors, key=lambda e: e["time"])
+        print(f"failed on rank {first['rank']}: {first['error']}\n(full text: {run_dir}/logs/error-rank{first['rank']:05d}.json; "
+              "the same command goes on from the last checkpoint)", file=sys.stderr)
+    else:
+        print(f"failed: a process ended with code {code} and left no error (killed?); the same command goes on from the last checkpoint", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
