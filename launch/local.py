@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import json
 import os
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         from dist_scan.artefacts import write_text
 
         write_text(run.run_dir / "config.yaml", dump(run))
-        return launch(run.run_dir, args.processes)
+        return launch(run.run_dir, args.processes, lock.fileno())
 
 
 def check_processes(run, processes: int) -> None:
@@ -76,7 +77,7 @@ def take_lease(run_dir: Path):
     return lock
 
 
-def launch(run_dir: Path, processes: int) -> int:
+def launch(run_dir: Path, processes: int, lease: int) -> int:
     """Start the ranks and wait for all. When one fails the others are ended, and the first error is shown last."""
     for stale in [run_dir / "DONE", run_dir / "STOPPED", *run_dir.glob("logs/error-rank*.json")]:
         stale.unlink(missing_ok=True)
@@ -84,7 +85,7 @@ def launch(run_dir: Path, processes: int) -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [_start(run_dir, rank, processes, port) for rank in range(processes)]
+    ranks = [_start(run_dir, rank, processes, port, lease) for rank in range(processes)]
 
     def forward(number, frame):
         for p in ranks:
@@ -94,12 +95,14 @@ def launch(run_dir: Path, processes: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, forward)
     code = _wait(ranks)
-    if code not in (0, 2) or (code == 2 and processes > 1):
+    if code not in (0, 2):
         _show_first_error(run_dir, code)
+    if code == 0 and (run_dir / "STOPPED").exists():
+        return 128 + (json.loads((run_dir / "STOPPED").read_text())["signal"] or signal.SIGTERM)
     return code
 
 
-def _start(run_dir: Path, rank: int, processes: int, port: int) -> subprocess.Popen:
+def _start(run_dir: Path, rank: int, processes: int, port: int, lease: int) -> subprocess.Popen:
     cores = len(os.sched_getaffinity(0))
     env = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -107,10 +110,19 @@ def _start(run_dir: Path, rank: int, processes: int, port: int) -> subprocess.Po
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [env.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "dist_scan.run", str(run_dir)]
+    # A session of its own: Ctrl-C reaches the launcher alone, which passes it on. The lease is inherited, so the folder stays
+    # taken while any rank lives.
+    options = {"env": env, "start_new_session": True, "pass_fds": (lease,), "preexec_fn": _die_with_launcher}
     if rank == 0:
-        return subprocess.Popen(command, env=env, start_new_session=True)
+        return subprocess.Popen(command, **options)
     with open(run_dir / "logs" / f"rank{rank:05d}.log", "ab") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, **options)
+
+
+def _die_with_launcher() -> None:
+    """A launcher that is killed takes its ranks along (Linux: PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:

@@ -1,0 +1,21 @@
+# make quickstart: the whole way on real images.   make test: every test.   Both set the machine up first, once.
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test
+
+help:
+	@echo "make quickstart   set up, then cluster the handwritten digits: ends with a table and a report"
+	@echo "make test         set up, then run all tests"
+
+.venv/.ready: pyproject.toml launch/setup.sh
+	@PYTHON=$(PYTHON) bash launch/setup.sh
+
+setup: .venv/.ready
+
+quickstart: .venv/.ready
+	@$(PY) launch/local.py configs/quickstart.yaml
+
+test: .venv/.ready
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests

@@ -1,0 +1,87 @@
+"""Settings: strict, with errors that name path, value, what is allowed and the way out."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_scan.config import ConfigError, dump, load, override, read_yaml, validate
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(QUICK, list(overrides))
+    return str(error.value)
+
+
+def test_yaml_reads_numbers_and_words_as_yaml_1_2_does():
+    tree = read_yaml("a: 3e-2\nb: no\nc: true\nd: 010\ne: 1.\nf: 2024-01-02\ng: [1e5, -3]\nh: null")
+    assert tree == {"a": 0.03, "b": "no", "c": True, "d": 10, "e": 1.0, "f": "2024-01-02", "g": [1e5, -3], "h": None}
+
+
+def test_a_key_given_twice_is_refused_with_its_line():
+    with pytest.raises(ConfigError, match=r"line 3: the key 'b' is given twice"):
+        read_yaml("a: 1\nb: 2\nb: 3")
+    with pytest.raises(ConfigError, match="twice"):
+        read_yaml("a: {x: 1, x: 2}")
+
+
+def test_overrides_edit_the_raw_tree():
+    tree = override({"a": {"b": 1, "c": 2}}, ["a.b=3e-2", "a.d.e=[1, 2]", "a.c="])
+    assert tree == {"a": {"b": 0.03, "d": {"e": [1, 2]}}}
+    with pytest.raises(ConfigError, match="dotted.path=value"):
+        override({}, ["nonsense"])
+    with pytest.raises(ConfigError, match="a.b is 1, not a block"):
+        override({"a": {"b": 1}}, ["a.b.c=2"])
+
+
+def test_an_override_reaches_the_config():
+    assert load(QUICK, ["stages.heads.epochs=5", "seed=7"]).stages["heads"].epochs == 5
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["stages.heads.epoch=5"], ["stages.heads.epoch", "unknown setting", "5", "epochs"]),
+    (["stages.heads.method.lambda=5"], ["stages.heads.method.lambda", "entropy_weight"]),
+    (["stages.heads.epochs=ten"], ["stages.heads.epochs", "'ten'", "integer"]),
+    (["stages.heads.epochs=0"], ["stages.heads.epochs", "greater than or equal to 1", "0"]),
+    (["stages.heads.method.kind=scam"], ["stages.heads.method", "'scam'", "moco", "did you mean scan"]),
+    (["stages.heads.kind=trian"], ["stages.heads", "'trian'", "did you mean train"]),
+    (["stages.heads.neighbours=neighbors"], ["stages.heads.neighbours", "'neighbors' is no earlier stage", "features"]),
+    (["stages.heads.neighbours="], ["stages.heads.neighbours", "needs neighbours"]),
+    (["stages.heads.images=train"], ["stages.heads", "exactly one of images"]),
+    (["stages.bank.recipe=center"], ["stages.bank.views", "allowed: 1"]),
+    (["stages.pretext.recipes=[digits]"], ["stages.pretext.recipes", "1 given", "wants 2"]),
+    (["stages.pretext.recipes=[digit, digits]"], ["recipes", "digit"]),
+    (["stages.heads.num_neighbours=21"], ["stages.heads.num_neighbours", "21", "20"]),
+    (["runtime.device=gpu"], ["runtime.device", "'gpu'", "cuda"]),
+    (["name=a/b"], ["name", "'a/b'"]),
+    (["data.train="], ["data.train", "missing"]),
+])
+def test_mistakes_are_named(overrides, words):
+    text = message(*overrides)
+    missing = [w for w in words if w not in text]
+    assert not missing, f"{missing} not in:\n{text}"
+
+
+def test_every_mistake_is_listed_at_once():
+    text = message("stages.heads.epochs=0", "seed=-1")
+    assert "2 mistakes" in text and "seed" in text and "stages.heads.epochs" in text
+
+
+def test_a_missing_file_names_those_there_are():
+    with pytest.raises(ConfigError, match="does not exist.*quickstart.yaml"):
+        load(QUICK.with_name("quikstart.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_survive_a_round_trip(path):
+    run = load(path)
+    assert validate(read_yaml(dump(run))) == run
+
+
+def test_settings_are_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        load(QUICK).seed = 3

@@ -1,0 +1,56 @@
+"""An epoch is a function of (seed, epoch): dealing it to ranks changes nothing."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dist_scan.data.order import batch_per_rank, cached_views, epoch_order, partner_columns, rank_plan, split_held_out
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_together_hold_the_global_batch_in_order(world_size):
+    order = epoch_order(np.arange(1000), 3, 5)
+    alone = rank_plan(order, 96, 0, 1)
+    parts = [rank_plan(order, 96, r, world_size) for r in range(world_size)]
+    assert (np.concatenate(parts, axis=1) == alone).all()
+    assert alone.shape == (10, 96) and len(np.unique(alone)) == 960
+
+
+def test_resuming_inside_an_epoch_gives_the_rest():
+    order = epoch_order(np.arange(500), 0, 0)
+    assert (rank_plan(order, 50, 1, 2, first_step=4) == rank_plan(order, 50, 1, 2)[4:]).all()
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    rows = np.arange(4000)
+    a, b, c = epoch_order(rows, 0, 0), epoch_order(rows, 0, 1), epoch_order(rows, 1, 0)
+    assert (a == epoch_order(rows, 0, 0)).all()
+    for x, y in ((a, b), (a, c), (a, rows)):
+        assert (x == y).mean() < 0.01
+    assert (np.sort(a) == rows).all()
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest():
+    with pytest.raises(ValueError, match="128 does not divide over 3 processes; nearest that do: 126, 129"):
+        batch_per_rank(128, 3)
+
+
+def test_partners_are_uniform_and_self_only_when_asked():
+    index = np.arange(60000)
+    plain = partner_columns(index, 0, 0, 20, False)
+    assert plain.min() == 0 and plain.max() == 19
+    assert np.abs(np.bincount(plain) / len(index) - 1 / 20).max() < 0.005
+    released = partner_columns(index, 0, 0, 20, True)
+    assert abs((released == -1).mean() - 1 / 21) < 0.004 and released.max() == 19
+
+
+def test_cached_views_cover_all_and_differ_between_slots():
+    index = np.arange(20000)
+    a, b = cached_views(index, 0, 0, 0, 4), cached_views(index, 0, 0, 1, 4)
+    assert set(np.unique(a)) == {0, 1, 2, 3} and abs((a == b).mean() - 0.25) < 0.02
+
+
+def test_held_out_rows_do_not_depend_on_anything_but_seed_and_row():
+    train, held = split_held_out(10000, 0.1, 0)
+    assert len(np.intersect1d(train, held)) == 0 and len(train) + len(held) == 10000 and abs(len(held) - 1000) < 100
+    assert (split_held_out(20000, 0.1, 0)[1][:len(held)] == held).all()
