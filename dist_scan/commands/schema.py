@@ -1,0 +1,17 @@
+"""python -m dist_scan schema: the JSON schema of a config, for editors that complete and check YAML."""
+from __future__ import annotations
+
+import argparse
+import json
+
+from dist_scan.config import run_config_class
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the schema."""
+    print(json.dumps(run_config_class().model_json_schema(), indent=1))
+    return 0

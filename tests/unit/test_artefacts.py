@@ -1,0 +1,48 @@
+"""Done means: the manifest is there. Nothing else does."""
+from __future__ import annotations
+
+import pytest
+
+from dist_scan.artefacts import WORK, Store, fingerprint, write_atomic, write_text
+
+
+def test_a_fingerprint_names_a_meaning():
+    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2}) and len(fingerprint()) == 16
+
+
+def test_an_artefact_is_found_only_after_it_was_published(tmp_path):
+    store = Store(tmp_path)
+    assert store.find("embed", "f") is None and not store.started("embed", "f")
+    folder = store.folder("embed", "f")
+    (folder / WORK).mkdir(parents=True)
+    write_text(folder / "x.txt", "hello")
+    write_text(folder / WORK / "checkpoint", "big")
+    assert store.find("embed", "f") is None and store.started("embed", "f")
+    store.publish("embed", "f", {"seconds": 1.0})
+    found = store.find("embed", "f")
+    assert list(found.manifest["files"]) == ["x.txt"] and not (folder / WORK).exists()
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+def test_a_damaged_artefact_is_refused_by_name(tmp_path, damage):
+    store = Store(tmp_path)
+    folder = store.folder("embed", "f")
+    folder.mkdir(parents=True)
+    write_text(folder / "x.txt", "hello")
+    store.publish("embed", "f", {})
+    (folder / "x.txt").write_text("hell") if damage == "shorter" else (folder / "x.txt").unlink()
+    with pytest.raises(ValueError, match="x.txt"):
+        store.find("embed", "f")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    write_text(tmp_path / "a", "old")
+
+    def fail(f):
+        f.write(b"new")
+        raise OSError("full")
+
+    with pytest.raises(OSError):
+        write_atomic(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
