@@ -7,7 +7,9 @@ import queue
 import socket
 import traceback
 
-CONTEXT = multiprocessing.get_context("spawn")
+# Importing torch takes 4 s a process: a server imports it once (and does nothing else, so no OpenMP pool exists) and forks the ranks.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "numpy", "dist_scan.world.collectives", "torch._dynamo", "torch.nn.parallel.distributed"])
 
 
 def free_port() -> int:

@@ -72,4 +72,4 @@ def wrap(module: torch.nn.Module) -> torch.nn.Module:
     """
     if _current.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
-    return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return torch.nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
