@@ -1,0 +1,177 @@
+"""Images in, report out, through the launcher, in real processes."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import textwrap
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.launches import command, environment, report, run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(folder)
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
+
+
+def test_it_leaves_a_report_a_table_and_assignments(undisturbed):
+    folder, out = undisturbed
+    facts = json.loads((folder / "report.json").read_text())
+    for subject in ("kmeans_pixels", "kmeans_features", "scan", "selflabel"):
+        assert 0 <= facts[subject]["acc"] <= 1 and {"nmi", "ari", "seconds"} <= facts[subject].keys()
+    assert set(facts["stage_seconds"]) >= {"beton_train", "pretext", "heads", "report"}
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") + page.count("<svg") > 5 and "http://" not in page.replace("http://www.w3.org", "")
+    table = pq.read_table(folder / "assignments.parquet")
+    assert table.num_rows == 400 and {"name", "index", "cluster", "probability", "label"} <= set(table.column_names)
+    assert "report.html" in out and "ACC" in out
+    assert (folder / "DONE").exists() and list((folder / "logs").glob("*.metrics.jsonl"))
+
+
+def test_a_second_start_skips_everything_quickly(undisturbed):
+    folder, _ = undisturbed
+    before = (folder / "report.json").read_bytes()
+    began = time.monotonic()
+    again = run(folder)
+    took = time.monotonic() - began
+    assert again.returncode == 0 and again.stdout.count("skipped") == 13 and "starts" not in again.stdout
+    assert (folder / "report.json").read_bytes() == before
+    assert took < 30, f"{took:.0f} s for doing nothing"
+
+
+def test_a_runtime_edit_skips_all_a_meaning_edit_redoes_that_stage_and_what_follows(undisturbed, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed[0], folder)
+    assert run(folder, "runtime.log_every=3").stdout.count("skipped") == 13
+    edited = run(folder, "stages.heads.method.entropy_weight=4.0").stdout
+    assert edited.count("skipped") == 7
+    assert [line.split(":")[0] for line in edited.splitlines() if ": starts (" in line] == ["heads", "scan", "selflabelling", "selflabel", "evaluate", "report"]
+
+
+def test_killed_three_times_the_same_command_ends_with_the_same_report(undisturbed, tmp_path):
+    rng, folder = random.Random(0), tmp_path / "run"
+    for _ in range(3):
+        process = subprocess.Popen(command(folder, "runtime.checkpoint_s=1"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, start_new_session=True)
+        wait_for = rng.choice(["pretext: starts", "neighbours: starts", "heads: starts", "selflabelling: starts"])
+        for line in process.stdout:
+            if line.startswith(wait_for):
+                break
+        time.sleep(rng.uniform(0, 5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    last = run(folder, "runtime.checkpoint_s=1")
+    assert last.returncode == 0, last.stdout
+    assert report(folder) == report(undisturbed[0])
+
+
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(folder, processes=2), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("pretext: starts"):
+            break
+    while not (folder / "logs" / "pretext.metrics.jsonl").exists() or not (folder / "logs" / "pretext.metrics.jsonl").stat().st_size:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "everything is saved" in rest and (folder / "STOPPED").exists()
+    assert list(folder.glob("stages/pretext/*/work/checkpoints/step-*"))
+    again = run(folder, processes=2)
+    assert again.returncode == 0 and "pretext: goes on" in again.stdout
+
+
+def test_two_processes_see_the_same_images_and_the_same_losses(tmp_path):
+    from dist_scan.engine.log import read_rows
+
+    losses = {}
+    for processes in (1, 2):
+        folder = tmp_path / f"run{processes}"
+        done = run(folder, "stages.pretext.epochs=6", processes=processes, **{"DIST_SCAN_TRACEBACK": "1"})
+        assert done.returncode == 0, done.stdout
+        losses[processes] = [r["loss"] for r in read_rows(folder / "logs" / "pretext.metrics.jsonl") if "loss" in r][:20]
+    assert len(losses[1]) == 20
+    assert max(abs(a - b) for a, b in zip(losses[1], losses[2])) < 1e-5
+    assert report(tmp_path / "run1")["num_images"] == report(tmp_path / "run2")["num_images"] == 400
+
+
+def test_a_folder_in_use_is_refused_by_name(tmp_path):
+    folder = tmp_path / "run"
+    first = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        for line in first.stdout:
+            if "starts" in line:
+                break
+        second = run(folder)
+        assert second.returncode == 2 and f"process {first.pid}" in second.stdout and "Traceback" not in second.stdout
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
+METHOD = textwrap.dedent('''
+    import torch
+    from safetensors.torch import save_file
+    from dist_scan.methods.base import Method, MethodConfig, Step
+    from typing import Literal
+    class Mine(Method):
+        class Config(MethodConfig):
+            kind: Literal["mine"] = "mine"
+        recipes = ("digits", "digits")
+        def __init__(self, config, given):
+            super().__init__(config, given)
+            self.backbone = given.backbone
+        def forward(self, batch):
+            a, b = (self.backbone(v) for v in batch.views)
+            return Step(((a - b) ** 2).mean() + (a.std(0) - 1).abs().mean())
+        def publish(self, out):
+            save_file({k: v.contiguous() for k, v in self.backbone.state_dict().items()}, out / "mine.safetensors")
+''')
+MINE = """
+name: mine
+data: {train: {source: "sklearn:digits", limit: 200}, size: 32, stored: raw, resolution: 32}
+stages:
+  pretext: {kind: train, images: train, network: {name: resnet_small, width: 8}, method: {kind: mine}, optimizer: {lr: 0.1}, epochs: 3, global_batch: 64}
+runtime: {checkpoint_s: 0.001}
+"""
+
+
+def test_a_method_is_one_file_and_resumes(tmp_path):
+    """The abstraction, proved: fifteen lines in a file of their own train two steps, are killed, and go on, bit for bit."""
+    from safetensors.torch import load_file
+
+    from tests.launches import LOCAL
+
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "mine.py").write_text(METHOD)
+    (plugin / "sitecustomize.py").write_text(f"import dist_scan.methods as m; m.__path__.append({str(plugin)!r})")
+    (tmp_path / "mine.yaml").write_text(MINE)
+    weights = []
+    for name, kill in (("whole", False), ("killed", True)):
+        folder = tmp_path / name
+        line = [*LOCAL, str(tmp_path / "mine.yaml"), f"runtime.run_dir={folder}"]
+        env = environment(PYTHONPATH=str(plugin))
+        if kill:
+            first = subprocess.Popen(line, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while not list(folder.glob("stages/pretext/*/work/checkpoints/step-00000000[2-8]")):
+                assert first.poll() is None, "ended before it was killed"
+                time.sleep(0.01)
+            os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+        done = subprocess.run(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout
+        assert not kill or "pretext: goes on" in done.stdout
+        weights.append(load_file(next(folder.glob("stages/pretext/*/mine.safetensors"))))
+    assert all((weights[0][k] == weights[1][k]).all() for k in weights[0])
