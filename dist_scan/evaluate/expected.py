@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import numpy as np
 
-TAIL = 50.0
-"""Overlaps left out have a probability under e^-50 together (Bernstein's bound): far below float64's resolution of the sum."""
-PAIRS, CELLS = 1_000_000, 1_000_000
+TAIL = 40.0
+"""Overlaps left out have a probability under e^-40 (Bernstein's bound) on each side: below float64's resolution of the sum."""
+PAIRS, CELLS = 1_000_000, 100_000
+FEW = 300.0
+"""Up to this mean overlap P(n) / P(0) < e^300 fits in float64, and logarithms are spared."""
 
 
 def expected_mutual_information(row_sizes: np.ndarray, column_sizes: np.ndarray) -> float:
@@ -50,13 +52,33 @@ def _expected_of_pairs(a: np.ndarray, b: np.ndarray, weight: np.ndarray, total: 
 
 def _window(a: np.ndarray, b: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, total: float) -> np.ndarray:
     """Sum over overlaps n in [low, high] of P(n) n/N log(N n / (a b)), per pair [m]."""
+    few = not low.any() and bool((a * b <= FEW * total).all())
+    p, n = _few(a, b, width, total) if few else _many(a, b, low, high, width, total)
+    n_log_n = n * np.log(np.maximum(n, 1))
+    logs = p @ n_log_n if few else (p * n_log_n).sum(axis=1)
+    mean = p @ n if few else (p * n).sum(axis=1)
+    return (logs + mean * np.log(total / (a * b))) / (p.sum(axis=1) * total)
+
+
+def _few(a: np.ndarray, b: np.ndarray, width: int, total: float) -> tuple[np.ndarray, np.ndarray]:
+    """P(n) / P(0) [m, width] for n = 0 ... width - 1, by products of the ratios of neighbours."""
+    n = np.arange(width, dtype=np.float64)
+    p = np.ones((len(a), width))
+    ratio = p[:, 1:]
+    np.multiply(a[:, None] - n[:-1], b[:, None] - n[:-1], out=ratio)
+    ratio /= (total - a - b + 1)[:, None] + n[:-1]
+    ratio /= n[1:]
+    np.maximum(ratio, 0, out=ratio)  # beyond the smaller size: exactly 0 at the size itself, so 0 from there on
+    return np.cumprod(p, axis=1, out=p), n
+
+
+def _many(a: np.ndarray, b: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, total: float) -> tuple[np.ndarray, np.ndarray]:
+    """P(n) / max P [m, width] and n [m, width] from `low` on, by sums of logarithms: any size, any start."""
     n = low[:, None] + np.arange(width)
-    a, b, inside = a[:, None], b[:, None], n <= high[:, None]
-    up = np.where(n < high[:, None], (a - n) * (b - n), 1.0)
+    a, b, top = a[:, None], b[:, None], high[:, None]
+    up = np.where(n < top, (a - n) * (b - n), 1.0)
     rise = np.log(up / ((n + 1) * np.maximum(total - a - b + n + 1, 1)))
     log_p = np.zeros_like(n)
     np.cumsum(rise[:, :-1], axis=1, out=log_p[:, 1:])
-    log_p[~inside] = -np.inf
-    p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    return (p * n / total * np.log(np.maximum(n, 1) * total / (a * b))).sum(axis=1)
+    log_p[n > top] = -np.inf
+    return np.exp(log_p - log_p.max(axis=1, keepdims=True)), n

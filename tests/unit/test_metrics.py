@@ -43,7 +43,7 @@ def test_scores_equal_scikit_learn(name, average):
     table = m.contingency(cluster, label, int(cluster.max()) + 3, int(label.max()) + 2)
     if "one c" not in name or average not in ("geometric", "min"):  # 0/0 there: sklearn's eps, tested apart
         assert m.nmi(table, average) == pytest.approx(sk.normalized_mutual_info_score(label, cluster, average_method=average), abs=1e-12)
-    if not name.startswith("one c"):
+    if not name.startswith("one c") and (name, average) != ("alone against pairs", "min"):  # 0/0 there, rounding decides
         assert m.ami(table, average) == pytest.approx(sk.adjusted_mutual_info_score(label, cluster, average_method=average), abs=1e-12)
     assert m.ari(table) == pytest.approx(sk.adjusted_rand_score(label, cluster), abs=1e-12)
 
@@ -123,7 +123,7 @@ def test_bad_ids_are_named(cluster, label, named):
     with pytest.raises(ValueError, match=named):
         m.contingency(np.array(cluster), np.array(label), 4, 3)
     with pytest.raises(ValueError, match="arithmetic"):
-        m.nmi(np.eye(2, dtype=int), "median")
+        m.nmi(np.ones((2, 2), int), "median")
 
 
 def test_nmi_variants_differ_on_an_unbalanced_toy():
