@@ -101,6 +101,13 @@ def purity(table: np.ndarray) -> float | None:
     return many_to_one(table)
 
 
+def confusion(table: np.ndarray, mapping: np.ndarray) -> np.ndarray:
+    """Counts [num_classes, num_classes + 1]: label by the class its cluster is matched to; last: matched to nothing."""
+    counts = np.zeros((table.shape[1], table.shape[1] + 1), np.int64)
+    np.add.at(counts.T, mapping, table)  # -1 is the last column
+    return counts
+
+
 # --- information and pairs -------------------------------------------------------------------------------------------
 
 def _entropy(counts: np.ndarray) -> float:

@@ -92,6 +92,11 @@ def test_clusters_left_over_are_matched_to_nothing_and_wrong():
     assert m.hungarian(table.T).tolist() == [0, 2] and m.accuracy(table.T) == 8 / 13
 
 
+def test_confusion_by_hand():
+    table = np.array([[5, 1], [4, 0], [0, 3]])
+    assert m.confusion(table, np.array([0, -1, 1])).tolist() == [[5, 0, 4], [1, 3, 0]]
+
+
 def test_top_k_uses_the_same_matching():
     mapping, top = np.array([2, -1, 0, 1]), np.array([[0, 1], [1, 3], [2, 0], [1, -1], [3, 2]])
     assert m.top_k_accuracy(top, np.array([2, 1, 1, 0, -1]), mapping) == 2 / 4
@@ -130,7 +135,7 @@ def test_nmi_variants_differ_on_an_unbalanced_toy():
     label = np.repeat([0, 1], [950, 50])
     table = m.contingency(np.arange(1000) // 25, label, 40, 2)
     found = [m.nmi(table, average) for average in ("max", "arithmetic", "geometric", "min")]
-    assert (np.diff(found) > 0.05).all(), found
+    assert (np.diff(found) > 0.04).all(), found
 
 
 def test_health_tells_a_collapse():
