@@ -54,7 +54,7 @@ class Report:
     created: str
     summary: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Subject -> scores (acc, top5, nmi, nmi_variant, ari, ami, purity, many_to_one; None without labels), seconds,
-    num_clusters, used_share, largest_share. The last row is what the page's head shows."""
+    num_clusters, used_share, largest_share."""
     stages: Sequence[Mapping[str, Any]] = ()
     """name, kind, state, seconds, fingerprint."""
     curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
@@ -76,6 +76,8 @@ class Report:
     """About the data: images, bad images, labelled, ..."""
     config_yaml: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
+    best: str | None = None
+    """The subject whose scores the page's head shows; the last one when left out."""
 
 
 def write_report(report: Report, out_path: Path | str) -> None:
@@ -144,7 +146,8 @@ class _Pictures:
 def _context(report: Report) -> dict[str, Any]:
     """What the template shows: values, SVG and data URIs."""
     pictures = _Pictures(IMAGE_BYTES)
-    last_name, last = (list(report.summary.items()) or [("", {})])[-1]
+    last_name = report.best if report.best in report.summary else next(reversed(report.summary), "")
+    last = report.summary.get(last_name, {})
     anchors = [_anchor(a, pictures) for a in report.neighbours[:MAX_ANCHORS]]
     clusters = [_cluster(c, pictures) for c in report.clusters[:MAX_CLUSTERS]]
     clusters = [c for c in clusters if c["prototypes"] or c["low"]]

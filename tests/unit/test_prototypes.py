@@ -13,6 +13,7 @@ def test_prototypes_are_the_definition():
     asked = []
     found = find_prototypes(cluster, probability, lambda rows: asked.append(rows) or x[rows], 6)
     assert sorted(found) == [0, 1, 2, 4] and len(asked) == 4
+    assert find_prototypes(cluster, probability, lambda rows: x[rows], 6, only=np.array([1, 3])) == {1: found[1]}
     for c, rows in found.items():
         members = [i for i in range(200) if cluster[i] == c]
         best = sorted(members, key=lambda i: -probability[i])[:10]

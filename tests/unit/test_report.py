@@ -84,6 +84,14 @@ def test_a_full_page_stands_on_its_own(tmp_path):
     assert text.count('class="different"') == 1
 
 
+def test_the_head_shows_the_best_or_the_last(tmp_path):
+    from dataclasses import replace
+
+    for best, shown in ((None, "0.750"), ("kmeans_pixels", "0.500")):
+        text, _ = page_of(replace(full(), best=best), tmp_path)
+        assert f'<div class="tile"><b>{shown}</b><span>ACC' in text
+
+
 def test_what_is_absent_is_left_out(tmp_path):
     _, page = page_of(Report("t", "now"), tmp_path)
     assert page.ids == ["about"] and not page.sources
