@@ -52,10 +52,10 @@ def curve(steps: Sequence[float], values: Sequence[float], name: str) -> str:
     """One metric over the steps of one stage."""
     x, y = thin(np.asarray(steps, float), np.asarray(values, float))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(3.7, 2.0)
+        figure, axes = _axes(3.0, 1.75)
         axes.plot(x, y, color=ACCENT, linewidth=1.5, solid_joinstyle="round", marker="o" if len(x) < 3 else "", markersize=3)
         axes.margins(x=0.01, y=0.08)
-        axes.locator_params(nbins=5)
+        axes.locator_params(nbins=4)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
         return _svg(figure, f"curve-{name}")
 

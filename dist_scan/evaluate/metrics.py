@@ -191,10 +191,10 @@ def _squares(counts: np.ndarray) -> int:
 
 # --- all together ----------------------------------------------------------------------------------------------------
 
-def scores(table: np.ndarray, average: Average = "arithmetic") -> dict[str, Any]:
+def scores(table: np.ndarray, average: Average = "arithmetic", mapping: np.ndarray | None = None) -> dict[str, Any]:
     """Every score of a table; all None without labels. `many_to_one` only when used clusters outnumber classes."""
     more = int((table.sum(axis=1) > 0).sum()) > int((table.sum(axis=0) > 0).sum())
-    return {"acc": accuracy(table), "nmi": nmi(table, average), "nmi_variant": average, "ari": ari(table), "ami": ami(table, average),
+    return {"acc": accuracy(table, mapping), "nmi": nmi(table, average), "nmi_variant": average, "ari": ari(table), "ami": ami(table, average),
             "purity": purity(table), "many_to_one": many_to_one(table) if more else None, "num_labelled": int(table.sum())}
 
 
@@ -204,9 +204,10 @@ def evaluate_assignment(cluster: np.ndarray, label: np.ndarray, num_clusters: in
     label = np.asarray(label)
     num_classes = int(label.max(initial=-1)) + 1
     table = contingency(cluster, label, num_clusters, max(num_classes, 1))
-    found = scores(table, average)
+    mapping = hungarian(table)
+    found = scores(table, average, mapping)
     if top is not None and np.ndim(top) == 2:
-        found["top5"] = top_k_accuracy(top[:, :5], label, hungarian(table))
+        found["top5"] = top_k_accuracy(top[:, :5], label, mapping)
     return found
 
 
