@@ -15,9 +15,12 @@ from PIL import Image
 
 INK, ACCENT = "#010203", "#040506"  # stand-ins that nothing else has; the page's CSS colours take their place
 MAX_POINTS = 400
-STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
-         "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.4, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-         "xtick.major.width": 0.4, "ytick.major.width": 0.4, "xtick.major.size": 2.5, "ytick.major.size": 2.5, "axes.axisbelow": True, "axes.grid": True, "grid.color": INK, "grid.alpha": 0.1, "grid.linewidth": 0.6}
+STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.4, "axes.axisbelow": True, "axes.grid": True,
+    "xtick.major.width": 0.4, "ytick.major.width": 0.4, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
+    "grid.alpha": 0.1, "grid.linewidth": 0.6}
 
 
 def _svg(figure: Figure, name: str) -> str:
