@@ -1,0 +1,145 @@
+"""Backbones: images [B, 3, S, S] -> features [B, num_features]. torchvision's ResNets, timm's models, a small one, or the pixels."""
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from dist_scan.artefacts import write_atomic, write_json
+from dist_scan.config import Strict
+from dist_scan.models.checkpoints import CheckpointKind, load_into
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+OWN = ("resnet_small", "pixels")
+
+
+class BackboneConfig(Strict):
+    """Which network makes features."""
+
+    name: str
+    """resnet18 ... resnet152 (torchvision's layout, which MoCo and SCAN use), any timm name, resnet_small, or pixels."""
+    stem: Literal["imagenet", "cifar", "stl"] = "imagenet"
+    """ResNets: 7x7 stride 2 and max-pool; 3x3 stride 1 without (32 px); 3x3 stride 1 and 2x2 max-pool (96 px)."""
+    width: int = Field(default=32, ge=1)
+    """resnet_small: channels of the first stage (then twice, four times)."""
+    checkpoint: str | None = None
+    """A local file of weights; nothing is ever downloaded."""
+    checkpoint_kind: CheckpointKind = "auto"
+    """Whose names the file uses; auto looks for encoder_q, then backbone, then plain names."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in RESNETS or name in OWN:
+            return name
+        import timm
+
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, [*RESNETS, *OWN, *timm.list_models()], 1)
+            raise ValueError(f"no such backbone; allowed: {', '.join([*OWN, *RESNETS])}, or a timm name"
+                             f"{f'; did you mean {close[0]}?' if close else ''}")
+        return name
+
+
+class SmallResNet(nn.Module):
+    """Three one-block stages of width w, 2w, 4w after a strided 3x3 stem: enough for 16 to 32 px (the quickstart's digits)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_features = 4 * width
+        self.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.layers = nn.Sequential(BasicBlock(width, width), self._wider(width), self._wider(2 * width))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _wider(width: int) -> BasicBlock:
+        shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
+        return BasicBlock(width, 2 * width, 2, shortcut)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(self.relu(self.bn1(self.conv1(images)))).mean((2, 3))
+
+
+class Pixels(nn.Module):
+    """The normalised image itself, flattened: the baseline. Its width depends on the image; num_features is 0."""
+
+    num_features = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def _resnet(config: BackboneConfig) -> ResNet:
+    network = getattr(resnet, config.name)(weights=None)
+    network.num_features, network.fc = network.fc.in_features, nn.Identity()
+    if config.stem != "imagenet":
+        network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity() if config.stem == "cifar" else nn.MaxPool2d(2, 2, padding=1)
+    return network
+
+
+def build_backbone(config: BackboneConfig) -> nn.Module:
+    """A network with `.num_features`, fresh or from config.checkpoint. Raises ValueError when the file does not fit."""
+    if config.stem != "imagenet" and config.name not in RESNETS:
+        raise ValueError(f"stem: '{config.stem}' is for {', '.join(RESNETS)}, not {config.name}; remove it")
+    if config.name in RESNETS:
+        network: nn.Module = _resnet(config)
+    elif config.name in OWN:
+        network = SmallResNet(config.width) if config.name == "resnet_small" else Pixels()
+    else:
+        import timm
+
+        network = timm.create_model(config.name, pretrained=False, num_classes=0)
+    if config.checkpoint is not None:
+        load_into(network, config.checkpoint, config.checkpoint_kind)
+    return network
+
+
+def plain(config: BackboneConfig) -> BackboneConfig:
+    """The config without its checkpoint: what is published carries its own weights."""
+    return config.model_copy(update={"checkpoint": None, "checkpoint_kind": "auto"})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, atomically."""
+    ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_atomic(path, lambda f: f.write(save(ready)))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What save_tensors wrote. Raises ValueError when it is not there."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the stage before must publish it")
+    return load(path.read_bytes())
+
+
+def save_backbone(out_dir: Path, backbone: nn.Module, config: BackboneConfig, projector: nn.Module | None = None) -> None:
+    """Write backbone.safetensors and backbone.json (and projector.safetensors, for mining after the MLP) into out_dir."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_tensors(out_dir / "backbone.safetensors", backbone.state_dict())
+    if projector is not None:
+        save_tensors(out_dir / "projector.safetensors", projector.state_dict())
+    write_json(out_dir / "backbone.json", {"backbone": plain(config).model_dump(mode="json"), "num_features": backbone.num_features})
+
+
+def load_backbone(path: Path) -> tuple[nn.Module, BackboneConfig]:
+    """The network that save_backbone wrote, and its config."""
+    facts = Path(path) / "backbone.json"
+    if not facts.is_file():
+        raise ValueError(f"{path} holds no backbone (no backbone.json); name a stage that publishes one (a pretext, or `given`)")
+    config = BackboneConfig.model_validate(json.loads(facts.read_text())["backbone"])
+    network = build_backbone(config)
+    network.load_state_dict(load_tensors(Path(path) / "backbone.safetensors"))
+    return network, config

@@ -1,0 +1,92 @@
+"""Small layers: projector, all cluster heads in one product, momentum copy, feature normalisation, Sobel."""
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_scan.models.batchnorm import GroupedBatchNorm, convert_batch_norm, sync_running_stats
+
+__all__ = ["ClusterHeads", "FeatureNorm", "GroupedBatchNorm", "MomentumCopy", "Normalise", "Projector", "Sobel", "convert_batch_norm",
+           "sync_running_stats"]
+Normalise = Literal["none", "l2", "standardise"]
+
+
+class Projector(nn.Sequential):
+    """features [B, D] -> projections [B, out_dim], not normalised. mlp: Linear(D, hidden) ReLU Linear (SCAN's and MoCo v2's, no
+    batch norm unless asked); otherwise one Linear (MoCo v1)."""
+
+    def __init__(self, in_dim: int, out_dim: int, mlp: bool = True, hidden_dim: int | None = None, batch_norm: bool = False):
+        hidden = hidden_dim or in_dim
+        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
+        super().__init__(*([nn.Linear(in_dim, hidden), *norm, nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)] if mlp
+                           else [nn.Linear(in_dim, out_dim)]))
+
+
+class ClusterHeads(nn.Module):
+    """H independent linear heads in one product: features [B, D] -> logits [H, B, C], always in fp32 or better (bf16 logits are
+    off by 8e-2). Each head has torch's default Linear init of its own."""
+
+    def __init__(self, in_dim: int, num_clusters: int, num_heads: int):
+        super().__init__()
+        heads = [nn.Linear(in_dim, num_clusters) for _ in range(num_heads)]
+        self.weight = nn.Parameter(torch.stack([h.weight.detach() for h in heads]))
+        self.bias = nn.Parameter(torch.stack([h.bias.detach() for h in heads]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        num_heads, num_clusters, dim = self.weight.shape
+        with torch.autocast(features.device.type, enabled=False):
+            logits = F.linear(features.to(self.weight.dtype), self.weight.view(-1, dim), self.bias.view(-1))
+        return logits.view(len(features), num_heads, num_clusters).transpose(0, 1)
+
+
+class MomentumCopy(nn.Module):
+    """An average of a module's parameters over steps. Its batch norm buffers come from its own forwards, as in MoCo."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(module).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module) -> None:
+        """copy = decay * copy + (1 - decay) * source, over parameters."""
+        torch._foreach_lerp_(list(self.module.parameters()), list(source.parameters()), 1 - self.decay)
+
+
+class FeatureNorm(nn.Module):
+    """features [B, D] -> the same shape: as they are, of unit length, or standardised per dimension by moments (mean, std) [D]."""
+
+    def __init__(self, kind: Normalise, dim: int, moments: tuple[np.ndarray, np.ndarray] | None = None):
+        super().__init__()
+        self.kind = kind
+        if kind == "standardise":
+            mean, std = (torch.zeros(dim), torch.ones(dim)) if moments is None else (torch.tensor(np.asarray(m), dtype=torch.float32) for m in moments)
+            self.register_buffer("mean", mean)
+            # a dimension that never varies must not be blown up: it keeps a scale of its neighbours' order
+            self.register_buffer("std", std.clamp(min=max(1e-6, 1e-4 * float(std.mean()))))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.kind == "none":
+            return features
+        features = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+        return F.normalize(features, dim=1) if self.kind == "l2" else (features - self.mean) / self.std
+
+
+class Sobel(nn.Module):
+    """Normalised images [B, 3, S, S] -> edges [B, 2, S, S]: the mean of the channels, then two fixed 3 x 3 filters (DeepCluster)."""
+
+    def __init__(self):
+        super().__init__()
+        x = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]])
+        self.register_buffer("filters", torch.stack([x, x.T])[:, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images.mean(1, keepdim=True), self.filters.to(images.dtype), padding=1)
