@@ -17,12 +17,10 @@ class GroupedBatchNorm(_BatchNorm):
     ranks: one must divide the other. torch's SyncBatchNorm refuses the CPU. Running statistics move by the mean over groups.
     """
 
-    after: nn.Module | None = None
-    """What a fused layer does after the norm (timm's BatchNormAct2d)."""
-
     def __init__(self, *args, groups: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.groups = groups
+        self.after: nn.Module | None = None  # what a fused layer does after the norm (timm's BatchNormAct2d)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.running_mean is None:

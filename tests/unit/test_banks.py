@@ -1,0 +1,35 @@
+"""Queue and bank on one rank (several: tests/distributed/test_methods_over_ranks.py)."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_scan.banks import Bank, Queue
+
+
+def test_queue_replaces_the_oldest():
+    queue = Queue(8, 2, 4, seed=0)
+    first = queue.rows.clone()
+    queue.enqueue(torch.ones(4, 2))
+    assert (queue.rows[:4] == 1).all() and torch.equal(queue.rows[4:], first[4:])
+    queue.enqueue(torch.ones(4, 2) * 2)
+    queue.enqueue(torch.ones(4, 2) * 3)
+    assert (queue.rows[:4] == 3).all() and (queue.rows[4:] == 2).all() and queue.pointer == 4
+
+
+def test_queue_refuses_a_size_that_does_not_divide():
+    with pytest.raises(ValueError, match="queue_size: 10 .* 8 or 12"):
+        Queue(10, 2, 4, seed=0)
+
+
+def test_bank_writes_reads_and_loads():
+    bank = Bank(11, (2,), num_shards=3, fill=-1)
+    bank.write(torch.tensor([10, 0, 5, 5]), torch.arange(8.).view(4, 2))
+    assert bank.read(torch.tensor([5, 1, 10, 0, 5])).tolist() == [[6, 7], [-1, -1], [0, 1], [2, 3], [6, 7]]
+    other = Bank(11, (2,), num_shards=3)
+    other.load([bank.state()])
+    assert torch.equal(other.read(torch.arange(11)), bank.read(torch.arange(11)))
+    with pytest.raises(ValueError, match="lacks shards"):
+        other.load([])
+    with pytest.raises(ValueError, match="allowed 0..10"):
+        bank.read(torch.tensor([11]))
