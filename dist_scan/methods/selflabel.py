@@ -13,6 +13,7 @@ from dist_scan.losses import confident_cross_entropy
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.cluster import load_cluster_model, save_cluster_model
 from dist_scan.models.layers import MomentumCopy, convert_batch_norm
+from dist_scan.world.world import current
 
 
 class SelfLabelConfig(MethodConfig):
@@ -77,7 +78,7 @@ class SelfLabel(Method):
         used = float((self.confident > 0).double().mean())
         largest = float(self.confident.max()) / total if total else 0.0
         values = {"confident_share": total / max(int(self.seen), 1), "clusters_used": used, "largest_cluster": largest}
-        if total == 0 or used < 0.9 or largest > max(0.5, 5 / len(self.confident)):
+        if current().rank == 0 and (total == 0 or used < 0.9 or largest > max(0.5, 5 / len(self.confident))):
             warnings.warn(f"self-labelling, epoch {epoch + 1}: {used:.0%} of the clusters have confident images, the largest holds "
                           f"{largest:.0%} of them: it may be collapsing. Lower method.threshold, set class_balance: true, use ema, "
                           "or a larger global_batch", stacklevel=2)

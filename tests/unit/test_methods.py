@@ -1,0 +1,104 @@
+"""Methods on one rank: what they choose, average, skip and publish."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_scan.config import kind_class
+from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.methods.base import Given
+from dist_scan.methods.moco import shuffled
+from dist_scan.methods.scan import held_out_loss
+from dist_scan.models.backbone import BackboneConfig, build_backbone
+from dist_scan.models.cluster import ClusterModel, load_cluster_model, save_cluster_model
+from dist_scan.models.layers import FeatureNorm
+from tests.reference import losses as reference
+
+CONFIG = BackboneConfig(name="resnet_small", width=4)
+
+
+def make(kind: str, settings: dict, **given):
+    cls = kind_class("dist_scan.methods", kind)
+    torch.manual_seed(0)
+    return cls(cls.Config(kind=kind, **settings), Given(num_images=64, global_batch=16, seed=0, total_steps=4, feature_dim=16,
+                                                        backbone=build_backbone(CONFIG), backbone_config=CONFIG, **given))
+
+
+def batch(step: int = 0) -> Batch:
+    gen = torch.Generator().manual_seed(step)
+    return Batch(torch.arange(16), tuple(torch.randn(16, 3, 8, 8, generator=gen) for _ in range(2)), 0, step)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_cluster_model(tmp_path, ClusterModel(build_backbone(CONFIG), FeatureNorm("none", 16), nn.Linear(16, 4), CONFIG))
+    return tmp_path
+
+
+def test_held_out_loss_has_weight_one():
+    logits, neighbours = torch.randn(6, 3), torch.tensor([[3, 4], [5, 0]])
+    expected = sum(reference.scan(logits[:2], logits[neighbours[:, k]], 1.0) for k in (0, 1)) / 2
+    torch.testing.assert_close(held_out_loss(logits, neighbours), expected)
+
+
+def test_scan_keeps_the_best_epoch_and_head_and_publishes_it(tmp_path):
+    method = make("scan", dict(num_clusters=4, num_heads=3, normalise="none"), on_features=True)
+    x = torch.randn(8, 16)
+    held = HeldOut(lambda: iter([Batch(torch.arange(8), (x,), 0, 0)]), np.arange(8)[:, None])
+    with torch.no_grad():
+        method.heads.weight[1].copy_(method.heads.weight[1] * 20)  # sharper: agrees with itself
+        logged = method.end_epoch(0, held)
+        kept = method.heads.weight[int(method.best_head)].clone()
+        assert logged["best_head"] == 1
+        method.heads.weight.zero_()
+        method.end_epoch(1, held)
+    method.publish(tmp_path)
+    model = load_cluster_model(tmp_path).eval()
+    assert torch.equal(model.head.weight, kept) and model(batch().views[0]).shape == (16, 4)
+    facts = json.loads((tmp_path / "heads.json").read_text())
+    assert facts["best_epoch"] == 0 and len(facts["heads"]) == 3
+
+
+def test_released_ema_is_sgd_at_a_smaller_rate_with_frozen_buffers(folder):
+    released = make("selflabel", dict(threshold=0.1, ema=0.9, ema_meaning="released"), inputs={"model": folder}).train()
+    plain = make("selflabel", dict(threshold=0.1), inputs={"model": folder}).train()
+    buffers = {k: v.clone() for k, v in released.model.named_buffers()}
+    for method, lr in ((released, 0.1), (plain, 0.01)):
+        optimizer = torch.optim.SGD(method.model.parameters(), lr=lr, momentum=0.9)
+        for s in range(3):
+            step = method(batch(s))
+            step.loss.backward()
+            optimizer.step()
+            method.end_step(batch(s), step)
+            optimizer.zero_grad()
+    for a, b in zip(released.model.parameters(), plain.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, buffers[k]) for k, v in released.model.named_buffers())
+
+
+def test_selflabel_skips_and_warns_when_nobody_is_confident(folder):
+    method = make("selflabel", dict(threshold=0.999999), inputs={"model": folder}).train()
+    step = method(batch())
+    assert step.skip and step.loss == 0
+    with pytest.warns(UserWarning, match="Lower method.threshold"):
+        assert method.end_epoch(0, None)["clusters_used"] == 0
+
+
+def test_moco_shuffle_is_a_function_of_seed_and_step():
+    assert torch.equal(shuffled(8, 1, 2), shuffled(8, 1, 2)) and not torch.equal(shuffled(64, 1, 2), shuffled(64, 1, 3))
+    assert sorted(shuffled(8, 1, 2).tolist()) == list(range(8))
+
+
+def test_moco_enqueues_the_keys_and_follows_slowly():
+    method = make("moco", dict(queue_size=32, projection_dim=4, momentum=0.5, bn_groups=4)).train()
+    step = method(batch())
+    before = method.key.module[0].conv1.weight.clone()
+    with torch.no_grad():
+        method.backbone.conv1.weight += 1
+    method.end_step(batch(), step)
+    torch.testing.assert_close(method.queue.rows[:16], step.keep["keys"])
+    torch.testing.assert_close(method.key.module[0].conv1.weight, before + 0.5)
