@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from dist_scan.artefacts import write_atomic, write_json
 from dist_scan.config import Strict
 from dist_scan.models.checkpoints import CheckpointKind, load_into
+from dist_scan.models.layers import Projector
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 OWN = ("resnet_small", "pixels")
@@ -143,3 +144,15 @@ def load_backbone(path: Path) -> tuple[nn.Module, BackboneConfig]:
     network = build_backbone(config)
     network.load_state_dict(load_tensors(Path(path) / "backbone.safetensors"))
     return network, config
+
+
+def load_projector(path: Path) -> nn.Module:
+    """The projector published beside a backbone: features -> projections. Raises ValueError when the stage published none."""
+    file = Path(path) / "projector.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{path} holds no projector; set projection: false, or name a pretext that has one (simclr, moco)")
+    tensors = load_tensors(file)
+    weights = [tensors[k] for k in sorted(k for k in tensors if k.endswith("weight"))]
+    projector = Projector(weights[0].shape[1], weights[-1].shape[0], mlp=len(weights) > 1, hidden_dim=weights[0].shape[0])
+    projector.load_state_dict(tensors)
+    return projector
