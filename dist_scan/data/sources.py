@@ -1,11 +1,27 @@
-"""Where images come from. DataConfig is read by everyone; the readers follow below."""
+"""Where images come from: image folders, parquet in the Hugging Face layout, tar shards, scikit-learn's digits.
+
+A source knows how many images it has before any is read, gives any rows in order, and is small enough to send to a worker.
+"""
 from __future__ import annotations
 
-from typing import Literal
+import glob
+import hashlib
+import io
+import json
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
-from dist_scan.config import Strict
+from dist_scan.config import ConfigError, Strict
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class SplitConfig(Strict):
@@ -16,6 +32,8 @@ class SplitConfig(Strict):
     format: Literal["auto", "folder", "parquet", "tar", "digits"] = "auto"
     limit: int | None = Field(default=None, ge=1)
     """Take only so many images, evenly spaced over the source (a trial run)."""
+    classes: str | None = None
+    """A text file whose lines begin with class folder names: only these, in this order (ImageNet subsets)."""
 
 
 class DataConfig(Strict):
@@ -26,7 +44,7 @@ class DataConfig(Strict):
     size: int = Field(default=224, ge=8)
     """Side in pixels of what the network sees."""
     stored: Literal["raw", "jpeg", "original"] = "jpeg"
-    """raw: pixels; jpeg: re-encoded at `resolution`; original: JPEG bytes passed through where they already are JPEG."""
+    """raw: pixels; jpeg: re-encoded at `resolution`; original: JPEG bytes passed through where they already are RGB JPEG."""
     resolution: int = Field(default=256, ge=8)
     """Shorter side in pixels of what is stored (bilinear; smaller images are enlarged, as Resize does)."""
     max_side: int = Field(default=1024, ge=8)
@@ -36,3 +54,246 @@ class DataConfig(Strict):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Above this share of unreadable images the build refuses."""
+
+
+class Sample(NamedTuple):
+    """One image as it comes: its file's bytes, its label (-1 unknown), its name."""
+
+    data: bytes
+    label: int
+    name: str
+
+
+class Source(ABC):
+    """`len(source)` images in a fixed order."""
+
+    class_names: list[str] | None = None
+    rows: np.ndarray
+    """The underlying row of each image, after `limit`."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: Sequence[int]) -> Iterator[Sample]:
+        """The images at these places (ascending), in order."""
+        return self._read([int(self.rows[i]) for i in index])
+
+    @abstractmethod
+    def _read(self, rows: list[int]) -> Iterator[Sample]: ...
+
+    @abstractmethod
+    def _facts(self) -> Iterator[str]:
+        """What tells this data from other data, cheaply: names and sizes."""
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the names and sizes of what is read."""
+        digest = hashlib.sha256()
+        for fact in self._facts():
+            digest.update(fact.encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(self.rows.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
+class FolderSource(Source):
+    """Image files at any depth, sorted by path. The first level of folders names the classes (sorted); no folders, no labels."""
+
+    def __init__(self, root: Path, classes: list[str] | None = None):
+        self.root = root
+        found = sorted(_image_files(root))
+        tops = sorted({name.split("/", 1)[0] for name, _ in found if "/" in name})
+        if classes is not None:
+            missing = [c for c in classes if c not in tops]
+            if missing:
+                raise ConfigError(f"source '{root}': no folder for class '{missing[0]}' ({len(missing)} of {len(classes)} are missing)")
+            tops, wanted = classes, set(classes)
+            found = [(name, size) for name, size in found if name.split("/", 1)[0] in wanted]
+        if tops and any("/" not in name for name, _ in found):
+            tops = []  # images beside folders: the folders name no classes
+        self.class_names = tops or None
+        number = {name: i for i, name in enumerate(tops)}
+        self.files = found
+        self.labels = [number.get(name.split("/", 1)[0], -1) if tops else -1 for name, _ in found]
+        self.rows = np.arange(len(found))
+
+    def _read(self, rows: list[int]) -> Iterator[Sample]:
+        for row in rows:
+            name = self.files[row][0]
+            try:
+                data = (self.root / name).read_bytes()
+            except OSError:
+                data = b""  # vanished or unreadable: listed as bad, not fatal
+            yield Sample(data, self.labels[row], name)
+
+    def _facts(self) -> Iterator[str]:
+        return (f"{name}:{size}" for name, size in self.files)
+
+
+def _image_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir(follow_symlinks=True) and not entry.name.startswith("."):
+                yield from _image_files(root, name)
+            elif entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith("."):
+                yield name, entry.stat().st_size
+
+
+class ParquetSource(Source):
+    """Rows of parquet files in the Hugging Face layout: `image` is {bytes, path} or bytes, with an optional label column."""
+
+    def __init__(self, files: list[Path]):
+        import pyarrow.parquet as pq
+
+        self.files, self.starts, self.groups, self.sizes = files, [0], [], []
+        for number, file in enumerate(files):
+            try:
+                handle = pq.ParquetFile(file)
+            except Exception as error:  # pyarrow has a dozen kinds
+                raise ConfigError(f"source '{file}' is no readable parquet file: {error}") from None
+            names = handle.schema_arrow.names
+            if "image" not in names:
+                raise ConfigError(f"source '{file}' has no column 'image'; it has {', '.join(names)}. Rename the column of image bytes")
+            self.label = next((c for c in LABEL_COLUMNS if c in names), None)
+            self.class_names = _class_names(handle.schema_arrow.metadata, self.label)
+            for group in range(handle.num_row_groups):
+                self.groups.append((number, group))
+                self.starts.append(self.starts[-1] + handle.metadata.row_group(group).num_rows)
+            self.sizes.append(file.stat().st_size)
+        self.rows = np.arange(self.starts[-1])
+
+    def _read(self, rows: list[int]) -> Iterator[Sample]:
+        import pyarrow.parquet as pq
+
+        place = np.searchsorted(self.starts, rows, side="right") - 1
+        for group in np.unique(place):
+            number, inner = self.groups[group]
+            columns = ["image", *([self.label] if self.label else [])]
+            table = pq.ParquetFile(self.files[number]).read_row_group(inner, columns=columns)
+            for row in (r for r, p in zip(rows, place) if p == group):
+                yield self._sample(table, row - self.starts[group], row, self.files[number].name)
+
+    def _sample(self, table: Any, at: int, row: int, file: str) -> Sample:
+        image = table["image"][at].as_py()
+        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        label = table[self.label][at].as_py() if self.label else None
+        return Sample(data or b"", -1 if label is None else int(label), path or f"{file}:{row}")
+
+    def _facts(self) -> Iterator[str]:
+        return (f"{file.name}:{size}" for file, size in zip(self.files, self.sizes))
+
+
+def _class_names(metadata: dict | None, label: str | None) -> list[str] | None:
+    """Class names that Hugging Face datasets keep in the schema's metadata, if they do."""
+    try:
+        return list(json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+class TarSource(Source):
+    """webdataset shards: members KEY.jpg (or .png ...) with KEY.cls or KEY.json ({"label": n}) beside them."""
+
+    def __init__(self, files: list[Path]):
+        self.files, self.members = files, []
+        for number, file in enumerate(files):
+            try:
+                with tarfile.open(file) as tar:
+                    self._index(tar, number)
+            except (tarfile.TarError, OSError, EOFError) as error:
+                raise ConfigError(f"source '{file}' is no readable tar file: {error}") from None
+        self.rows = np.arange(len(self.members))
+
+    def _index(self, tar: tarfile.TarFile, number: int) -> None:
+        images, labels = {}, {}
+        for member in tar:
+            key, dot, ending = member.name.partition(".") if "/" not in member.name else _split_key(member.name)
+            if member.isfile() and f".{ending.lower()}" in IMAGE_ENDINGS:
+                images[key] = (member.name, member.offset_data, member.size)
+            elif member.isfile() and ending.lower() in ("cls", "json"):
+                labels[key] = _label_of(tar.extractfile(member).read(), ending.lower())
+        self.members += [(number, *images[key], labels.get(key, -1)) for key in images]
+
+    def _read(self, rows: list[int]) -> Iterator[Sample]:
+        for row in rows:
+            number, name, offset, size, label = self.members[row]
+            with open(self.files[number], "rb") as f:
+                f.seek(offset)
+                yield Sample(f.read(size), label, name)
+
+    def _facts(self) -> Iterator[str]:
+        return (f"{name}:{size}:{label}" for _, name, _, size, label in self.members)
+
+
+def _split_key(name: str) -> tuple[str, str, str]:
+    folder, _, base = name.rpartition("/")
+    key, dot, ending = base.partition(".")
+    return f"{folder}/{key}", dot, ending
+
+
+def _label_of(data: bytes, ending: str) -> int:
+    try:
+        value = json.loads(data)
+        return int(value.get("label", value.get("cls", -1)) if isinstance(value, dict) else value)
+    except (ValueError, TypeError, AttributeError):
+        return -1
+
+
+class DigitsSource(Source):
+    """The 1,797 handwritten digits (8 x 8) that scikit-learn carries: real images that need no download."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images, self.labels = np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+        self.class_names, self.rows = [str(d) for d in digits.target_names], np.arange(len(digits.target))
+
+    def _read(self, rows: list[int]) -> Iterator[Sample]:
+        from PIL import Image
+
+        for row in rows:
+            buffer = io.BytesIO()
+            Image.fromarray(self.images[row]).save(buffer, "PNG")
+            yield Sample(buffer.getvalue(), int(self.labels[row]), f"digit-{row:04d}.png")
+
+    def _facts(self) -> Iterator[str]:
+        yield "sklearn:digits:1797"
+
+
+def open_source(split: SplitConfig) -> Source:
+    """The source a split asks for. Raises ConfigError when it is missing, empty or of another format."""
+    if split.source == "sklearn:digits" or split.format == "digits":
+        source: Source = DigitsSource()
+    else:
+        source = _open_files(split)
+    if len(source) == 0:
+        raise ConfigError(f"source '{split.source}' holds no images; allowed endings: {', '.join(IMAGE_ENDINGS)}")
+    if split.limit is not None and split.limit < len(source):
+        source.rows = source.rows[np.arange(split.limit) * len(source.rows) // split.limit]
+    return source
+
+
+def _open_files(split: SplitConfig) -> Source:
+    files = [Path(split.source)] if Path(split.source).exists() else sorted(Path(p) for p in glob.glob(split.source))
+    if not files:
+        raise ConfigError(f"source '{split.source}' does not exist; give an image folder, parquet files, tar shards (a glob is allowed), "
+                          "or sklearn:digits, as in data.train.source=PATH")
+    if len(files) == 1 and files[0].is_dir():
+        inside = [(kind, sorted(files[0].glob(f"*.{kind}"))) for kind in ("parquet", "tar")]
+        kind, files = next(((k, f) for k, f in inside if f and split.format in ("auto", k)), ("folder", files))
+    else:
+        kind = {".parquet": "parquet", ".tar": "tar"}.get(files[0].suffix, "?")
+    if kind == "?" or split.format not in ("auto", kind):
+        raise ConfigError(f"source '{split.source}': format '{split.format}' does not fit what is there; allowed: a folder of images, "
+                          "*.parquet, *.tar, or sklearn:digits")
+    if kind == "folder":
+        return FolderSource(files[0], _class_list(split.classes))
+    return ParquetSource(files) if kind == "parquet" else TarSource(files)
+
+
+def _class_list(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ConfigError(f"classes: the file '{path}' does not exist; give a text file with a class folder's name on each line")
+    return [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]

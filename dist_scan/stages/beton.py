@@ -38,7 +38,7 @@ class BetonStage(Stage):
             raise ValueError(problem)
 
     def _write(self) -> None:
-        from dist_scan.data.beton.format import write_beton  # ffcv takes seconds to import; only who writes or reads images pays
+        from dist_scan.data.beton.write import write_beton
 
         config, run = self.config, self.context.run
         source = open_source(getattr(config.data, config.split))

@@ -1,0 +1,72 @@
+"""Cutting views with FFCV's kernels: an image is decoded once and every view is cut from it.
+
+The kernels (turbojpeg and OpenCV behind a C interface) are called from one numba function that holds no lock and knows no threads;
+loader.py runs it on threads of its own. FFCV's Loader is not used: its randomness cannot be seeded, its iterator hangs on errors, its
+thread pool aborts beside another (FFCV.md 2, 3, 6).
+"""
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+TESTED = "1.0.2"
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """FFCV's compiled part, without importing FFCV (which loads its whole pipeline compiler)."""
+    spec = importlib.util.find_spec("ffcv")
+    if spec is None or version("ffcv") != TESTED:
+        found = "none" if spec is None else version("ffcv")
+        raise ImportError(f"ffcv {TESTED} is needed to read images (found: {found}); run launch/setup.sh, or: pip install ffcv=={TESTED}")
+    files = [f for folder in (Path(p) for p in [*spec.submodule_search_locations, Path(spec.origin).parent.parent])
+             for f in folder.glob("_libffcv*.so")]
+    library = ctypes.CDLL(str(files[0]))
+    library.imdecode.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p,
+                                 *[ctypes.c_uint32] * 6, ctypes.c_bool, ctypes.c_bool]
+    library.imdecode.restype = ctypes.c_int
+    library.resize.argtypes = [ctypes.c_int64] * 11
+    library.resize.restype = None
+    return library
+
+
+@cache
+def cutter():
+    """cut(file, starts, sizes, modes, heights, widths, boxes [n, V, 4], flips [n, V], scratch, outs) -> place of the first sample that
+    does not decode, or -1. `outs` is a tuple of V arrays [n, S, S, 3]. Compiled once per process and number of views."""
+    from numba import njit
+
+    library = _library()
+    imdecode, resize = library.imdecode, library.resize
+
+    @njit(nogil=True)
+    def cut(file, starts, sizes, modes, heights, widths, boxes, flips, scratch, outs):
+        for i in range(len(starts)):
+            height, width = heights[i], widths[i]
+            if modes[i] == 0:
+                failed = imdecode(file.ctypes.data + starts[i], sizes[i], height, width, scratch.ctypes.data, height, width, 0, 0, 1, 1, False, False)
+                if failed != 0:
+                    return i
+                source = scratch.ctypes.data
+            else:
+                source = file.ctypes.data + starts[i]
+            v = 0
+            for out in outs:
+                view = out[i]
+                top, left, h, w = boxes[i, v, 0], boxes[i, v, 1], boxes[i, v, 2], boxes[i, v, 3]
+                resize(0, source, height, width, top, top + h, left, left + w, view.ctypes.data, view.shape[0], view.shape[1])
+                if flips[i, v]:
+                    for y in range(view.shape[0]):
+                        for x in range(view.shape[1] // 2):
+                            for c in range(3):
+                                other = view.shape[1] - 1 - x
+                                view[y, x, c], view[y, other, c] = view[y, other, c], view[y, x, c]
+                v += 1
+        return -1
+
+    return cut
