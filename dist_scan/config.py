@@ -67,12 +67,14 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _stages_fit(self):
         """References between stages point backwards, and each stage agrees with what it refers to."""
-        seen: dict[str, Any] = {}
+        seen: dict[str, Any] = {f"beton_{split}": None for split in ("train", "val") if getattr(self.data, split, None) is not None}
         for name, stage in self.stages.items():
             for role, target in getattr(stage, "inputs", dict)().items():
+                if target not in seen and target.startswith("beton_"):
+                    raise ValueError(f"stages.{name}.{role}: '{target.removeprefix('beton_')}', but data.{target.removeprefix('beton_')} is not given; add it")
                 if target not in seen:
                     raise ValueError(f"stages.{name}.{role}: '{target}' is no earlier stage; "
-                                     f"allowed: {', '.join(seen) or 'none (it is the first)'}. Name one, or move it before '{name}'.")
+                                     f"allowed: {', '.join(s for s in seen if seen[s]) or 'none (it is the first)'}. Name one, or move it before '{name}'.")
             check = getattr(stage, "check", None)
             if check is not None:
                 check(name, self, seen)

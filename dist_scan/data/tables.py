@@ -1,0 +1,182 @@
+"""Tables with a row per image, in a fixed number of contiguous shards: FeatureTable [N, V, D] and NeighbourTable [N, K].
+
+A shard is a .npy file that is renamed in whole; rows of shard s are [s*N//S, (s+1)*N//S). Reading is by memory map.
+"""
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dist_scan.artefacts import write_atomic, write_json
+
+LARGEST = float(np.finfo(np.float16).max)
+
+
+class ShardedTable:
+    """What both kinds share: a folder with table.json and shards of one or more arrays."""
+
+    parts: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.facts = Path(path), facts
+        self.num_rows, self.num_shards = int(facts["num_rows"]), int(facts["num_shards"])
+        self._shards = cache(self._open_shard)
+
+    @classmethod
+    def _create(cls, path: Path, facts: dict[str, Any]) -> Any:
+        if facts["num_rows"] < 1 or facts["num_shards"] < 1:
+            raise ValueError(f"a table needs at least one row and one shard, got {facts['num_rows']} and {facts['num_shards']}")
+        facts["num_shards"] = min(facts["num_shards"], facts["num_rows"])
+        Path(path).mkdir(parents=True, exist_ok=True)
+        write_json(Path(path) / "table.json", {"kind": cls.kind, **facts})
+        return cls(path, facts)
+
+    @classmethod
+    def open(cls, path: Path) -> Any:
+        """The table in a folder. Raises ValueError when there is none, or one of another kind."""
+        file = Path(path) / "table.json"
+        if not file.is_file():
+            raise ValueError(f"{path} holds no {cls.kind} table (no table.json); give the folder of one, or a .npy")
+        facts = json.loads(file.read_text())
+        if facts.get("kind") != cls.kind:
+            raise ValueError(f"{path} holds a table of {facts.get('kind')}, not of {cls.kind}")
+        return cls(path, facts)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First and one past the last row of a shard."""
+        return shard * self.num_rows // self.num_shards, (shard + 1) * self.num_rows // self.num_shards
+
+    def _file(self, shard: int, part: str) -> Path:
+        return self.path / f"{part}-{shard:05d}.npy"
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are not written yet; a half-written one is not there."""
+        return [s for s in range(self.num_shards) if not all(self._file(s, p).is_file() for p in self.parts)]
+
+    def _write(self, shard: int, **arrays: np.ndarray) -> None:
+        start, stop = self.shard_range(shard)
+        for part, array in arrays.items():
+            if len(array) != stop - start:
+                raise ValueError(f"shard {shard} of {self.path} has rows {start}..{stop - 1}, {len(array)} were given")
+            write_atomic(self._file(shard, part), lambda f, a=array: np.save(f, np.ascontiguousarray(a)))
+
+    def _open_shard(self, shard: int) -> tuple[np.ndarray, ...]:
+        start, stop = self.shard_range(shard)
+        out = []
+        for part in self.parts:
+            file = self._file(shard, part)
+            try:
+                array = np.load(file, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} is missing or cut ({error}); remove it and run the stage that makes it again") from None
+            if len(array) != stop - start:
+                raise ValueError(f"{file} has {len(array)} rows instead of {stop - start}; remove it and run the stage that makes it again")
+            out.append(array)
+        return tuple(out)
+
+    def _gather(self, index: np.ndarray, pick) -> Any:
+        """pick(shard's arrays, rows inside it) for each shard touched, put together in the order of index."""
+        index = np.asarray(index, np.int64)
+        if len(index) and (index.min() < 0 or index.max() >= self.num_rows):
+            raise ValueError(f"{self.path}: rows {index.min()}..{index.max()} were asked for; allowed: 0..{self.num_rows - 1}")
+        starts = np.array([self.shard_range(s)[0] for s in range(self.num_shards)])
+        shard_of = np.searchsorted(starts, index, side="right") - 1
+        return [(np.flatnonzero(shard_of == s), pick(self._shards(int(s)), index[shard_of == s] - starts[s], shard_of == s)) for s in np.unique(shard_of)]
+
+
+class FeatureTable(ShardedTable):
+    """V cached views of D features per image, float16."""
+
+    parts, kind = ("features",), "features"
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        super().__init__(path, facts)
+        self.num_views, self.dim = int(facts["num_views"]), int(facts["dim"])
+
+    @classmethod
+    def create(cls, path: Path, num_rows: int, num_views: int, dim: int, num_shards: int) -> "FeatureTable":
+        """An empty table in a folder; the number of shards is lowered to the number of rows."""
+        return cls._create(path, {"num_rows": num_rows, "num_views": num_views, "dim": dim, "num_shards": num_shards})
+
+    @classmethod
+    def from_npy(cls, npy: str | Path, path: Path, num_shards: int) -> "FeatureTable":
+        """A table from a .npy of [N, D] or [N, V, D]. Raises ValueError on another shape or kind of numbers."""
+        try:
+            array = np.load(npy, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"'{npy}' is no readable .npy file: {error}") from None
+        if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
+            raise ValueError(f"'{npy}' holds {array.dtype} {array.shape}; allowed: floating point [N, D] or [N, V, D], not empty")
+        array = array[:, None] if array.ndim == 2 else array
+        table = cls.create(path, len(array), array.shape[1], array.shape[2], num_shards)
+        for shard in range(table.num_shards):
+            table.write_shard(shard, np.asarray(array[slice(*table.shard_range(shard))]))
+        return table
+
+    def write_shard(self, shard: int, rows: np.ndarray) -> None:
+        """Rows [n, V, D]. Raises ValueError naming rows that are no numbers or do not fit float16."""
+        if rows.shape[1:] != (self.num_views, self.dim):
+            raise ValueError(f"{self.path}: rows are [{self.num_views}, {self.dim}], got {list(rows.shape[1:])}")
+        start = self.shard_range(shard)[0]
+        flat = rows.reshape(len(rows), -1)
+        bad = np.flatnonzero(~np.isfinite(flat).all(1))
+        if len(bad):
+            raise ValueError(f"features of rows {(bad[:8] + start).tolist()} ({len(bad)} in shard {shard}) are NaN or Inf; look at these images, or at the backbone")
+        large = np.flatnonzero(np.abs(flat).max(1, initial=0) > LARGEST)
+        if len(large):
+            raise ValueError(f"features of rows {(large[:8] + start).tolist()} are larger than float16 holds ({LARGEST:.0f}); scale them down")
+        self._write(shard, features=rows.astype(np.float16))
+
+    def shard(self, shard: int) -> np.ndarray:
+        """[n, V, D] float16, memory-mapped."""
+        return self._shards(shard)[0]
+
+    def rows(self, index: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
+        """[n, D] float16: one view of each row (a number for all, or one each)."""
+        view = np.broadcast_to(np.asarray(view), len(index))
+        out = np.empty((len(index), self.dim), np.float16)
+        for at, values in self._gather(index, lambda arrays, inner, mask: arrays[0][inner, view[mask]]):
+            out[at] = values
+        return out
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation [D] float64 over rows and views; two passes, so nothing cancels."""
+        mean, square, count = np.zeros(self.dim), np.zeros(self.dim), self.num_rows * self.num_views
+        for s in range(self.num_shards):
+            mean += self.shard(s).reshape(-1, self.dim).sum(0, dtype=np.float64)
+        mean /= count
+        for s in range(self.num_shards):
+            square += ((self.shard(s).reshape(-1, self.dim) - mean) ** 2).sum(0)
+        return mean, np.sqrt(square / count)
+
+
+class NeighbourTable(ShardedTable):
+    """K nearest others of each image: ids [N, K] int64 and scores [N, K] float64, by (score descending, id ascending)."""
+
+    parts, kind = ("ids", "scores"), "neighbours"
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        super().__init__(path, facts)
+        self.num_neighbours = int(facts["num_neighbours"])
+
+    @classmethod
+    def create(cls, path: Path, num_rows: int, num_neighbours: int, num_shards: int) -> "NeighbourTable":
+        """An empty table in a folder."""
+        return cls._create(path, {"num_rows": num_rows, "num_neighbours": num_neighbours, "num_shards": num_shards})
+
+    def write_shard(self, shard: int, ids: np.ndarray, scores: np.ndarray) -> None:
+        """ids and scores [n, K]."""
+        self._write(shard, ids=ids.astype(np.int64), scores=scores.astype(np.float64))
+
+    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, scores) [n, K]."""
+        ids = np.empty((len(index), self.num_neighbours), np.int64)
+        scores = np.empty((len(index), self.num_neighbours), np.float64)
+        for at, (i, s) in self._gather(index, lambda arrays, inner, mask: (arrays[0][inner], arrays[1][inner])):
+            ids[at], scores[at] = i, s
+        return ids, scores
