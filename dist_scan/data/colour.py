@@ -23,6 +23,22 @@ def grey(x: Tensor) -> Tensor:
     return (r * LUMA[0] + g * LUMA[1] + b * LUMA[2])[:, None]
 
 
+def image_mean(x: Tensor) -> Tensor:
+    """Mean of each image, [B, 1, 1, 1], added up in pairs in an order that is the same everywhere.
+
+    Tensor.mean adds a batch of one in another order (two threads share one image), and a GPU's order depends on B too.
+    """
+    sums = x.flatten(1)
+    count = sums.shape[1]
+    while sums.shape[1] > 1:
+        half, odd = divmod(sums.shape[1], 2)
+        folded = sums[:, :half] + sums[:, half:2 * half]
+        if odd:
+            folded[:, :1] += sums[:, -1:]
+        sums = folded
+    return (sums / count).view(-1, 1, 1, 1)
+
+
 def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """factor * x + (1 - factor) * other, clipped."""
     return (x * factor + other * (1 - factor)).clamp_(0, 1)
@@ -35,7 +51,7 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean luminance of each image."""
-    return blend(x, grey(x).mean((2, 3), keepdim=True), factor)
+    return blend(x, image_mean(grey(x)), factor)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
@@ -86,7 +102,7 @@ def jitter_fused(x: Tensor, draws: np.ndarray, strength: tuple[float, float, flo
     turn[:, 1, 2], turn[:, 2, 1] = -np.sin(angle), np.sin(angle)
     colour = np.linalg.inv(to_yiq) @ turn @ to_yiq @ (sat[:, None, None] * eye + (1 - sat)[:, None, None] * luma)
     matrix = torch.as_tensor(colour * (light * con)[:, None, None], dtype=x.dtype, device=x.device)
-    offset = column(light * (1 - con), x) * grey(x).mean((2, 3), keepdim=True)
+    offset = column(light * (1 - con), x) * image_mean(grey(x))
     return (torch.einsum("bij,bjhw->bihw", matrix, x) + offset).clamp_(0, 1)
 
 
@@ -97,11 +113,14 @@ def greyscale(x: Tensor, draws: np.ndarray, probability: float) -> Tensor:
 
 
 def blur(x: Tensor, draws: np.ndarray, probability: float, sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
-    """Gaussian blur of some samples with a sigma of their own (pixels). draws [B, 2]. Taps out to three of the largest sigmas."""
+    """Gaussian blur of some samples with a sigma of their own (pixels). draws [B, 2].
+
+    Taps out to three of the largest sigmas; edges repeat, as PIL's (MoCo v2's transform; a reflecting edge is twice as far from it).
+    """
     rows = np.flatnonzero(draws[:, 0] < probability)
     if not len(rows):
         return x
-    radius = min(int(np.ceil(3 * sigma[1])), min(x.shape[2:]) - 1)
+    radius = int(np.ceil(3 * sigma[1]))
     taps = np.arange(-radius, radius + 1)
     widths = sigma[0] + (sigma[1] - sigma[0]) * draws[rows, 1]
     weights = np.exp(-0.5 * (taps / widths[:, None]) ** 2)
@@ -110,7 +129,7 @@ def blur(x: Tensor, draws: np.ndarray, probability: float, sigma: tuple[float, f
     part = x[at]
     for dim in (2, 3):
         pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
-        wide = F.pad(part, pad, mode="reflect")
+        wide = F.pad(part, pad, mode="replicate")
         size = part.shape[dim]
         part = sum(column(weights[:, k], x) * wide.narrow(dim, k, size) for k in range(len(taps)))
     x = x.clone()
@@ -124,8 +143,7 @@ def cutout(x: Tensor, side: np.ndarray, row: np.ndarray, col: np.ndarray) -> Ten
     On normalised images zero is the dataset's mean colour.
     """
     half = side // 2
-    ys, xs = np.arange(x.shape[2]), np.arange(x.shape[3])
-    inside_y = (ys >= (row - half)[:, None]) & (ys < (row + half)[:, None])
-    inside_x = (xs >= (col - half)[:, None]) & (xs < (col + half)[:, None])
-    hole = torch.from_numpy(inside_y[:, :, None] & inside_x[:, None, :]).to(x.device)
-    return x.masked_fill(hole[:, None], 0.0)
+    table = torch.from_numpy(np.stack([row - half, row + half, col - half, col + half])).to(x.device)[..., None]
+    ys, xs = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+    inside_y, inside_x = (ys >= table[0]) & (ys < table[1]), (xs >= table[2]) & (xs < table[3])
+    return x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)

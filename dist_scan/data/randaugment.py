@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_scan.data.colour import column
-from dist_scan.data.warp import affine
+from dist_scan.data.warp import nearest
 
 Operation = Callable[[Tensor, np.ndarray], Tensor]
 
@@ -24,20 +24,20 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, other: Tensor, value: np.ndarray) -> Tensor:
-    return _whole(other + column(value, x) * (x - other) + 1e-3)  # 1e-3: float32 may land just under a whole number
+    return _whole(other + column(value, x) * (x - other))  # in float32, as PIL: it too lands just under a whole number at times
 
 
 def _luma(x: Tensor) -> Tensor:
     """PIL's "L" in integers: (19595 R + 38470 G + 7471 B + 2^15) >> 16."""
-    r, g, b = x.double().unbind(1)
-    return torch.floor((r * 19595 + g * 38470 + b * 7471 + 32768) / 65536)[:, None].to(x.dtype)
+    r, g, b = x.unbind(1)  # every sum is below 2^24: exact in float32
+    return torch.floor((r * 19595 + g * 38470 + b * 7471 + 32768) / 65536)[:, None]
 
 
 def autocontrast(x: Tensor, value: np.ndarray) -> Tensor:
     """Stretch each channel to 0..255."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     scale = 255.0 / (high - low).clamp_min(1).double()
-    return torch.where(high > low, _whole((x.double() * scale - low.double() * scale).add_(1e-9)).to(x.dtype), x)
+    return torch.where(high > low, _whole(x.double() * scale - low.double() * scale).to(x.dtype), x)
 
 
 def equalize(x: Tensor, value: np.ndarray) -> Tensor:
@@ -55,8 +55,9 @@ def equalize(x: Tensor, value: np.ndarray) -> Tensor:
 
 def rotate(x: Tensor, value: np.ndarray) -> Tensor:
     """Degrees, counter-clockwise, about the centre."""
-    angle = np.deg2rad(value)
-    return affine(x, np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle), nearest=True)
+    cos, sin = np.cos(np.deg2rad(value)), np.sin(np.deg2rad(value))
+    cx, cy = x.shape[3] / 2, x.shape[2] / 2
+    return nearest(x, cos, -sin, sin, cos, cx - cos * cx + sin * cy, cy - sin * cx - cos * cy)
 
 
 def solarize(x: Tensor, value: np.ndarray) -> Tensor:
@@ -95,28 +96,30 @@ def posterize(x: Tensor, value: np.ndarray) -> Tensor:
     return torch.floor(x / column(step, x)) * column(step, x)
 
 
+def _affine(x: Tensor, n: int, across: np.ndarray | float = 0.0, down: np.ndarray | float = 0.0, left: np.ndarray | float = 0.0,
+            top: np.ndarray | float = 0.0) -> Tensor:
+    one = np.ones(n)
+    return nearest(x, one, one * across, one * down, one, one * left, one * top)
+
+
 def shear_x(x: Tensor, value: np.ndarray) -> Tensor:
     """Rows slide by value per row."""
-    one, zero = np.ones_like(value), np.zeros_like(value)
-    return affine(x, one, value, zero, one, nearest=True, about_centre=False)
+    return _affine(x, len(value), across=value)
 
 
 def shear_y(x: Tensor, value: np.ndarray) -> Tensor:
     """Columns slide by value per column."""
-    one, zero = np.ones_like(value), np.zeros_like(value)
-    return affine(x, one, zero, value, one, nearest=True, about_centre=False)
+    return _affine(x, len(value), down=value)
 
 
 def translate_x(x: Tensor, value: np.ndarray) -> Tensor:
-    """By a share of the width."""
-    one, zero = np.ones_like(value), np.zeros_like(value)
-    return affine(x, one, zero, zero, one, shift_x=value * x.shape[3], nearest=True, about_centre=False)
+    """By a share of the width, in whole pixels."""
+    return _affine(x, len(value), left=np.floor(value * x.shape[3] + 0.5))
 
 
 def translate_y(x: Tensor, value: np.ndarray) -> Tensor:
-    """By a share of the height."""
-    one, zero = np.ones_like(value), np.zeros_like(value)
-    return affine(x, one, zero, zero, one, shift_y=value * x.shape[2], nearest=True, about_centre=False)
+    """By a share of the height, in whole pixels."""
+    return _affine(x, len(value), top=np.floor(value * x.shape[2] + 0.5))
 
 
 def identity(x: Tensor, value: np.ndarray) -> Tensor:
