@@ -1,6 +1,6 @@
 """Augmentation recipes by name. The decoder cuts (CropSpec), the device colours; both draw from hashes of (seed, epoch, index, view).
 
-FIDELITY.md 1.3 (SCAN's standard, simclr, ours = randaugment), 4 (MoCo v1, v2), 3 (DeepCluster), QUICKSTART.md (digits).
+FIDELITY.md 1.3 (SCAN's standard, simclr, ours = randaugment), 2.3 (MMDC), 3 (DeepCluster v1, v2), 4 (MoCo v1, v2), QUICKSTART.md (digits).
 """
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ class Look:
     blur_p: float = 0.0
     special: Literal["none", "randaugment", "digits"] = "none"
     cutout_p: float = 0.0
+    share: float | None = None
+    """Side of the crop as a share of the image's shorter side."""
+    normalise: bool = True
 
 
 SCAN_JITTER = (0.4, 0.4, 0.4, 0.1)
@@ -51,6 +54,8 @@ LOOKS: dict[str, Look] = {
     "moco_cifar": Look("random_resized", (0.08, 1.0), flip=0.5, jitter=SCAN_JITTER, grey_p=0.2),
     "deepcluster": Look("random_resized", (0.08, 1.0), flip=0.5),
     "dcv2": Look("random_resized", (0.08, 1.0), flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), grey_p=0.2, blur_p=0.5),
+    "mmdc": Look("random", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.125), jitter_p=1.0, grey_p=0.2, share=20 / 32, normalise=False),
+    "mmdc_center": Look("center", share=20 / 32, normalise=False),
     "digits": Look("center", special="digits", cutout_p=0.5),
     "digits_strong": Look("center", special="digits", cutout_p=1.0),
 }
@@ -63,11 +68,17 @@ class RecipeConfig(Strict):
     colour: Literal["exact", "fused"] = "exact"
     """fused: colour jitter as one 3x3 matrix, 10 times faster, not to the letter."""
     scale: tuple[float, float] | None = None
+    """Smallest and largest share of the image's area in a random resized crop."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """mmdc: the side of the crop as a share of the shorter side: 20/32 (CIFAR, Tiny ImageNet), 64/96 (STL-10, ImageNet-10)."""
+    strength: float | None = Field(default=None, ge=0, le=1.25)
+    """Of the colour jitter, as SimCLR counts: brightness, contrast, saturation .8 of it, hue .2 of it. SCAN and MoCo v2: 0.5; dcv2: 1."""
     flip: float | None = Field(default=None, ge=0, le=1)
     blur_p: float | None = Field(default=None, ge=0, le=1)
     grey_p: float | None = Field(default=None, ge=0, le=1)
     cutout: int | None = Field(default=None, ge=0)
-    """Longest side of the hole in pixels; left out: 16, 32, 75 at 32, 96, 224 px, in between in proportion."""
+    """randaugment: the hole's side is 2 * (L // 2) with L uniform over 1..cutout pixels; left out: 16, 32, 75 at 32, 96, 224 px, in
+    between in proportion; 0: no hole."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +101,18 @@ class RecipeConfig(Strict):
         return scale
 
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> RecipeConfig:
+        look = LOOKS[self.name]
+        applies = {"scale": look.crop == "random_resized", "share": look.share is not None, "strength": look.jitter is not None,
+                   "cutout": look.special == "randaugment"}
+        idle = [setting for setting, does in applies.items() if getattr(self, setting) is not None and not does]
+        idle += ["colour"] * (self.colour == "fused" and look.jitter is None)
+        if idle:
+            raise ValueError(f"recipe '{self.name}' has nothing that {idle[0]} could change; leave it out, or take another recipe")
+        return self
+
+
 class Recipe:
     """images uint8 [B, S, S, 3] as the decoder cut them -> float32 [B, 3, S, S], coloured and normalised."""
 
@@ -98,11 +121,14 @@ class Recipe:
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (mean, std))
 
     def __call__(self, images: Tensor, index: np.ndarray, *, seed: int, epoch: int, view: int) -> Tensor:
-        """A function of each image, its row `index` [B], and (seed, epoch, view); not of the batch around it."""
+        """A function of each image, its row `index` [B], and (seed, epoch, view); not of the batch around it. Raises ValueError."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(index) != len(images):
+            raise ValueError(f"a recipe takes uint8 [B, S, S, 3] and B rows, got {images.dtype} {list(images.shape)} and {len(index)} rows")
         draws = uniforms(seed, epoch, np.asarray(index), view, NUM_DRAWS, COLOUR)
         x = self._special(images.permute(0, 3, 1, 2).contiguous().float(), draws).div_(255)
         x = self._colour(x, draws)
-        x = x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
+        if self.look.normalise:
+            x = x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
         return self._cutout(x, draws)
 
     def _special(self, x: Tensor, draws: Draws) -> Tensor:
@@ -110,7 +136,7 @@ class Recipe:
             return randaugment(x, draws[:, :8])
         if self.look.special == "digits":
             x = warp.digits_affine(x, draws[:, :6])
-            mean = x.mean((1, 2, 3), keepdim=True)
+            mean = colour.image_mean(x)
             return (mean + (x - mean) * colour.column(0.5 + draws[:, 6], x)).clamp_(0, 255)
         return x
 
@@ -141,8 +167,13 @@ class Recipe:
 def build_recipe(config: RecipeConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
     """The recipe for views of `size` pixels. Centre and random crops of large images are of the 256/224 enlarged one, as published."""
     base = LOOKS[config.name]
-    changes = {k: getattr(config, k) for k in ("scale", "flip", "blur_p", "grey_p") if getattr(config, k) is not None}
+    changes = {k: getattr(config, k) for k in ("scale", "share", "flip", "blur_p", "grey_p") if getattr(config, k) is not None}
+    if config.strength is not None:
+        changes["jitter"] = tuple(config.strength * amount for amount in (0.8, 0.8, 0.8, 0.2))
     look = Look(**{**base.__dict__, **changes})
-    resize = None if look.crop == "random_resized" or size < 160 else round(size * 256 / 224)
+    if look.share is not None:
+        resize = round(size / look.share)
+    else:
+        resize = None if look.crop == "random_resized" or size < 160 else round(size * 256 / 224)
     hole = config.cutout if config.cutout is not None else int(np.interp(size, (32, 96, 224), (16, 32, 75)))
     return Recipe(look, CropSpec(look.crop, size, scale=look.scale, resize=resize, flip=look.flip), mean, std, config.colour == "fused", hole)

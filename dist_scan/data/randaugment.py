@@ -36,7 +36,8 @@ def _luma(x: Tensor) -> Tensor:
 def autocontrast(x: Tensor, value: np.ndarray) -> Tensor:
     """Stretch each channel to 0..255."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    scale = 255.0 / (high - low).clamp_min(1).double()
+    span = (high - low).clamp_min(1).double()
+    scale = torch.full_like(span, 255.0) / span  # 255.0 / span would be 255 * reciprocal: other bits, and then other pixels than PIL's
     return torch.where(high > low, _whole(x.double() * scale - low.double() * scale).to(x.dtype), x)
 
 
@@ -144,5 +145,3 @@ def randaugment(x: Tensor, draws: np.ndarray, count: int = 4) -> Tensor:
                 at = torch.from_numpy(rows).to(x.device)
                 x[at] = apply(x[at], low + (high - low) * draws[rows, 2 * k + 1])
     return x
-
-
