@@ -5,6 +5,7 @@ A shard is a .npy file that is renamed in whole; rows of shard s are [s*N//S, (s
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +17,15 @@ from dist_scan.artefacts import write_atomic, write_json
 LARGEST = float(np.finfo(np.float16).max)
 
 
-class ShardedTable:
+class ShardedTable(ABC):
     """What both kinds share: a folder with table.json and shards of one or more arrays."""
 
     parts: ClassVar[tuple[str, ...]]
     kind: ClassVar[str]
+    types: ClassVar[dict[str, str]]
+
+    @abstractmethod
+    def _row_shape(self) -> tuple[int, ...]: ...
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path, self.facts = Path(path), facts
@@ -45,7 +50,10 @@ class ShardedTable:
         facts = json.loads(file.read_text())
         if facts.get("kind") != cls.kind:
             raise ValueError(f"{path} holds a table of {facts.get('kind')}, not of {cls.kind}")
-        return cls(path, facts)
+        table = cls(path, facts)
+        for shard in set(range(table.num_shards)) - set(table.missing_shards()):
+            table._shards(shard)  # headers and sizes, before any work stands on them
+        return table
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First and one past the last row of a shard."""
@@ -74,8 +82,9 @@ class ShardedTable:
                 array = np.load(file, mmap_mode="r")
             except (OSError, ValueError) as error:
                 raise ValueError(f"{file} is missing or cut ({error}); remove it and run the stage that makes it again") from None
-            if len(array) != stop - start:
-                raise ValueError(f"{file} has {len(array)} rows instead of {stop - start}; remove it and run the stage that makes it again")
+            if array.shape != (stop - start, *self._row_shape()) or array.dtype != self.types[part]:
+                raise ValueError(f"{file} holds {array.dtype} {array.shape} instead of {self.types[part]} {(stop - start, *self._row_shape())}; "
+                                 "remove it and run the stage that makes it again")
             out.append(array)
         return tuple(out)
 
@@ -92,7 +101,10 @@ class ShardedTable:
 class FeatureTable(ShardedTable):
     """V cached views of D features per image, float16."""
 
-    parts, kind = ("features",), "features"
+    parts, kind, types = ("features",), "features", {"features": "float16"}
+
+    def _row_shape(self) -> tuple[int, ...]:
+        return self.num_views, self.dim
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         super().__init__(path, facts)
@@ -158,16 +170,19 @@ class FeatureTable(ShardedTable):
 class NeighbourTable(ShardedTable):
     """K nearest others of each image: ids [N, K] int64 and scores [N, K] float64, by (score descending, id ascending)."""
 
-    parts, kind = ("ids", "scores"), "neighbours"
+    parts, kind, types = ("ids", "scores"), "neighbours", {"ids": "int64", "scores": "float64"}
+
+    def _row_shape(self) -> tuple[int, ...]:
+        return (self.num_neighbours,)
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         super().__init__(path, facts)
         self.num_neighbours = int(facts["num_neighbours"])
 
     @classmethod
-    def create(cls, path: Path, num_rows: int, num_neighbours: int, num_shards: int) -> "NeighbourTable":
-        """An empty table in a folder."""
-        return cls._create(path, {"num_rows": num_rows, "num_neighbours": num_neighbours, "num_shards": num_shards})
+    def create(cls, path: Path, num_rows: int, num_neighbours: int, num_shards: int, **how: Any) -> "NeighbourTable":
+        """An empty table in a folder; `how` it is mined is kept with it."""
+        return cls._create(path, {"num_rows": num_rows, "num_neighbours": num_neighbours, "num_shards": num_shards, **how})
 
     def write_shard(self, shard: int, ids: np.ndarray, scores: np.ndarray) -> None:
         """ids and scores [n, K]."""

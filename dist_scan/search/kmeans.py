@@ -16,7 +16,7 @@ from scipy import sparse
 from dist_scan.data.hashing import uniform
 from dist_scan.data.tables import FeatureTable
 from dist_scan.progress import Progress, Stopped
-from dist_scan.search.rows import prepared
+from dist_scan.search.rows import Reader, prepared, squares
 from dist_scan.world.collectives import agree, all_sum, gather_rows
 from dist_scan.world.world import current
 
@@ -45,7 +45,7 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     if not 1 <= num_clusters <= n:
         raise ValueError(f"{num_clusters} clusters of {n} rows; allowed: 1 to {n}")
     read, scale = prepared(table, normalise or spherical, view)
-    rows = read(world.rank * n // world.world_size, (world.rank + 1) * n // world.world_size)
+    rows = read(np.arange(world.rank * n // world.world_size, (world.rank + 1) * n // world.world_size))
     best = None
     with Progress("k-means", restarts * iterations, "iterations", enabled=progress) as line:
         for restart in range(restarts):
@@ -57,14 +57,12 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     return KMeansResult(best.centroids * np.float32(scale ** 0.5), assignment, best.objective * scale, best.iterations, best.sizes, best.num_empty)
 
 
-def first_centroids(read, num_rows: int, k: int, init: str, seed: int, restart: int) -> np.ndarray:
+def first_centroids(read: Reader, num_rows: int, k: int, init: str, seed: int, restart: int) -> np.ndarray:
     """[k, D] float64 rows to start from: random ones, or k-means++ (Arthur and Vassilvitskii 2007) on a fixed sample."""
     order = np.argsort(uniform(seed, SEEDS, restart, np.arange(num_rows)), kind="stable")
-    pick = lambda index: np.concatenate([read(int(i), int(i) + 1) for i in index]).astype(np.float64)  # noqa: E731
     if init == "random":
-        return pick(np.sort(order[:k]))
-    sample = np.sort(order[:max(SAMPLE, k)])
-    rows = read(0, num_rows).astype(np.float64) if len(sample) == num_rows else pick(sample)
+        return read(np.sort(order[:k])).astype(np.float64)
+    rows = read(np.sort(order[:max(SAMPLE, k)])).astype(np.float64)
     chosen = [int(uniform(seed, SEEDS, restart, -1) * len(rows))]
     norms = (rows ** 2).sum(1)
     nearest = np.full(len(rows), np.inf)
@@ -82,8 +80,8 @@ class Lloyd:
 
     def __init__(self, rows: np.ndarray, centroids: np.ndarray, spherical: bool, seed: int):
         self.rows, self.spherical, self.random = rows, spherical, np.random.default_rng(seed)
-        self.wide, self.norms = rows.astype(np.float32), (rows.astype(np.float64) ** 2).sum(1)
-        self.square = float(all_sum(torch.tensor(self.norms.sum(), dtype=torch.float64)))
+        self.wide, self.norms = rows.astype(np.float32), squares(rows)
+        self.square = _exact_sum(self.norms)
         self.k, self.dim = centroids.shape
         self.centroids = self._directed(centroids).astype(np.float32)
         self.assignment = np.full(len(rows), -1, np.int32)
@@ -170,3 +168,10 @@ class Lloyd:
         weight = np.maximum(counts - 1, 0)
         weight = weight if weight.sum() > 0 else counts
         return int(self.random.choice(len(counts), p=weight / weight.sum()))
+
+
+def _exact_sum(squared_norms: np.ndarray) -> float:
+    """Sum over all ranks of numbers on the grid of 2^-48, in integers: the same for any number of ranks."""
+    whole = (squared_norms * 2.0**48).astype(np.int64)
+    high, low = all_sum(torch.tensor([int((whole >> 24).sum()), int((whole & (2**24 - 1)).sum())])).tolist()
+    return float(high * 2**24 + low) * 2.0**-48

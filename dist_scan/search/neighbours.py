@@ -15,7 +15,7 @@ import numpy as np
 
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.progress import Progress, Stopped
-from dist_scan.search.rows import Reader, prepared
+from dist_scan.search.rows import Reader, prepared, squares
 from dist_scan.world.collectives import agree, barrier, broadcast_object
 from dist_scan.world.world import current
 
@@ -31,10 +31,14 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
     if not 1 <= num_neighbours < n:
         raise ValueError(f"{num_neighbours} neighbours of {n} rows; allowed: 1 to {n - 1}")
     read, scale = prepared(features, metric == "cosine", view)
+    asked = {"num_rows": n, "num_neighbours": num_neighbours, "metric": metric, "view": view}
     if world.rank == 0 and not (Path(out) / "table.json").exists():
-        NeighbourTable.create(out, n, num_neighbours, features.num_shards)
+        NeighbourTable.create(out, n, num_neighbours, features.num_shards, metric=metric, view=view)
     barrier()
     table = NeighbourTable.open(out)
+    found = {k: table.facts.get(k) for k in asked}
+    if found != asked:
+        raise ValueError(f"{out} holds neighbours that were mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
     missing = broadcast_object(table.missing_shards())
     with Progress("neighbours", table.num_shards, "shards", done=table.num_shards - len(missing), enabled=progress) as line:
         for turn in range(0, len(missing), world.world_size):
@@ -51,44 +55,55 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
 
 def nearest_others(read: Reader, num_rows: int, span: tuple[int, int], k: int, l2: bool, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, scores) [n, k] of the queries span[0]..span[1]-1 among all rows but themselves. l2 scores are minus the squared distance."""
-    queries = read(*span)
     own = np.arange(*span)
+    queries = read(own)
     ids = np.full((len(own), k), num_rows, np.int64)  # no row yet: behind every real one
     scores = np.full((len(own), k), -np.inf)
     for start in range(0, num_rows, chunk):
-        rows = read(start, min(start + chunk, num_rows))
+        piece = Chunk(read(np.arange(start, min(start + chunk, num_rows))), start)
         for b in range(0, len(own), BLOCK):
             part = slice(b, b + BLOCK)
-            found = _best_of_chunk(queries[part], own[part], rows, start, k, scores[part, -1], l2)
+            found = _best_of_chunk(queries[part], own[part], piece, k, scores[part, -1], l2)
             ids[part], scores[part] = _merge(ids[part], scores[part], *found, k)
     return ids, scores
 
 
-def _best_of_chunk(queries: np.ndarray, own: np.ndarray, rows: np.ndarray, start: int, k: int, kth: np.ndarray, l2: bool) -> tuple[np.ndarray, np.ndarray]:
+class Chunk:
+    """Rows [m, D] from `start` on, in both widths, and the length of the longest."""
+
+    def __init__(self, rows: np.ndarray, start: int):
+        self.rows, self.start, self.narrow = rows, start, rows.astype(np.float32)
+        self.longest = float(np.sqrt(squares(rows).max()))
+
+
+def _best_of_chunk(queries: np.ndarray, own: np.ndarray, chunk: Chunk, k: int, kth: np.ndarray, l2: bool) -> tuple[np.ndarray, np.ndarray]:
     """Candidates of one chunk that hold all of its members of the top k: (ids [n, m], exact scores [n, m])."""
     from dist_scan.search.index import nearest  # faiss is slow to import; configs are checked without it
 
+    rows, q64 = chunk.rows, queries.astype(np.float64)
     count = min(k + SPARE, len(rows))
-    q64, r64 = queries.astype(np.float64), rows.astype(np.float64) if count == len(rows) else None
-    if r64 is not None:
-        exact, places = _dense(q64, r64, l2), np.broadcast_to(np.arange(len(rows)), (len(queries), len(rows)))
-        return _without_self(places + start, exact, own)
-    rough, places = nearest(queries.astype(np.float32), rows.astype(np.float32), count, "l2" if l2 else "inner_product")
-    exact = np.einsum("nd,nmd->nm", q64, rows[places].astype(np.float64))
+    if count == len(rows):
+        places = np.broadcast_to(np.arange(len(rows)), (len(queries), len(rows)))
+        return _without_self(places + chunk.start, _dense(q64, rows.astype(np.float64), l2), own)
+    rough, places = nearest(queries.astype(np.float32), chunk.narrow, count, "l2" if l2 else "inner_product")
+    wide = rows[places].astype(np.float64)
+    exact = np.matmul(wide, q64[:, :, None])[:, :, 0]
+    q_squares = (q64 ** 2).sum(1)
     if l2:
-        exact = 2 * exact - (q64 ** 2).sum(1)[:, None] - (rows[places].astype(np.float64) ** 2).sum(2)
+        exact = 2 * exact - q_squares[:, None] - (wide ** 2).sum(2)
     last = -rough[:, -1] if l2 else rough[:, -1]
-    ids, exact = _without_self(places + start, exact, own)
+    ids, exact = _without_self(places + chunk.start, exact, own)
     bound = np.maximum(kth, np.partition(exact, -k, axis=1)[:, -k])  # what a hidden row would have to reach
-    hidden = np.flatnonzero(last + _rounding(queries.shape[1]) >= bound)
+    hidden = np.flatnonzero(last + _rounding(queries.shape[1], np.sqrt(q_squares), chunk.longest, l2) >= bound)
     if len(hidden):
-        ids, exact = _densely(ids, exact, hidden, q64, rows, own, start, k, l2)
+        ids, exact = _densely(ids, exact, hidden, q64, rows, own, chunk.start, k, l2)
     return ids, exact
 
 
-def _rounding(dim: int) -> float:
-    """How far a float32 score of rows with norms of at most 2 may lie from the exact one: D * 2^-24 * |q||r|, and l2's three terms."""
-    return dim * 2.0**-24 * 16
+def _rounding(dim: int, q_norm: np.ndarray, longest: float, l2: bool) -> np.ndarray:
+    """How far float32 scores of each query may lie from the exact ones: D * 2^-24 * |q||r|, or for l2 of its three terms."""
+    size = (q_norm + longest) ** 2 if l2 else q_norm * longest
+    return dim * 2.0**-24 * size
 
 
 def _dense(q64: np.ndarray, r64: np.ndarray, l2: bool) -> np.ndarray:

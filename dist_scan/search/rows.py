@@ -12,25 +12,32 @@ import numpy as np
 
 from dist_scan.data.tables import FeatureTable
 
-Reader = Callable[[int, int], np.ndarray]
+Reader = Callable[[np.ndarray], np.ndarray]
+LONGEST = 4.0
 
 
 def largest_norm(table: FeatureTable, view: int) -> float:
     """The largest row norm (float64) of a view."""
-    return max(float(np.sqrt((table.shard(s)[:, view].astype(np.float64) ** 2).sum(1)).max()) for s in range(table.num_shards))
+    return max(float(np.sqrt(squares(table.shard(s)[:, view]).max())) for s in range(table.num_shards))
+
+
+def squares(rows: np.ndarray) -> np.ndarray:
+    """Squared norms [n] float64 of float16 rows, a piece at a time."""
+    return np.concatenate([(rows[b:b + 8192].astype(np.float64) ** 2).sum(1) for b in range(0, len(rows), 8192)] or [np.zeros(0)])
 
 
 def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> tuple[Reader, float]:
-    """(read(start, stop) -> [n, D] float16 ready for exact products, what scores must be multiplied with).
+    """(read(index [n]) -> [n, D] float16 ready for exact products, what scores must be multiplied with).
 
-    normalise: to unit length. Otherwise all rows are scaled by one power of two, so that no norm exceeds 2.
-    Raises ValueError naming rows of length zero when they must be normalised.
+    normalise: to unit length. Otherwise all rows are scaled by one power of two that brings the longest to a norm of 2 to 4; rows longer
+    than 4 thereby lose what falls below float16's grid, and scores are those of the scaled rows. Raises ValueError naming rows of length zero
+    when they must be normalised.
     """
     if normalise:
         _refuse_zero_rows(table, view)
-        return lambda start, stop: unit_rows(table.rows(np.arange(start, stop), view)), 1.0
-    scale = 2.0 ** -max(0, math.ceil(math.log2(max(largest_norm(table, view), 1e-30) / 2)))
-    return lambda start, stop: (table.rows(np.arange(start, stop), view).astype(np.float64) * scale).astype(np.float16), scale ** -2
+        return lambda index: unit_rows(table.rows(index, view)), 1.0
+    scale = 2.0 ** math.floor(math.log2(LONGEST / max(largest_norm(table, view), 1e-30)))
+    return lambda index: (table.rows(index, view).astype(np.float32) * np.float32(scale)).astype(np.float16), scale ** -2
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

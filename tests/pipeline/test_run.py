@@ -43,7 +43,7 @@ def test_a_second_start_skips_everything_quickly(undisturbed):
     began = time.monotonic()
     again = run(folder)
     took = time.monotonic() - began
-    assert again.returncode == 0 and again.stdout.count("skipped") == 13 and "starts" not in again.stdout
+    assert again.returncode == 0 and again.stdout.count("skipped") == 14 and "starts" not in again.stdout
     assert (folder / "report.json").read_bytes() == before
     assert took < 30, f"{took:.0f} s for doing nothing"
 
@@ -53,9 +53,9 @@ def test_a_runtime_edit_skips_all_a_meaning_edit_redoes_that_stage_and_what_foll
 
     folder = tmp_path / "copy"
     shutil.copytree(undisturbed[0], folder)
-    assert run(folder, "runtime.log_every=3").stdout.count("skipped") == 13
+    assert run(folder, "runtime.log_every=3").stdout.count("skipped") == 14
     edited = run(folder, "stages.heads.method.entropy_weight=4.0").stdout
-    assert edited.count("skipped") == 7
+    assert edited.count("skipped") == 8
     assert [line.split(":")[0] for line in edited.splitlines() if ": starts (" in line] == ["heads", "scan", "selflabelling", "selflabel", "evaluate", "report"]
 
 

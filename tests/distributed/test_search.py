@@ -1,0 +1,153 @@
+"""Exact neighbours and k-means: equal to slow oracles, and to themselves on any number of ranks, with exact duplicates in the data."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.search.kmeans import kmeans
+from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.rows import unit_rows
+from tests.ranks import run_ranks
+
+
+def rows(n=401, d=24, groups=(30, 45), seed=0):
+    """Random rows with groups of exact duplicates larger than K, scattered over all shards."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d)).astype(np.float16) / 4
+    for i, count in enumerate(groups):
+        x[rng.choice(n, count, replace=False)] = x[7 + 100 * i]
+    return x.astype(np.float16)
+
+
+def table(x, path, shards=5):
+    t = FeatureTable.create(path, len(x), 1, x.shape[1], shards)
+    for s in range(t.num_shards):
+        t.write_shard(s, x[slice(*t.shard_range(s))][:, None])
+    return t
+
+
+def mine(root, out, k, metric, chunk):
+    t = mine_neighbours(FeatureTable.open(root), Path(out), k, metric=metric, chunk=chunk)
+    return t.rows(np.arange(t.num_rows))
+
+
+def oracle(x, k, metric):
+    w = (unit_rows(x) if metric == "cosine" else x).astype(np.longdouble)
+    s = w @ w.T
+    if metric == "l2":
+        s = 2 * s - (w ** 2).sum(1)[:, None] - (w ** 2).sum(1)[None]
+    s = s.astype(np.float64)
+    np.fill_diagonal(s, -np.inf)
+    ids = np.stack([np.lexsort((np.arange(len(x)), -r))[:k] for r in s])
+    return ids, np.take_along_axis(s, ids, 1)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])
+def test_neighbours_equal_the_oracle_bit_for_bit(metric, tmp_path):
+    x = rows()
+    table(x, tmp_path / "f")
+    ids, scores = oracle(x, 20, metric)
+    for world_size, chunk in ((1, 65536), (1, 97), (2, 64), (3, 151), (4, 400)):
+        for got in run_ranks(mine, world_size, tmp_path / "f", tmp_path / f"{world_size}-{chunk}", 20, metric, chunk):
+            assert (got[0] == ids).all() and (got[1] == scores).all(), (world_size, chunk)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_long_and_short_rows(scale, tmp_path):
+    x = (rows(groups=()).astype(np.float32) * scale).astype(np.float16)
+    table(x, tmp_path / "f")
+    for metric in ("inner_product", "l2"):
+        ids, scores = oracle(x, 5, metric)
+        got = mine(tmp_path / "f", tmp_path / metric, 5, metric, 100)
+        assert np.allclose(got[1], scores, rtol=1e-4, atol=1e-6 * scale ** 2) and (got[0] == ids).mean() > 0.99
+
+
+def cluster(root, k, init, spherical):
+    r = kmeans(FeatureTable.open(root), k, iterations=30, init=init, spherical=spherical, seed=3, restarts=2)
+    return r.centroids.tobytes(), r.assignment.tobytes(), r.objective, r.iterations, r.num_empty
+
+
+@pytest.mark.parametrize("init, spherical, groups", [("random", False, (200, 150)), ("kmeans++", False, ()), ("kmeans++", True, (100, 45))])
+def test_kmeans_is_the_same_on_any_number_of_ranks(init, spherical, groups, tmp_path):
+    table(rows(groups=groups), tmp_path / "f")
+    alone = run_ranks(cluster, 1, tmp_path / "f", 40, init, spherical)[0]
+    for world_size in (2, 3, 4):
+        for got in run_ranks(cluster, world_size, tmp_path / "f", 40, init, spherical):
+            assert got == alone
+
+
+def test_kmeans_equals_a_slow_lloyd(tmp_path):
+    from tests.reference.lloyd import lloyd
+
+    x = rows(groups=())
+    t = table(x, tmp_path / "f")
+    from dist_scan.search.kmeans import first_centroids
+    from dist_scan.search.rows import prepared
+
+    read, scale = prepared(t, False)
+    start = first_centroids(read, t.num_rows, 12, "random", 5, 0) * scale ** 0.5
+    centroids, assignment, objective = lloyd(x.astype(np.float64), start, 25)
+    got = kmeans(t, 12, iterations=25, init="random", seed=5)
+    assert (got.assignment == assignment).all() and np.allclose(got.objective, objective, rtol=1e-9)
+    assert np.bincount(got.assignment, minlength=12).tolist() == got.sizes.tolist()
+
+
+def test_more_clusters_than_distinct_rows_still_ends(tmp_path):
+    x = np.repeat(rows(20, groups=()), 10, 0)
+    got = kmeans(table(x, tmp_path / "f"), 40, iterations=10, seed=0)
+    assert got.num_empty > 0 and got.sizes.sum() == 200 and np.isfinite(got.centroids).all()
+
+
+def test_finished_shards_are_kept_and_a_table_mined_otherwise_is_refused(tmp_path):
+    t = table(rows(), tmp_path / "f")
+    mine_neighbours(t, tmp_path / "n", 5)
+    file = tmp_path / "n" / "ids-00002.npy"
+    stamp = (tmp_path / "n" / "ids-00001.npy").stat().st_mtime_ns
+    before = np.load(file)
+    file.unlink()
+    mine_neighbours(t, tmp_path / "n", 5)
+    assert (np.load(file) == before).all() and (tmp_path / "n" / "ids-00001.npy").stat().st_mtime_ns == stamp
+    for wrong in ({"num_neighbours": 6}, {"num_neighbours": 5, "metric": "l2"}):
+        with pytest.raises(ValueError, match="mined otherwise"):
+            mine_neighbours(t, tmp_path / "n", **wrong)
+
+
+def test_bad_input_is_named_before_work(tmp_path):
+    x = rows()
+    t = FeatureTable.create(tmp_path / "bad", len(x), 1, x.shape[1], 2)
+    broken = x[:200].astype(np.float32)[:, None].copy()
+    broken[17, 0, 3] = np.nan
+    with pytest.raises(ValueError, match=r"rows \[17\]"):
+        t.write_shard(0, broken)
+    broken[17, 0, 3] = 1e6
+    with pytest.raises(ValueError, match=r"rows \[17\] are larger than float16"):
+        t.write_shard(0, broken)
+    x[33] = 0
+    zero = table(x, tmp_path / "zero")
+    with pytest.raises(ValueError, match=r"rows \[33\] are all zero"):
+        mine_neighbours(zero, tmp_path / "n", 5)
+    for k in (0, 401):
+        with pytest.raises(ValueError, match="allowed: 1 to 400"):
+            mine_neighbours(zero, tmp_path / "n", k, metric="l2")
+    with pytest.raises(ValueError, match="402 clusters of 401 rows"):
+        kmeans(zero, 402)
+
+
+@pytest.mark.parametrize("damage", ["cut", "type", "gone"])
+def test_a_damaged_table_is_refused_when_it_is_opened(damage, tmp_path):
+    t = table(rows(), tmp_path / "f")
+    file = tmp_path / "f" / "features-00001.npy"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "type":
+        np.save(file, np.zeros((80, 1, 24), np.float32))
+    else:
+        (tmp_path / "f" / "table.json").unlink()
+    with pytest.raises(ValueError, match="features"):
+        FeatureTable.open(tmp_path / "f")
+    assert t.num_rows == 401
+    with pytest.raises(ValueError):
+        NeighbourTable.open(tmp_path / "f")
