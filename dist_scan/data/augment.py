@@ -176,4 +176,5 @@ def build_recipe(config: RecipeConfig, size: int, mean: tuple[float, ...], std: 
     else:
         resize = None if look.crop == "random_resized" or size < 160 else round(size * 256 / 224)
     hole = config.cutout if config.cutout is not None else int(np.interp(size, (32, 96, 224), (16, 32, 75)))
-    return Recipe(look, CropSpec(look.crop, size, scale=look.scale, resize=resize, flip=look.flip), mean, std, config.colour == "fused", hole)
+    crop = CropSpec(look.crop, size, scale=look.scale, resize=resize, flip=look.flip)
+    return Recipe(look, crop, mean, std, config.colour == "fused", hole)

@@ -94,7 +94,7 @@ def jitter_fused(x: Tensor, draws: np.ndarray, strength: tuple[float, float, flo
     between the steps (mean difference .03 with hue on, .003 without)."""
     n, eye = len(draws), np.eye(3)
     light, con, sat = (1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate(strength[:3]))
-    angle = 2 * np.pi * strength[3] * (2 * draws[:, 3] - 1)
+    angle = -2 * np.pi * strength[3] * (2 * draws[:, 3] - 1)  # in the IQ plane, red to yellow turns to the right
     luma = np.tile(np.array(LUMA), (3, 1))
     to_yiq = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     turn = np.zeros((n, 3, 3))
