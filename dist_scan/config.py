@@ -9,7 +9,7 @@ import difflib
 import importlib
 import pkgutil
 import re
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -115,6 +115,7 @@ def one_of(package: str) -> Any:
     return Annotated[Union[tuple(members)], Discriminator(kind_of)]
 
 
+@cache
 def run_config_class() -> type[RunConfig]:
     """RunConfig with the types of its parts filled in from their owners (a layer above: looked up by name)."""
     data = importlib.import_module("dist_scan.data.sources").DataConfig

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from dist_scan.data.feed import Feed
 from dist_scan.engine.log import Log
 from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig, build_optimizer, forget, learning_rate, set_learning_rate
 from dist_scan.engine.position import Position, Saver
-from dist_scan.engine.precision import Precision, autocast, seed_step
+from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
 from dist_scan.engine.stop import Stop
 from dist_scan.methods.base import Embed, Method, Step
 from dist_scan.models.layers import sync_running_stats
@@ -82,9 +82,7 @@ class Trainer:
         before = {k: v.clone() for k, v in self.method.state_dict().items()}
         for _ in range(2):
             batch = next(iter(self.feed.batches(self.at.epoch)))
-            with autocast(self.schooling.precision, current().device):
-                step = self.network(batch)
-            step.loss.backward()
+            self._forward(batch).loss.backward()
         self.method.load_state_dict(before)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -93,8 +91,7 @@ class Trainer:
         lr = learning_rate(self.schooling.optimizer.lr, self.schooling.schedule, self.at.step, self.feed.steps_per_epoch, self.schooling.epochs)
         set_learning_rate(self.optimizer, lr)
         seed_step(self.schooling.seed, batch.epoch, 2, batch.step, current().rank)
-        with autocast(self.schooling.precision, current().device):
-            step = self.network(batch)
+        step = self._forward(batch)
         if not step.skip:
             step.loss.backward()
         values, finite = self._agree(step)
@@ -106,9 +103,13 @@ class Trainer:
             self.at.refused_in_a_row = 0
             self.optimizer.step()
             self.method.end_step(batch, step)
-            sync_running_stats(self.method)
+        sync_running_stats(self.method)  # also when the update was skipped: the forward pass has moved them
         self.optimizer.zero_grad(set_to_none=True)
         return {**values, "lr": lr}
+
+    def _forward(self, batch: Batch) -> Step:
+        with autocast(self.schooling.precision, current().device):
+            return self.network(replace(batch, views=in_precision(self.schooling.precision, batch.views)))
 
     def _agree(self, step: Step) -> tuple[dict[str, float], bool]:
         """Means over ranks of the loss and the method's metrics; in the same message: is all finite, was anyone asked to stop,

@@ -9,7 +9,9 @@ import torch
 
 from dist_scan.data.hashing import keyed
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
+"""fp64 is for showing that runs are equal: Adam at a usable learning rate grows fp32's rounding tenfold every few steps, so two
+numbers of processes, though equal in exact arithmetic, part after about four steps in fp32 and stay together in fp64."""
 
 
 def set_determinism() -> None:
@@ -25,6 +27,11 @@ def set_determinism() -> None:
 def autocast(precision: Precision, device: torch.device):
     """bf16 for the network's products; losses stay fp32 (each method upcasts)."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def in_precision(precision: Precision, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The views in the width that the method's weights have."""
+    return tuple(v.double() for v in views) if precision == "fp64" else views
 
 
 def seed_step(*keys: int) -> None:

@@ -151,7 +151,8 @@ class TrainStage(Stage):
             on_features=self.table is not None, feature_dim=self.table.dim if self.table else getattr(backbone, "num_features", 0),
             backbone=backbone, backbone_config=backbone_config, moments=self.table.moments() if self.table else None, inputs=c.inputs)
         method = kind_class("dist_scan.methods", config.method.kind)(config.method, given)
-        return memory_format(method, c.world.device)
+        method = memory_format(method, c.world.device)
+        return method.double() if config.precision == "fp64" else method
 
     def _held_out(self) -> HeldOut | None:
         """Rows for choosing, from features or images; None when the config asks for none."""

@@ -93,16 +93,17 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(undisturbed, tmp_pa
 
 
 def test_two_processes_see_the_same_images_and_the_same_losses(tmp_path):
+    """In float64: in float32 the first losses agree to 1e-6 and then part, as Adam grows rounding tenfold every few steps."""
     from dist_scan.engine.log import read_rows
 
     losses = {}
     for processes in (1, 2):
         folder = tmp_path / f"run{processes}"
-        done = run(folder, "stages.pretext.epochs=6", processes=processes, **{"DIST_SCAN_TRACEBACK": "1"})
+        done = run(folder, "stages.pretext.epochs=6", "stages.pretext.precision=fp64", processes=processes)
         assert done.returncode == 0, done.stdout
         losses[processes] = [r["loss"] for r in read_rows(folder / "logs" / "pretext.metrics.jsonl") if "loss" in r][:20]
     assert len(losses[1]) == 20
-    assert max(abs(a - b) for a, b in zip(losses[1], losses[2])) < 1e-5
+    assert max(abs(a - b) for a, b in zip(losses[1], losses[2])) < 1e-9
     assert report(tmp_path / "run1")["num_images"] == report(tmp_path / "run2")["num_images"] == 400
 
 
@@ -156,13 +157,13 @@ def test_a_method_is_one_file_and_resumes(tmp_path):
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     (plugin / "mine.py").write_text(METHOD)
-    (plugin / "sitecustomize.py").write_text(f"import dist_scan.methods as m; m.__path__.append({str(plugin)!r})")
+    (tmp_path / "sitecustomize.py").write_text(f"import dist_scan.methods as m; m.__path__.append({str(plugin)!r})")
     (tmp_path / "mine.yaml").write_text(MINE)
     weights = []
     for name, kill in (("whole", False), ("killed", True)):
         folder = tmp_path / name
         line = [*LOCAL, str(tmp_path / "mine.yaml"), f"runtime.run_dir={folder}"]
-        env = environment(PYTHONPATH=str(plugin))
+        env = environment(PYTHONPATH=str(tmp_path))
         if kill:
             first = subprocess.Popen(line, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             while not list(folder.glob("stages/pretext/*/work/checkpoints/step-00000000[2-8]")):
