@@ -28,40 +28,58 @@ class Stored(NamedTuple):
     width: int
 
 
-def encode(data: bytes, config: DataConfig) -> Stored:
-    """Decode, turn upright, make RGB, resize, store. Raises Unreadable with the reason."""
+def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> Stored:
+    """Decode, turn upright, make RGB, resize, store. Raises Unreadable with the reason.
+
+    `pass_through=False` re-encodes what stored=original would hand on untouched.
+    """
     if not data:
         raise Unreadable("zero bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns about odd metadata of images it reads well
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MOST_PIXELS:
-                raise Unreadable(f"{image.width} x {image.height} pixels (allowed: {MOST_PIXELS:,})")
-            upright = image.getexif().get(0x0112, 1) == 1
-            if config.stored == "original" and image.format == "JPEG" and image.mode == "RGB" and upright and len(data) <= MOST_BYTES:
-                image.load()  # a truncated file is found here
-                return Stored(data, JPEG, image.height, image.width)
-            pixels = _rgb(ImageOps.exif_transpose(image))
+        return _encode(data, config, pass_through)
     except Unreadable:
         raise
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, MemoryError, Image.DecompressionBombError, ArithmeticError) as error:
+    except Exception as error:  # PIL lets struct.error and a dozen others through on damaged files; one image must not end a build
         raise Unreadable(f"{type(error).__name__}: {error}"[:200]) from None
-    return _store(pixels if config.stored == "original" else _resize(pixels, config), config)
+
+
+def _encode(data: bytes, config: DataConfig, pass_through: bool) -> Stored:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns about odd metadata of images it reads well
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MOST_PIXELS:
+            raise Unreadable(f"{image.width} x {image.height} pixels (allowed: {MOST_PIXELS:,})")
+        if pass_through and config.stored == "original" and _as_it_is(image, len(data), config):
+            image.load()  # a truncated file is found here
+            return Stored(data, JPEG, image.height, image.width)
+        return _store(_resize(_rgb(ImageOps.exif_transpose(image)), config), config)
+
+
+def _as_it_is(image: Image.Image, size: int, config: DataConfig) -> bool:
+    plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+    return plain and size <= MOST_BYTES and max(image.size) <= config.max_side
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: 16-bit and float greys are scaled (PIL would clip them to white), palettes and alpha over black."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-12)
-        top = max(top, float(values.max())) if image.mode == "I" and values.max() > 65535 else top
-        return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+        if not np.isfinite(values).all():
+            raise Unreadable("has pixels that are no numbers")
+        return Image.fromarray(np.clip(values / _top(image, float(values.max())) * 255 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
+def _top(image: Image.Image, most: float) -> float:
+    """What counts as white: by the format where it says, else the smallest usual range that holds the values."""
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        return 65535.0
+    return next((top for top in (1.0, 255.0, 65535.0) if most <= top and (top > 1 or image.mode == "F")), most)
+
+
 def _resize(image: Image.Image, config: DataConfig) -> Image.Image:
-    scale = min(config.resolution / min(image.size), config.max_side / max(image.size))
+    wanted = 1.0 if config.stored == "original" else config.resolution / min(image.size)
+    scale = min(wanted, config.max_side / max(image.size))
     size = tuple(max(1, int(side * scale + 0.5)) for side in image.size)
     return image if size == image.size else image.resize(size, Image.BILINEAR)
 

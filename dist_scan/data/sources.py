@@ -21,7 +21,6 @@ from pydantic import Field
 from dist_scan.config import ConfigError, Strict
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class SplitConfig(Strict):
@@ -129,65 +128,18 @@ class FolderSource(Source):
 
 
 def _image_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
+    """(path below root, size) of every image file; links are followed, except to a folder they lie in. A dead link has size -1: it is
+    listed as unreadable later, and ends nothing here."""
+    here = os.path.realpath(root / below)
     with os.scandir(root / below) as entries:
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.is_dir(follow_symlinks=True) and not entry.name.startswith("."):
-                yield from _image_files(root, name)
+                target = os.path.realpath(entry.path)
+                if not entry.is_symlink() or os.path.commonpath([here, target]) != target:
+                    yield from _image_files(root, name)
             elif entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith("."):
-                yield name, entry.stat().st_size
-
-
-class ParquetSource(Source):
-    """Rows of parquet files in the Hugging Face layout: `image` is {bytes, path} or bytes, with an optional label column."""
-
-    def __init__(self, files: list[Path]):
-        import pyarrow.parquet as pq
-
-        self.files, self.starts, self.groups, self.sizes = files, [0], [], []
-        for number, file in enumerate(files):
-            try:
-                handle = pq.ParquetFile(file)
-            except Exception as error:  # pyarrow has a dozen kinds
-                raise ConfigError(f"source '{file}' is no readable parquet file: {error}") from None
-            names = handle.schema_arrow.names
-            if "image" not in names:
-                raise ConfigError(f"source '{file}' has no column 'image'; it has {', '.join(names)}. Rename the column of image bytes")
-            self.label = next((c for c in LABEL_COLUMNS if c in names), None)
-            self.class_names = _class_names(handle.schema_arrow.metadata, self.label)
-            for group in range(handle.num_row_groups):
-                self.groups.append((number, group))
-                self.starts.append(self.starts[-1] + handle.metadata.row_group(group).num_rows)
-            self.sizes.append(file.stat().st_size)
-        self.rows = np.arange(self.starts[-1])
-
-    def _read(self, rows: list[int]) -> Iterator[Sample]:
-        import pyarrow.parquet as pq
-
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        for group in np.unique(place):
-            number, inner = self.groups[group]
-            columns = ["image", *([self.label] if self.label else [])]
-            table = pq.ParquetFile(self.files[number]).read_row_group(inner, columns=columns)
-            for row in (r for r, p in zip(rows, place) if p == group):
-                yield self._sample(table, row - self.starts[group], row, self.files[number].name)
-
-    def _sample(self, table: Any, at: int, row: int, file: str) -> Sample:
-        image = table["image"][at].as_py()
-        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        label = table[self.label][at].as_py() if self.label else None
-        return Sample(data or b"", -1 if label is None else int(label), path or f"{file}:{row}")
-
-    def _facts(self) -> Iterator[str]:
-        return (f"{file.name}:{size}" for file, size in zip(self.files, self.sizes))
-
-
-def _class_names(metadata: dict | None, label: str | None) -> list[str] | None:
-    """Class names that Hugging Face datasets keep in the schema's metadata, if they do."""
-    try:
-        return list(json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return None
+                yield name, entry.stat().st_size if os.path.exists(entry.path) else -1
 
 
 class TarSource(Source):
@@ -288,7 +240,11 @@ def _open_files(split: SplitConfig) -> Source:
                           "*.parquet, *.tar, or sklearn:digits")
     if kind == "folder":
         return FolderSource(files[0], _class_list(split.classes))
-    return ParquetSource(files) if kind == "parquet" else TarSource(files)
+    if kind == "tar":
+        return TarSource(files)
+    from dist_scan.data.parquet import ParquetSource  # only who reads parquet waits for pyarrow
+
+    return ParquetSource(files)
 
 
 def _class_list(path: str | None) -> list[str] | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_scan.data.beton.decode import cutter
+from dist_scan.data.beton.decode import PROBLEMS, cutter
 from dist_scan.data.beton.format import BadBeton, check_beton, read_names
 from dist_scan.data.crops import CropSpec, crop_boxes
 
@@ -33,7 +33,9 @@ class BetonLoader:
         self.starts, self.sizes = image["data_ptr"].astype(np.int64), tables.sizes.astype(np.int64)
         self.modes, self.heights, self.widths = image["mode"].astype(np.int64), image["height"].astype(np.int64), image["width"].astype(np.int64)
         self.num_images = len(self.starts)
-        self.file = np.asarray(np.memmap(self.path, np.uint8, "r"))
+        self.sums = tables.sums
+        self.file = open(self.path, "rb", buffering=0)
+        self.stored_bytes = -(-int(self.sizes.max()) // 8) * 8
         jpeg = self.modes == 0
         self.scratch_bytes = int((self.heights * self.widths)[jpeg].max()) * 3 if jpeg.any() else 1
         self._local, self._cutter = local(), cutter()
@@ -63,15 +65,17 @@ class BetonLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, rows: np.ndarray, epoch: int) -> tuple[np.ndarray, tuple[np.ndarray, ...], list[Future]]:
-        outs = tuple(np.empty((len(rows), s.size, s.size, 3), np.uint8) for s in self.views)
+    def _begin(self, pool: ThreadPoolExecutor, rows: np.ndarray, epoch: int) -> tuple[np.ndarray, tuple[Tensor, ...], list[Future]]:
+        # pinned where there is a GPU: torch keeps a pinned block until copies begun with non_blocking are over
+        tensors = tuple(torch.empty((len(rows), s.size, s.size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available()) for s in self.views)
+        outs = tuple(t.numpy() for t in tensors)
         share = max(1, -(-len(rows) // self.workers))
-        return rows, outs, [pool.submit(self._cut, rows[s:s + share], epoch, tuple(o[s:s + share] for o in outs)) for s in range(0, len(rows), share)]
+        return rows, tensors, [pool.submit(self._cut, rows[s:s + share], epoch, tuple(o[s:s + share] for o in outs)) for s in range(0, len(rows), share)]
 
-    def _finish(self, rows: np.ndarray, outs: tuple[np.ndarray, ...], parts: list[Future]) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+    def _finish(self, rows: np.ndarray, tensors: tuple[Tensor, ...], parts: list[Future]) -> tuple[np.ndarray, tuple[Tensor, ...]]:
         for part in parts:
             part.result()
-        return rows, tuple(torch.from_numpy(o) for o in outs)
+        return rows, tensors
 
     def _cut(self, rows: np.ndarray, epoch: int, outs: tuple[np.ndarray, ...]) -> None:
         """One thread's share of a batch."""
@@ -79,8 +83,9 @@ class BetonLoader:
         found = [crop_boxes(spec, height, width, self.seed, epoch, rows, v) for v, spec in enumerate(self.views)]
         boxes, flips = np.stack([b for b, _ in found], 1), np.stack([f for _, f in found], 1)
         if not hasattr(self._local, "scratch"):
-            self._local.scratch = np.empty(self.scratch_bytes, np.uint8)
-        bad = self._cutter(self.file, self.starts[rows], self.sizes[rows], self.modes[rows], height, width, boxes, flips, self._local.scratch, outs)
+            self._local.stored, self._local.scratch = np.empty(self.stored_bytes, np.uint8), np.empty(self.scratch_bytes, np.uint8)
+        bad, problem = self._cutter(self.file.fileno(), self.starts[rows], self.sizes[rows], self.sums[rows], self.modes[rows], height, width, boxes,
+                                    flips, self._local.stored, self._local.scratch, outs)
         if bad >= 0:
             row = int(rows[bad])
-            raise BadBeton(self.path, f"image {row} ({read_names(self.path)[row]}) does not decode: the file has rotted")
+            raise BadBeton(self.path, f"image {row} ({read_names(self.path)[row]}) {PROBLEMS[problem]}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 import csv
 import io
 import multiprocessing
+import os
 import shutil
-import zlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,8 @@ import numpy as np
 
 from dist_scan.artefacts import fingerprint, write_atomic, write_text
 from dist_scan.config import ConfigError
-from dist_scan.data.beton.format import sidecar, write_file, write_sidecars
+from dist_scan.data.beton.decode import decodes
+from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_file, write_sidecars
 from dist_scan.data.encode import Stored, Unreadable, encode
 from dist_scan.data.sources import DataConfig, Source
 from dist_scan.progress import Progress
@@ -72,6 +75,9 @@ def _run(source: Source, config: DataConfig, parts: Path, missing: list[int], wo
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(source, config, parts)) as pool:
         try:
             yield from pool.map(_worker_chunk, missing)
+        except BrokenProcessPool:
+            raise ValueError("a process that encodes images was killed (out of memory?); the same command goes on from the finished chunks, "
+                             f"with fewer workers than {workers} it needs less memory") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -83,6 +89,13 @@ _job: tuple[Source, DataConfig, Path] | None = None  # a worker's source, sent o
 def _start_worker(*job) -> None:
     global _job
     _job = job
+    # a killed build (kill -9) cannot tell its workers: they would wait for the next chunk for ever
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _worker_chunk(chunk: int) -> int:
@@ -95,12 +108,12 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
     span = _span(chunk, source)
     for row, sample in zip(span, source.read(span)):
         try:
-            stored.append(encode(sample.data, config))
-            names.append(sample.name)
+            stored.append(_encoded(sample.data, config))
+            names.append(_printable(sample.name))
             labels.append(sample.label)
             rows.append(row)
         except Unreadable as reason:
-            bad.append((row, sample.name, str(reason)))
+            bad.append((row, _printable(sample.name), str(reason)))
     write_atomic(parts / f"{chunk:06d}.bin", lambda f: f.writelines(s.data for s in stored))
     table = _table(stored)
     write_atomic(parts / f"{chunk:06d}.npz", lambda f: np.savez(
@@ -108,10 +121,23 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
     return len(span)
 
 
+def _encoded(data: bytes, config: DataConfig) -> Stored:
+    """As `encode`; a JPEG passed through must also decode without a complaint here, where it can still be re-encoded, not in training."""
+    stored = encode(data, config)
+    if config.stored == "original" and stored.data is data and not decodes(stored.data, stored.height, stored.width):
+        return encode(data, config, pass_through=False)
+    return stored
+
+
+def _printable(name: str) -> str:
+    """File names need not be UTF-8; tables and CSV must be."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _table(stored: list[Stored]) -> dict[str, np.ndarray]:
     return {"modes": np.array([s.mode for s in stored], np.uint8), "heights": np.array([s.height for s in stored], np.uint16),
             "widths": np.array([s.width for s in stored], np.uint16), "sizes": np.array([len(s.data) for s in stored], np.uint64),
-            "crc": np.array([zlib.crc32(s.data) for s in stored], np.uint32)}
+            "sums": np.array([checksum(s.data) for s in stored], np.uint64)}
 
 
 def _assemble(source: Source, out: Path, config: DataConfig, parts: Path, chunks: int, mark: str) -> BetonReport:
@@ -119,7 +145,7 @@ def _assemble(source: Source, out: Path, config: DataConfig, parts: Path, chunks
     for chunk in range(chunks):
         with np.load(parts / f"{chunk:06d}.npz") as piece:
             pieces.append({name: piece[name] for name in piece.files})
-    whole = {name: np.concatenate([p[name] for p in pieces]) for name in ("modes", "heights", "widths", "labels", "sizes", "crc")}
+    whole = {name: np.concatenate([p[name] for p in pieces]) for name in ("modes", "heights", "widths", "labels", "sizes", "sums")}
     names = [str(n) for p in pieces for n in p["names"]]
     bad = [row for p in pieces for row in p["bad"].tolist()]
     _write_bad(sidecar(out, "bad.csv"), bad)
@@ -130,8 +156,10 @@ def _assemble(source: Source, out: Path, config: DataConfig, parts: Path, chunks
                           f"{worst}. All are listed in {sidecar(out, 'bad.csv')}; mend the source, or raise data.max_bad_share")
     facts = {"num_images": len(names), "num_bad": len(bad), "class_names": source.class_names, "mark": mark, "source": source.fingerprint(),
              "stored": config.stored, "resolution": config.resolution, "max_side": config.max_side, "quality": config.quality}
-    write_sidecars(out, names, whole.pop("crc"), facts)
-    write_file(out, **whole, data=_samples(parts, pieces))
+    sums = whole.pop("sums")
+    before, after = build_tables(**whole)
+    write_sidecars(out, names, sums, facts | {"tables": checksum(before + after), "sums": checksum(sums.tobytes())})
+    write_file(out, before, after, _samples(parts, pieces))
     return BetonReport(len(names), len(bad), sidecar(out, "bad.csv"))
 
 

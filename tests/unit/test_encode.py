@@ -1,0 +1,101 @@
+"""One image's bytes: what is stored, and that every kind of damage becomes a reason."""
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_scan.data.encode import JPEG, RAW, Unreadable, encode
+from tests.betons import encoded, picture, settings
+
+RAW40, ORIGINAL = settings("x", stored="raw"), settings("x", stored="original")
+
+
+def pixels(data: bytes) -> np.ndarray:
+    stored = encode(data, RAW40)
+    assert stored.mode == RAW
+    return np.frombuffer(stored.data, np.uint8).reshape(stored.height, stored.width, 3)
+
+
+def flat(value, dtype, **kwargs) -> bytes:
+    return encoded(Image.fromarray(np.full((48, 64), value, dtype)), **kwargs)
+
+
+def test_it_imports_neither_torch_nor_ffcv():
+    code = "import sys, dist_scan.data.encode; sys.exit(any(m in sys.modules for m in ('torch', 'ffcv')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_shorter_side_is_resized_as_pillow_does():
+    expected = np.asarray(picture().resize((53, 40), Image.BILINEAR))
+    assert np.array_equal(pixels(encoded(picture())), expected)
+
+
+@pytest.mark.parametrize("size, expected", [((1, 1), (40, 40)), ((640, 64), (13, 128))], ids=["one pixel", "longer side capped"])
+def test_odd_sizes(size, expected):
+    assert pixels(encoded(picture(0, size[1], size[0]))).shape[:2] == expected
+
+
+@pytest.mark.parametrize("data, grey", [
+    (flat(32896, np.uint16), 128),                          # 16-bit grey: PIL alone makes it white
+    (flat(200, np.int32, kind="TIFF"), 200),                # 32-bit whole numbers that hold 8-bit values
+    (flat(0.1, np.float32, kind="TIFF"), 26),               # float grey 0..1 is not stretched to the image's own range
+    (encoded(Image.new("L", (64, 48), 77)), 77),
+    (encoded(Image.new("RGBA", (64, 48), (77, 77, 77, 10))), 77),
+    (encoded(Image.new("P", (64, 48), 0).convert("P")), 0),
+    (encoded(Image.new("CMYK", (64, 48), (0, 0, 0, 0)), "JPEG"), 255),
+], ids=["grey16", "int32", "float", "grey", "alpha", "palette", "cmyk"])
+def test_every_mode_becomes_rgb_of_the_right_brightness(data, grey):
+    assert np.abs(pixels(data).astype(int) - grey).max() <= 1
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert pixels(encoded(picture(0, 48, 64), "JPEG", exif=exif)).shape[:2] == (53, 40)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (64, 48), (v, v, v)) for v in (10, 200)]
+    assert np.abs(pixels(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).astype(int) - 10).max() <= 2
+
+
+JPG = encoded(picture(), "JPEG")
+
+
+@pytest.mark.parametrize("data, reason", [(b"", "zero bytes"), (b"hello" * 50, "cannot identify"), (JPG[:len(JPG) // 2], "OSError"),
+                                          (flat(np.nan, np.float32, kind="TIFF"), "no numbers"),
+                                          (encoded(Image.new("1", (20000, 20000))), "bomb")],
+                         ids=["empty", "garbage", "truncated", "nan", "bomb"])
+def test_what_cannot_be_read_says_why(data, reason):
+    with pytest.raises(Unreadable, match=reason):
+        encode(data, RAW40)
+
+
+def test_damage_of_any_kind_is_listed_and_never_escapes():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    seeds = [encoded(picture(), "JPEG", exif=exif), *(encoded(picture(), kind) for kind in ("PNG", "GIF", "WEBP", "BMP")), flat(0.5, np.float32, kind="TIFF")]
+    rng, listed = random.Random(0), 0
+    for _ in range(4000):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.choice([1, 2, 8])):
+            data[rng.randrange(min(len(data), rng.choice([64, 400, 10**6])))] = rng.randrange(256)
+        try:
+            encode(bytes(data), rng.choice([RAW40, ORIGINAL]))
+        except Unreadable:
+            listed += 1
+    assert listed > 400
+
+
+def test_original_passes_plain_jpegs_through_and_nothing_else():
+    assert encode(JPG, ORIGINAL).data == JPG
+    for data in (encoded(picture(0, 300, 400), "JPEG"), encoded(picture(0, 300, 400)), encoded(Image.new("RGB", (70000, 4)))):
+        stored = encode(data, ORIGINAL)  # over max_side, no JPEG, wider than a JPEG can be
+        assert stored.mode == JPEG and max(stored.height, stored.width) == 128
+        assert Image.open(io.BytesIO(stored.data)).size == (stored.width, stored.height)

@@ -1,0 +1,128 @@
+"""Readers: order, labels, names, limits, marks, and clear refusals."""
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dist_scan.config import ConfigError
+from dist_scan.data.sources import SplitConfig, open_source
+from tests.betons import encoded, folder, picture
+from tests.shared_data import shared_data
+
+JPG = encoded(picture(), "JPEG")
+
+
+def opened(path, **kwargs):
+    return open_source(SplitConfig(source=str(path), **kwargs))
+
+
+def everything(source):
+    return list(source.read(range(len(source))))
+
+
+def table(path, labels, column="label"):
+    images = pa.array([{"bytes": JPG, "path": f"{i}.jpg"} for i in range(len(labels))])
+    pq.write_table(pa.table({"image": images, **({column: pa.array(labels)} if column else {})}), path, row_group_size=2)
+    return path
+
+
+def test_a_folder_has_its_first_level_as_classes(tmp_path):
+    source = opened(folder(tmp_path, 6))
+    assert source.class_names == ["class0", "class1"]
+    assert [(s.label, s.name) for s in everything(source)][:2] == [(0, "class0/000.jpeg"), (0, "class0/002.jpeg")]
+
+
+def test_a_folder_without_folders_has_no_labels(tmp_path):
+    for name in ("b.JPG", "a.png", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).write_bytes(JPG)
+    source = opened(tmp_path)
+    assert source.class_names is None and [(s.label, s.name) for s in everything(source)] == [(-1, "a.png"), (-1, "b.JPG")]
+
+
+def test_links_are_followed_but_not_in_circles_and_dead_ones_do_not_end_the_listing(tmp_path):
+    folder(tmp_path / "real", 2)
+    (tmp_path / "tree" / "a").mkdir(parents=True)
+    os.symlink(tmp_path / "real" / "class0", tmp_path / "tree" / "linked")
+    os.symlink("..", tmp_path / "tree" / "a" / "up")
+    os.symlink("/nowhere/x.jpg", tmp_path / "tree" / "a" / "dead.jpg")
+    assert [(s.name, bool(s.data)) for s in everything(opened(tmp_path / "tree"))] == [("a/dead.jpg", False), ("linked/000.jpeg", True)]
+
+
+def test_parquet_of_several_files_with_and_without_labels(tmp_path):
+    table(tmp_path / "a.parquet", [3, None, 5])
+    table(tmp_path / "b.parquet", [0, 0], column=None)
+    source = opened(tmp_path)
+    assert [s.label for s in everything(source)] == [3, -1, 5, -1, -1]
+    assert [s.label for s in source.read([2, 3])] == [5, -1]
+
+
+@pytest.mark.parametrize("column", ["label", "labels", "fine_label"])
+def test_label_columns(tmp_path, column):
+    assert [s.label for s in everything(opened(table(tmp_path / "a.parquet", [1, 2], column)))] == [1, 2]
+
+
+def test_words_as_labels_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'label' is string; allowed: whole numbers"):
+        opened(table(tmp_path / "a.parquet", ["cat", "dog"]))
+
+
+def test_a_rotted_parquet_page_names_the_file(tmp_path):
+    data = bytearray(shared_data("cifar10-test.parquet").read_bytes())
+    data[100000:100100] = bytes(100)
+    (tmp_path / "rot.parquet").write_bytes(data)
+    with pytest.raises(ConfigError, match="rot.parquet': row group 0 cannot be read"):
+        everything(opened(tmp_path / "rot.parquet", limit=3))
+
+
+def test_real_parquet():
+    source = opened(shared_data("cifar10-test.parquet"), limit=40)
+    samples = everything(source)
+    assert len(samples) == 40 and {Image.open(io.BytesIO(s.data)).size for s in samples} == {(32, 32)}
+    assert len({s.label for s in samples}) > 5
+
+
+def test_tar_shards_with_cls_and_json_labels(tmp_path):
+    with tarfile.open(tmp_path / "s-0.tar", "w") as tar:
+        for name, data in (("d/1.jpg", JPG), ("d/1.cls", b"4"), ("d/2.jpg", JPG), ("d/2.json", b'{"label": 7}'), ("d/3.jpg", JPG)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert [(s.name, s.label, s.data == JPG) for s in everything(opened(tmp_path / "s-*.tar"))] == [
+        ("d/1.jpg", 4, True), ("d/2.jpg", 7, True), ("d/3.jpg", -1, True)]
+
+
+def test_the_digits_are_real_images():
+    from sklearn.datasets import load_digits
+
+    samples = everything(opened("sklearn:digits", limit=30))
+    rows = np.arange(30) * 1797 // 30
+    assert [s.label for s in samples] == load_digits().target[rows].tolist()
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(samples[7].data))), np.round(load_digits().images[rows[7]] * 255 / 16))
+
+
+def test_limit_is_evenly_spaced(tmp_path):
+    assert [s.name[-8:-5] for s in everything(opened(folder(tmp_path, 12), limit=4))] == ["000", "006", "001", "007"]
+
+
+def test_the_mark_follows_the_data_not_the_place(tmp_path):
+    a, b = opened(folder(tmp_path / "a", 4)), opened(folder(tmp_path / "b", 4))
+    assert a.fingerprint() == b.fingerprint() != opened(folder(tmp_path / "c", 5)).fingerprint()
+    assert a.fingerprint() != opened(tmp_path / "a", limit=2).fingerprint()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: p / "no", "does not exist"), (lambda p: p, "holds no images"),
+    (lambda p: (p / "x.parquet").write_bytes(b"junk") and p / "x.parquet", "no readable parquet"),
+    (lambda p: (p / "x.tar").write_bytes(b"junk") and p / "x.tar", "no readable tar"),
+    (lambda p: (p / "x.zip").write_bytes(b"junk") and p / "x.zip", "does not fit what is there"),
+], ids=["missing", "empty", "parquet", "tar", "other"])
+def test_refusals_are_clear(tmp_path, make, words):
+    with pytest.raises(ConfigError, match=words):
+        opened(make(tmp_path))
