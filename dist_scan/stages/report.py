@@ -5,7 +5,6 @@ import json
 import platform
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
