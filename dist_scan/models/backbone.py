@@ -9,8 +9,6 @@ from typing import Literal
 from pydantic import Field, field_validator
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from dist_scan.artefacts import write_atomic, write_json
 from dist_scan.config import Strict
@@ -53,6 +51,8 @@ class SmallResNet(nn.Module):
     """Three one-block stages of width w, 2w, 4w after a strided 3x3 stem: enough for 16 to 32 px (the quickstart's digits)."""
 
     def __init__(self, width: int):
+        from torchvision.models.resnet import BasicBlock
+
         super().__init__()
         self.num_features = 4 * width
         self.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
@@ -63,7 +63,9 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _wider(width: int) -> BasicBlock:
+    def _wider(width: int) -> nn.Module:
+        from torchvision.models.resnet import BasicBlock
+
         shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
         return BasicBlock(width, 2 * width, 2, shortcut)
 
@@ -80,7 +82,9 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-def _resnet(config: BackboneConfig) -> ResNet:
+def _resnet(config: BackboneConfig) -> nn.Module:
+    from torchvision.models import resnet  # here: it costs five seconds, and reading a config needs none of it
+
     network = getattr(resnet, config.name)(weights=None)
     network.num_features, network.fc = network.fc.in_features, nn.Identity()
     if config.stem != "imagenet":

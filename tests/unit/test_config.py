@@ -1,6 +1,8 @@
 """Settings: strict, with errors that name path, value, what is allowed and the way out."""
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,11 @@ def test_shipped_configs_load_and_survive_a_round_trip(path):
 def test_settings_are_frozen():
     with pytest.raises(Exception, match="frozen"):
         load(QUICK).seed = 3
+
+
+def test_reading_a_config_imports_nothing_slow():
+    """torchvision, timm and the compiler behind them cost five seconds at every start; only building a network needs them."""
+    code = ("import sys; from dist_scan.config import load; load('configs/quickstart.yaml'); import dist_scan.run; "
+            "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn', 'numba') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS[0].parents[1], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr
