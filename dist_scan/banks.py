@@ -17,9 +17,7 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int, global_batch: int, seed: int):
         super().__init__()
-        if size % global_batch or size < global_batch:
-            below = max(size // global_batch, 1) * global_batch
-            raise ValueError(f"queue_size: {size} is no multiple of global_batch {global_batch}; allowed: {below} or {below + global_batch}")
+        check_queue(size, global_batch)
         rows = F.normalize(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
         self.register_buffer("rows", rows)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
@@ -31,6 +29,14 @@ class Queue(nn.Module):
         start = int(self.pointer)
         self.rows[start:start + len(keys)] = keys
         self.pointer.fill_((start + len(keys)) % len(self.rows))
+
+
+def check_queue(size: int, keys_per_step: int) -> None:
+    """Raises ValueError unless the queue holds whole steps' keys."""
+    if size % keys_per_step or size < keys_per_step:
+        below = max(size // keys_per_step, 1) * keys_per_step
+        raise ValueError(f"queue_size: {size} is no multiple of the {keys_per_step} keys of a step (global_batch, twice that when symmetric); "
+                         f"allowed: {below} or {below + keys_per_step}")
 
 
 class Bank:

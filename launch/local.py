@@ -46,16 +46,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_processes(run, processes: int) -> None:
-    """Every training batch must divide over the processes: said before anything starts."""
+    """Every stage must be able to run on so many processes: said before anything starts."""
     from dist_scan.config import ConfigError
-    from dist_scan.data.order import batch_per_rank
 
     for name, stage in run.stages.items():
-        if hasattr(stage, "global_batch"):
-            try:
-                batch_per_rank(stage.global_batch, processes)
-            except ValueError as error:
-                raise ConfigError(f"stages.{name}.{error}") from None
+        try:
+            stage.check_ranks(name, processes)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def take_lease(run_dir: Path):

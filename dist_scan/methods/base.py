@@ -25,6 +25,9 @@ class MethodConfig(Strict):
 
     kind: str
 
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Raise ValueError when the method cannot train on batches of global_batch images over so many ranks (before any work)."""
+
 
 class Step(NamedTuple):
     """What forward returns. `skip` (equal on all ranks): no update this step; it is counted."""

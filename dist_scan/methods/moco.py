@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.banks import Queue
+from dist_scan.banks import Queue, check_queue
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, info_nce
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import MomentumCopy, Projector, convert_batch_norm
+from dist_scan.models.layers import MomentumCopy, Projector, check_groups, convert_batch_norm
 from dist_scan.world.collectives import all_rows
 from dist_scan.world.world import current
 
@@ -35,6 +35,11 @@ class MoCoConfig(MethodConfig):
     """Parts of the global batch for batch norm. Keys are shuffled over the parts, or the network reads off which rows were
     normalised together; with one part the shuffle does nothing and costs accuracy (4 points on CIFAR-10)."""
 
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Batch norm's groups, the ranks and the batch must fit; the queue holds whole batches."""
+        check_groups(self.bn_groups, world_size, global_batch)
+        check_queue(self.queue_size, global_batch * (1 + self.symmetric))
+
 
 class MoCo(Method):
     """Queue and key network are buffers. The permutation is a function of (seed, step): nothing is broadcast."""
@@ -44,8 +49,6 @@ class MoCo(Method):
 
     def __init__(self, config: MoCoConfig, given: Given):
         super().__init__(config, given)
-        if given.global_batch % config.bn_groups:
-            raise ValueError(f"bn_groups: {config.bn_groups} does not divide global_batch {given.global_batch}; allowed: a divisor of it")
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.projector = Projector(given.feature_dim, config.projection_dim, config.mlp)
         self.key = MomentumCopy(nn.Sequential(self.backbone, self.projector), config.momentum)

@@ -14,7 +14,7 @@ from dist_scan.losses import SMALLEST, scan_loss
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.backbone import save_tensors
 from dist_scan.models.cluster import ClusterModel, save_cluster_model
-from dist_scan.models.layers import ClusterHeads, FeatureNorm, Normalise, convert_batch_norm
+from dist_scan.models.layers import ClusterHeads, FeatureNorm, Normalise, check_groups, convert_batch_norm
 from dist_scan.world.collectives import gather_rows
 
 
@@ -31,6 +31,10 @@ class ScanConfig(MethodConfig):
     train_backbone: bool = True
     """On images: train the network too (small sets), or only the heads, the network in eval mode (ImageNet)."""
     bn_groups: int = Field(default=1, ge=1)
+
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Batch norm's groups, the ranks and the batch must fit."""
+        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class Scan(Method):

@@ -12,7 +12,7 @@ from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.losses import confident_cross_entropy
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.cluster import load_cluster_model, save_cluster_model
-from dist_scan.models.layers import MomentumCopy, convert_batch_norm
+from dist_scan.models.layers import MomentumCopy, check_groups, convert_batch_norm
 from dist_scan.world.world import current
 
 
@@ -30,6 +30,10 @@ class SelfLabelConfig(MethodConfig):
     """teacher: the average makes the pseudo-labels and is published (the paper's idea). released: after each update the trained
     network is replaced by the average, which is plain SGD at (1 - ema) times the learning rate with frozen batch norm buffers."""
     bn_groups: int = Field(default=1, ge=1)
+
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Batch norm's groups, the ranks and the batch must fit."""
+        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class SelfLabel(Method):

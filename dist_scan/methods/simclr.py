@@ -12,7 +12,7 @@ from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, nt_xent
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import Projector, convert_batch_norm
+from dist_scan.models.layers import Projector, check_groups, convert_batch_norm
 
 
 class SimCLRConfig(MethodConfig):
@@ -25,6 +25,10 @@ class SimCLRConfig(MethodConfig):
     """Both views are anchors (paper); false: only the first (as SCAN's code was released)."""
     bn_groups: int = Field(default=1, ge=1)
     """Batch norm sees the global batch in so many parts; 1 is the released single-GPU run. Ranks and parts: one divides the other."""
+
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Batch norm's groups, the ranks and the batch must fit."""
+        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class SimCLR(Method):

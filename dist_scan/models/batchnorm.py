@@ -108,11 +108,13 @@ def _over_groups(x: Tensor, groups: int) -> Tensor:
     return all_sum(slots) / (world.world_size // groups)
 
 
-def check_groups(groups: int, world_size: int) -> None:
-    """Raises ValueError unless one divides the other."""
+def check_groups(groups: int, world_size: int, global_batch: int | None = None) -> None:
+    """Raises ValueError unless groups and ranks divide one another, and (when a batch is given) the groups divide it."""
     if groups < 1 or (groups % world_size and world_size % groups):
         raise ValueError(f"bn_groups: {groups} and {world_size} ranks: one must divide the other; "
                          f"allowed: divisors and multiples of {world_size}")
+    if global_batch is not None and global_batch % groups:
+        raise ValueError(f"bn_groups: {groups} does not divide global_batch {global_batch}; allowed: a divisor of it")
 
 
 def convert_batch_norm(module: nn.Module, groups: int) -> nn.Module:

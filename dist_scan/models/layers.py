@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_scan.models.batchnorm import GroupedBatchNorm, convert_batch_norm, sync_running_stats
+from dist_scan.models.batchnorm import GroupedBatchNorm, check_groups, convert_batch_norm, sync_running_stats
 
 __all__ = ["ClusterHeads", "FeatureNorm", "GroupedBatchNorm", "MomentumCopy", "Normalise", "Projector", "Sobel", "convert_batch_norm",
            "sync_running_stats"]

@@ -44,6 +44,9 @@ class StageConfig(Strict):
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """Raise ValueError when the data is too small for these settings (before any work)."""
 
+    def check_ranks(self, name: str, world_size: int) -> None:
+        """Raise ValueError when this stage cannot run on so many ranks (before any work; a launcher asks)."""
+
     def images_split(self, earlier: Mapping[str, Any]) -> str | None:
         """train or val: which images this stage's rows are, found through what it refers to."""
         own = getattr(self, "images", None)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dist_scan.config import RunConfig, kind_class, one_of
 from dist_scan.data.augment import RecipeConfig
-from dist_scan.data.order import split_held_out
+from dist_scan.data.order import batch_per_rank, split_held_out
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, memory_format, seed_step
@@ -70,9 +70,18 @@ class TrainConfig(StageConfig):
             raise ValueError(f"{where}.neighbours: method '{self.method.kind}' needs neighbours; give the name of a neighbours stage")
         if self.recipes and len(self.recipes) != len(method.recipes):
             raise ValueError(f"{where}.recipes: {len(self.recipes)} given, method '{self.method.kind}' wants {len(method.recipes)} (one per view)")
+        self.check_ranks(name, 1)
         table = earlier.get(self.neighbours)
         if table is not None and self.num_neighbours is not None and self.num_neighbours > table.num_neighbours:
             raise ValueError(f"{where}.num_neighbours: {self.num_neighbours}, but stage '{self.neighbours}' mines {table.num_neighbours}; lower it")
+
+    def check_ranks(self, name: str, world_size: int) -> None:
+        """Batches divide over the ranks, and the method can train on what a rank gets."""
+        try:
+            batch_per_rank(self.global_batch, world_size)
+            self.method.check_batch(self.global_batch, world_size)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
 
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """A batch must fit into the data, and clusters into the images."""

@@ -95,3 +95,13 @@ def test_reading_a_config_imports_nothing_slow():
             "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn', 'numba') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS[0].parents[1], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def test_what_a_batch_allows_is_said_at_the_door():
+    assert "queue_size: 300 is no multiple of the 128 keys" in message("stages.pretext.method={kind: moco, queue_size: 300}")
+    assert "bn_groups: 3 does not divide global_batch 128" in message("stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 3}")
+    run = load(QUICK, ["stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 8}", "stages.pretext.global_batch=96", "stages.pretext.method.queue_size=960"])
+    with pytest.raises(ValueError, match="stages.pretext: bn_groups: 8 and 3 ranks: one must divide the other"):
+        run.stages["pretext"].check_ranks("pretext", 3)
+    with pytest.raises(ValueError, match="global_batch: 96 does not divide over 5 processes; nearest that do: 95, 100"):
+        run.stages["pretext"].check_ranks("pretext", 5)
