@@ -11,42 +11,12 @@ import pkgutil
 import re
 from functools import cache, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, create_model, model_validator
 
-
-class ConfigError(ValueError):
-    """A mistake of the user's, told without a traceback (exit code 2)."""
-
-
-class Strict(BaseModel):
-    """Base of all settings: unknown keys refused, no coercion, frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class RuntimeConfig(Strict):
-    """What may change between two starts of one run without changing its meaning (left out of every fingerprint)."""
-
-    run_dir: str | None = None
-    """Where the run lives; runs/<name> when left out."""
-    cache_dir: str | None = None
-    """Where .beton files and other shareable artefacts lie; RUN/stages when left out."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU of this rank when there is one."""
-    workers: int = Field(default=0, ge=0)
-    """Loader threads per rank; 0 means the cores this rank may use."""
-    checkpoint_s: float | None = Field(default=None, gt=0)
-    """Seconds between checkpoints; left out: from the measured cost of a save (Young's formula)."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    log_every: int = Field(default=10, ge=1)
-    """Steps between two rows of metrics.jsonl."""
-    timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest a collective may take before the run is ended."""
-    compile: bool = False
-    """torch.compile the network (GPU)."""
+from dist_scan.settings import ConfigError, RuntimeConfig, SlurmConfig, Strict
 
 
 class RunConfig(Strict):
@@ -57,8 +27,8 @@ class RunConfig(Strict):
     data: Any
     stages: dict[str, Any]
     runtime: RuntimeConfig = RuntimeConfig()
-    slurm: dict[str, Any] = {}
-    """sbatch options for launch/slurm.py; no part of a run's meaning."""
+    slurm: SlurmConfig = SlurmConfig()
+    """What launch/slurm.py asks Slurm for; no part of a run's meaning."""
 
     @property
     def run_dir(self) -> Path:

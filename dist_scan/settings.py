@@ -1,0 +1,99 @@
+"""The strict base of all settings, and the two blocks that are no part of a run's meaning: `runtime:` and `slurm:`."""
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, told without a traceback (exit code 2)."""
+
+
+class Strict(BaseModel):
+    """Base of all settings: unknown keys refused, no coercion, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class RuntimeConfig(Strict):
+    """What may change between two starts of one run without changing its meaning (left out of every fingerprint)."""
+
+    run_dir: str | None = None
+    """Where the run lives; runs/<name> when left out."""
+    cache_dir: str | None = None
+    """Where .beton files and other shareable artefacts lie; RUN/stages when left out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU of this rank when there is one."""
+    workers: int = Field(default=0, ge=0)
+    """Loader threads per rank; 0 means the cores this rank may use."""
+    checkpoint_s: float | None = Field(default=None, gt=0)
+    """Seconds between checkpoints; left out: from the measured cost of a save (Young's formula)."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two rows of metrics.jsonl."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest a collective may take before the run is ended."""
+    compile: bool = False
+    """torch.compile the network (GPU)."""
+    relaunches: int = Field(default=20, ge=0)
+    """How often a launcher starts the ranks again after a fault, in the same job, as long as each start got further."""
+
+
+class SlurmConfig(Strict):
+    """What launch/slurm.py asks for; its flags have the same names (--gpus-per-node 8). What is left out is the cluster's default."""
+
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    """One process per GPU."""
+    processes_per_node: int | None = Field(default=None, ge=1)
+    """Without GPUs: processes on each node (default 1)."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """Cores for each process: loader threads and arithmetic."""
+    mem: str | None = None
+    """Memory per node, as sbatch reads it (240G)."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(default=None, pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d){0,2})$")
+    """Limit of one job, as sbatch reads it (minutes, H:MM:SS, D-HH:MM:SS). At the limit the run saves, is queued again and goes on."""
+    constraint: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    dependency: str | None = None
+    """As sbatch reads it: afterok:1234."""
+    mail_user: str | None = None
+    mail_type: str | None = None
+    """As sbatch reads it: END,FAIL,REQUEUE."""
+    notice_s: int = Field(default=120, ge=1)
+    """Seconds before the time limit (or a preemption) at which the run is asked to save and leave."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the run, on the first node: module load ..., source ..."""
+    python: str | None = None
+    """The interpreter on the nodes (default: the one that submits; inside a container its own, often just python)."""
+    container: str | None = None
+    """An image for srun --container-image (pyxis)."""
+    container_mounts: str | None = None
+    """As pyxis reads it: /data:/data,/runs:/runs."""
+    sbatch: dict[str, str | int | bool] = {}
+    """Any other sbatch option by its long name: {exclusive: true, licenses: "foo:1"}."""
+    srun: dict[str, str | int | bool] = {}
+    """Any other srun option by its long name: {cpu-bind: none}."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.gpus_per_node or self.processes_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all nodes."""
+        return self.nodes * self.tasks_per_node
+
+    @field_validator("setup", "partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "dependency", "mail_user", "mail_type")
+    @classmethod
+    def _one_line(cls, value):
+        for text in value if isinstance(value, tuple) else (value,):
+            if text is not None and ("\n" in text or not text.strip()):
+                raise ValueError("must be one line that is not empty")
+        return value
