@@ -1,11 +1,13 @@
 """A process's life: signals, world, config, pipeline, exit. Launchers start it as `python -m dist_scan.run RUN_DIR`, once per rank.
 
-Exit codes do not survive srun, so what a launcher must know is a file in RUN_DIR: DONE, or STOPPED with the signal's number.
+Exit codes do not survive srun, so what a launcher must know is a file in RUN_DIR: DONE, STOPPED with the signal's number,
+MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py reads them.
 """
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -43,13 +45,19 @@ def _work(folder: Path, stop: Stop) -> int:
     from dist_scan.engine.precision import set_determinism
     from dist_scan.pipeline import Pipeline
     from dist_scan.progress import Progress, Stopped
+    from dist_scan.world.collectives import gather_objects
     from dist_scan.world.world import close_world, open_world
 
     run = load(folder / "config.yaml")
     if run.runtime.run_dir is None:
         run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"run_dir": str(folder)})})
     set_determinism()
-    world = open_world(run.runtime.device, run.runtime.timeout_s)
+    try:
+        world = open_world(run.runtime.device, run.runtime.timeout_s)
+    except RuntimeError as error:
+        if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
+            write_text(folder / "PORT_TAKEN", str(error))
+        raise
     (folder / "logs").mkdir(exist_ok=True)
     if world.rank == 0:
         Progress.copy_to = open(folder / "logs" / "run.log", "a", buffering=1)
@@ -62,9 +70,11 @@ def _work(folder: Path, stop: Stop) -> int:
     try:
         Pipeline(run, world, stop, say).run()
     except Stopped:
-        say(f"stopped by {'signal ' + str(stop.signal) if stop.signal else 'another rank'}; everything is saved, the same command goes on")
+        signals = [s for s in gather_objects(stop.signal) if s is not None]  # the notice may have reached one rank only
+        number = signal.SIGUSR2 if signal.SIGUSR2 in signals else max(signals, default=None)
+        say(f"stopped by signal {number}; everything is saved, the same command goes on")
         if world.rank == 0:
-            write_json(folder / "STOPPED", {"signal": stop.signal})
+            write_json(folder / "STOPPED", {"signal": number})
         return 0
     if world.rank == 0:
         write_text(folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"))
@@ -79,6 +89,8 @@ def _work(folder: Path, stop: Stop) -> int:
 def _mistake(folder: Path, rank: int, text: str) -> int:
     if rank == 0 or not (folder / "config.yaml").is_file():
         print(f"error: {text}", file=sys.stderr, flush=True)
+    if folder.is_dir():
+        write_text(folder / "MISTAKE", text + "\n")
     return USER_MISTAKE
 
 

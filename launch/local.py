@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/local.py` from a checkout
 
+from launch import recovery  # noqa: E402
+
 NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         from dist_scan.artefacts import write_text
 
         write_text(run.run_dir / "config.yaml", dump(run))
-        return launch(run.run_dir, args.processes)
+        return launch(run.run_dir, args.processes, run.runtime.relaunches)
 
 
 def check_processes(run, processes: int) -> None:
@@ -77,15 +79,26 @@ def take_lease(run_dir: Path):
     return lock
 
 
-def launch(run_dir: Path, processes: int) -> int:
-    """Start the ranks and wait for all. When one fails the others are ended, and the first error is shown last."""
-    for stale in [run_dir / "DONE", run_dir / "STOPPED", *run_dir.glob("logs/error-rank*.json")]:
-        stale.unlink(missing_ok=True)
-    (run_dir / "logs").mkdir(exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = start(run_dir, processes, port)
+def launch(run_dir: Path, processes: int, relaunches: int) -> int:
+    """Start the ranks, wait, and start them again after a fault as long as each start got further. Returns the exit code."""
+    for start_number in range(relaunches + recovery.PORT_RETRIES + 1):
+        mark = recovery.begin(run_dir)
+        code = attempt(run_dir, processes)
+        verdict = recovery.decide(run_dir, mark, start_number, relaunches)
+        if verdict.action == "relaunch":
+            print(f"fault: {verdict.why}\nstarting again ({start_number + 1}) from the last checkpoint", file=sys.stderr, flush=True)
+            continue
+        if verdict.action == "give_up":
+            print(f"failed: {verdict.why}\n(full text: {run_dir}/logs/error-rank*.json; the same command goes on from the last checkpoint)", file=sys.stderr)
+        break
+    if verdict.action in ("requeue", "stopped"):
+        return 128 + (json.loads((run_dir / "STOPPED").read_text())["signal"] or signal.SIGTERM)
+    return {"done": 0, "mistake": 2}.get(verdict.action, code or 1)
+
+
+def attempt(run_dir: Path, processes: int) -> int:
+    """One start of the ranks, to its end. 0 when all ended well, else the code of the first that did not."""
+    ranks = start(run_dir, processes, recovery.free_port())
 
     def forward(number, frame):
         for p in ranks:
@@ -95,12 +108,7 @@ def launch(run_dir: Path, processes: int) -> int:
     for number in NOTICE:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
-    code = _wait(ranks)
-    if code not in (0, 2):
-        _show_first_error(run_dir, code)
-    if code == 0 and (run_dir / "STOPPED").exists():
-        return 128 + (json.loads((run_dir / "STOPPED").read_text())["signal"] or signal.SIGTERM)
-    return code
+    return _wait(ranks)
 
 
 def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.process.BaseProcess]:
@@ -167,21 +175,6 @@ def _wait(ranks: list[multiprocessing.process.BaseProcess]) -> int:
         if all(c == 0 for c in codes):
             return 0
         time.sleep(0.05)
-
-
-def _show_first_error(run_dir: Path, code: int) -> None:
-    errors = []
-    for path in run_dir.glob("logs/error-rank*.json"):
-        try:
-            errors.append(json.loads(path.read_text()))
-        except ValueError:
-            continue
-    if errors:
-        first = min(errors, key=lambda e: e["time"])
-        print(f"failed on rank {first['rank']}: {first['error']}\n(full text: {run_dir}/logs/error-rank{first['rank']:05d}.json; "
-              "the same command goes on from the last checkpoint)", file=sys.stderr)
-    else:
-        print(f"failed: a process ended with code {code} and left no error (killed?); the same command goes on from the last checkpoint", file=sys.stderr)
 
 
 if __name__ == "__main__":

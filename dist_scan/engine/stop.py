@@ -24,7 +24,8 @@ class Stop:
     def _notice(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        self.signal = number
+        if self.signal != signal.SIGUSR2:  # "come back" stands, whatever Slurm sends while it waits for us to leave
+            self.signal = number
 
     @property
     def asked(self) -> bool:

@@ -1,0 +1,116 @@
+"""What a launcher does when the ranks have ended: nothing, requeue, relaunch in place, or give up. launch/local.py asks it as
+functions, the batch script as `python launch/recovery.py begin|decide RUN ...`; both so decide the same. Standard library only.
+
+Exit codes do not survive srun (RELIABILITY.md), so the ranks leave files in RUN: DONE; STOPPED with the signal; MISTAKE when the
+user's settings are wrong; PORT_TAKEN when the rendezvous could not listen.
+"""
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
+PORT_RETRIES = 5
+
+
+class Verdict(NamedTuple):
+    """What to do next: done, requeue, stopped, mistake, relaunch or give_up; and why, in one line for the log."""
+
+    action: str
+    why: str
+
+
+def begin(run_dir: Path) -> str:
+    """Clear what the last start left. Returns a mark of how far the run has come, for `decide`."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    for stale in [*(run_dir / m for m in MARKERS), *run_dir.glob("logs/error-rank*.json")]:
+        stale.unlink(missing_ok=True)
+    return progress_mark(run_dir)
+
+
+def progress_mark(run_dir: Path) -> str:
+    """Changes when a checkpoint, a shard or a stage has been finished: a digest of the names of what is complete."""
+    stages = run_dir / "stages"
+    done = [p for pattern in ("*/*/manifest.json", "*/*/work/**/manifest.json", "*/*/**/*.npy") for p in stages.glob(pattern)]
+    names = sorted({str(p.relative_to(stages)) for p in done if not any(part.startswith((".tmp", "bad-")) for part in p.parts)})
+    return fnv1a("\n".join(names))
+
+
+def fnv1a(text: str) -> str:
+    """A short digest that no library has to be imported for."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode():
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return f"{value:016x}"
+
+
+def decide(run_dir: Path, before: str, start: int, relaunches: int) -> Verdict:
+    """Look at what start number `start` (0, 1, ...) left. `before` is what begin returned. Remembers a fault in logs/faults.jsonl."""
+    if (run_dir / "DONE").exists():
+        return Verdict("done", "the run is done")
+    if (run_dir / "STOPPED").exists():
+        number = json.loads((run_dir / "STOPPED").read_text())["signal"]
+        name = signal.Signals(number).name if number else "a signal"
+        if number == signal.SIGUSR2:
+            return Verdict("requeue", f"{name}: everything is saved, the job is queued again")
+        return Verdict("stopped", f"{name}: everything is saved, the same command goes on")
+    if (run_dir / "MISTAKE").exists():
+        return Verdict("mistake", (run_dir / "MISTAKE").read_text().strip())
+    if (run_dir / "PORT_TAKEN").exists() and start < PORT_RETRIES:
+        return Verdict("relaunch", "the port was taken; another is tried")
+    error = first_error(run_dir)
+    text = f"rank {error['rank']}: {error['error']}" if error else "a process ended and left no error (killed?)"
+    _remember(run_dir, start, text)
+    if start >= relaunches:
+        return Verdict("give_up", f"{text} (after {relaunches} relaunches; raise runtime.relaunches, or mend the cause)")
+    if progress_mark(run_dir) == before:
+        return Verdict("give_up", f"{text} (no checkpoint, shard or stage was finished since the last start: a relaunch would end the same)")
+    return Verdict("relaunch", text)
+
+
+def first_error(run_dir: Path) -> dict | None:
+    """The earliest error any rank left: {rank, error, time, traceback}; None when there is none."""
+    errors = []
+    for path in run_dir.glob("logs/error-rank*.json"):
+        try:
+            errors.append(json.loads(path.read_text()))
+        except ValueError:
+            continue
+    return min(errors, key=lambda e: e["time"], default=None)
+
+
+def _remember(run_dir: Path, start: int, text: str) -> None:
+    try:
+        with open(run_dir / "logs" / "faults.jsonl", "a") as f:
+            f.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "start": start, "fault": text}) + "\n")
+    except OSError:
+        pass  # a full disk must not stop a relaunch
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as s:
+        s.bind((address, 0))
+        return s.getsockname()[1]
+
+
+def main(argv: list[str]) -> int:
+    """For the batch script. begin RUN: prints the mark. port: prints a free port. decide RUN MARK START RELAUNCHES: the action, and why on stderr."""
+    if argv[0] == "port":
+        print(free_port(""))
+    elif argv[0] == "begin":
+        print(begin(Path(argv[1])))
+    else:
+        verdict = decide(Path(argv[1]), argv[2], int(argv[3]), int(argv[4]))
+        print(verdict.action)
+        print(verdict.why, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""The door to a cluster: python launch/slurm.py --nodes 4 CONFIG [dotted.override=value ...]
+
+Reads, validates, submits one job through submitit; the job relaunches and requeues itself (launch/batch.py).
+    python launch/slurm.py --dry-run CONFIG ...     the batch script and the plan, nothing submitted
+    python launch/slurm.py status|follow|cancel RUN
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/slurm.py` from a checkout
+
+from launch import batch, watch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+OTHER = ("setup", "sbatch", "srun")  # fields that flags give piece by piece
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code (2: a mistake of the user's, said in one line; nothing was submitted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    from dist_scan.settings import ConfigError
+
+    try:
+        if argv and argv[0] in watch.COMMANDS:
+            return watch.main(argv)
+        args = arguments(argv)
+        run = read(args)
+        text = batch.script(run.slurm, run.run_dir.resolve(), run.name, sys.executable, ROOT, run.runtime.relaunches)
+        if args.dry_run:
+            from launch.plan import plan
+
+            print(text)
+            print(plan(run, args.tflops))
+            return 0
+        return submit(run, text, args.follow)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; every field of `slurm:` is a flag of the same name."""
+    from dist_scan.settings import SlurmConfig
+
+    parser = argparse.ArgumentParser(prog="launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
+    for name, field in SlurmConfig.model_fields.items():
+        if name not in OTHER:
+            parser.add_argument(f"--{name.replace('_', '-')}", metavar="N" if "int" in str(field.annotation) else "TEXT", help=field.description)
+    parser.add_argument("--setup", action="append", default=[], metavar="LINE", help="a shell line before the run; may be given again")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other sbatch option; may be given again")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and the plan, submit nothing")
+    parser.add_argument("--tflops", type=float, help="sustained TFLOP/s of one process, for the plan's hours")
+    parser.add_argument("--follow", action="store_true", help="show the run's progress until it ends")
+    parser.add_argument("--no-data-check", action="store_true", help="do not look at the images first (they lie where only the nodes see them)")
+    return parser.parse_intermixed_args(argv)
+
+
+def read(args: argparse.Namespace):
+    """The validated RunConfig with the flags in its `slurm:` block. Raises ConfigError; looks at the data unless told not to."""
+    from dist_scan.config import load
+    from dist_scan.pipeline import preflight
+    from dist_scan.settings import ConfigError, SlurmConfig
+
+    given = {name: getattr(args, name) for name in SlurmConfig.model_fields if name not in OTHER and getattr(args, name) is not None}
+    # a number stays a number (nodes), what sbatch reads as text stays text (time 30, mem 4000)
+    flags = [f"slurm.{k}={v if 'int' in str(SlurmConfig.model_fields[k].annotation) else json.dumps(v)}" for k, v in given.items()]
+    if args.setup:
+        flags.append(f"slurm.setup={json.dumps(args.setup)}")
+    for text in args.sbatch:
+        key, equals, value = text.lstrip("-").partition("=")
+        flags.append(f"slurm.sbatch.{key}={json.dumps(value) if equals else 'true'}")
+    run = load(args.config, [*args.overrides, *flags])
+    for name, stage in run.stages.items():
+        try:
+            stage.check_ranks(name, run.slurm.world_size)
+        except ValueError as error:
+            raise ConfigError(f"{error} ({run.slurm.nodes} nodes x {run.slurm.tasks_per_node})") from None
+    if not args.no_data_check:
+        preflight(run)
+    return run
+
+
+def submit(run, text: str, follow: bool) -> int:
+    """Write RUN/config.yaml and hand the script to Slurm. Refuses a run folder that a job or a local run holds."""
+    from dist_scan.artefacts import write_json, write_text
+    from dist_scan.config import dump
+    from dist_scan.settings import ConfigError
+
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch was not found: this machine is no Slurm login node. Run here with: python launch/local.py CONFIG, "
+                          "or try a Slurm at home: python tests/slurm/cluster.py up")
+    run_dir = run.run_dir.resolve()
+    refuse_second(run_dir)
+    (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.yaml", dump(run))
+    job_id = send(run_dir, text)
+    write_json(run_dir / "slurm" / "job.json", {"job_id": job_id, "name": run.name, "nodes": run.slurm.nodes, "world_size": run.slurm.world_size,
+                                                "submitted": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    here = os.path.relpath(sys.argv[0])
+    print(f"submitted job {job_id}: {run.name}, {run.slurm.nodes} nodes x {run.slurm.tasks_per_node}\n"
+          f"  run folder  {run_dir}\n  job's log   {run_dir}/slurm/{job_id}.out\n  progress    {run_dir}/logs/run.log\n"
+          f"  follow      python {here} follow {run_dir}\n  status      python {here} status {run_dir}\n"
+          f"  cancel      python {here} cancel {run_dir}\n  resume      the same command again")
+    return watch.follow(run_dir) if follow else 0
+
+
+def refuse_second(run_dir: Path) -> None:
+    """Raises ConfigError naming the job or the process that holds the run folder."""
+    from dist_scan.settings import ConfigError
+
+    job = watch.live_job(run_dir)
+    if job is not None:
+        raise ConfigError(f"the run folder '{run_dir}' belongs to job {job['job_id']}, which is {job['state'].lower()}; "
+                          f"wait for it, cancel it (scancel {job['job_id']}), or give this run another name with name=OTHER")
+    if (run_dir / "lock").exists():
+        from launch.local import take_lease
+
+        take_lease(run_dir).close()
+
+
+def send(run_dir: Path, text: str) -> str:
+    """Submit through submitit; returns the job's id. Raises ConfigError with what sbatch said."""
+    import submitit
+    from dist_scan.settings import ConfigError
+
+    class Executor(submitit.SlurmExecutor):
+        """submitit's submission with our own batch text: its signal handler, its pickled call and its requeueing are not used."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return text
+
+    try:
+        return Executor(folder=run_dir / "slurm").submit(_never, str(run_dir)).job_id
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(f"Slurm refused the job: {error}") from None
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(f"Slurm refused the job: {error.stderr or error}") from None
+
+
+def _never(run_dir: str) -> None:
+    """What submitit pickles: the run folder's path and nothing else. The batch text starts the run, this is never called."""
+    raise RuntimeError(f"started through submitit's pickle; start it with launch/slurm.py ({run_dir})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Looking at a submitted run: status, follow, cancel. Reads the run folder and squeue (job states need no accounting)."""
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS = ("status", "follow", "cancel")
+
+
+def main(argv: list[str]) -> int:
+    """status|follow|cancel RUN. Raises ConfigError when there is no such run."""
+    from dist_scan.settings import ConfigError
+
+    if len(argv) != 2 or not (Path(argv[1]) / "config.yaml").is_file():
+        what = f"'{argv[1]}' is no run folder (no config.yaml)" if len(argv) == 2 else "expected one run folder"
+        raise ConfigError(f"{argv[0]}: {what}; usage: launch/slurm.py {argv[0]} runs/NAME")
+    run_dir = Path(argv[1])
+    if argv[0] == "status":
+        print(status(run_dir))
+        return 0
+    return follow(run_dir) if argv[0] == "follow" else cancel(run_dir)
+
+
+def live_job(run_dir: Path) -> dict | None:
+    """The run's job as squeue knows it: {job_id, state, nodes, reason, restarts}; None when it has left the queue."""
+    facts = _job(run_dir)
+    if facts is None or shutil.which("squeue") is None:
+        return None
+    done = subprocess.run(["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R"], capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        return None
+    state, nodes, reason = done.stdout.strip().splitlines()[0].split("|", 2)
+    return None if state == "COMPLETED" else {**facts, "state": state, "nodes": int(nodes), "reason": reason}
+
+
+def _job(run_dir: Path) -> dict | None:
+    try:
+        return json.loads((run_dir / "slurm" / "job.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def status(run_dir: Path) -> str:
+    """Where the run stands, in a few lines: job, stage, step, rate, time left, restarts, last fault."""
+    job, facts = live_job(run_dir), _job(run_dir)
+    lines = [f"run      {run_dir}"]
+    if job:
+        lines.append(f"job      {job['job_id']} {job['state'].lower()}, {job['nodes']} nodes ({job['reason']})")
+    elif facts:
+        lines.append(f"job      {facts['job_id']} has left the queue (submitted {facts['submitted']})")
+    lines.append(f"state    {_state(run_dir, job)}")
+    last = [line for line in _lines(run_dir / "logs" / "run.log") if "/s, " in line or ": starts" in line or ": goes on" in line][-1:]
+    lines += [f"progress {line[9:]} (at {line[:8]})" for line in last]
+    starts = [line for line in _lines(run_dir / "slurm" / f"{(facts or {}).get('job_id')}.out") if ": start " in line]
+    faults = _lines(run_dir / "logs" / "faults.jsonl")
+    lines.append(f"restarts {max(len(starts) - 1, 0)}, faults {len(faults)}")
+    if faults:
+        fault = json.loads(faults[-1])
+        lines.append(f"last     {fault['time']} {fault['fault']}")
+    return "\n".join(lines)
+
+
+def _state(run_dir: Path, job: dict | None) -> str:
+    if (run_dir / "DONE").exists():
+        return f"done at {(run_dir / 'DONE').read_text().strip()}; report: {run_dir / 'report.html'}"
+    if job:
+        return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(job["state"], job["state"].lower())
+    for marker, text in (("MISTAKE", "ended by a mistake in its settings"), ("STOPPED", "stopped; the same command goes on")):
+        if (run_dir / marker).exists():
+            return text
+    return "not running; the same command goes on from the last checkpoint"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def follow(run_dir: Path) -> int:
+    """Show run.log as it grows until the job leaves the queue. Returns 0 when the run is done. Ctrl-C leaves the job alone."""
+    log, at = run_dir / "logs" / "run.log", 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    said = None
+    try:
+        while True:
+            job = live_job(run_dir)
+            if job and job["state"] != said:
+                said = job["state"]
+                print(f"job {job['job_id']}: {said.lower()} ({job['reason']})", flush=True)
+            at = _copy(log, at)
+            if job is None:
+                break
+            time.sleep(2)
+    except KeyboardInterrupt:
+        print("\nthe job goes on; look again with: launch/slurm.py follow " + str(run_dir))
+        return 130
+    _copy(log, at)
+    print(status(run_dir))
+    return 0 if (run_dir / "DONE").exists() else 1
+
+
+def _copy(log: Path, at: int) -> int:
+    try:
+        with open(log, errors="replace") as f:
+            f.seek(at)
+            sys.stdout.write(f.read())
+            sys.stdout.flush()
+            return f.tell()
+    except OSError:
+        return at
+
+
+def cancel(run_dir: Path) -> int:
+    """scancel: the ranks save and leave, and the job does not come back."""
+    job = live_job(run_dir)
+    if job is None:
+        print(f"no job of {run_dir} is in the queue")
+        return 1
+    subprocess.run(["scancel", job["job_id"]], check=True)
+    print(f"cancelled job {job['job_id']}; everything saved stays, the same command goes on")
+    return 0
