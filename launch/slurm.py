@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             from launch.plan import plan
 
             print(text)
-            print(plan(run, args.tflops))
+            print(plan(run, args.tflops, counts(args.images)))
             return 0
         return submit(run, text, args.follow)
     except ConfigError as error:
@@ -60,6 +60,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="any other sbatch option; may be given again")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and the plan, submit nothing")
     parser.add_argument("--tflops", type=float, help="sustained TFLOP/s of one process, for the plan's hours")
+    parser.add_argument("--images", metavar="TRAIN[,VAL]", help="how many images, for the plan, where they cannot be counted here (implies --no-data-check)")
     parser.add_argument("--follow", action="store_true", help="show the run's progress until it ends")
     parser.add_argument("--no-data-check", action="store_true", help="do not look at the images first (they lie where only the nodes see them)")
     return parser.parse_intermixed_args(argv)
@@ -85,9 +86,21 @@ def read(args: argparse.Namespace):
             stage.check_ranks(name, run.slurm.world_size)
         except ValueError as error:
             raise ConfigError(f"{error} ({run.slurm.nodes} nodes x {run.slurm.tasks_per_node})") from None
-    if not args.no_data_check:
+    if not args.no_data_check and not args.images:
         preflight(run)
     return run
+
+
+def counts(text: str | None) -> dict[str, int] | None:
+    """`1281167,50000` -> {train, val}; None when nothing was said. Raises ConfigError."""
+    from dist_scan.settings import ConfigError
+
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) > 2 or not all(p.isdigit() and int(p) for p in parts):
+        raise ConfigError(f"--images: '{text}'; allowed: one or two whole numbers, as in 1281167,50000")
+    return dict(zip(("train", "val"), map(int, parts)))
 
 
 def submit(run, text: str, follow: bool) -> int:

@@ -1,0 +1,107 @@
+"""The batch script is text from settings; recovery.py is what it asks. Neither needs a Slurm to be checked."""
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_scan.settings import SlurmConfig
+from launch import batch, recovery
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(**options) -> str:
+    return batch.script(SlurmConfig(**options), Path("/shared/my runs/a"), "a", "/venv/bin/python", Path("/code dir"), 7)
+
+
+def test_every_setting_reaches_sbatch_and_nothing_else_does():
+    lines = batch.header(SlurmConfig(nodes=4, gpus_per_node=8, cpus_per_task=12, mem="240G", partition="gpu", account="lab", qos="long", time="2-00",
+                                     constraint="a100", exclude="n7", reservation="r", dependency="afterok:3", mail_user="a@b", mail_type="END,FAIL",
+                                     notice_s=300, sbatch={"exclusive": True, "licenses": "x y:1", "wckey": False}), Path("/runs/a"), "a")
+    assert lines == [f"#SBATCH --{x}" for x in (
+        "job-name=a", "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "mem=240G", "partition=gpu", "account=lab", "qos=long",
+        "time=2-00", "constraint=a100", "exclude=n7", "reservation=r", "dependency=afterok:3", "mail-user=a@b", "mail-type=END,FAIL", "signal=USR2@300",
+        "requeue", "open-mode=append", "output=/runs/a/slurm/%j.out", "exclusive", "licenses='x y:1'")]
+    bare = batch.header(SlurmConfig(), Path("/runs/a"), "a")
+    assert bare[:3] == ["#SBATCH --job-name=a", "#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1"] and len(bare) == 7
+
+
+def test_the_script_is_shell_whatever_the_names_hold():
+    text = script(setup=("module load cuda", 'export A="b c"'), container="img.sqsh", container_mounts="/a:/a", python="python", srun={"cpu-bind": "none"})
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert "export RUN='/shared/my runs/a' PYTHON=python" in text and "module load cuda\nexport A=\"b c\"\n" in text
+    assert "srun --kill-on-bad-exit=1 --label --container-image=img.sqsh --container-mounts=/a:/a --cpu-bind=none env --block-signal=USR2,TERM bash -c" in text
+    assert "decide \"$RUN\" \"$mark\" $start 7" in text
+
+
+@pytest.mark.parametrize(("field", "value"), [("time", "two days"), ("nodes", 0), ("setup", ("a\nb",)), ("partition", " "), ("nodez", 1)])
+def test_bad_settings_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        SlurmConfig(**{field: value})
+
+
+def left(run_dir: Path, **markers) -> None:
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    for name, text in markers.items():
+        (run_dir / name).write_text(text)
+
+
+def publish(run_dir: Path, name: str) -> None:
+    path = run_dir / "stages" / "pretext" / "f00" / "work" / "checkpoints" / name
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+
+
+def test_what_is_decided_follows_the_markers(tmp_path):
+    mark = recovery.begin(tmp_path)
+    left(tmp_path, STOPPED=json.dumps({"signal": int(signal.SIGUSR2)}))
+    assert recovery.decide(tmp_path, mark, 0, 5).action == "requeue"
+    left(tmp_path, STOPPED=json.dumps({"signal": int(signal.SIGTERM)}))
+    assert recovery.decide(tmp_path, mark, 0, 5).action == "stopped"
+    left(tmp_path, DONE="now")
+    assert recovery.decide(tmp_path, mark, 0, 5).action == "done", "DONE comes before everything"
+    assert recovery.begin(tmp_path) == mark and not (tmp_path / "DONE").exists() and not (tmp_path / "STOPPED").exists()
+    left(tmp_path, MISTAKE="data.train: no such folder\n")
+    assert recovery.decide(tmp_path, mark, 0, 5) == ("mistake", "data.train: no such folder")
+
+
+def test_a_fault_is_relaunched_only_while_the_run_gets_further(tmp_path):
+    mark = recovery.begin(tmp_path)
+    verdict = recovery.decide(tmp_path, mark, 0, 5)
+    assert verdict.action == "give_up" and "killed?" in verdict.why
+    publish(tmp_path, "step-10")
+    assert recovery.decide(tmp_path, mark, 0, 5).action == "relaunch"
+    assert recovery.decide(tmp_path, mark, 5, 5).action == "give_up", "relaunches are counted"
+    mark = recovery.begin(tmp_path)
+    publish(tmp_path, ".tmp-step-20")
+    assert recovery.decide(tmp_path, mark, 1, 5).action == "give_up", "an unfinished checkpoint is no progress"
+    left(tmp_path, PORT_TAKEN="")
+    assert recovery.decide(tmp_path, mark, 1, 5).action == "relaunch" and recovery.decide(tmp_path, mark, 5, 9).action == "give_up"
+    faults = [json.loads(line) for line in (tmp_path / "logs" / "faults.jsonl").read_text().splitlines()]
+    assert [f["start"] for f in faults] == [0, 0, 5, 1, 5]
+
+
+def test_the_first_error_of_all_ranks_is_told(tmp_path):
+    mark = recovery.begin(tmp_path)
+    for rank, when in ((0, 5.0), (1, 3.0), (2, 4.0)):
+        (tmp_path / "logs" / f"error-rank{rank:05d}.json").write_text(json.dumps({"time": when, "rank": rank, "error": f"Boom: {rank}"}))
+    (tmp_path / "logs" / "error-rank00003.json").write_text("{torn")
+    assert "rank 1: Boom: 1" in recovery.decide(tmp_path, mark, 0, 5).why
+    recovery.begin(tmp_path)
+    assert recovery.first_error(tmp_path) is None
+
+
+def test_the_batch_script_can_ask(tmp_path):
+    def ask(*words: str):
+        return subprocess.run([sys.executable, ROOT / "launch" / "recovery.py", *words], capture_output=True, text=True)
+
+    mark = ask("begin", str(tmp_path)).stdout.strip()
+    assert len(mark) == 16 and int(ask("port").stdout) > 1023
+    left(tmp_path, DONE="now")
+    out = ask("decide", str(tmp_path), mark, "0", "3")
+    assert (out.stdout, out.stderr) == ("done\n", "the run is done\n")
