@@ -1,136 +1,168 @@
 """The K nearest others of every image: exact, the same ids and scores for any number of ranks, by (score descending, id ascending).
 
-A shard of queries is the unit of work: a rank holds one, walks over all rows in chunks, and keeps a running top K. Per chunk faiss finds
-K + 16 candidates in float32; those that can still enter are scored again in float64, which is exact here (rows.py). Where float32 could
-hide a better row (the certificate below) that query is done densely in float64 on that chunk.
-Memory per rank: (shard + chunk) rows * D * 10 bytes + shard * (2 K + 16) * 24 bytes.
+A shard of queries is the unit of work. In a round each rank holds up to QUERIES rows of its shards as queries with their running top K, while the
+rows of all ranks pass by in chunks (rows.py). Per chunk faiss finds K + 16 candidates in float32; those that can still enter are scored again
+in float64, which is exact here (kernels.py). Where float32 could hide a better row that query is done densely in float64 on that chunk.
+Memory per rank: queries * (4 D + 16 K + 32) + 10 * chunk * D + threads * BLOCK * (4 D + 12 K + 200) bytes (docs/search.md).
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.progress import Progress, Stopped
-from dist_scan.search.rows import Reader, prepared, squares
-from dist_scan.world.collectives import agree, barrier, broadcast_object
+from dist_scan.search.rows import PIECE, Rows, chunks, prepared, squares
+from dist_scan.world.collectives import agree, barrier, gather_objects
 from dist_scan.world.world import current
 
+if TYPE_CHECKING:
+    from dist_scan.search.kernels import Queries, Top
+
 CHUNK = 65536  # chunks of 4,096 cost 2.8 times as much
+QUERIES = 65536  # a rank's shards of a round have at most so many rows together, or are one
 SPARE = 16
-BLOCK = 512  # queries scored again at a time: BLOCK * (K + SPARE) * D float64 numbers
+BLOCK = 1024  # queries that a thread searches for at a time
+Metric = Literal["cosine", "inner_product", "l2"]
 
 
-def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, metric: Literal["cosine", "inner_product", "l2"] = "cosine",
-                    view: int = 0, stop: Callable[[], bool] = lambda: False, progress: bool = False, chunk: int = CHUNK) -> NeighbourTable:
-    """The table in `out`; collective, goes on from the shards that are there. Raises Stopped between rounds, ValueError when K >= N."""
+def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, metric: Metric = "cosine", view: int = 0,
+                    stop: Callable[[], bool] = lambda: False, progress: bool = False, chunk: int = CHUNK, queries: int = QUERIES) -> NeighbourTable:
+    """The table in `out`; collective, goes on from the shards that are there. Raises Stopped between chunks, ValueError when K >= N.
+
+    A rank reads the shards that it serves to the others and those of its queries: features may lie on the ranks' own disks. Each rank
+    then writes the neighbours of what it holds.
+    """
     n, world = features.num_rows, current()
     if not 1 <= num_neighbours < n:
         raise ValueError(f"{num_neighbours} neighbours of {n} rows; allowed: 1 to {n - 1}")
-    read, scale = prepared(features, metric == "cosine", view)
-    asked = {"num_rows": n, "num_neighbours": num_neighbours, "metric": metric, "view": view}
-    if world.rank == 0 and not (Path(out) / "table.json").exists():
-        NeighbourTable.create(out, n, num_neighbours, features.num_shards, metric=metric, view=view)
-    barrier()
-    table = NeighbourTable.open(out)
-    found = {k: table.facts.get(k) for k in asked}
-    if found != asked:
-        raise ValueError(f"{out} holds neighbours that were mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
-    missing = broadcast_object(table.missing_shards())
-    with Progress("neighbours", table.num_shards, "shards", done=table.num_shards - len(missing), enabled=progress) as line:
-        for turn in range(0, len(missing), world.world_size):
-            if agree(stop()):
-                raise Stopped()
-            mine = missing[turn:turn + world.world_size]
-            if world.rank < len(mine):
-                ids, scores = nearest_others(read, n, table.shard_range(mine[world.rank]), num_neighbours, metric == "l2", chunk)
-                table.write_shard(mine[world.rank], ids, scores * scale)
-            line.advance(len(mine))
+    rows = prepared(features, metric == "cosine", view)
+    table = _table(Path(out), rows, num_neighbours, metric)
+    missing = sorted(set.intersection(*gather_objects(set(table.missing_shards()))))
+    rounds = _rounds(table, missing, rows.held, queries)
+    with Progress("neighbours", len(rounds) * -(-n // chunk), "chunks", enabled=progress) as line:
+        for shards in (by_rank[world.rank] for by_rank in rounds):
+            spans = [table.shard_range(s) for s in shards]
+            found = nearest_others(rows, spans, num_neighbours, metric == "l2", chunk, _polled(stop, line))
+            ends = np.cumsum([b - a for a, b in spans])[:-1]
+            for s, ids, scores in zip(shards, np.split(found.ids, ends), np.split(found.scores, ends)):
+                table.write_shard(s, ids, scores * rows.scale**-2)
     barrier()
     return NeighbourTable.open(out)
 
 
-def nearest_others(read: Reader, num_rows: int, span: tuple[int, int], k: int, l2: bool, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, scores) [n, k] of the queries span[0]..span[1]-1 among all rows but themselves. l2 scores are minus the squared distance."""
-    own = np.arange(*span)
-    queries = read(own)
-    ids = np.full((len(own), k), num_rows, np.int64)  # no row yet: behind every real one
-    scores = np.full((len(own), k), -np.inf)
-    for start in range(0, num_rows, chunk):
-        piece = Chunk(read(np.arange(start, min(start + chunk, num_rows))), start)
-        for b in range(0, len(own), BLOCK):
-            part = slice(b, b + BLOCK)
-            found = _best_of_chunk(queries[part], own[part], piece, k, scores[part, -1], l2)
-            ids[part], scores[part] = _merge(ids[part], scores[part], *found, k)
-    return ids, scores
+def _table(out: Path, rows: Rows, k: int, metric: str) -> NeighbourTable:
+    """What lies in `out`, if it was asked for like this; else a new one, on every disk that has none."""
+    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view}
+    for turn in (current().rank == 0, True):
+        if turn and not (out / "table.json").exists():
+            NeighbourTable.create(out, rows.num_rows, k, rows.table.num_shards, metric=metric, view=rows.view)
+        barrier()
+    table = NeighbourTable.open(out)
+    found = {name: table.facts.get(name) for name in asked}
+    if found != asked:
+        raise ValueError(f"{out} holds neighbours that were mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
+    return table
 
 
-class Chunk:
-    """Rows [m, D] from `start` on, in both widths, and the length of the longest."""
+def _rounds(table: NeighbourTable, missing: list[int], held: tuple[frozenset[int], ...], most: int) -> list[list[list[int]]]:
+    """[round][rank] -> shards: each goes to the rank with the fewest of those that can read it; a rank's go into rounds of at most `most` rows."""
+    queues: list[list[list[int]]] = [[] for _ in held]
+    load, filled = [0] * len(held), [most + 1] * len(held)
+    for s in missing:
+        start, stop = table.shard_range(s)
+        rank = min((r for r in range(len(held)) if s in held[r]), key=lambda r: load[r])
+        if filled[rank] + stop - start > most:
+            queues[rank].append([])
+            filled[rank] = 0
+        queues[rank][-1].append(s)
+        filled[rank] += stop - start
+        load[rank] += stop - start
+    return [[q[i] if i < len(q) else [] for q in queues] for i in range(max(len(q) for q in queues))]
 
-    def __init__(self, rows: np.ndarray, start: int):
-        self.rows, self.start, self.narrow = rows, start, rows.astype(np.float32)
-        self.longest = float(np.sqrt(squares(rows).max()))
+
+def _polled(stop: Callable[[], bool], line: Progress) -> Callable[[], None]:
+    def poll() -> None:
+        if agree(stop()):
+            raise Stopped()
+        line.advance()
+    return poll
 
 
-def _best_of_chunk(queries: np.ndarray, own: np.ndarray, chunk: Chunk, k: int, kth: np.ndarray, l2: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of one chunk that hold all of its members of the top k: (ids [n, m], exact scores [n, m])."""
-    from dist_scan.search.index import nearest  # faiss is slow to import; configs are checked without it
+def nearest_others(rows: Rows, spans: list[tuple[int, int]], k: int, l2: bool, chunk: int, poll: Callable[[], None] = lambda: None) -> Top:
+    """The top K [n, k] of the rows of `spans` among all rows but themselves. Collective. l2 scores are minus the squared distance."""
+    from dist_scan.search.index import workers
+    from dist_scan.search.kernels import Queries, Top
 
-    rows, q64 = chunk.rows, queries.astype(np.float64)
-    count = min(k + SPARE, len(rows))
-    if count == len(rows):
-        places = np.broadcast_to(np.arange(len(rows)), (len(queries), len(rows)))
-        return _without_self(places + chunk.start, _dense(q64, rows.astype(np.float64), l2), own)
-    rough, places = nearest(queries.astype(np.float32), chunk.narrow, count, "l2" if l2 else "inner_product")
-    wide = rows[places].astype(np.float64)
-    exact = np.matmul(wide, q64[:, :, None])[:, :, 0]
-    q_squares = (q64 ** 2).sum(1)
-    if l2:
-        exact = 2 * exact - q_squares[:, None] - (wide ** 2).sum(2)
-    last = -rough[:, -1] if l2 else rough[:, -1]
-    ids, exact = _without_self(places + chunk.start, exact, own)
-    bound = np.maximum(kth, np.partition(exact, -k, axis=1)[:, -k])  # what a hidden row would have to reach
-    hidden = np.flatnonzero(last + _rounding(queries.shape[1], np.sqrt(q_squares), chunk.longest, l2) >= bound)
-    if len(hidden):
-        ids, exact = _densely(ids, exact, hidden, q64, rows, own, chunk.start, k, l2)
-    return ids, exact
+    own = np.concatenate([np.zeros(0, np.int64), *(np.arange(*s) for s in spans)])
+    narrow = np.concatenate([np.zeros((0, rows.table.dim), np.float32), *(rows.span(*s).astype(np.float32) for s in spans)])
+    top = Top(np.full((len(own), k), rows.num_rows, np.int64), np.full((len(own), k), -np.inf))
+    norms = squares(narrow)
+    threads = torch.get_num_threads()
+    with workers() as pool, closing(chunks(rows, chunk)) as passing:
+        for start, piece in passing:
+            poll()
+            here = Chunk(piece, start, l2)
+            q = Queries(narrow, own, norms, _rounding(narrow.shape[1], np.sqrt(norms), here.longest, l2))
+            unsure = np.concatenate([np.zeros(0, bool), *pool.map(lambda part: here.search(q, top, part), _blocks(len(own), threads))])
+            here.search_densely(q, top, np.flatnonzero(unsure))
+    return top
+
+
+def _blocks(n: int, threads: int) -> Iterator[slice]:
+    """Of at most BLOCK queries, and so many that every thread has as much to do."""
+    count = max(1, -(-n // BLOCK))
+    count = -(-count // threads) * threads
+    return (slice(i * n // count, (i + 1) * n // count) for i in range(count))
 
 
 def _rounding(dim: int, q_norm: np.ndarray, longest: float, l2: bool) -> np.ndarray:
-    """How far float32 scores of each query may lie from the exact ones: D * 2^-24 * |q||r|, or for l2 of its three terms."""
+    """How far float32 scores of each query may lie from the exact ones: (D + 8) 2^-24 |q||r|, or for l2 (|q| + |r|)^2."""
     size = (q_norm + longest) ** 2 if l2 else q_norm * longest
-    return dim * 2.0**-24 * size
+    return (dim + 8) * 2.0**-24 * size
 
 
-def _dense(q64: np.ndarray, r64: np.ndarray, l2: bool) -> np.ndarray:
-    exact = q64 @ r64.T
-    return 2 * exact - (q64 ** 2).sum(1)[:, None] - (r64 ** 2).sum(1)[None] if l2 else exact
+class Chunk:
+    """Rows [m, D] float16 from `start` on, ready to be searched."""
 
+    def __init__(self, rows: np.ndarray, start: int, l2: bool):
+        from dist_scan.search.index import Flat  # faiss is slow to import; configs are checked without it
 
-def _densely(ids: np.ndarray, exact: np.ndarray, hidden: np.ndarray, q64: np.ndarray, rows: np.ndarray, own: np.ndarray, start: int, k: int,
-             l2: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Every row of the chunk for these queries: the k best by (score, id) replace their candidates."""
-    whole = _dense(q64[hidden], rows.astype(np.float64), l2)
-    for at, scores in zip(hidden, whole):
-        if start <= own[at] < start + len(rows):
-            scores[own[at] - start] = -np.inf
-        edge = np.partition(scores, -k)[-k]
-        sure, ties = np.flatnonzero(scores > edge), np.flatnonzero(scores == edge)  # ties in ascending order of id
-        best = np.concatenate([sure, ties[:k - len(sure)]])
-        ids[at, :k], exact[at, :k] = best + start, scores[best]
-        exact[at, k:] = -np.inf
-    return ids, exact
+        self.rows, self.start, self.l2 = rows.astype(np.float32), start, l2
+        self.squares = squares(self.rows)
+        self.longest = float(np.sqrt(self.squares.max()))
+        self.flat = Flat(self.rows, "l2" if l2 else "inner_product")
 
+    def search(self, queries: Queries, top: Top, part: slice) -> np.ndarray:
+        """Merge this chunk's candidates into the top K of a part of the queries; which of them [n] bool are not sure to be right."""
+        from dist_scan.search.kernels import Queries, Top, add_candidates
 
-def _without_self(ids: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids.copy(), np.where(ids == own[:, None], -np.inf, scores)
+        q, mine = Queries(*(a[part] for a in queries)), Top(*(a[part] for a in top))
+        unsure = np.zeros(len(q.own), bool)
+        if len(unsure):
+            rough, places = self.flat.nearest(q.rows, min(mine.ids.shape[1] + SPARE, len(self.rows)))
+            add_candidates(q, self.rows, self.squares, self.start, rough, places, self.l2, mine, unsure)
+        return unsure
 
+    def search_densely(self, queries: Queries, top: Top, names: np.ndarray) -> None:
+        """Score every row of the chunk in float64 for these queries."""
+        from dist_scan.search.kernels import add_dense
 
-def _merge(ids: np.ndarray, scores: np.ndarray, more_ids: np.ndarray, more_scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    ids, scores = np.concatenate([ids, more_ids], 1), np.concatenate([scores, more_scores], 1)
-    order = np.lexsort((ids, -scores), axis=1)[:, :k]
-    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
+        inside = np.isin(top.ids[names], np.arange(self.start, self.start + len(self.rows)))
+        best, ids = top.scores[names], top.ids[names]
+        best[inside], ids[inside] = -np.inf, np.iinfo(np.int64).max  # found again below
+        order = np.lexsort((ids, -best), axis=1)
+        top.scores[names], top.ids[names] = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
+        for b in range(0, len(names), PIECE // 8):
+            part = names[b:b + PIECE // 8]
+            q = torch.from_numpy(queries.rows[part]).double()
+            for r in range(0, len(self.rows), PIECE):
+                scores = (q @ torch.from_numpy(self.rows[r:r + PIECE]).double().T).numpy()
+                if self.l2:
+                    scores = 2 * scores - queries.squares[part][:, None] - self.squares[None, r:r + PIECE]
+                add_dense(scores, part, queries.own, self.start + r, top.ids, top.scores)

@@ -6,49 +6,166 @@ With values on multiples of 2^-24 and squared norms of at most 16, products are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dist_scan.data.tables import FeatureTable
+from dist_scan.world.collectives import all_max, broadcast_async, gather_objects
+from dist_scan.world.world import current
 
-Reader = Callable[[np.ndarray], np.ndarray]
 LONGEST = 4.0
+PIECE = 8192  # rows in float64 at a time
 
 
-def largest_norm(table: FeatureTable, view: int) -> float:
-    """The largest row norm (float64) of a view."""
-    return max(float(np.sqrt(squares(table.shard(s)[:, view]).max())) for s in range(table.num_shards))
+@dataclass(frozen=True)
+class Rows:
+    """One view of a table, ready for exact products: unit rows, or rows times a power of two that brings the longest to a norm of 2 to 4.
+
+    In the second case what falls below float16's grid is lost, and scores are those of the scaled rows: times scale^-2 they are the table's.
+    """
+
+    table: FeatureTable
+    view: int
+    unit: bool
+    scale: float
+    held: tuple[frozenset[int], ...]
+    """By rank: the shards that lie where this rank can read them (all, on a shared file system)."""
+
+    @property
+    def num_rows(self) -> int:
+        """N of the whole table."""
+        return self.table.num_rows
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """[n, D] float16. The rows must lie in shards that this rank holds."""
+        return self._ready(self.table.rows(index, self.view))
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop-1, as read() but without an index."""
+        return np.concatenate([self._ready(self.table.shard(s)[a:b, self.view]) for s, a, b in _pieces(self.table, start, stop)])
+
+    def own(self) -> np.ndarray:
+        """The rows this rank works on: an equal share when every rank can read every shard, else those of the shards it serves."""
+        n, world = self.num_rows, current()
+        if all(len(h) == self.table.num_shards for h in self.held):
+            return np.arange(world.rank * n // world.world_size, (world.rank + 1) * n // world.world_size)
+        mine = [np.arange(*self.table.shard_range(s)) for s, rank in enumerate(servers(self.held, self.table.num_shards)) if rank == world.rank]
+        return np.concatenate([*mine, np.zeros(0, np.int64)])
+
+    def _ready(self, rows: np.ndarray) -> np.ndarray:
+        if self.unit:
+            return unit_rows(rows)
+        return rows if self.scale == 1 else (rows.astype(np.float32) * np.float32(self.scale)).astype(np.float16)
+
+
+def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> Rows:
+    """A view of a table for search. Collective: each rank looks at the shards it serves.
+
+    Raises ValueError on all ranks for a view or shard that is not there, and naming rows of length zero when they must be normalised.
+    """
+    if not 0 <= view < table.num_views:
+        raise ValueError(f"view {view} of {table.path}; allowed: 0 to {table.num_views - 1}")
+    held = tuple(gather_objects(frozenset(range(table.num_shards)) - frozenset(table.missing_shards())))
+    serving = servers(held, table.num_shards)
+    longest, zero = 0.0, []
+    for s in np.flatnonzero(np.array(serving) == current().rank):
+        norms = squares(table.shard(int(s))[:, view])
+        longest = max(longest, math.sqrt(norms.max()))
+        zero += (np.flatnonzero(norms == 0) + table.shard_range(int(s))[0]).tolist()[:8]
+    zero = sorted(sum(gather_objects(zero), []))
+    if normalise and zero:
+        raise ValueError(f"features of rows {zero[:8]} are all zero and have no direction; "
+                         "use another metric (l2, inner_product), or look at these images")
+    longest = float(all_max(torch.tensor(longest, dtype=torch.float64)))
+    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(LONGEST / max(longest, 2.0**-24)))
+    return Rows(table, view, normalise, scale, held)
+
+
+def servers(held: tuple[frozenset[int], ...], num_shards: int) -> list[int]:
+    """The rank that reads each shard for all: neighbours in rank order where they can, else the first that has it."""
+    found = []
+    for shard in range(num_shards):
+        ranks = [r for r, shards in enumerate(held) if shard in shards]
+        if not ranks:
+            raise ValueError(f"shard {shard} of the features is on no rank's disk; run the stage that makes it again")
+        wanted = shard * len(held) // num_shards
+        found.append(wanted if wanted in ranks else ranks[0])
+    return found
+
+
+def chunks(rows: Rows, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """All rows of all ranks in order, as (first row, [m, D] float16 that lasts until the next): collective.
+
+    Each rank reads the shards it serves and broadcasts them. While one chunk is searched the next is on its way and the one after it is read.
+    """
+    n, rank, serving = rows.num_rows, current().rank, servers(rows.held, rows.table.num_shards)
+    spans = [(b, min(b + size, n)) for b in range(0, n, size)]
+    buffers = [np.empty((min(size, n), rows.table.dim), np.float16) for _ in range(min(3, len(spans)))]
+
+    def parts(i: int) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        for server, a, b in _runs(rows.table, serving, *spans[i]):
+            yield server, a, b, buffers[i % 3][a - spans[i][0]:b - spans[i][0]]
+
+    def fill(i: int) -> None:
+        for server, a, b, out in parts(i):
+            if server == rank:
+                out[:] = rows.span(a, b)
+
+    def send(i: int) -> list:
+        return [broadcast_async(torch.from_numpy(out.view(np.uint8)), server) for server, _, _, out in parts(i)]
+
+    with ThreadPoolExecutor(1) as reader:
+        fill(0)
+        flying = send(0)
+        reading = reader.submit(fill, 1) if len(spans) > 1 else None
+        try:
+            for i, (start, stop) in enumerate(spans):
+                for flight in flying:
+                    flight.wait()
+                flying = []
+                if reading:
+                    reading.result()
+                    flying = send(i + 1)
+                reading = reader.submit(fill, i + 2) if i + 2 < len(spans) else None
+                yield start, buffers[i % 3][:stop - start]
+        finally:
+            for flight in flying:
+                flight.wait()
+
+
+def _pieces(table: FeatureTable, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(shard, first row inside it, one past its last) of rows start..stop-1."""
+    for s in range(table.num_shards):
+        a, b = table.shard_range(s)
+        if a < stop and start < b:
+            yield s, max(start, a) - a, min(stop, b) - a
+
+
+def _runs(table: FeatureTable, serving: list[int], start: int, stop: int) -> list[list[int]]:
+    """[server, first row, one past the last] of rows start..stop-1, neighbouring shards of one server together."""
+    runs: list[list[int]] = []
+    for s, a, b in _pieces(table, start, stop):
+        first = table.shard_range(s)[0]
+        if runs and runs[-1][0] == serving[s]:
+            runs[-1][2] = first + b
+        else:
+            runs.append([serving[s], first + a, first + b])
+    return runs
 
 
 def squares(rows: np.ndarray) -> np.ndarray:
-    """Squared norms [n] float64 of float16 rows, a piece at a time."""
-    return np.concatenate([(rows[b:b + 8192].astype(np.float64) ** 2).sum(1) for b in range(0, len(rows), 8192)] or [np.zeros(0)])
-
-
-def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> tuple[Reader, float]:
-    """(read(index [n]) -> [n, D] float16 ready for exact products, what scores must be multiplied with).
-
-    normalise: to unit length. Otherwise all rows are scaled by one power of two that brings the longest to a norm of 2 to 4; rows longer
-    than 4 thereby lose what falls below float16's grid, and scores are those of the scaled rows. Raises ValueError naming rows of length zero
-    when they must be normalised.
-    """
-    if normalise:
-        _refuse_zero_rows(table, view)
-        return lambda index: unit_rows(table.rows(index, view)), 1.0
-    scale = 2.0 ** math.floor(math.log2(LONGEST / max(largest_norm(table, view), 1e-30)))
-    return lambda index: (table.rows(index, view).astype(np.float32) * np.float32(scale)).astype(np.float16), scale ** -2
+    """Squared norms [n] float64 of float16 or float32 rows, a piece at a time."""
+    return np.concatenate([(rows[b:b + PIECE].astype(np.float64) ** 2).sum(1) for b in range(0, len(rows), PIECE)] or [np.zeros(0)])
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """[n, D] to unit length, in float64, rounded to float16."""
-    wide = rows.astype(np.float64)
-    return (wide / np.sqrt((wide * wide).sum(1, keepdims=True))).astype(np.float16)
-
-
-def _refuse_zero_rows(table: FeatureTable, view: int) -> None:
-    for s in range(table.num_shards):
-        zero = np.flatnonzero(~table.shard(s)[:, view].any(1))
-        if len(zero):
-            raise ValueError(f"features of rows {(zero[:8] + table.shard_range(s)[0]).tolist()} are all zero and have no direction; "
-                             "use another metric (l2, inner_product), or look at these images")
+    out = np.empty(rows.shape, np.float16)
+    for b in range(0, len(rows), PIECE):
+        wide = rows[b:b + PIECE].astype(np.float64)
+        out[b:b + PIECE] = wide / np.sqrt((wide * wide).sum(1, keepdims=True))
+    return out

@@ -84,15 +84,30 @@ def test_kmeans_equals_a_slow_lloyd(tmp_path):
 
     x = rows(groups=())
     t = table(x, tmp_path / "f")
-    from dist_scan.search.kmeans import first_centroids
-    from dist_scan.search.rows import prepared
-
-    read, scale = prepared(t, False)
-    start = first_centroids(read, t.num_rows, 12, "random", 5, 0) * scale ** 0.5
+    start = x[np.random.default_rng(5).choice(len(x), 12, replace=False)].astype(np.float64)
     centroids, assignment, objective = lloyd(x.astype(np.float64), start, 25)
-    got = kmeans(t, 12, iterations=25, init="random", seed=5)
+    got = kmeans(t, 12, iterations=25, start=start)
     assert (got.assignment == assignment).all() and np.allclose(got.objective, objective, rtol=1e-9)
     assert np.bincount(got.assignment, minlength=12).tolist() == got.sizes.tolist()
+
+
+@pytest.mark.parametrize("way", ["_on_cpu", "_on_device"])
+@pytest.mark.parametrize("k", [1, 7, 64, 1500])
+def test_assignment_is_exact_with_ties_and_near_ties(way, k, tmp_path):
+    from dist_scan.search.index import Nearest, workers
+
+    rng = np.random.default_rng(k)
+    x = unit_rows(rng.standard_normal((500, 24))).astype(np.float32)
+    c = x[rng.integers(0, 500, k)]
+    c[k // 2:] = c[:k - k // 2]  # exact ties
+    c[::3] += np.float32(2.0**-22)  # nearer to a tie than float32 can tell
+    nearest = Nearest(x, float(np.linalg.norm(x.astype(np.float64), axis=1).max()))
+    setattr(nearest, "_on_cpu", getattr(nearest, way))
+    with workers() as pool:
+        got = nearest(c, pool)
+    wide = c.astype(np.longdouble)
+    want = ((wide ** 2).sum(1)[None] - 2 * x.astype(np.longdouble) @ wide.T).argmin(1)
+    assert (got == want).all()
 
 
 def test_more_clusters_than_distinct_rows_still_ends(tmp_path):
