@@ -3,7 +3,8 @@
 A shard of queries is the unit of work. In a round each rank holds up to QUERIES rows of its shards as queries with their running top K, while the
 rows of all ranks pass by in chunks (rows.py). Per chunk faiss finds K + 16 candidates in float32; those that can still enter are scored again
 in float64, which is exact here (kernels.py). Where float32 could hide a better row that query is done densely in float64 on that chunk.
-Memory per rank: queries * (4 D + 16 K + 32) + 10 * chunk * D + threads * BLOCK * (4 D + 12 K + 200) bytes (docs/search.md).
+Memory per rank: queries * (4 D + 16 K + 32) + (10 chunk + 24 PIECE) * D + threads * BLOCK * (12 K + 4200) bytes, and 2 N D / W of
+mapped file that the system takes back when it needs to (docs/search.md).
 """
 from __future__ import annotations
 
@@ -111,6 +112,7 @@ def nearest_others(rows: Rows, spans: list[tuple[int, int]], k: int, l2: bool, c
             q = Queries(narrow, own, norms, _rounding(narrow.shape[1], np.sqrt(norms), here.longest, l2))
             unsure = np.concatenate([np.zeros(0, bool), *pool.map(lambda part: here.search(q, top, part), _blocks(len(own), threads))])
             here.search_densely(q, top, np.flatnonzero(unsure))
+            del here  # or two chunks are held while the next is made
     return top
 
 
