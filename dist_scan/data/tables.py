@@ -80,7 +80,7 @@ class ShardedTable(ABC):
             file = self._file(shard, part)
             try:
                 array = np.load(file, mmap_mode="r")
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{file} is missing or cut ({error}); remove it and run the stage that makes it again") from None
             if array.shape != (stop - start, *self._row_shape()) or array.dtype != self.types[part]:
                 raise ValueError(f"{file} holds {array.dtype} {array.shape} instead of {self.types[part]} {(stop - start, *self._row_shape())}; "
@@ -120,7 +120,7 @@ class FeatureTable(ShardedTable):
         """A table from a .npy of [N, D] or [N, V, D]. Raises ValueError on another shape or kind of numbers."""
         try:
             array = np.load(npy, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"'{npy}' is no readable .npy file: {error}") from None
         if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
             raise ValueError(f"'{npy}' holds {array.dtype} {array.shape}; allowed: floating point [N, D] or [N, V, D], not empty")
@@ -130,6 +130,41 @@ class FeatureTable(ShardedTable):
             table.write_shard(shard, np.asarray(array[slice(*table.shard_range(shard))]))
         return table
 
+    @classmethod
+    def given(cls, source: str | Path, folder: Path, num_shards: int) -> "FeatureTable":
+        """The table in the folder `source`, or of the .npy `source`: that is converted into `folder`, once. Collective.
+
+        Raises ValueError on all ranks when there is neither, when the .npy does not fit, or when `folder` was made from another file.
+        """
+        from dist_scan.world.collectives import broadcast_object
+        from dist_scan.world.world import current
+
+        if Path(source).is_dir():
+            return cls.open(source)
+        problem = None
+        if current().rank == 0:
+            try:
+                cls._convert(Path(source), Path(folder), num_shards)
+            except ValueError as error:
+                problem = str(error)
+        problem = broadcast_object(problem)
+        if problem:
+            raise ValueError(problem)
+        return cls.open(folder)
+
+    @classmethod
+    def _convert(cls, npy: Path, folder: Path, num_shards: int) -> None:
+        if not npy.is_file():
+            raise ValueError(f"'{npy}' does not exist; give the folder of a feature table, or a .npy of [N, D]")
+        facts = {"file": str(npy.resolve()), "size": npy.stat().st_size, "mtime_ns": npy.stat().st_mtime_ns}
+        mark = folder / "source.json"
+        if mark.is_file():
+            if json.loads(mark.read_text()) != facts:
+                raise ValueError(f"{folder} was made from another file than '{npy}', or from an earlier state of it; give another folder, or remove it")
+            return
+        cls.from_npy(npy, folder, num_shards)
+        write_json(mark, facts)
+
     def write_shard(self, shard: int, rows: np.ndarray) -> None:
         """Rows [n, V, D]. Raises ValueError naming rows that are no numbers or do not fit float16."""
         if rows.shape[1:] != (self.num_views, self.dim):
@@ -138,7 +173,7 @@ class FeatureTable(ShardedTable):
         flat = rows.reshape(len(rows), -1)
         bad = np.flatnonzero(~np.isfinite(flat).all(1))
         if len(bad):
-            raise ValueError(f"features of rows {(bad[:8] + start).tolist()} ({len(bad)} in shard {shard}) are NaN or Inf; look at these images, or at the backbone")
+            raise ValueError(f"features of rows {(bad[:8] + start).tolist()} ({len(bad)} in shard {shard}) are NaN or Inf; look at these images, or at what made the features")
         large = np.flatnonzero(np.abs(flat).max(1, initial=0) > LARGEST)
         if len(large):
             raise ValueError(f"features of rows {(large[:8] + start).tolist()} are larger than float16 holds ({LARGEST:.0f}); scale them down")
@@ -195,3 +230,13 @@ class NeighbourTable(ShardedTable):
         for at, (i, s) in self._gather(index, lambda arrays, inner, mask: (arrays[0][inner], arrays[1][inner])):
             ids[at], scores[at] = i, s
         return ids, scores
+
+    def merge(self) -> None:
+        """Write all rows into ids.npy [N, K] and scores.npy [N, K] beside the shards, a shard at a time."""
+        for place, part in enumerate(self.parts):
+            def write(file, place=place, part=part) -> None:
+                facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.types[part])), "fortran_order": False, "shape": (self.num_rows, self.num_neighbours)}
+                np.lib.format.write_array_header_1_0(file, facts)
+                for s in range(self.num_shards):
+                    file.write(np.ascontiguousarray(self._shards(s)[place]))
+            write_atomic(self.path / f"{part}.npy", write)

@@ -1,0 +1,69 @@
+"""Exact k-means of every row: features in a .npy or a feature table -> a cluster for each, by one process or many."""
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from dist_scan.world.spawn import as_ranks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to cluster, how, and with how many processes."""
+    parser.add_argument("features", help="a .npy of [N, D] (kept in float16), or the folder of a feature table")
+    parser.add_argument("out", help="a folder: assignments.npz (cluster [N] int32) and centroids.npy [k, D]")
+    parser.add_argument("--k", type=int, required=True, help="how many clusters")
+    parser.add_argument("--iterations", type=int, default=100, help="at most so many a run (default 100)")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="stop when the objective gains less than this share (default 0: when nothing moves)")
+    parser.add_argument("--restarts", type=int, default=5, help="the best of so many runs (default 5)")
+    parser.add_argument("--init", default="kmeans++", choices=["kmeans++", "random"])
+    parser.add_argument("--raw", action="store_true", help="rows as they are; without it they are brought to unit length first")
+    parser.add_argument("--spherical", action="store_true", help="centroids of unit length, too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--view", type=int, default=0, help="which view of a table of several (default 0)")
+    parser.add_argument("--processes", type=int, default=1, help="on this machine; on GPUs one per GPU. Under srun every task is one (default 1)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
+
+
+def main(args: argparse.Namespace) -> int:
+    """Cluster; every row in every iteration, the same result for any number of processes."""
+    if args.iterations < 1 or args.restarts < 1:
+        raise ValueError(f"--iterations {args.iterations} and --restarts {args.restarts}; allowed: 1 or more")
+    if args.spherical and args.raw:
+        raise ValueError("--spherical is for unit rows; leave --raw out")
+    return as_ranks(partial(_rank, args), args.processes)
+
+
+def _rank(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from dist_scan.artefacts import write_atomic
+    from dist_scan.data.assignments import Assignments
+    from dist_scan.data.tables import FeatureTable
+    from dist_scan.engine.stop import Stop
+    from dist_scan.progress import Stopped
+    from dist_scan.search.kmeans import kmeans
+    from dist_scan.search.quality import kmeans_line
+    from dist_scan.world.collectives import barrier
+    from dist_scan.world.world import close_world, open_world
+
+    stop, out = Stop(), Path(args.out)
+    stop.install()
+    world = open_world(args.device)
+    try:
+        features = FeatureTable.given(args.features, out / "features", 16)
+        found = kmeans(features, args.k, iterations=args.iterations, tolerance=args.tolerance, init=args.init, restarts=args.restarts,
+                       spherical=args.spherical, normalise=not args.raw, seed=args.seed, view=args.view, stop=lambda: stop.asked,
+                       progress=world.rank == 0)
+    except Stopped:
+        if world.rank == 0:
+            print("stopped; nothing is kept of k-means, the same command begins anew")
+        return 128 + (stop.signal or 15)
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        Assignments(found.assignment, args.k).save(out)
+        write_atomic(out / "centroids.npy", lambda f: np.save(f, found.centroids))
+        print(f"{out}: {kmeans_line(found)}")
+    barrier()
+    close_world()
+    return 0

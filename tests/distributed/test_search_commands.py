@@ -1,0 +1,179 @@
+"""`python -m dist_scan neighbours` and `kmeans` as a user runs them, and what survives a kill -9."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_scan.__main__ import main
+from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.world.spawn import first_host
+from tests.distributed.test_search import oracle, rows, table
+from tests.launches import ROOT, environment
+from tests.ranks import CONTEXT, _enter, free_port, run_ranks
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Commands install signal handlers in this process."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def command(*args, timeout_s=180):
+    return subprocess.run([sys.executable, "-m", "dist_scan", *map(str, args)], env=environment(PYTHONPATH=str(ROOT)), timeout=timeout_s,
+                          capture_output=True, text=True, cwd=ROOT)
+
+
+def test_neighbours_of_a_npy_by_one_process_and_by_three(tmp_path):
+    x = rows()
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    ids, scores = oracle(x, 7, "cosine")
+    for processes in (1, 3):
+        done = command("neighbours", tmp_path / "x.npy", tmp_path / f"{processes}", "--k", 7, "--processes", processes, "--shards", 5, "--merge")
+        assert done.returncode == 0, done.stderr
+        assert (np.load(tmp_path / f"{processes}" / "ids.npy") == ids).all() and (np.load(tmp_path / f"{processes}" / "scores.npy") == scores).all()
+        assert f"7 neighbours of 401 rows by cosine; mean score {scores.mean():.4f}" in done.stdout
+
+
+def test_kmeans_of_a_table_by_one_process_and_by_two(tmp_path):
+    table(rows(groups=()), tmp_path / "f")
+    for processes in (1, 2):
+        done = command("kmeans", tmp_path / "f", tmp_path / f"{processes}", "--k", 9, "--processes", processes, "--restarts", 2)
+        assert done.returncode == 0 and "9 clusters of 401 rows; objective" in done.stdout and "0 empty" in done.stdout, done.stderr
+    one, two = ([(tmp_path / p / f).read_bytes() for f in ("assignments.npz", "centroids.npy")] for p in ("1", "2"))
+    assert one == two
+
+
+def test_a_mistake_on_many_ranks_is_one_line(tmp_path):
+    np.save(tmp_path / "x.npy", rows())
+    done = command("kmeans", tmp_path / "x.npy", tmp_path / "out", "--k", 402, "--processes", 2)
+    assert done.returncode == 2 and [line for line in done.stderr.splitlines() if "error" in line] == ["error: 402 clusters of 401 rows; allowed: 1 to 401"]
+
+
+@pytest.mark.parametrize("spoil, extra, told", [
+    (lambda x: x.__setitem__((17, 3), np.nan), (), r"rows [17] (1 in shard 0) are NaN or Inf"),
+    (lambda x: x.__setitem__((399, 3), -np.inf), (), r"rows [399]"),
+    (lambda x: x.__setitem__((17, 3), 1e5), (), r"rows [17] are larger than float16 holds (65504)"),
+    (lambda x: x.__setitem__(33, 0), (), r"rows [33] are all zero"),
+    (lambda x: None, ("--k", "401"), "allowed: 1 to 400"),
+    (lambda x: None, ("--k", "0"), "allowed: 1 to 400"),
+    (lambda x: None, ("--view", "1"), "allowed: 0 to 0"),
+    (lambda x: None, ("--processes", "0"), "--processes: 0; allowed: 1 or more"),
+])
+def test_bad_input_is_said_before_any_work(spoil, extra, told, tmp_path, capsys):
+    x = rows().astype(np.float32)
+    spoil(x)
+    np.save(tmp_path / "x.npy", x)
+    assert main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out"), *extra]) == 2
+    assert told in capsys.readouterr().err and not list((tmp_path / "out").glob("ids-*"))
+
+
+@pytest.mark.parametrize("content, told", [
+    (lambda p: np.save(p, np.array([np.zeros(3), np.zeros(4)], dtype=object), allow_pickle=True), "is no readable .npy"),
+    (lambda p: np.save(p, np.zeros((4, 3), np.int32)), "allowed: floating point"),
+    (lambda p: np.save(p, np.zeros((4, 3, 2, 1), np.float32)), "allowed: floating point"),
+    (lambda p: p.write_bytes(b"no npy at all"), "is no readable .npy"),
+    (lambda p: p.write_bytes(b""), "is no readable .npy"),
+    (lambda p: None, "does not exist"),
+])
+def test_files_that_hold_no_rows(content, told, tmp_path, capsys):
+    content(tmp_path / "x.npy")
+    assert main(["kmeans", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "2"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_cut_npy_and_a_cut_table_and_tables_of_mixed_dimensions(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", rows())
+    data = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(data[:-50])
+    assert main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out")]) == 2 and "is no readable .npy" in capsys.readouterr().err
+    table(rows(), tmp_path / "f")
+    np.save(tmp_path / "f" / "features-00003.npy", np.zeros((80, 1, 25), np.float16))
+    assert main(["neighbours", str(tmp_path / "f"), str(tmp_path / "out2")]) == 2 and "holds float16 (80, 1, 25) instead of" in capsys.readouterr().err
+    (tmp_path / "f" / "features-00003.npy").unlink()
+    assert main(["neighbours", str(tmp_path / "f"), str(tmp_path / "out3")]) == 2 and "shard 3" in capsys.readouterr().err
+
+
+def test_another_npy_is_not_taken_for_the_first(tmp_path, capsys):
+    x = rows()
+    np.save(tmp_path / "x.npy", x)
+    args = ["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "3"]
+    assert main(args) == 0 and main(args) == 0
+    np.save(tmp_path / "x.npy", x[::-1])
+    assert main(args) == 2 and "made from another file" in capsys.readouterr().err
+
+
+def slowly(root, out):
+    """Mining in many rounds, so that there is time to kill it between shards."""
+    mine_neighbours(FeatureTable.open(root), out, 5, metric="l2", chunk=97, queries=50, stop=lambda: bool(time.sleep(0.02)))
+
+
+def mined(root, out):
+    t = mine_neighbours(FeatureTable.open(root), out, 5, metric="l2", chunk=97, queries=50)
+    return [a.tobytes() for a in t.rows(np.arange(t.num_rows))]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_finished_shards_survive_a_kill_and_another_number_of_ranks_goes_on(victim, tmp_path):
+    table(rows(1200), tmp_path / "f", shards=24)
+    out, port, results = tmp_path / "n", free_port(), CONTEXT.Queue()
+    ranks = [CONTEXT.Process(target=_enter, args=(slowly, r, 2, port, (tmp_path / "f", out), results)) for r in range(2)]
+    for p in ranks:
+        p.start()
+    while len(list(out.glob("scores-*.npy"))) < 6:
+        assert all(p.exitcode is None for p in ranks)
+        time.sleep(0.005)
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+    for p in ranks:
+        p.join(60)
+    assert ranks[victim].exitcode == -signal.SIGKILL and ranks[1 - victim].exitcode not in (0, None)  # the other does not wait for ever
+    kept = {f.name: f.stat().st_mtime_ns for f in out.glob("scores-*.npy")}
+    left = NeighbourTable.open(out).missing_shards()
+    assert 6 <= len(kept) and 0 < len(left) < 24
+    got = run_ranks(mined, 3, tmp_path / "f", out)[0]
+    assert got == run_ranks(mined, 1, tmp_path / "f", tmp_path / "whole")[0]
+    redone = [name for name, stamp in kept.items() if (out / name).stat().st_mtime_ns != stamp]
+    assert len(redone) <= 2  # a shard whose ids were there and whose scores were not: at most one a rank
+
+
+def half_held(root, out, k):
+    """Each rank has only its own shards' files."""
+    from dist_scan.world.world import current
+
+    rank = current().rank
+    return mined_ids(mine_neighbours(FeatureTable.open(Path(root) / f"disk{rank}"), Path(out) / f"disk{rank}", k, metric="inner_product", chunk=90))
+
+
+def mined_ids(t):
+    have = sorted(set(range(t.num_shards)) - set(t.missing_shards()))
+    return {s: [a.tobytes() for a in t.rows(np.arange(*t.shard_range(s)))] for s in have}
+
+
+def test_rows_need_not_lie_where_every_rank_can_read_them(tmp_path):
+    x = rows()
+    for rank, mine in enumerate(((0, 3), (1, 4), (2,))):
+        t = table(x, tmp_path / f"disk{rank}")
+        for s in set(range(5)) - set(mine):
+            t._file(s, "features").unlink()
+    ids, scores = oracle(x, 6, "inner_product")
+    found = {}
+    for rank, shards in enumerate(run_ranks(half_held, 3, tmp_path, tmp_path / "out", 6)):
+        assert set(shards) == set(((0, 3), (1, 4), (2,))[rank])
+        found |= shards
+    for s, (i, v) in found.items():
+        a, b = s * 401 // 5, (s + 1) * 401 // 5
+        assert (np.frombuffer(i, np.int64).reshape(-1, 6) == ids[a:b]).all() and (np.frombuffer(v).reshape(-1, 6) == scores[a:b]).all()
+
+
+def test_the_first_host_of_a_slurm_node_list():
+    assert [first_host(n) for n in ("node[03-07,9],other", "a,b", "gpu-[1-4]", "x[11]", "one")] == ["node03", "a", "gpu-1", "x11", "one"]
