@@ -90,7 +90,8 @@ def formula_mib(rows: int, dim: int, k: int, queries: int, world_size: int, thre
     from dist_scan.search.neighbours import BLOCK, CHUNK, PIECE, QUERIES
 
     held, chunk = min(QUERIES, -(-min(queries, rows) // world_size)), min(CHUNK, rows)
-    return (held * (4 * dim + 16 * k + 32) + (10 * chunk + 24 * PIECE) * dim + threads // world_size * BLOCK * (12 * k + 4200) + 2 * rows * dim / world_size) / 2**20
+    searching = held * (4 * dim + 16 * k + 32) + (10 * chunk + 24 * PIECE) * dim + threads // world_size * BLOCK * (12 * k + 4200)
+    return (searching + 2 * rows * dim / world_size) / 2**20
 
 
 def measure(rows: int, dim: int, args: argparse.Namespace) -> None:

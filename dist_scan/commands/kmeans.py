@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="a folder: assignments.npz (cluster [N] int32) and centroids.npy [k, D]")
     parser.add_argument("--k", type=int, required=True, help="how many clusters")
     parser.add_argument("--iterations", type=int, default=100, help="at most so many a run (default 100)")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="stop when the objective gains less than this share (default 0: when nothing moves)")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="stop when a step gains less than this share (default 0: when nothing moves)")
     parser.add_argument("--restarts", type=int, default=5, help="the best of so many runs (default 5)")
     parser.add_argument("--init", default="kmeans++", choices=["kmeans++", "random"])
     parser.add_argument("--raw", action="store_true", help="rows as they are; without it they are brought to unit length first")

@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("features", help="a .npy of [N, D] (kept in float16), or the folder of a feature table")
     parser.add_argument("out", help="a folder: ids-*.npy [n, K] int64 and scores-*.npy [n, K] float64, a pair for each shard of rows")
     parser.add_argument("--k", type=int, default=20, help="neighbours a row, the row itself not among them (default 20)")
-    parser.add_argument("--metric", default="cosine", choices=["cosine", "inner_product", "l2"], help="l2 scores are minus the squared distance (default cosine)")
+    parser.add_argument("--metric", default="cosine", choices=["cosine", "inner_product", "l2"],
+                        help="l2 scores are minus the squared distance (default cosine)")
     parser.add_argument("--view", type=int, default=0, help="which view of a table of several (default 0)")
     parser.add_argument("--shards", type=int, default=16, help="of a .npy: units of work that survive a kill (default 16)")
     parser.add_argument("--processes", type=int, default=1, help="on this machine; on GPUs one per GPU. Under srun every task is one (default 1)")

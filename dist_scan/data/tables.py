@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -173,7 +174,8 @@ class FeatureTable(ShardedTable):
         flat = rows.reshape(len(rows), -1)
         bad = np.flatnonzero(~np.isfinite(flat).all(1))
         if len(bad):
-            raise ValueError(f"features of rows {(bad[:8] + start).tolist()} ({len(bad)} in shard {shard}) are NaN or Inf; look at these images, or at what made the features")
+            raise ValueError(f"features of rows {(bad[:8] + start).tolist()} ({len(bad)} in shard {shard}) are NaN or Inf; "
+                             "look at these images, or at what made the features")
         large = np.flatnonzero(np.abs(flat).max(1, initial=0) > LARGEST)
         if len(large):
             raise ValueError(f"features of rows {(large[:8] + start).tolist()} are larger than float16 holds ({LARGEST:.0f}); scale them down")
@@ -192,14 +194,20 @@ class FeatureTable(ShardedTable):
         return out
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation [D] float64 over rows and views; two passes, so nothing cancels."""
-        mean, square, count = np.zeros(self.dim), np.zeros(self.dim), self.num_rows * self.num_views
-        for s in range(self.num_shards):
-            mean += self.shard(s).reshape(-1, self.dim).sum(0, dtype=np.float64)
-        mean /= count
-        for s in range(self.num_shards):
-            square += ((self.shard(s).reshape(-1, self.dim) - mean) ** 2).sum(0)
-        return mean, np.sqrt(square / count)
+        """Mean and standard deviation [D] float64 over rows and views; two passes, so nothing cancels. Collective: ranks share the reading,
+        and add up in order of shards, so that every bit is the same for any number of them."""
+        count = self.num_rows * self.num_views
+        mean = self._over_shards(lambda rows: rows.sum(0, dtype=np.float64)) / count
+        return mean, np.sqrt(self._over_shards(lambda rows: ((rows - mean) ** 2).sum(0)) / count)
+
+    def _over_shards(self, work: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The sum of work([rows and views, D]) over all shards, each done by one rank."""
+        from dist_scan.world.collectives import gather_objects
+        from dist_scan.world.world import current
+
+        mine = {s: work(self.shard(s).reshape(-1, self.dim)) for s in range(current().rank, self.num_shards, current().world_size)}
+        found = {s: value for part in gather_objects(mine) for s, value in part.items()}
+        return sum(found[s] for s in range(self.num_shards))
 
 
 class NeighbourTable(ShardedTable):
@@ -235,7 +243,8 @@ class NeighbourTable(ShardedTable):
         """Write all rows into ids.npy [N, K] and scores.npy [N, K] beside the shards, a shard at a time."""
         for place, part in enumerate(self.parts):
             def write(file, place=place, part=part) -> None:
-                facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.types[part])), "fortran_order": False, "shape": (self.num_rows, self.num_neighbours)}
+                facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.types[part])), "fortran_order": False,
+                         "shape": (self.num_rows, self.num_neighbours)}
                 np.lib.format.write_array_header_1_0(file, facts)
                 for s in range(self.num_shards):
                     file.write(np.ascontiguousarray(self._shards(s)[place]))

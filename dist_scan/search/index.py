@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -70,8 +69,22 @@ class Flat:
             return self.index.search(queries, k)
 
 
+class Centroids(NamedTuple):
+    """rows [k, D] float32, here and on the device; squares [k] float64; half [k] and margin as `Nearest` explains."""
+
+    rows: np.ndarray
+    there: torch.Tensor
+    squares: np.ndarray
+    half: np.ndarray
+    margin: np.float32
+
+
 class Nearest:
-    """Rows [n, D] float32 on float16's grid, and which of some centroids is nearest to each: exactly, of equals the first."""
+    """Rows [n, D] float32 on float16's grid, and which of some centroids is nearest to each: exactly, of equals the first.
+
+    half[j] - x.c_j, positive by a term that is the same for all, is half the squared distance but for terms of the row alone. In float32 it is
+    wrong by less than half of `margin`: centroids within it of the least are compared in float64.
+    """
 
     def __init__(self, rows: np.ndarray, longest: float):
         """longest: no row's norm is larger."""
@@ -79,43 +92,36 @@ class Nearest:
         self.there = torch.from_numpy(rows).to(self.device)
 
     def __call__(self, centroids: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
-        """[n] int32. centroids [k, D] float32 on multiples of 2^-22, so that float64 products with rows are exact (rows.py).
-
-        half[j] - x.c_j, positive by a term that is the same for all, is half the squared distance but for terms of the row alone. In float32
-        it is wrong by less than half of `margin`: who comes within it of the least is compared exactly.
-        """
+        """[n] int32. centroids [k, D] float32 on multiples of 2^-22, so that float64 products with rows are exact (rows.py)."""
         squares = (centroids.astype(np.float64) ** 2).sum(1)
         reach = self.longest * float(np.sqrt(squares.max()))
         half = (squares / 2 + 1.01 * reach + 1e-6).astype(np.float32)
         margin = np.float32(2.0**-23 * ((self.rows.shape[1] + 8) * reach + 4 * float(half.max())))
+        c = Centroids(centroids, torch.from_numpy(centroids).to(self.device), squares, half, margin)
         out = np.empty(len(self.rows), np.int32)
-        work = self._on_cpu if self.device.type == "cpu" else self._on_device
-        list(pool.map(lambda part: work(part, centroids, squares, half, margin, out[part]), self._parts(len(centroids))))
+        work, step = (self._on_cpu, ROWS) if self.device.type == "cpu" else (self._on_device, max(ROWS, 2**28 // len(centroids)))
+        list(pool.map(lambda b: work(slice(b, b + step), c, out[b:b + step]), range(0, len(out), step)))
         return out
 
-    def _parts(self, k: int) -> Iterator[slice]:
-        step = ROWS if self.device.type == "cpu" else max(ROWS, 2**28 // k)
-        return (slice(b, b + step) for b in range(0, len(self.rows), step))
-
-    def _on_cpu(self, part: slice, centroids: np.ndarray, squares: np.ndarray, half: np.ndarray, margin: np.float32, out: np.ndarray) -> None:
-        rows, c = self.there[part], torch.from_numpy(centroids)
-        n, buffer = len(rows), torch.empty(len(rows) * min(CENTROIDS, len(c)))
+    def _on_cpu(self, part: slice, c: Centroids, out: np.ndarray) -> None:
+        rows, n, k = self.there[part], len(out), len(c.rows)
+        buffer = torch.empty(n * min(CENTROIDS, k))
         best, counts = np.full(n, FURTHEST), np.zeros(n, np.int32)
         names, values = np.empty((n, KEPT), np.int32), np.empty((n, KEPT), np.int32)
-        for first in range(0, len(c), CENTROIDS):
-            block = c[first:first + CENTROIDS]
+        for first in range(0, k, CENTROIDS):
+            block = c.there[first:first + CENTROIDS]
             products = torch.mm(rows, block.T, out=buffer[:n * len(block)].view(n, len(block)))
-            keep_near(products.numpy(), half[first:first + CENTROIDS], first, margin, best, names, values, counts)
-        settle(self.rows[part], centroids, squares, margin, best, names, values, counts, out)
+            keep_near(products.numpy(), c.half[first:first + CENTROIDS], first, c.margin, best, names, values, counts)
+        settle(self.rows[part], c.rows, c.squares, c.margin, best, names, values, counts, out)
 
-    def _on_device(self, part: slice, centroids: np.ndarray, squares: np.ndarray, half: np.ndarray, margin: np.float32, out: np.ndarray) -> None:
+    def _on_device(self, part: slice, c: Centroids, out: np.ndarray) -> None:
         """The same with torch: rows with several centroids near go to `settle` as if they had too many to keep."""
-        distances = torch.addmm(torch.from_numpy(half).to(self.device), self.there[part], torch.from_numpy(centroids).to(self.device).T, alpha=-1)
+        distances = torch.addmm(torch.from_numpy(c.half).to(self.device), self.there[part], c.there.T, alpha=-1)
         least, place = distances.min(1)
-        near = (distances <= (least + float(margin))[:, None]).sum(1, dtype=torch.int32)
+        near = (distances <= (least + float(c.margin))[:, None]).sum(1)
         out[:] = place.cpu().numpy()
         several = np.flatnonzero(near.cpu().numpy() > 1)
         n, exact = len(several), np.empty(len(several), np.int32)
         none = np.empty((n, KEPT), np.int32)
-        settle(self.rows[part][several], centroids, squares, margin, np.full(n, FURTHEST), none, none, np.full(n, KEPT + 1, np.int32), exact)
+        settle(self.rows[part][several], c.rows, c.squares, c.margin, np.full(n, FURTHEST), none, none, np.full(n, KEPT + 1, np.int32), exact)
         out[several] = exact

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -57,13 +57,14 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     best = None
     with Progress("k-means", restarts * iterations, "iterations", enabled=progress) as line, workers() as pool:
         for restart in range(restarts):
-            begin = start * rows.scale if start is not None else first_centroids(points.rows, points.squares, own, n, num_clusters, init, seed, restart, pool, stop)
+            begin = start * rows.scale if start is not None else first_centroids(points.rows, points.squares, own, n, num_clusters, init,
+                                                                                 seed, restart, pool, stop)
             result = Lloyd(points, begin, spherical, seed + restart, pool).run(iterations, tolerance, stop, line)
             if best is None or result.objective < best.objective:
                 best = result
     assignment = np.empty(n, np.int32)
     assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(torch.from_numpy(best.assignment)).numpy()
-    return KMeansResult(best.centroids / np.float32(rows.scale), assignment, best.objective * rows.scale**-2, best.iterations, best.sizes, best.num_empty)
+    return replace(best, centroids=best.centroids / np.float32(rows.scale), assignment=assignment, objective=best.objective * rows.scale**-2)
 
 
 class Points:
@@ -131,8 +132,8 @@ class Lloyd:
         """A thread has some of the columns to itself."""
         from dist_scan.search.kernels import move
 
-        edges = np.linspace(0, self.dim, torch.get_num_threads() + 1).astype(int)
-        list(self.pool.map(lambda first, last: move(self.points.rows, moved, self.assignment[moved], new[moved], delta, first, last), edges[:-1], edges[1:]))
+        edges, away, to = np.linspace(0, self.dim, torch.get_num_threads() + 1).astype(int), self.assignment[moved], new[moved]
+        list(self.pool.map(lambda first, last: move(self.points.rows, moved, away, to, delta, first, last), edges[:-1], edges[1:]))
 
     def _objective(self) -> float:
         """Sum of squared distances to the clusters' means, from the exact sums: the same number for any number of ranks."""

@@ -24,5 +24,6 @@ def kmeans_line(found: KMeansResult) -> str:
     """The objective, how many iterations, and the clusters' sizes."""
     low, middle, high = np.percentile(found.sizes, [0, 50, 100]).astype(int)
     n = len(found.assignment)
-    return (f"{len(found.sizes)} clusters of {n} rows; objective {found.objective:.8g} ({found.objective / n:.6g} a row) after {found.iterations} iterations; "
-            f"sizes {low} to {high}, median {middle}; {int((found.sizes == 0).sum())} empty, {found.num_empty} split on the way")
+    return (f"{len(found.sizes)} clusters of {n} rows; objective {found.objective:.8g} ({found.objective / n:.6g} a row) "
+            f"after {found.iterations} iterations; sizes {low} to {high}, median {middle}; "
+            f"{int((found.sizes == 0).sum())} empty, {found.num_empty} split on the way")

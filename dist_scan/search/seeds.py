@@ -35,7 +35,8 @@ def first_centroids(rows: np.ndarray, squares: np.ndarray, own: np.ndarray, num_
         out = np.zeros((k, rows.shape[1]))
         out[np.searchsorted(sample, own[at])] = rows[at]
         return all_sum(torch.from_numpy(out)).numpy()
-    return _plus_plus(Sample(rows[at], squares[at], np.searchsorted(sample, own[at]), pool), k, count, lambda i: float(uniform(seed, STREAM, restart, -1 - i)), stop)
+    held = Sample(rows[at], squares[at], np.searchsorted(sample, own[at]), pool)
+    return _plus_plus(held, k, count, lambda i: float(uniform(seed, STREAM, restart, -1 - i)), stop)
 
 
 class Sample:

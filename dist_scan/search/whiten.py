@@ -46,11 +46,13 @@ class Whitening:
         A row's result depends on the row alone. Raises ValueError for rows of another width.
         """
         if rows.ndim != 2 or rows.shape[1] != len(self.mean):
-            raise ValueError(f"rows of shape {list(rows.shape)}; this whitening was made from rows of {len(self.mean)} features: give [n, {len(self.mean)}]")
+            raise ValueError(f"rows of shape {list(rows.shape)}; this whitening was made from rows of {len(self.mean)} features: "
+                             f"give [n, {len(self.mean)}]")
         device, axes = current().device, np.rint(self.components * (2 * GRID)) / GRID
         offset = (axes * (self.mean * self.scale)).sum(1)
         project, shrink = torch.from_numpy(axes.T).to(device), 1 / (2 * self.scale * np.sqrt(self.eigenvalues))
-        parts = [(torch.mm(on_grid(rows[b:b + CHUNK], self.scale), project).cpu().numpy() - offset) * shrink for b in range(0, len(rows), CHUNK)]
+        pieces = (rows[b:b + CHUNK] for b in range(0, len(rows), CHUNK))
+        parts = [(torch.mm(on_grid(piece, self.scale), project).cpu().numpy() - offset) * shrink for piece in pieces]
         return np.concatenate([*parts, np.zeros((0, len(shrink)))]).astype(np.float32)
 
 

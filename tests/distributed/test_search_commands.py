@@ -175,5 +175,18 @@ def test_rows_need_not_lie_where_every_rank_can_read_them(tmp_path):
         assert (np.frombuffer(i, np.int64).reshape(-1, 6) == ids[a:b]).all() and (np.frombuffer(v).reshape(-1, 6) == scores[a:b]).all()
 
 
+def moments(root):
+    return [a.tobytes() for a in FeatureTable.open(root).moments()]
+
+
+def test_moments_are_the_same_bits_on_any_number_of_ranks(tmp_path):
+    x = rows()
+    table(x, tmp_path / "f")
+    alone = run_ranks(moments, 1, tmp_path / "f")[0]
+    assert all(got == alone for got in run_ranks(moments, 3, tmp_path / "f"))
+    mean, deviation = (np.frombuffer(a) for a in alone)
+    assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(deviation, x.astype(np.float64).std(0))
+
+
 def test_the_first_host_of_a_slurm_node_list():
     assert [first_host(n) for n in ("node[03-07,9],other", "a,b", "gpu-[1-4]", "x[11]", "one")] == ["node03", "a", "gpu-1", "x11", "one"]
