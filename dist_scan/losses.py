@@ -1,19 +1,20 @@
-"""Losses as pure functions, all in fp32 or better. Legend of shape suffixes: H heads, B rows of this rank, C clusters, D width, K queue.
+"""Losses as pure functions, all in fp32 or better. Legend of shape suffixes: H heads, B rows of this rank, C clusters, D width, K queue,
+S the clusters of all heads one after the other.
 
 Every loss is this rank's: its mean over ranks is the global loss, and with DDP's mean over gradients its gradient is the global one.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_scan.head_step import SMALLEST, Scan, ScanHeads, TemiHeads
 from dist_scan.world.collectives import all_mean, all_rows, all_sum
 from dist_scan.world.world import current
-
-SMALLEST = 1e-8  # the released code clamps mean probabilities here before the logarithm
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -61,44 +62,19 @@ def scan_loss(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float
     """SCAN's loss (Van Gansbeke et al., ECCV 2020, Eq. 2), of logits, with the entropy (nats) of the global batch's mean anchor.
 
     -log<p, q> = LSE(a) + LSE(n) - LSE(a + n): no underflow, and a gradient that is bounded at any logit size, where the published
-    softmax + BCE form loses it (`scan_loss_released`). The gradient is written by hand: two tensors of logits' size, no graph.
+    softmax + BCE form loses it (`scan_loss_released`). The gradient is written by hand. Ranks may hold different numbers of rows.
     """
-    return ScanTerms(*_Scan.apply(at_least_fp32(anchors_HBC), at_least_fp32(neighbours_HBC), entropy_weight))
+    return ScanTerms(*Scan.apply(at_least_fp32(anchors_HBC), at_least_fp32(neighbours_HBC), entropy_weight))
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, n, weight):
-        da, dn = torch.empty_like(a), torch.empty_like(n)
-        for p, logits in zip(da, a):
-            torch.softmax(logits, 1, out=p) if p.is_contiguous() else p.copy_(torch.softmax(logits, 1))
-        mean = all_sum(da.mean(1)) / current().world_size  # m_HC
-        log_mean = mean.clamp(min=SMALLEST).log()
-        entropy = -(mean.clamp(min=SMALLEST) * log_mean).sum(1)
-        slope = torch.where(mean >= SMALLEST, log_mean + 1, torch.zeros_like(mean)) * weight  # d(-weight * entropy)/dm
-        consistency = torch.stack([_head(*head) for head in zip(a, n, da, dn, slope)])
-        ctx.save_for_backward(da, dn)
-        total = consistency - weight * entropy
-        ctx.mark_non_differentiable(consistency, entropy)
-        return total, consistency, entropy
+def scan_heads_loss(anchors_BD: Tensor, neighbours_BD: Tensor, weight_SD: Tensor, bias_S: Tensor, sizes: Sequence[int],
+                    entropy_weight: float) -> ScanTerms:
+    """`scan_loss` of linear heads on features: head h owns the next sizes[h] rows of weight and bias, S = sum(sizes).
 
-    @staticmethod
-    def backward(ctx, grad, *_):
-        da, dn = ctx.saved_tensors
-        grad = grad.view(-1, 1, 1)
-        return da * grad, dn * grad, None
-
-
-def _head(a: Tensor, n: Tensor, da: Tensor, dn: Tensor, slope: Tensor) -> Tensor:
-    """One head: writes both gradients in place (da holds the anchors' softmax p) and returns the consistency."""
-    a, n = a - a.amax(1, keepdim=True), n - n.amax(1, keepdim=True)  # centred: the three LSEs below do not cancel
-    both = a + n
-    lse = torch.logsumexp(both, 1)
-    consistency = (torch.logsumexp(a, 1) + torch.logsumexp(n, 1) - lse).mean()
-    r = (both - lse[:, None]).exp_()
-    dn.copy_(torch.softmax(n, 1).sub_(r).div_(len(a)))
-    da.mul_(1 + slope - (da @ slope)[:, None]).sub_(r).div_(len(a))
-    return consistency
+    Heads are worked off in groups (one at a time when alone): a group's logits become its probabilities, then its gradients, in
+    place, then the weights' gradient. At once in memory: that gradient and one group's logits, whatever the number of heads.
+    """
+    return ScanTerms(*ScanHeads.apply(at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD), weight_SD, bias_S, tuple(sizes), entropy_weight))
 
 
 def scan_loss_released(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float) -> ScanTerms:
@@ -110,6 +86,25 @@ def scan_loss_released(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weig
     mean = all_mean(p.mean(1)).clamp(min=SMALLEST)
     entropy = -(mean * mean.log()).sum(1)
     return ScanTerms(consistency - entropy_weight * entropy, consistency.detach(), entropy.detach())
+
+
+def pair_weights(teacher_log_p: Sequence[Tensor]) -> Tensor:
+    """TEMI's weight [B] of each pair: the mean over heads of <teacher of one view, teacher of the other>; log-probabilities [2B, C],
+    first views above second ones. Pairs that the teachers put into different clusters (wrong neighbours) weigh little."""
+    halves = ((each.exp()[:len(each) // 2], each.exp()[len(each) // 2:]) for each in teacher_log_p)
+    return torch.stack([(p * q).sum(1) for p, q in halves]).mean(0)
+
+
+def temi_heads_loss(first_BD: Tensor, second_BD: Tensor, weight_SD: Tensor, bias_S: Tensor, sizes: Sequence[int],
+                    teacher_log_p: Sequence[Tensor], marginals: Sequence[Tensor], beta: float, temperature: float) -> Tensor:
+    """TEMI's loss [H] (Adaloglou et al., BMVC 2023, Sec. 3) of linear heads; layout of heads as in `scan_heads_loss`.
+
+    -w * log sum_c (student_c(x) teacher_c(x'))^beta / marginal_c, mean over pairs and both directions; w as `pair_weights` gives it, the
+    same for all heads. teacher_log_p: per head [2B, C]; marginals: per head [C], the running mean of the teacher's probabilities.
+    By log-sum-exp: bounded at any logit size. Memory: the teacher's probabilities of all heads, the student's of one.
+    """
+    return TemiHeads.apply(at_least_fp32(first_BD), at_least_fp32(second_BD), weight_SD, bias_S, tuple(sizes), teacher_log_p, marginals,
+                           pair_weights(teacher_log_p), beta, temperature)
 
 
 class Confident(NamedTuple):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,20 +29,35 @@ class Projector(nn.Sequential):
 
 
 class ClusterHeads(nn.Module):
-    """H independent linear heads in one product: features [B, D] -> logits [H, B, C], always in fp32 or better (bf16 logits are
-    off by 8e-2). Each head has torch's default Linear init of its own."""
+    """Independent linear heads on the same features, one below the other: weight [S, D] and bias [S], S = sum(sizes).
 
-    def __init__(self, in_dim: int, num_clusters: int, num_heads: int):
+    num_heads heads for each number of clusters, in the order given: head h has sizes[h] clusters. Each has torch's default Linear
+    init of its own. Logits are always fp32 or better (bf16 logits are off by 8e-2).
+    """
+
+    def __init__(self, in_dim: int, num_clusters: int | Sequence[int], num_heads: int):
         super().__init__()
-        heads = [nn.Linear(in_dim, num_clusters) for _ in range(num_heads)]
-        self.weight = nn.Parameter(torch.stack([h.weight.detach() for h in heads]))
-        self.bias = nn.Parameter(torch.stack([h.bias.detach() for h in heads]))
+        numbers = (num_clusters,) if isinstance(num_clusters, int) else tuple(num_clusters)
+        self.sizes = tuple(c for c in numbers for _ in range(num_heads))
+        heads = [nn.Linear(in_dim, c) for c in self.sizes]
+        self.weight = nn.Parameter(torch.cat([h.weight.detach() for h in heads]))
+        self.bias = nn.Parameter(torch.cat([h.bias.detach() for h in heads]))
 
-    def forward(self, features: Tensor) -> Tensor:
-        num_heads, num_clusters, dim = self.weight.shape
+    def rows(self, head: int) -> slice:
+        """Where a head's clusters lie in weight and bias."""
+        start = sum(self.sizes[:head])
+        return slice(start, start + self.sizes[head])
+
+    def one(self, head: int, features: Tensor) -> Tensor:
+        """Features [B, D] -> this head's logits [B, C]."""
+        at = self.rows(head)
         with torch.autocast(features.device.type, enabled=False):
-            logits = F.linear(features.to(self.weight.dtype), self.weight.view(-1, dim), self.bias.view(-1))
-        return logits.view(len(features), num_heads, num_clusters).transpose(0, 1)
+            return F.linear(features.to(self.weight.dtype), self.weight[at], self.bias[at])
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Features [B, D] -> logits [B, sizes[h]] of every head, all in one product."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias).split(self.sizes, 1)
 
 
 class MomentumCopy(nn.Module):

@@ -17,6 +17,8 @@ CASES = {
     "scan": dict(num_clusters=4, num_heads=3, normalise="l2"),
     "scan-frozen": dict(num_clusters=4, num_heads=3, normalise="none", train_backbone=False),
     "scan-features": dict(num_clusters=4, num_heads=3, normalise="standardise"),
+    "scan-features-numbers": dict(num_clusters=(4, 6), num_heads=2, normalise="standardise"),
+    "temi-features": dict(num_clusters=(4, 6), num_heads=2, momentum=0.9),
     "selflabel": dict(threshold=0.4, ema=None),
     "selflabel-teacher": dict(threshold=0.4, ema=0.9, class_balance=False),
     "selflabel-released": dict(threshold=0.4, ema=0.9, ema_meaning="released"),
@@ -31,7 +33,7 @@ def make(name: str, folder):
 
     torch.manual_seed(0)
     config, kind = BackboneConfig(name="resnet_small", width=4), name.split("-")[0]
-    features = name == "scan-features"
+    features = "features" in name
     given = Given(num_images=100, global_batch=B, seed=3, total_steps=STEPS, on_features=features, feature_dim=16,
                   backbone=build_backbone(config), backbone_config=config, inputs={"model": folder},
                   moments=(np.full(16, 0.1), np.full(16, 2.0)) if features else None)
@@ -50,7 +52,7 @@ def train(name: str, folder, skip_step: int = -1):
     network, mine = wrap(method), slice(world.rank * B // world.world_size, (world.rank + 1) * B // world.world_size)
     optimizer = torch.optim.SGD([p for g in method.parameter_groups() for p in g.parameters], lr=0.02, momentum=0.9)
     gen, losses, first = torch.Generator().manual_seed(1), [], {}
-    shape = (B, 16) if name == "scan-features" else (B, 3, 8, 8)
+    shape = (B, 16) if "features" in name else (B, 3, 8, 8)
     for s in range(STEPS):
         views = [torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(2)]
         if s == skip_step:
@@ -109,7 +111,7 @@ def compare(results, alone):
 def test_ranks_equal_one(name, folder):
     alone = train(name, folder)
     assert all(np.any(g) for n, g in alone[1].items() if n.endswith("weight"))
-    for world_size in (2, 3, 4) if name in ("moco", "scan", "simclr", "selflabel") else (3,):
+    for world_size in (2, 3, 4) if name in ("moco", "scan", "simclr", "selflabel", "temi-features") else (3,):
         compare(run_ranks(train, world_size, name, folder), alone)
 
 

@@ -10,18 +10,21 @@ from dist_scan.models.layers import ClusterHeads, FeatureNorm, GroupedBatchNorm,
 
 
 def test_heads_equal_separate_linears_and_differ():
-    heads, x = ClusterHeads(6, 4, 3), torch.randn(5, 6)
+    heads, x = ClusterHeads(6, (4, 7), 3), torch.randn(5, 6)
     out = heads(x)
-    assert out.shape == (3, 5, 4)
-    for h in range(3):
-        torch.testing.assert_close(out[h], nn.functional.linear(x, heads.weight[h], heads.bias[h]))
-    assert not torch.equal(heads.weight[0], heads.weight[1])
+    assert [o.shape for o in out] == [(5, 4)] * 3 + [(5, 7)] * 3
+    for h in range(6):
+        at = heads.rows(h)
+        torch.testing.assert_close(out[h], nn.functional.linear(x, heads.weight[at], heads.bias[at]))
+        torch.testing.assert_close(heads.one(h, x), out[h])
+    assert not torch.equal(heads.weight[heads.rows(0)], heads.weight[heads.rows(1)])
     assert heads.weight.abs().max() <= 1 / 6 ** 0.5  # torch's default init for a Linear of width 6
 
 
 def test_heads_stay_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        assert ClusterHeads(6, 4, 2)(torch.randn(3, 6).bfloat16()).dtype == torch.float32
+        heads = ClusterHeads(6, 4, 2)
+        assert heads(torch.randn(3, 6).bfloat16())[0].dtype == heads.one(1, torch.randn(3, 6).bfloat16()).dtype == torch.float32
 
 
 def test_split_batch_norm_equals_ordinary_norm_of_each_part():

@@ -12,7 +12,7 @@ from dist_scan.config import kind_class
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.methods.base import Given
 from dist_scan.methods.moco import shuffled
-from dist_scan.methods.scan import held_out_loss
+from dist_scan.models.choosing import held_out_loss
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster import ClusterModel, load_cluster_model, save_cluster_model
 from dist_scan.models.layers import FeatureNorm
@@ -50,9 +50,10 @@ def test_scan_keeps_the_best_epoch_and_head_and_publishes_it(tmp_path):
     x = torch.randn(8, 16)
     held = HeldOut(lambda: iter([Batch(torch.arange(8), (x,), 0, 0)]), np.arange(8)[:, None])
     with torch.no_grad():
-        method.heads.weight[1].copy_(method.heads.weight[1] * 20)  # sharper: agrees with itself
+        at = method.heads.rows(1)
+        method.heads.weight[at] *= 20  # sharper: agrees with itself
         logged = method.end_epoch(0, held)
-        kept = method.heads.weight[int(method.best_head)].clone()
+        kept = method.heads.weight[at].clone()
         assert logged["best_head"] == 1
         method.heads.weight.zero_()
         method.end_epoch(1, held)

@@ -1,0 +1,213 @@
+"""The head step: SCAN's loss and its gradient, written by hand and in place (PERFORMANCE.md 3). Legend: H heads, B or b rows of this
+rank, C clusters of a head, D width, S the clusters of all heads one after the other. X all rows of both views.
+`losses.scan_loss`, `scan_heads_loss` and `temi_heads_loss` are the doors.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_scan.world.collectives import all_sum
+from dist_scan.world.world import current
+
+SMALLEST = 1e-8  # the released code clamps mean probabilities here before the logarithm
+GROUP_COLUMNS = 4096  # logits [b, columns] held at once when ranks share a batch: one message a group instead of one a head
+BLOCK = 65536  # numbers a row block of the in-place gradient holds: what a core's cache keeps (1.04 to 1.15 times faster than whole heads)
+SMALL = 1e-25  # below this <p, q> has lost digits in float32: such rows are done again from their logits
+
+
+def all_means(p_heads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The global batch's mean probability [C] of each head p [b, C], and the number of its rows; one message, uneven ranks allowed."""
+    rows = p_heads[0].new_full((1,), len(p_heads[0]))
+    count, *sums = all_sum(torch.cat([rows, *(p.sum(0) for p in p_heads)])).split([1, *(p.shape[1] for p in p_heads)])
+    return [total / count for total in sums], count[0]
+
+
+def _entropy(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Of a mean probability [C]: its entropy, and the slope [C] of -weight * entropy; flat where it is clamped."""
+    log_mean = mean.clamp(min=SMALLEST).log()
+    slope = torch.where(mean >= SMALLEST, log_mean + 1, torch.zeros_like(mean)) * weight
+    return -(mean.clamp(min=SMALLEST) * log_mean).sum(), slope
+
+
+def _to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Probabilities [b, C] of one head become, in place, the gradients by the logits of sum(-log<p, q>) + <slope, sum p>.
+
+    By n: q - r; by a: p - r + p (slope - <p, slope>), with r = p q / <p, q>. Returns the sum of -log<p, q>. logits_of(rows) are
+    asked for where the product has underflown.
+    """
+    total, rows = p.new_zeros(()), max(1, BLOCK // p.shape[1])
+    scratch, factor = (torch.empty_like(p[:rows]) for _ in range(2))
+    for start in range(0, len(p), rows):
+        p_rows, q_rows = p[start:start + rows], q[start:start + rows]
+        r = torch.mul(p_rows, q_rows, out=scratch[:len(p_rows)])
+        s = r.sum(1, keepdim=True)
+        low = (s[:, 0] < SMALL).nonzero()[:, 0]
+        if len(low):
+            r[low], nll = _from_logits(*logits_of(low + start))
+            r_scale = s.clone()
+            r_scale[low] = 1
+            total -= s.index_fill(0, low, 1).log().sum() - nll
+        else:
+            r_scale = s
+            total -= s.log().sum()
+        r.div_(r_scale)
+        q_rows.sub_(r)
+        own = torch.mv(p_rows, slope).sub_(1)[:, None]
+        p_rows.mul_(torch.sub(slope, own, out=factor[:len(p_rows)])).sub_(r)
+    return total
+
+
+def _from_logits(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """(r [b, C], the sum of -log<p, q>) of logits of any size."""
+    a, n = a - a.amax(1, keepdim=True), n - n.amax(1, keepdim=True)  # centred: the three LSEs below do not cancel
+    both = a + n
+    lse = torch.logsumexp(both, 1)
+    return (both - lse[:, None]).exp_(), (torch.logsumexp(a, 1) + torch.logsumexp(n, 1) - lse).sum()
+
+
+class Scan(torch.autograd.Function):
+    """On logits [H, B, C]: all heads are one group."""
+
+    @staticmethod
+    def forward(ctx, a, n, entropy_weight):
+        p, q = (torch.softmax(x, 2).contiguous() for x in (a, n))
+        means, count = all_means(list(p))
+        scale = current().world_size / count
+        entropies, slopes = zip(*(_entropy(mean, entropy_weight) for mean in means))
+        consistency = [_to_gradients_(p[h], q[h], slope, lambda rows, h=h: (a[h, rows], n[h, rows])) for h, slope in enumerate(slopes)]
+        ctx.save_for_backward(p.mul_(scale), q.mul_(scale))
+        consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropies)
+        ctx.mark_non_differentiable(consistency, entropy)
+        return consistency - entropy_weight * entropy, consistency, entropy
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        da, dn = ctx.saved_tensors
+        grad = grad.view(-1, 1, 1)
+        return da * grad, dn * grad, None
+
+
+class _Heads(torch.autograd.Function):
+    """Linear heads whose forward has made the gradients of their loss: backward scales them and hands them on, without a copy."""
+
+    @staticmethod
+    def keep(ctx, sizes, scale, dx_HXD, dweight, dbias):
+        """For backward: gradients of each head's sum over rows by features (or None), weight and bias; scale makes the sum the loss."""
+        ctx.sizes, ctx.scale, ctx.made = sizes, scale, (dx_HXD, dweight, dbias)
+
+    @staticmethod
+    def handed_on(ctx, grad_H):
+        """(dx [X, D] or None, dweight, dbias)."""
+        if ctx.made is None:
+            raise RuntimeError("a loss of heads hands its gradient on once and keeps no copy; run forward again")
+        (dx, dweight, dbias), ctx.made = ctx.made, None
+        grad = grad_H * ctx.scale
+        for h, at in enumerate(head_slices(ctx.sizes)):
+            dweight[at].mul_(grad[h])
+            dbias[at].mul_(grad[h])
+        return None if dx is None else torch.tensordot(grad, dx, 1), dweight, dbias
+
+
+class ScanHeads(_Heads):
+    """On features: x holds anchors above neighbours [2B, D], so each head is one product there and one back."""
+
+    @staticmethod
+    def forward(ctx, anchors, neighbours, weight, bias, sizes, entropy_weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            x, b = torch.cat([anchors, neighbours]).to(weight.dtype), len(anchors)
+            back = Back(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
+            consistency, entropy = [], []
+            for group in _groups(sizes):
+                logits = [torch.addmm(bias[at], x, weight[at].T) for _, at in group]
+                for each in logits:
+                    torch.softmax(each, 1, out=each)
+                means, count = all_means([each[:b] for each in logits])
+                for (h, at), each, mean in zip(group, logits, means):
+                    again = lambda rows, at=at: tuple(torch.addmm(bias[at], x[rows + k], weight[at].T) for k in (0, b))  # noqa: E731
+                    value, slope = _entropy(mean, entropy_weight)
+                    consistency.append(_to_gradients_(each[:b], each[b:], slope, again))
+                    entropy.append(value)
+                    back.take(h, each)
+        scale = current().world_size / count
+        _Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
+        ctx.dtype = anchors.dtype
+        consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropy)
+        ctx.mark_non_differentiable(consistency, entropy)
+        return consistency - entropy_weight * entropy, consistency, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        dx, dweight, dbias = _Heads.handed_on(ctx, grad)
+        danchors, dneighbours = (None, None) if dx is None else dx.to(ctx.dtype).chunk(2)
+        return danchors, dneighbours, dweight, dbias, None, None
+
+
+class Back:
+    """The products back, head by head: gradients by weight [S, D], bias [S] and, when wanted, each head's by the features [H, X, D]."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], features_too: bool):
+        self.x, self.weight, self.at = x, weight, head_slices(sizes)
+        self.dweight, self.dbias = torch.empty_like(weight), torch.empty_like(bias)
+        self.dx = x.new_empty(len(sizes), *x.shape) if features_too else None
+
+    def take(self, head: int, dlogits: Tensor) -> None:
+        """A head's gradient by its logits [X, C]."""
+        at = self.at[head]
+        torch.mm(dlogits.T, self.x, out=self.dweight[at])
+        torch.sum(dlogits, 0, out=self.dbias[at])
+        if self.dx is not None:
+            torch.mm(dlogits, self.weight[at], out=self.dx[head])
+
+
+class TemiHeads(_Heads):
+    """TEMI on features: student heads meet the teacher's probabilities of the other view (see losses.temi_heads_loss)."""
+
+    @staticmethod
+    def forward(ctx, first, second, weight, bias, sizes, teacher_log_p, marginals, pair_weights, beta, temperature):
+        with torch.autocast(weight.device.type, enabled=False):
+            x, b = torch.cat([first, second]).to(weight.dtype), len(first)
+            back = Back(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
+            count = all_sum(x.new_full((), b))
+            row_weights, pmi = torch.cat([pair_weights, pair_weights])[:, None] / 2, []
+            for h, at in enumerate(head_slices(sizes)):
+                log_s = torch.log_softmax(torch.addmm(bias[at], x, weight[at].T).div_(temperature), 1)
+                r = teacher_log_p[h].roll(b, 0).add_(log_s).mul_(beta).sub_(marginals[h].log())  # each row meets the other view's
+                lse = torch.logsumexp(r, 1, keepdim=True)
+                pmi.append((row_weights * lse).sum())
+                r.sub_(lse).exp_()
+                back.take(h, log_s.exp_().sub_(r).mul_(row_weights * (beta / temperature)))
+        scale = current().world_size / count
+        _Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
+        ctx.dtype = first.dtype
+        return -torch.stack(pmi) * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx, dweight, dbias = _Heads.handed_on(ctx, grad)
+        dfirst, dsecond = (None, None) if dx is None else dx.to(ctx.dtype).chunk(2)
+        return dfirst, dsecond, dweight, dbias, *([None] * 6)
+
+
+def head_slices(sizes: Sequence[int]) -> list[slice]:
+    """Rows of each head in the weight."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for end, size in zip(ends, sizes)]
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[list[tuple[int, slice]]]:
+    """(head, its rows) in groups that share a message: one by one when alone, else GROUP_COLUMNS (of columns and not of
+    bytes: ranks with other numbers of rows must send the same messages)."""
+    most, group = 0 if current().world_size == 1 else GROUP_COLUMNS, []
+    for h, at in enumerate(head_slices(sizes)):
+        if group and at.stop - group[0][1].start > most:
+            yield group
+            group = []
+        group.append((h, at))
+    yield group

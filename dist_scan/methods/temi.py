@@ -1,0 +1,90 @@
+"""TEMI: student heads learn from averaged teacher heads by pointwise mutual information of neighbours (Adaloglou et al., BMVC 2023)."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.head_step import all_means
+from dist_scan.losses import temi_heads_loss
+from dist_scan.methods.base import Given, Method, MethodConfig, ParameterGroup, Step
+from dist_scan.models.choosing import HeadChoice
+from dist_scan.models.headed import HeadFeatures, choose, publish
+from dist_scan.models.layers import ClusterHeads, MomentumCopy, Normalise
+
+NumClusters = Annotated[int, Field(ge=2)]
+
+
+class TemiConfig(MethodConfig):
+    """The paper's values as defaults; its heads are small networks, ours are linear, on the same bank as SCAN's."""
+
+    kind: Literal["temi"] = "temi"
+    num_clusters: NumClusters | Annotated[tuple[NumClusters, ...], Field(min_length=1)]
+    """One number, or several: num_heads heads of each, all of which share the weights of pairs."""
+    num_heads: int = Field(default=10, ge=1)
+    beta: float = Field(default=0.6, gt=0, le=1)
+    """1 is plain mutual information, which leaves clusters empty; 0.5 makes them all equally large."""
+    temperature: float = Field(default=0.1, gt=0)
+    """Of student and teacher alike. It is folded into the heads that are published."""
+    momentum: float = Field(default=0.996, ge=0, lt=1)
+    """Of the teacher."""
+    marginal_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of the running mean of the teacher's probabilities; the batch at hand is in it, as in the released code."""
+    normalise: Normalise = "standardise"
+
+
+class Temi(Method):
+    """The teacher's heads are chosen (as SCAN's are, by the held-out loss with entropy weight 1) and published."""
+
+    Config = TemiConfig
+    recipes = ("simclr", "simclr")
+    wants_neighbour = True
+
+    def __init__(self, config: TemiConfig, given: Given):
+        super().__init__(config, given)
+        self.features = HeadFeatures(None if given.on_features else given.backbone, given.feature_dim, config.normalise, given.moments, trained=False)
+        self.heads = ClusterHeads(given.feature_dim, config.num_clusters, config.num_heads)
+        self.teacher = MomentumCopy(self.heads, config.momentum)
+        self.register_buffer("marginal", torch.cat([torch.full((c,), 1 / c) for c in self.heads.sizes]))
+        self.choice = HeadChoice(self.heads)
+        self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
+
+    def forward(self, batch: Batch) -> Step:
+        first, second = self.features(batch.views[0]), self.features(batch.views[-1])
+        self._last = first.detach()
+        log_p, marginal = self._teacher(torch.cat([first, second]))
+        losses = temi_heads_loss(first, second, self.heads.weight, self.heads.bias, self.heads.sizes, log_p, marginal.split(self.heads.sizes),
+                                 self.config.beta, self.config.temperature)
+        return Step(losses.sum(), {"total": losses.detach().mean()}, {"marginal": marginal})
+
+    @torch.no_grad()
+    def _teacher(self, features_XD: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Log-probabilities [X, C] per head, and the running marginal [S] with this batch in it."""
+        log_p = [(logits / self.config.temperature).log_softmax(1) for logits in self.teacher(features_XD)]
+        means, _ = all_means([each.exp() for each in log_p])
+        return log_p, torch.lerp(torch.cat(means), self.marginal, self.config.marginal_momentum)
+
+    @torch.no_grad()
+    def end_step(self, batch: Batch, step: Step) -> None:
+        self.marginal.copy_(step.keep["marginal"])
+        self.teacher.update(self.heads)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup(list(self.heads.parameters()))]
+
+    @torch.no_grad()
+    def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
+        heads = copy.deepcopy(self.teacher.module)
+        for tensor in heads.parameters():
+            tensor.div_(self.config.temperature)
+        values, _ = choose(epoch, heads, self.choice, self.features, held_out, self._last)
+        self._last = None
+        return values
+
+    def publish(self, out: Path) -> None:
+        publish(out, self.choice, self.features, self.given.backbone, self.given.backbone_config)
