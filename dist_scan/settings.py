@@ -1,9 +1,10 @@
 """The strict base of all settings, and the two blocks that are no part of a run's meaning: `runtime:` and `slurm:`."""
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -56,7 +57,7 @@ class SlurmConfig(Strict):
     account: str | None = None
     qos: str | None = None
     time: str | None = Field(default=None, pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d){0,2})$")
-    """Limit of one job, as sbatch reads it (minutes, H:MM:SS, D-HH:MM:SS). At the limit the run saves, is queued again and goes on."""
+    """Limit of one job, as sbatch reads it (minutes, M:SS, H:MM:SS, D-HH:MM:SS). At the limit the run saves, is queued again and goes on."""
     constraint: str | None = None
     exclude: str | None = None
     reservation: str | None = None
@@ -97,3 +98,40 @@ class SlurmConfig(Strict):
             if text is not None and ("\n" in text or not text.strip()):
                 raise ValueError("must be one line that is not empty")
         return value
+
+    @field_validator("sbatch", "srun")
+    @classmethod
+    def _options(cls, value):
+        for key, setting in value.items():
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+                raise ValueError(f"'{key}' is no long option name; write it as on the command line without the dashes before it, like cpu-bind")
+            if key in OWN_OPTIONS:
+                raise ValueError(f"'{key}' is set by the launcher and cannot be changed ({OWN_OPTIONS[key]})")
+            if "\n" in str(setting):
+                raise ValueError(f"'{key}' must be one line")
+        return value
+
+    @model_validator(mode="after")
+    def _time_to_work(self):
+        limit = seconds(self.time) if self.time else 0
+        if limit and self.notice_s >= limit:
+            raise ValueError(f"notice_s: {self.notice_s} s before a limit of {limit} s (time '{self.time}') leaves no time to work; lower notice_s or raise time")
+        return self
+
+
+# Long options that would take the ground from under a run, and why.
+_TASKS = "the processes are nodes x gpus_per_node, or nodes x processes_per_node"
+_RETURN = "how a run stops and comes back depends on it"
+OWN_OPTIONS = {"nodes": _TASKS, "ntasks": _TASKS, "ntasks-per-node": _TASKS, "ntasks-per-gpu": _TASKS, "array": "one run folder is one job",
+               "output": "status and follow read it", "open-mode": "a requeued job goes on writing its log", "signal": "use notice_s",
+               "requeue": _RETURN, "no-requeue": _RETURN, "no-kill": _RETURN, "kill-on-bad-exit": _RETURN, "wrap": "the batch script is the launcher's",
+               "wait": "use --follow", "parsable": "submitit reads what sbatch says", "test-only": "use --dry-run"}
+
+
+def seconds(text: str) -> int:
+    """What sbatch's --time means, in seconds: minutes, M:SS, H:MM:SS, D-HH[:MM[:SS]]; 0 is no limit."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(x) for x in rest.split(":")]
+    if dash:
+        return int(days) * 86400 + sum(x * unit for x, unit in zip(parts, (3600, 60, 1)))
+    return sum(x * unit for x, unit in zip(parts, {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)]))

@@ -1,7 +1,8 @@
 """The text around srun: relaunch in place, requeue, markers (pure functions -> str). launch/recovery.py decides, this obeys.
 
 Two loops (RELIABILITY.md): a crash or a hang is relaunched inside the allocation; a time limit, a preemption or a dead node
-goes through Slurm's requeue.
+goes through Slurm's requeue. A notice that came while no rank ran, or that the ranks could not follow, costs what was not saved
+but not the run: the script asks for the requeue itself when Slurm ends the job for a reason of its own.
 """
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from pathlib import Path
 from dist_scan.settings import SlurmConfig
 
 RUN = "dist_scan.run"
+LEASE_WAIT_S = 180  # a file server frees a dead node's lock after its own time: 90 s with NFSv4
+# Blocks the notices, then becomes its arguments: for an env without --block-signal (coreutils before 8.31, busybox).
+BLOCK = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM}); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 def header(options: SlurmConfig, run_dir: Path, name: str) -> list[str]:
@@ -20,7 +24,7 @@ def header(options: SlurmConfig, run_dir: Path, name: str) -> list[str]:
         "cpus-per-task": options.cpus_per_task, "mem": options.mem, "partition": options.partition, "account": options.account,
         "qos": options.qos, "time": options.time, "constraint": options.constraint, "exclude": options.exclude,
         "reservation": options.reservation, "dependency": options.dependency, "mail-user": options.mail_user, "mail-type": options.mail_type,
-        "signal": f"USR2@{options.notice_s}", "requeue": True, "open-mode": "append", "output": str(run_dir / "slurm" / "%j.out")}
+        "signal": f"USR2@{options.notice_s}", "requeue": True, "open-mode": "append", "output": f"{run_dir}/slurm/".replace("%", "%%") + "%j.out"}
     wanted |= options.sbatch
     return [f"#SBATCH {flag(key, value)}" for key, value in wanted.items() if value not in (None, False)]
 
@@ -31,10 +35,18 @@ def flag(key: str, value: str | int | bool) -> str:
 
 
 def srun(options: SlurmConfig) -> str:
-    """The srun line of one start. env blocks the notices until the ranks' handlers stand: one that comes before would kill."""
-    flags = {"kill-on-bad-exit": 1, "label": True, "container-image": options.container, "container-mounts": options.container_mounts} | options.srun
+    """The srun line of one start. Notices are blocked until the ranks' handlers stand: one that comes before would kill."""
+    # cpus-per-task: since Slurm 22.05 srun no longer takes it from sbatch, and every rank would sit on one core
+    flags = {"kill-on-bad-exit": 1, "label": True, "cpus-per-task": options.cpus_per_task, "container-image": options.container,
+             "container-mounts": options.container_mounts} | options.srun
     words = " ".join(flag(key, value) for key, value in flags.items() if value not in (None, False))
-    return f"srun {words} env --block-signal=USR2,TERM bash -c {shlex.quote(rank_line(options))} &"
+    return f'srun {words} "${{block[@]}}" bash -c {shlex.quote(rank_line(options))} &'
+
+
+def blocker(options: SlurmConfig) -> str:
+    """The lines that choose what blocks the notices. Inside a container nothing is known of its env, its Python is there."""
+    python = f'block=("$PYTHON" -c {shlex.quote(BLOCK)})'
+    return python if options.container else f"block=(env --block-signal=USR2,TERM); \"${{block[@]}}\" true 2>/dev/null || {python}"
 
 
 def rank_line(options: SlurmConfig) -> str:
@@ -52,38 +64,71 @@ def script(options: SlurmConfig, run_dir: Path, name: str, python: str, root: Pa
 {chr(10).join(header(options, run_dir, name))}
 # Written by launch/slurm.py. Its copy in the run folder is for reading; nothing there is ever executed.
 export RUN={q(str(run_dir))} PYTHON={q(options.python or python)}
-export PYTHONPATH={q(str(root))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUNBUFFERED=1
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH={q(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}  # this checkout, not the one in the current folder
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}} OMP_WAIT_POLICY=${{OMP_WAIT_POLICY:-PASSIVE}}
 {setup}
 say() {{ echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }}
-trap ':' USR2 TERM  # the ranks act on these; this script waits for them
-
-# One job a run folder. A file system without locks (code other than 1) is said and gone on with: the submission has checked.
-exec 9>>"$RUN/lock"
-flock -n 9; locked=$?
-if [ $locked = 1 ]; then say "the run folder is in use by $(cat "$RUN/lock"); this job leaves"; exit 1; fi
-[ $locked = 0 ] || say "no locks on this file system (flock: $locked); two jobs on one run folder would not be noticed here"
-echo -n "job $SLURM_JOB_ID on $(hostname)" >"$RUN/lock"
-
+ask() {{ (trap '' USR2 TERM; exec {recovery} "$@"); }}  # a notice must not kill the one who decides
+{ENDINGS}
+{blocker(options)}
+{lease()}
 start=0
 while :; do
   if [ -e "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
-  mark=$({recovery} begin "$RUN") || exit 1
+  until scontrol show job "$SLURM_JOB_ID" >/dev/null; do say "no answer from slurmctld, which srun needs; asked again in 10 s"; sleep 10; done
+  mark=$(ask begin "$RUN") || exit 1
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-  MASTER_PORT=$({recovery} port)
+  MASTER_PORT=$(ask port)
   export MASTER_ADDR=${{MASTER_ADDR:-$first}} MASTER_PORT
   say "start $start on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, $MASTER_ADDR:$MASTER_PORT"
   {srun(options)}
   step=$!
   while kill -0 $step 2>/dev/null; do wait $step; done
-  action=$({recovery} decide "$RUN" "$mark" $start {relaunches} 2>"$RUN/slurm/why") || exit 1
-  say "$action: $(cat "$RUN/slurm/why")"
+  verdict=$(ask decide "$RUN" "$mark" $start {relaunches}) || exit 1
+  action=${{verdict%%$'\\n'*}}
+  if [ "$action" != done ] && [ "$action" != mistake ] && comes_back; then action=requeue; fi
+  say "$action: ${{verdict#*$'\\n'}}"
   case $action in
     done|stopped) exit 0 ;;
-    requeue) rm -f "$RUN/STOPPED"; scontrol requeue "$SLURM_JOB_ID"; sleep 30; exit 0 ;;  # Slurm ends this script
+    requeue) rm -f "$RUN/STOPPED"; requeue; sleep 60; exit 1 ;;  # Slurm ends this script
     relaunch) start=$((start + 1)) ;;
     *) exit 1 ;;
   esac
 done
 """
+
+
+ENDINGS = r"""
+# Slurm ends the job for a reason of its own (time limit, preemption): the run must come back. After scancel it must not.
+comes_back() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -Eq 'Reason=TimeLimit|PreemptTime=[0-9]'; }
+queued=
+requeue() {
+  [ -z "$queued" ] || return
+  for i in {1..60}; do  # slurmctld may be away just now
+    if scontrol requeue "$SLURM_JOB_ID"; then queued=yes; return; fi
+    sleep 10
+  done
+  say "could not be queued again; submit the same command once more, it goes on"; exit 1
+}
+# The ranks act on a notice, this script waits for them. TERM reaches it only when the job's end is near: it may be killed any moment.
+trap ':' USR2
+trap 'if comes_back; then say "requeue: Slurm ends the job before the ranks have left"; requeue; fi' TERM
+""".strip()
+
+
+def lease() -> str:
+    """The lines that take the run folder's lock: one job a run folder, and the same lock as launch/local.py's."""
+    return f"""
+# One job a run folder. A file system without locks (code other than 1) is said and gone on with: the submission has checked.
+exec 9>>"$RUN/lock"
+flock -n 9; locked=$?
+if [ $locked = 1 ] && grep -q "^job $SLURM_JOB_ID " "$RUN/lock"; then
+  say "this job's former start still holds the run folder (its node died?); waiting up to {LEASE_WAIT_S} s for the file server to see it"
+  flock -w {LEASE_WAIT_S} 9 || say "it still holds it; Slurm has ended that start, so this one goes on"
+  locked=0
+fi
+if [ $locked = 1 ]; then say "the run folder is in use by $(cat "$RUN/lock"); this job leaves"; exit 1; fi
+[ $locked = 0 ] || say "no locks on this file system (flock: $locked); two jobs on one run folder would not be noticed here"
+echo -n "job $SLURM_JOB_ID on $(hostname)" >"$RUN/lock"
+""".strip()

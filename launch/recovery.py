@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
 PORT_RETRIES = 5
+IDLE_REQUEUES = 10  # starts in a row that may be asked to leave before anything was finished
 
 
 class Verdict(NamedTuple):
@@ -57,6 +58,9 @@ def decide(run_dir: Path, before: str, start: int, relaunches: int) -> Verdict:
         number = json.loads((run_dir / "STOPPED").read_text())["signal"]
         name = signal.Signals(number).name if number else "a signal"
         if number == signal.SIGUSR2:
+            if _idle_requeues(run_dir, progress_mark(run_dir) != before) >= IDLE_REQUEUES:
+                return Verdict("give_up", f"{IDLE_REQUEUES} starts in a row were asked to leave before a checkpoint, shard or stage was finished; "
+                               "raise slurm.time, or lower slurm.notice_s")
             return Verdict("requeue", f"{name}: everything is saved, the job is queued again")
         return Verdict("stopped", f"{name}: everything is saved, the same command goes on")
     if (run_dir / "MISTAKE").exists():
@@ -71,6 +75,17 @@ def decide(run_dir: Path, before: str, start: int, relaunches: int) -> Verdict:
     if progress_mark(run_dir) == before:
         return Verdict("give_up", f"{text} (no checkpoint, shard or stage was finished since the last start: a relaunch would end the same)")
     return Verdict("relaunch", text)
+
+
+def _idle_requeues(run_dir: Path, further: bool) -> int:
+    """How many starts in a row have been queued again without getting further, this one included."""
+    path = run_dir / "logs" / "idle_requeues"
+    try:
+        count = 0 if further else 1 + (int(path.read_text()) if path.exists() else 0)
+        path.write_text(str(count))
+    except (OSError, ValueError):
+        return 0  # a full disk must not keep the run out of the queue
+    return count
 
 
 def first_error(run_dir: Path) -> dict | None:
@@ -100,7 +115,7 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def main(argv: list[str]) -> int:
-    """For the batch script. begin RUN: prints the mark. port: prints a free port. decide RUN MARK START RELAUNCHES: the action, and why on stderr."""
+    """For the batch script. begin RUN: prints the mark. port: prints a free port. decide RUN MARK START RELAUNCHES: the action, then a line that says why."""
     if argv[0] == "port":
         print(free_port(""))
     elif argv[0] == "begin":
@@ -108,7 +123,7 @@ def main(argv: list[str]) -> int:
     else:
         verdict = decide(Path(argv[1]), argv[2], int(argv[3]), int(argv[4]))
         print(verdict.action)
-        print(verdict.why, file=sys.stderr)
+        print(" ".join(verdict.why.split()))
     return 0
 
 

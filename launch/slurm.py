@@ -115,7 +115,8 @@ def submit(run, text: str, follow: bool) -> int:
     run_dir = run.run_dir.resolve()
     refuse_second(run_dir)
     (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.yaml", dump(run))
+    placed = run.model_copy(update={"runtime": run.runtime.model_copy(update={"run_dir": str(run_dir)})})  # wherever the job is started from
+    write_text(run_dir / "config.yaml", dump(placed))
     job_id = send(run_dir, text)
     write_json(run_dir / "slurm" / "job.json", {"job_id": job_id, "name": run.name, "nodes": run.slurm.nodes, "world_size": run.slurm.world_size,
                                                 "submitted": time.strftime("%Y-%m-%dT%H:%M:%S")})
@@ -131,7 +132,10 @@ def refuse_second(run_dir: Path) -> None:
     """Raises ConfigError naming the job or the process that holds the run folder."""
     from dist_scan.settings import ConfigError
 
-    job = watch.live_job(run_dir)
+    try:
+        job = watch.live_job(run_dir)
+    except watch.NoAnswer as error:
+        raise ConfigError(f"{error}; a job may hold '{run_dir}', so nothing was submitted") from None
     if job is not None:
         raise ConfigError(f"the run folder '{run_dir}' belongs to job {job['job_id']}, which is {job['state'].lower()}; "
                           f"wait for it, cancel it (scancel {job['job_id']}), or give this run another name with name=OTHER")

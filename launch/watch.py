@@ -26,16 +26,25 @@ def main(argv: list[str]) -> int:
     return follow(run_dir) if argv[0] == "follow" else cancel(run_dir)
 
 
+class NoAnswer(RuntimeError):
+    """squeue said nothing about the job: slurmctld may be away. The job itself does not mind."""
+
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED")
+
+
 def live_job(run_dir: Path) -> dict | None:
-    """The run's job as squeue knows it: {job_id, state, nodes, reason, restarts}; None when it has left the queue."""
+    """The run's job as squeue knows it: {job_id, state, nodes, reason}; None when it has left the queue. Raises NoAnswer."""
     facts = _job(run_dir)
     if facts is None or shutil.which("squeue") is None:
         return None
     done = subprocess.run(["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R"], capture_output=True, text=True)
-    if done.returncode or not done.stdout.strip():
+    if done.returncode and "invalid job id" not in done.stderr.lower():  # an id that Slurm has forgotten is an answer
+        raise NoAnswer(f"squeue could not say how job {facts['job_id']} stands: {' '.join(done.stderr.split()) or done.returncode}")
+    if not done.stdout.strip():
         return None
     state, nodes, reason = done.stdout.strip().splitlines()[0].split("|", 2)
-    return None if state == "COMPLETED" else {**facts, "state": state, "nodes": int(nodes), "reason": reason}
+    return None if state in ENDED else {**facts, "state": state, "nodes": int(nodes), "reason": reason}
 
 
 def _job(run_dir: Path) -> dict | None:
@@ -47,13 +56,19 @@ def _job(run_dir: Path) -> dict | None:
 
 def status(run_dir: Path) -> str:
     """Where the run stands, in a few lines: job, stage, step, rate, time left, restarts, last fault."""
-    job, facts = live_job(run_dir), _job(run_dir)
+    facts, job, silence = _job(run_dir), None, ""
+    try:
+        job = live_job(run_dir)
+    except NoAnswer as error:
+        silence = str(error)
     lines = [f"run      {run_dir}"]
-    if job:
+    if silence:
+        lines.append(f"job      {facts['job_id']}: {silence}")
+    elif job:
         lines.append(f"job      {job['job_id']} {job['state'].lower()}, {job['nodes']} nodes ({job['reason']})")
     elif facts:
         lines.append(f"job      {facts['job_id']} has left the queue (submitted {facts['submitted']})")
-    lines.append(f"state    {_state(run_dir, job)}")
+    lines.append(f"state    {'not known' if silence else _state(run_dir, job)}")
     last = [line for line in _lines(run_dir / "logs" / "run.log") if "/s, " in line or ": starts" in line or ": goes on" in line][-1:]
     lines += [f"progress {line[9:]} (at {line[:8]})" for line in last]
     starts = [line for line in _lines(run_dir / "slurm" / f"{(facts or {}).get('job_id')}.out") if ": start " in line]
@@ -66,7 +81,7 @@ def status(run_dir: Path) -> str:
 
 
 def _state(run_dir: Path, job: dict | None) -> str:
-    if (run_dir / "DONE").exists():
+    if (run_dir / "DONE").exists() and (job is None or job["state"] != "PENDING"):
         return f"done at {(run_dir / 'DONE').read_text().strip()}; report: {run_dir / 'report.html'}"
     if job:
         return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(job["state"], job["state"].lower())
@@ -90,11 +105,18 @@ def follow(run_dir: Path) -> int:
     said = None
     try:
         while True:
-            job = live_job(run_dir)
+            at = _copy(log, at)
+            try:
+                job = live_job(run_dir)
+            except NoAnswer as error:
+                if said != "no answer":
+                    said = "no answer"
+                    print(f"{error}; asked again until it does", flush=True)
+                time.sleep(5)
+                continue
             if job and job["state"] != said:
                 said = job["state"]
                 print(f"job {job['job_id']}: {said.lower()} ({job['reason']})", flush=True)
-            at = _copy(log, at)
             if job is None:
                 break
             time.sleep(2)
@@ -119,7 +141,12 @@ def _copy(log: Path, at: int) -> int:
 
 def cancel(run_dir: Path) -> int:
     """scancel: the ranks save and leave, and the job does not come back."""
-    job = live_job(run_dir)
+    from dist_scan.settings import ConfigError
+
+    try:
+        job = live_job(run_dir)
+    except NoAnswer as error:
+        raise ConfigError(f"{error}; nothing was cancelled, try again") from None
     if job is None:
         print(f"no job of {run_dir} is in the queue")
         return 1

@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes on this host: python tests/slurm/cluster.py up|down|run CMD... [--dir FOLDER]
+"""A real Slurm of four nodes on this host: python tests/slurm/cluster.py up|down|run [--dir FOLDER] [CMD...]
 
 munged, slurmctld and four slurmd in a folder and on ports of their own, for the tests and for trying launch/slurm.py at home.
 Needs root and the packages slurm-wlm and munge. Nothing outside the folder is written; processes are ended by their own pid.
@@ -197,9 +197,12 @@ def free_ports(count: int) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: the command's; 2 when this host cannot run it."""
     parser = argparse.ArgumentParser(prog="tests/slurm/cluster.py", description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["up", "down", "run"])
-    parser.add_argument("--dir", type=Path, default=DEFAULT, help=f"its folder (default {DEFAULT})")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="for run: a command that finds this Slurm")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, meaning in (("up", "start it"), ("down", "end it, jobs included"), ("run", "run a command that finds this Slurm (default: sinfo)")):
+        action = actions.add_parser(name, help=meaning)
+        action.add_argument("--dir", type=Path, default=DEFAULT, help=f"its folder (default {DEFAULT})")
+        if name == "run":
+            action.add_argument("command", nargs=argparse.REMAINDER, help="the command and its own options")
     args = parser.parse_args(argv)
     cluster = Cluster(args.dir)
     try:
@@ -209,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             cluster.up()
             print(f"up: export SLURM_CONF={cluster.conf}")
         elif not cluster.pid("slurmctld"):
-            raise Missing(f"no cluster runs in {cluster.folder}; start it with: python tests/slurm/cluster.py up")
+            raise Missing(f"no cluster runs in {cluster.folder}; start it with: python tests/slurm/cluster.py up --dir {cluster.folder}")
         else:
             return subprocess.run(args.command or ["sinfo"], env=cluster.environment()).returncode
     except (Missing, RuntimeError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.settings import SlurmConfig
+from dist_scan.settings import SlurmConfig, seconds
 from launch import batch, recovery
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,14 +35,40 @@ def test_the_script_is_shell_whatever_the_names_hold():
     text = script(setup=("module load cuda", 'export A="b c"'), container="img.sqsh", container_mounts="/a:/a", python="python", srun={"cpu-bind": "none"})
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert "export RUN='/shared/my runs/a' PYTHON=python" in text and "module load cuda\nexport A=\"b c\"\n" in text
-    assert "srun --kill-on-bad-exit=1 --label --container-image=img.sqsh --container-mounts=/a:/a --cpu-bind=none env --block-signal=USR2,TERM bash -c" in text
-    assert "decide \"$RUN\" \"$mark\" $start 7" in text
+    assert "srun --kill-on-bad-exit=1 --label --container-image=img.sqsh --container-mounts=/a:/a --cpu-bind=none \"${block[@]}\" bash -c" in text
+    assert "ask decide \"$RUN\" \"$mark\" $start 7" in text
 
 
-@pytest.mark.parametrize(("field", "value"), [("time", "two days"), ("nodes", 0), ("setup", ("a\nb",)), ("partition", " "), ("nodez", 1)])
+@pytest.mark.parametrize(("field", "value"), [("time", "two days"), ("nodes", 0), ("setup", ("a\nb",)), ("partition", " "), ("nodez", 1),
+                                             ("sbatch", {"array": "1-2"}), ("sbatch", {"gpus_per": 1}), ("srun", {"a": "b\nc"}), ("time", "2")])
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         SlurmConfig(**{field: value})
+
+
+def test_a_limit_is_read_as_slurm_reads_it():
+    assert [seconds(x) for x in ("30", "1:30", "2:00:00", "1-2", "1-02:30", "1-02:30:07", "0")] == [1800, 90, 7200, 93600, 95400, 95407, 0]
+    assert SlurmConfig(time="0", notice_s=500).time == "0", "no limit"
+
+
+def test_what_blocks_the_notices_is_there(tmp_path):
+    """env where it can, else a line of Python; in a container always that. Both leave USR2 and TERM blocked in what they become."""
+    for options, setup in (({}, ""), ({}, "env() { return 125; }"), ({"container": "img"}, "")):
+        text = "\n".join((setup, f"PYTHON={sys.executable}", batch.blocker(SlurmConfig(**options)),
+                          '"${block[@]}" bash -c "exec grep SigBlk /proc/self/status"; echo "${block[0]}"'))
+        mask, first = subprocess.run(["bash", "-c", text], capture_output=True, text=True).stdout.splitlines()
+        blocked = int(mask.split()[1], 16)
+        assert blocked >> (signal.SIGUSR2 - 1) & 1 and blocked >> (signal.SIGTERM - 1) & 1
+        assert (first == "env") == (not options and not setup)
+
+
+def test_requeues_that_get_nowhere_end(tmp_path):
+    mark = recovery.begin(tmp_path)
+    left(tmp_path, STOPPED=json.dumps({"signal": int(signal.SIGUSR2)}))
+    actions = [recovery.decide(tmp_path, mark, 0, 5).action for _ in range(recovery.IDLE_REQUEUES)]
+    assert actions == ["requeue"] * (recovery.IDLE_REQUEUES - 1) + ["give_up"]
+    publish(tmp_path, "step-10")
+    assert recovery.decide(tmp_path, mark, 0, 5).action == "requeue" and recovery.decide(tmp_path, recovery.begin(tmp_path), 0, 5).action != "requeue"
 
 
 def left(run_dir: Path, **markers) -> None:
@@ -104,4 +130,4 @@ def test_the_batch_script_can_ask(tmp_path):
     assert len(mark) == 16 and int(ask("port").stdout) > 1023
     left(tmp_path, DONE="now")
     out = ask("decide", str(tmp_path), mark, "0", "3")
-    assert (out.stdout, out.stderr) == ("done\n", "the run is done\n")
+    assert (out.stdout, out.stderr) == ("done\nthe run is done\n", "")

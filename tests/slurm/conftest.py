@@ -1,0 +1,18 @@
+"""The live cluster of a test file: four nodes, up for the file and down after it."""
+from __future__ import annotations
+
+import pytest
+
+from tests.slurm.cluster import Cluster, Missing, check
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    try:
+        check()
+    except Missing as why:
+        pytest.skip(str(why))
+    slurm = Cluster(tmp_path_factory.mktemp("slurm"))
+    slurm.up()
+    yield slurm
+    slurm.down()
