@@ -178,8 +178,9 @@ def move(rows, moved, old, new, sums, first, last):
 
 
 @compiled()
-def draw_nearer(rows, squares, centre, square, nearest):
-    """nearest [n] int64, squared distances to the nearest chosen centre in units of 2^-32, now that `centre` [D] is chosen too."""
+def nearer(rows, squares, centres, centre_squares, nearest, after):
+    """after [t, n] int64: what `nearest` [n], squared distances in units of 2^-32, would be if each of `centres` [t, D] were chosen too."""
     for i in range(len(rows)):
-        distance = np.int64((squares[i] + square - 2 * dot(rows[i], centre)) * 2.0**32)
-        nearest[i] = max(min(nearest[i], distance), 0)
+        for c in range(len(centres)):
+            distance = np.int64((squares[i] + centre_squares[c] - 2 * dot(rows[i], centres[c])) * 2.0**32)
+            after[c, i] = max(min(nearest[i], distance), 0)
