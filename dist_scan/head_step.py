@@ -27,14 +27,14 @@ def all_means(p_heads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [total / count for total in sums], count[0]
 
 
-def _entropy(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def entropy_and_slope(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """Of a mean probability [C]: its entropy, and the slope [C] of -weight * entropy; flat where it is clamped."""
     log_mean = mean.clamp(min=SMALLEST).log()
     slope = torch.where(mean >= SMALLEST, log_mean + 1, torch.zeros_like(mean)) * weight
     return -(mean.clamp(min=SMALLEST) * log_mean).sum(), slope
 
 
-def _to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+def to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """Probabilities [b, C] of one head become, in place, the gradients by the logits of sum(-log<p, q>) + <slope, sum p>.
 
     By n: q - r; by a: p - r + p (slope - <p, slope>), with r = p q / <p, q>. Returns the sum of -log<p, q>. logits_of(rows) are
@@ -78,8 +78,8 @@ class Scan(torch.autograd.Function):
         p, q = (torch.softmax(x, 2).contiguous() for x in (a, n))
         means, count = all_means(list(p))
         scale = current().world_size / count
-        entropies, slopes = zip(*(_entropy(mean, entropy_weight) for mean in means))
-        consistency = [_to_gradients_(p[h], q[h], slope, lambda rows, h=h: (a[h, rows], n[h, rows])) for h, slope in enumerate(slopes)]
+        entropies, slopes = zip(*(entropy_and_slope(mean, entropy_weight) for mean in means))
+        consistency = [to_gradients_(p[h], q[h], slope, lambda rows, h=h: (a[h, rows], n[h, rows])) for h, slope in enumerate(slopes)]
         ctx.save_for_backward(p.mul_(scale), q.mul_(scale))
         consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropies)
         ctx.mark_non_differentiable(consistency, entropy)
@@ -129,8 +129,8 @@ class ScanHeads(_Heads):
                 means, count = all_means([each[:b] for each in logits])
                 for (h, at), each, mean in zip(group, logits, means):
                     again = lambda rows, at=at: tuple(torch.addmm(bias[at], x[rows + k], weight[at].T) for k in (0, b))  # noqa: E731
-                    value, slope = _entropy(mean, entropy_weight)
-                    consistency.append(_to_gradients_(each[:b], each[b:], slope, again))
+                    value, slope = entropy_and_slope(mean, entropy_weight)
+                    consistency.append(to_gradients_(each[:b], each[b:], slope, again))
                     entropy.append(value)
                     back.take(h, each)
         scale = current().world_size / count

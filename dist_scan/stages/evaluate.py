@@ -54,7 +54,7 @@ class EvaluateStage(Stage):
         if self.config.neighbours is not None:
             facts["neighbour_purity"] = self._neighbour_purity(labels)
         if self.config.heads is not None:
-            facts["heads"] = self._heads()
+            facts["heads"] = self._heads(labels)
         return facts
 
     def _subject(self, name: str, labels: np.ndarray) -> dict[str, Any]:
@@ -81,9 +81,23 @@ class EvaluateStage(Stage):
         ids = table.rows(np.arange(table.num_rows))[0]
         return {str(k): neighbour_purity(ids, labels, k) for k in PURITY_AT if k <= table.num_neighbours}
 
-    def _heads(self) -> Any:
-        path = self.context.inputs["heads"] / "heads.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+    def _heads(self, labels: np.ndarray) -> Any:
+        """The heads' table; with every head's scores when a subject is a consensus stage of these heads on this split."""
+        from dist_scan.evaluate.metrics import evaluate_assignment
+
+        folder = self.context.inputs["heads"]
+        if not (folder / "heads.json").is_file():
+            return None
+        table = json.loads((folder / "heads.json").read_text())
+        for file in (self.context.inputs[f"subjects.{name}"] / "heads.npz" for name in self.config.subjects):
+            if not file.is_file() or json.loads((file.parent / MANIFEST).read_text())["inputs"].get("model") != str(folder):
+                continue
+            with np.load(file) as every:
+                for row, cluster, number in zip(table["heads"], every["cluster"], every["sizes"]):
+                    scores = evaluate_assignment(cluster, labels, int(number))
+                    row |= {key: scores[key] for key in ("acc", "nmi", "ari", "many_to_one") if scores.get(key) is not None}
+            break
+        return table
 
 
 def chain_seconds(folder: Path) -> float:

@@ -89,7 +89,8 @@ class TrainConfig(StageConfig):
             allowed = int(num_images * (1 - self.held_out_share) * 0.95)
             raise ValueError(f"stages.{name}.global_batch: {self.global_batch} is larger than the data ({num_images} images"
                              f"{f', {self.held_out_share:.0%} held out' if self.held_out_share else ''}); allowed: at most {allowed}. Lower it")
-        clusters = getattr(self.method, "num_clusters", 0)
+        numbers = getattr(self.method, "num_clusters", 0)
+        clusters = numbers if isinstance(numbers, int) else max(numbers)
         if clusters > num_images:
             raise ValueError(f"stages.{name}.method.num_clusters: {clusters} clusters of {num_images} images; allowed: at most {num_images}. Lower it")
 

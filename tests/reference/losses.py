@@ -38,3 +38,15 @@ def confident(strong: Tensor, weak: Tensor, threshold: float, balance: bool) -> 
     n = sum(counts)
     weight = torch.tensor([n / c if c and balance else 1.0 for c in counts], dtype=torch.float64)
     return torch.nn.functional.cross_entropy(strong.double()[keep], labels[keep], weight)
+
+
+def temi(student: list[Tensor], teacher: list[Tensor], marginals: list[Tensor], beta: float) -> Tensor:
+    """Per head, mean over pairs and directions of -w log sum_c (s t)^beta / m; student and teacher [2B, C] logits (temperature inside)."""
+    s, t = ([x.double().softmax(1) for x in heads] for heads in (student, teacher))
+    b = len(s[0]) // 2
+    weights = [sum(float(x[i] @ x[i + b]) for x in t) / len(t) for i in range(b)]
+    out = []
+    for h in range(len(s)):
+        pmi = lambda i, j: ((s[h][i] * t[h][j]) ** beta / marginals[h].double()).sum().log()  # noqa: E731
+        out.append(-torch.stack([w * (pmi(i, i + b) + pmi(i + b, i)) / 2 for i, w in enumerate(weights)]).mean())
+    return torch.stack(out)

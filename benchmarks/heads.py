@@ -1,0 +1,164 @@
+"""One step of ten heads (loss and the weights' gradient), one JSON line per row: CPU milliseconds and peak memory above weights and gradient.
+
+    python -m benchmarks.heads --compare        # beside: a loop over ten nn.Linear with the published softmax + BCE, and the bare products
+    python -m benchmarks.heads --imagenet       # 100 epochs of 1.28M images, from timed steps (scaled down on a CPU)
+
+--compare runs all in turns; ratios are medians over rounds. `loss_only` is the loss and its gradient by given logits, without products.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_scan.engine.precision import peak_memory, set_determinism
+from dist_scan.head_step import all_means, entropy_and_slope, to_gradients_
+from dist_scan.losses import scan_heads_loss, scan_loss_released
+from dist_scan.models.layers import ClusterHeads
+
+SIZES = ((1024, 200, 512), (1024, 1000, 512), (256, 1000, 2048))
+HEADS, WEIGHT = 10, 5.0
+IMAGENET = {"images": 1_281_167, "epochs": 100, "batch": 4096, "clusters": 1000, "dim": 2048}
+Run = Callable[[], None]
+
+
+def steps(batch: int, clusters: int, dim: int, device: torch.device) -> dict[str, Run]:
+    """The three on the same features."""
+    first, second = (torch.randn(batch, dim, device=device) for _ in range(2))
+    heads = ClusterHeads(dim, clusters, HEADS).to(device)
+    loop = [nn.Linear(dim, clusters, device=device) for _ in range(HEADS)]
+    both, logits, grad = torch.cat([first, second]), torch.empty(2 * batch, clusters, device=device), torch.empty_like(heads.weight)
+
+    def ours() -> None:
+        heads.zero_grad()
+        scan_heads_loss(first, second, heads.weight, heads.bias, heads.sizes, WEIGHT).total.sum().backward()
+
+    def published() -> None:
+        for head in loop:
+            head.zero_grad()
+        sum(scan_loss_released(head(first)[None], head(second)[None], WEIGHT).total[0] for head in loop).backward()
+
+    def bare() -> None:
+        for h in range(HEADS):
+            at = heads.rows(h)
+            torch.mm(both, heads.weight[at].detach().T, out=logits)
+            torch.mm(logits.T, both, out=grad[at])
+
+    return {"ours": ours, "published_loop": published, "bare_products": bare}
+
+
+def losses(batch: int, clusters: int, device: torch.device) -> dict[str, Run]:
+    """Loss and gradient by the logits of one head, HEADS times."""
+    given = torch.randn(2, batch, clusters, device=device) * 3
+    work = torch.empty_like(given)
+
+    def ours() -> None:
+        for _ in range(HEADS):
+            torch.softmax(given, 2, out=work)
+            means, _ = all_means([work[0]])
+            to_gradients_(work[0], work[1], entropy_and_slope(means[0], WEIGHT)[1], lambda rows: (given[0, rows], given[1, rows]))
+
+    def published() -> None:
+        for _ in range(HEADS):
+            a, n = (x[None].detach().requires_grad_() for x in given)
+            scan_loss_released(a, n, WEIGHT).total.sum().backward()
+
+    return {"ours": ours, "published_loop": published}
+
+
+def clock(device: torch.device) -> float:
+    """CPU seconds of this process, or wall seconds when the work is on a GPU."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.zeros(1, device=device).item()  # wait for what was asked for
+    return time.perf_counter()
+
+
+def timed(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Seconds [rounds] of each, in turns; the first round warms up."""
+    out: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            began = clock(device)
+            run()
+            out[name].append(clock(device) - began)
+    return {name: np.array(values[1:]) for name, values in out.items()}
+
+
+def peak_bytes(run: Run) -> int | None:
+    """Most resident bytes during a run above those before it; None where the kernel cannot say."""
+    read = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # noqa: E731
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        before = read("VmRSS")
+        run()
+        return max(read("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def memory(run: Run, parameters: list[Tensor]) -> float | None:
+    """MiB above the weights and their gradient."""
+    for p in parameters:
+        p.grad = None
+    peak = peak_bytes(run)
+    gradient = sum(p.numel() * p.element_size() for p in parameters)
+    return None if peak is None else round((peak - gradient) / 2**20, 1)
+
+
+def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> None:
+    """Rows of one size."""
+    batch, clusters, dim = size
+    runs, name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
+    seconds = timed(runs, rounds, device)
+    for row, values in seconds.items():
+        weights = [torch.empty(HEADS * clusters, dim)] if row != "bare_products" else []
+        print(json.dumps({"row": row, **name, "ms": round(1000 * float(np.median(values)), 1),
+                          "ratio_to_loop": round(float(np.median(values / seconds["published_loop"])), 3),
+                          "ratio_to_bare": round(float(np.median(values / seconds["bare_products"])), 3),
+                          "peak_mib": memory(runs[row], weights) if device.type == "cpu" and weights else None}), flush=True)
+    alone = timed(losses(batch, clusters, device), rounds, device)
+    print(json.dumps({"row": "loss_only", **name, "ms": round(1000 * float(np.median(alone["ours"])), 1),
+                      "published_ms": round(1000 * float(np.median(alone["published_loop"])), 1),
+                      "times_cheaper": round(float(np.median(alone["published_loop"] / alone["ours"])), 2)}), flush=True)
+
+
+def imagenet(rounds: int, device: torch.device) -> None:
+    """Steps of the full size (a sixteenth of the batch on a CPU), times their number."""
+    scale = 16 if device.type == "cpu" else 1
+    seconds = timed(steps(IMAGENET["batch"] // scale, IMAGENET["clusters"], IMAGENET["dim"], device), rounds, device)
+    count = IMAGENET["images"] // IMAGENET["batch"] * IMAGENET["epochs"]
+    hours = {f"{name}_hours": round(float(np.median(values)) * scale * count / 3600, 3) for name, values in seconds.items()}
+    print(json.dumps({"row": "imagenet", **IMAGENET, "steps": count, "device": str(device), "formula": f"median step of {rounds} x {scale} x steps",
+                      **hours, "peak_gpu_mib": round(peak_memory() / 2**20)}), flush=True)
+
+
+def main() -> None:
+    """Warm up, measure in turns."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--imagenet", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    if not (args.compare or args.imagenet):
+        parser.error("give --compare or --imagenet")
+    set_determinism()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    for size in SIZES if args.compare else ():
+        compare(size, args.rounds, device)
+    if args.imagenet:
+        imagenet(args.rounds, device)
+
+
+if __name__ == "__main__":
+    main()
