@@ -10,7 +10,7 @@ from typing import Any
 from dist_scan.artefacts import WORK, Artefact, Store, fingerprint, write_atomic, write_text
 from dist_scan.config import ConfigError, RunConfig, kind_class
 from dist_scan.data.sources import open_source
-from dist_scan.engine.precision import peak_memory
+from dist_scan.engine import memory
 from dist_scan.engine.stop import Stop
 from dist_scan.stages.base import Context, StageConfig, beton_stage
 from dist_scan.stages.beton import BetonConfig
@@ -114,13 +114,14 @@ class Pipeline:
             out.mkdir(parents=True, exist_ok=True)
         inputs = {role: self.done[target].path for role, target in config.inputs().items()}
         context = Context(self.run_config, name, out, inputs, self.world, self.stop, self.say, {n: a.path for n, a in self.done.items()})
+        memory.begin_stage()
         clock = Clock(out / WORK / "seconds", self.world.rank == 0)
         try:
             kind_class("dist_scan.stages", config.kind)(config, context).run()
         finally:
             seconds = clock.stop()
         facts = {"kind": config.kind, "config": config.model_dump(mode="json"), "inputs": {r: str(p) for r, p in inputs.items()},
-                 "world_size": self.world.world_size, "seconds": round(seconds, 3), "peak_gpu_bytes": peak_memory()}
+                 "world_size": self.world.world_size, "seconds": round(seconds, 3), **memory.peaks()}
         return self._told(lambda: store.publish(name, mark, facts))
 
     def _hand_out(self, config: StageConfig, artefact: Artefact) -> None:

@@ -33,6 +33,8 @@ class RuntimeConfig(Strict):
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=10, ge=1)
     """Steps between two rows of metrics.jsonl."""
+    profile: int = Field(default=0, ge=0)
+    """Steps of each training to look at closely: a trace for Perfetto, and what it waits for in words (--profile sets 300)."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Longest a collective may take before the run is ended."""
     compile: bool = False

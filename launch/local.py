@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/local.py", description="Run a config on this machine.")
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument("--processes", type=int, default=1, help="how many processes share the work (default 1; on GPUs one per GPU)")
+    parser.add_argument("--profile", action="store_true", help="look at the first 300 steps of each training: a trace, and what it waits for in words")
     parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
     args = parser.parse_intermixed_args(argv)
     _share_cores(args.processes)
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes}; allowed: 1 or more")
-        run = load(args.config, args.overrides)
+        run = load(args.config, [*["runtime.profile=300"] * args.profile, *args.overrides])
         check_processes(run, args.processes)
         lock = take_lease(run.run_dir)
     except ConfigError as error:

@@ -32,12 +32,12 @@ def run(run_dir: Path, *overrides: str, config: str = "quickstart", processes: i
 
 
 def report(run_dir: Path) -> dict:
-    """report.json without what a clock says."""
+    """report.json without what a clock or a memory meter says."""
     facts = json.loads((run_dir / "report.json").read_text())
 
     def timeless(value):
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "stage_seconds")}
+            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "stage_seconds", "stage_memory", "stage_timing")}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
     return timeless(facts)

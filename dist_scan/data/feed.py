@@ -17,6 +17,7 @@ from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.order import batch_per_rank, cached_views, epoch_order, partner_columns, rank_plan
 from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.sections import section
 from dist_scan.world.world import World
 
 
@@ -85,7 +86,10 @@ class ImageFeed:
                 images, rows = images[half], index[half]
             else:
                 rows = index
-            out.append(recipe(images.to(self.device, non_blocking=True), rows, seed=self.plan.seed, epoch=epoch, view=v))
+            with section("copy"):
+                images = images.to(self.device, non_blocking=True)
+            with section("augmentation"):
+                out.append(recipe(images, rows, seed=self.plan.seed, epoch=epoch, view=v))
         return tuple(out)
 
 
@@ -98,7 +102,9 @@ class FeatureFeed:
 
     def _rows(self, index: np.ndarray, epoch: int, slot: int) -> Tensor:
         view = cached_views(index, self.plan.seed, epoch, slot, self.table.num_views)
-        return torch.from_numpy(self.table.rows(index, view)).to(self.device).float()
+        rows = torch.from_numpy(self.table.rows(index, view))
+        with section("copy"):
+            return rows.to(self.device).float()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """See Feed."""

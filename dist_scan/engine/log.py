@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_scan.world.world import current
 
@@ -13,7 +14,7 @@ class Log:
 
     def __init__(self, run_dir: Path, stage: str, enabled: bool | None = None):
         self.enabled = current().rank == 0 if enabled is None else enabled
-        self.stage, self.file, self.board = stage, None, None
+        self.run_dir, self.stage, self.file, self.board = Path(run_dir), stage, None, None
         if not self.enabled:
             return
         folder = Path(run_dir) / "logs"
@@ -27,11 +28,19 @@ class Log:
         """One row: numbers by name at an optimizer step. A step written twice (after a restart) counts as written last."""
         if not self.enabled:
             return
-        self.file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self._write({"step": step, **values}, values, step)
+
+    def timing(self, step: int, facts: Mapping[str, Any]) -> None:
+        """A row of section times: {steps, sections: {name: {mean_ms, max_ms, max_rank}}}, under a key of its own."""
+        if self.enabled:
+            self._write({"step": step, "timing": facts}, {f"time_ms/{name}": s["mean_ms"] for name, s in facts["sections"].items()}, step)
+
+    def _write(self, row: Mapping[str, Any], scalars: Mapping[str, float], step: int) -> None:
+        self.file.write((json.dumps(row) + "\n").encode())
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter  # 1 s of imports, wanted only by who trains
             self.board = SummaryWriter(str(self.board_dir))
-        for name, value in values.items():
+        for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -13,10 +13,12 @@ from dist_scan.engine.log import Log
 from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig, build_optimizer, forget, learning_rate, set_learning_rate
 from dist_scan.engine.position import Position, Saver
 from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
+from dist_scan.engine.profile import Timing
 from dist_scan.engine.stop import Stop
 from dist_scan.methods.base import Embed, Method, Step
 from dist_scan.models.layers import sync_running_stats
 from dist_scan.progress import Progress, Stopped
+from dist_scan.sections import section, waited
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current, wrap
 
@@ -43,9 +45,9 @@ class Trainer:
     """One stage's training. `run()` goes on from the newest checkpoint and returns when the last epoch is done."""
 
     def __init__(self, method: Method, feed: Feed, schooling: Schooling, embed: Embed, saver: Saver, stop: Stop, log: Log,
-                 held_out: HeldOut | None = None, name: str = "train"):
+                 timing: Timing, held_out: HeldOut | None = None, name: str = "train"):
         self.method, self.feed, self.schooling, self.embed = method, feed, schooling, embed
-        self.saver, self.stop, self.log, self.held_out, self.name = saver, stop, log, held_out, name
+        self.saver, self.stop, self.log, self.timing, self.held_out, self.name = saver, stop, log, timing, held_out, name
         self.optimizer = build_optimizer(schooling.optimizer, method.parameter_groups())
         self.at, self.network, self.settled = Position(), method, False
 
@@ -54,13 +56,16 @@ class Trainer:
         self.at = self.saver.load(self.method, self.optimizer) or Position()
         self.network = wrap(self.method)
         total = self.schooling.epochs * self.feed.steps_per_epoch
-        with Progress(self.name, total, "steps", done=self.at.step, enabled=current().rank == 0) as progress:
+        with self.timing, Progress(self.name, total, "steps", done=self.at.step, enabled=current().rank == 0) as progress:
+            self.timing.watch(self.method)
             while self.at.epoch < self.schooling.epochs and not self.at.finished:
-                self._begin_epoch()
-                for batch in self.feed.batches(self.at.epoch, self.at.step_in_epoch):
+                with section("epoch"):
+                    self._begin_epoch()
+                for batch in waited(self.feed.batches(self.at.epoch, self.at.step_in_epoch)):
                     values = self._step(batch)
                     self._after_step(values, progress)
-                self._end_epoch()
+                with section("epoch"):
+                    self._end_epoch()
         return self.at
 
     def _begin_epoch(self) -> None:
@@ -91,9 +96,12 @@ class Trainer:
         lr = learning_rate(self.schooling.optimizer.lr, self.schooling.schedule, self.at.step, self.feed.steps_per_epoch, self.schooling.epochs)
         set_learning_rate(self.optimizer, lr)
         seed_step(self.schooling.seed, batch.epoch, 2, batch.step, current().rank)
-        step = self._forward(batch)
+        with section("forward"):
+            step = self._forward(batch)
         if not step.skip:
-            step.loss.backward()
+            with section("backward"):
+                step.loss.backward()
+                self.timing.gradients_done()
         values, finite = self._agree(step)
         if step.skip:
             self.at.skipped += 1
@@ -101,8 +109,10 @@ class Trainer:
             self._refuse(batch)
         else:
             self.at.refused_in_a_row = 0
-            self.optimizer.step()
-            self.method.end_step(batch, step)
+            with section("optimizer"):
+                self.optimizer.step()
+            with section("end_step"):
+                self.method.end_step(batch, step)
         sync_running_stats(self.method)  # also when the update was skipped: the forward pass has moved them
         self.optimizer.zero_grad(set_to_none=True)
         return {**values, "lr": lr}
@@ -142,9 +152,11 @@ class Trainer:
             self.log.row(self.at.step, {**values, "skipped": self.at.skipped, "refused": self.at.refused})
         progress.advance(1, f"epoch {self.at.epoch + 1}/{self.schooling.epochs} loss {values['loss']:.4f}")
         if self.at.asked or self.at.save_due:
-            self.saver.save(self.method, self.optimizer, self.at)
+            with section("save"):
+                self.saver.save(self.method, self.optimizer, self.at)
         if self.at.asked:
             raise Stopped()
+        self.timing.step_done(self.at.step)
 
     def _end_epoch(self) -> None:
         self.method.eval()

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
@@ -44,6 +45,25 @@ def memory_format(module: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     return module.to(device, memory_format=torch.channels_last) if device.type == "cuda" else module.to(device)
 
 
+def device_mark(device: torch.device) -> Callable[[], Any] | None:
+    """What records a timed event in the device's stream; None on a CPU, where the host's clock tells all."""
+    if device.type != "cuda":
+        return None
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return mark
+
+
 def peak_memory() -> int:
-    """Most bytes of GPU memory held since the process began; 0 on a CPU."""
+    """Most bytes of GPU memory held since forget_peak_memory; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def forget_peak_memory() -> None:
+    """Count the peak from what is held now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

@@ -56,7 +56,9 @@ class Report:
     """Subject -> scores (acc, top5, nmi, nmi_variant, ari, ami, purity, many_to_one; None without labels), seconds,
     num_clusters, used_share, largest_share."""
     stages: Sequence[Mapping[str, Any]] = ()
-    """name, kind, state, seconds, fingerprint."""
+    """name, kind, state, seconds, fingerprint; peak_host_bytes and peak_gpu_bytes where known."""
+    timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stage of a training -> its timing.json: verdict, sections, profiled (then the verdict stands at the top)."""
     curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     """Stage -> rows of its metrics.jsonl."""
     cluster_sizes: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -125,7 +127,7 @@ def number(value: Any) -> str:
 def _template() -> jinja2.Template:
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
                              trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"score": score, "number": number, "subject": subject_name, "duration": duration,
+    env.filters |= {"bytes": lambda n: f"{n / 2**30:.2f} GiB" if n else "-", "score": score, "number": number, "subject": subject_name, "duration": duration,
                     "percent": lambda x: f"{100 * x:.3g} %", "words": lambda s: str(s).replace("_", " ")}
     return env.get_template("report.html.j2")
 
@@ -160,6 +162,8 @@ def _context(report: Report) -> dict[str, Any]:
         "sizes": [(name, figures.sizes(counts, name), counts) for name, counts in report.cluster_sizes.items() if len(counts)],
         "confusion": None if report.confusion is None or not report.confusion.sum() else _confusion(report),
         "total_s": sum(s.get("seconds") or 0 for s in report.stages),
+        "verdicts": [(name, t["verdict"]) for name, t in report.timings.items() if t.get("profiled") and t.get("verdict")],
+        "gpu": any(s.get("peak_gpu_bytes") for s in report.stages),
         "head_columns": list(dict.fromkeys(key for head in report.heads for key in head)),
     }
 

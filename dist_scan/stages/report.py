@@ -16,6 +16,7 @@ from dist_scan.config import RunConfig, dump
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment import RecipeConfig
 from dist_scan.engine.log import read_rows
+from dist_scan.engine.profile import FILE
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.stages.beton import beton_path
 from dist_scan.world.collectives import barrier
@@ -63,7 +64,9 @@ class ReportStage(Stage):
         stages = self._stages()
         plain = {k: v for k, v in self.facts.items() if k != "subjects"}
         write_json(out / "report.json", {**self.facts["subjects"], **plain, "best": self.config.best,
-                                         "stage_seconds": {s["name"]: s["seconds"] for s in stages}})
+                                         "stage_seconds": {s["name"]: s["seconds"] for s in stages},
+                                         "stage_memory": {s["name"]: {k: s[k] for k in ("peak_host_bytes", "peak_gpu_bytes")} for s in stages},
+                                         "stage_timing": self._timings()})
         write_text(out / "summary.txt", summary_table(self.facts["subjects"]) + "\n")
         self._export()
 
@@ -97,8 +100,13 @@ class ReportStage(Stage):
         rows = []
         for name, folder in {**self.context.folders, self.context.name: None}.items():
             manifest = json.loads((folder / MANIFEST).read_text()) if folder else {"kind": "report", "seconds": 0.0, "fingerprint": self.context.out.name}
-            rows.append({"name": name, "kind": manifest["kind"], "state": "done", "seconds": manifest["seconds"], "fingerprint": manifest["fingerprint"]})
+            rows.append({"name": name, "kind": manifest["kind"], "state": "done", "seconds": manifest["seconds"], "fingerprint": manifest["fingerprint"],
+                         "peak_host_bytes": manifest.get("peak_host_bytes"), "peak_gpu_bytes": manifest.get("peak_gpu_bytes")})
         return rows
+
+    def _timings(self) -> dict[str, dict[str, Any]]:
+        """timing.json of every training, by stage."""
+        return {name: json.loads((folder / FILE).read_text()) for name, folder in self.context.folders.items() if (folder / FILE).is_file()}
 
     def _report(self):
         from dist_scan.evaluate.report import Report
@@ -107,6 +115,7 @@ class ReportStage(Stage):
         counts = {name: np.bincount(a.cluster, minlength=a.num_clusters) for name, a in self.assignments.items()}
         return Report(
             title=f"{run.name}: {facts['num_images']:,} images", created="", best=self.config.best, summary=facts["subjects"], stages=self._stages(),
+            timings=self._timings(),
             curves={name: read_rows(run.run_dir / "logs" / f"{name}.metrics.jsonl") for name in c.folders
                     if (run.run_dir / "logs" / f"{name}.metrics.jsonl").exists()},
             cluster_sizes=counts, confusion=self._confusion(), label_names=self.label_names, heads=self._heads(), clusters=self._clusters(),

@@ -107,6 +107,7 @@ class TrainStage(Stage):
         from dist_scan.engine.log import Log
         from dist_scan.engine.loop import Schooling, Trainer
         from dist_scan.engine.position import Saver
+        from dist_scan.engine.profile import Timing, setting_of
 
         c, config = self.context, self.config
         seed_step(c.run.seed, 0, 0)
@@ -115,8 +116,9 @@ class TrainStage(Stage):
         schooling = Schooling(config.optimizer, config.schedule, config.epochs, c.run.seed, config.precision, c.run.runtime.log_every)
         saver = Saver(Checkpoints(c.out / WORK / "checkpoints", c.run.runtime.keep_checkpoints, c.say), c.run.runtime.checkpoint_s)
         log = Log(c.run.run_dir, c.name)
+        timing = Timing(log, c.out, setting_of(c.run, c.world, config.global_batch, self.table is not None), c.run.runtime.profile, c.say)
         try:
-            at = Trainer(method, self.feed, schooling, self._embed, saver, c.stop, log, self._held_out(), c.name).run()
+            at = Trainer(method, self.feed, schooling, self._embed, saver, c.stop, log, timing, self._held_out(), c.name).run()
         finally:
             log.close()
         if at.skipped or at.refused:

@@ -7,7 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_scan.sections import section
+
 from .world import current
+
+TALK = section("all_reduce")
 
 
 def _alone() -> bool:
@@ -18,7 +22,8 @@ def all_sum(x: Tensor) -> Tensor:
     """Sum over ranks (no gradient). Returns a new tensor of the same shape and type."""
     x = x.detach().clone()
     if not _alone():
-        dist.all_reduce(x)
+        with TALK:
+            dist.all_reduce(x)
     return x
 
 
@@ -26,7 +31,8 @@ def all_max(x: Tensor) -> Tensor:
     """Elementwise maximum over ranks (no gradient)."""
     x = x.detach().clone()
     if not _alone():
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        with TALK:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
@@ -61,7 +67,8 @@ class _AllRows(torch.autograd.Function):
     def forward(ctx, x):
         ctx.rows = x.shape[0]
         out = [torch.empty_like(x) for _ in range(current().world_size)]
-        dist.all_gather(out, x.contiguous())
+        with TALK:
+            dist.all_gather(out, x.contiguous())
         return torch.cat(out)
 
     @staticmethod
@@ -83,19 +90,22 @@ def gather_rows(x: Tensor) -> Tensor:
     if _alone():
         return x
     sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(current().world_size)]
-    dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
+    with TALK:
+        dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
     counts = [int(s) for s in sizes]
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[:x.shape[0]] = x.detach()
     out = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(out, padded)
+    with TALK:
+        dist.all_gather(out, padded)
     return torch.cat([rows[:count] for rows, count in zip(out, counts)])
 
 
 def broadcast(x: Tensor, source: int = 0) -> Tensor:
     """The source's tensor on all ranks, in place. All ranks pass the same shape and type."""
     if not _alone():
-        dist.broadcast(x, source)
+        with TALK:
+            dist.broadcast(x, source)
     return x
 
 
@@ -114,7 +124,8 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     if _alone():
         return value
     box = [value]
-    dist.broadcast_object_list(box, source)
+    with TALK:
+        dist.broadcast_object_list(box, source)
     return box[0]
 
 
@@ -123,7 +134,8 @@ def gather_objects(value: Any) -> list[Any]:
     if _alone():
         return [value]
     out: list[Any] = [None] * current().world_size
-    dist.all_gather_object(out, value)
+    with TALK:
+        dist.all_gather_object(out, value)
     return out
 
 
@@ -135,4 +147,5 @@ def agree(flag: bool) -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if not _alone():
-        dist.barrier()
+        with TALK:
+            dist.barrier()
