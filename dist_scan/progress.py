@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def duration(seconds: float) -> str:
@@ -29,6 +29,9 @@ class Progress:
     copy_to: TextIO | None = None
     """A log file that gets a plain line every 10 s beside the terminal's live one (set once per process)."""
 
+    watch: Any = None
+    """engine/watchdog.py: long work is a section, and every advance starts its clock again (set once per process)."""
+
     def __init__(self, name: str, total: int, unit: str = "", done: int = 0, enabled: bool = True, stream: TextIO | None = None):
         self.name, self.total, self.unit, self.done, self.enabled = name, total, unit, done, enabled
         self.stream = stream or sys.stderr
@@ -37,15 +40,21 @@ class Progress:
         self.first, self.next_print, self.next_copy, self.note = done, 0.0, 0.0, ""
 
     def __enter__(self) -> "Progress":
+        if self.watch is not None:
+            self.watch.enter(self.name)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if self.watch is not None:
+            self.watch.leave()
         self._print(last=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished work; prints at most twice a second on a terminal, every 10 s elsewhere."""
         self.done += count
         self.note = note or self.note
+        if self.watch is not None:
+            self.watch.advance(self.unit)
         now = time.monotonic()
         if now >= self.next_print:
             self.next_print = now + (0.5 if self.live else 10.0)

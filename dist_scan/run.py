@@ -15,19 +15,24 @@ from pathlib import Path
 
 from dist_scan.artefacts import write_json, write_text
 from dist_scan.config import ConfigError, load
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import Hopeless, Stop
 
 USER_MISTAKE = 2
+FIRST_WORD_S = 0.5  # a mistake that all ranks met is rank 0's to tell
 
 
 def main(run_dir: str) -> int:
     """Run everything the folder's config.yaml asks for. Returns the exit code."""
+    folder, rank = Path(run_dir), int(os.environ.get("RANK", 0))
+    faults = _faults(rank)
     stop = Stop()
     stop.install()
-    folder, rank = Path(run_dir), int(os.environ.get("RANK", 0))
     try:
-        return _work(folder, stop)
-    except ConfigError as error:
+        code = _work(folder, stop)
+        if faults is not None:
+            faults.look("done")
+        return code
+    except (ConfigError, Hopeless) as error:
         return _mistake(folder, rank, str(error))
     except ValueError as error:
         if os.environ.get("DIST_SCAN_TRACEBACK"):
@@ -41,8 +46,22 @@ def main(run_dir: str) -> int:
         os._exit(1)  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
 
 
+def _faults(rank: int):
+    """What a test has armed (engine/faults.py); None in every other life."""
+    path = os.environ.get("DIST_SCAN_FAULT")
+    if path is None:
+        return None
+    from dist_scan.engine.faults import Faults
+
+    faults = Faults(Path(path), rank)
+    faults.arm()
+    faults.look("start")
+    return faults
+
+
 def _work(folder: Path, stop: Stop) -> int:
     from dist_scan.engine.precision import set_determinism
+    from dist_scan.engine.watchdog import Watchdog
     from dist_scan.pipeline import Pipeline
     from dist_scan.progress import Progress, Stopped
     from dist_scan.world.collectives import gather_objects
@@ -54,11 +73,12 @@ def _work(folder: Path, stop: Stop) -> int:
     set_determinism()
     try:
         world = open_world(run.runtime.device, run.runtime.timeout_s)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
             write_text(folder / "PORT_TAKEN", str(error))
         raise
     (folder / "logs").mkdir(exist_ok=True)
+    Watchdog(folder / "logs", world.rank, run.runtime.step_limit_s, run.runtime.section_limit_s, lambda error: _remember(folder, world.rank, error)).start()
     if world.rank == 0:
         Progress.copy_to = open(folder / "logs" / "run.log", "a", buffering=1)
 
@@ -87,10 +107,15 @@ def _work(folder: Path, stop: Stop) -> int:
 
 
 def _mistake(folder: Path, rank: int, text: str) -> int:
+    """Said once: by rank 0 when it met the mistake too, else by the launcher, which reads whose it is."""
+    marker = folder / "MISTAKE"
     if rank == 0 or not (folder / "config.yaml").is_file():
         print(f"error: {text}", file=sys.stderr, flush=True)
-    if folder.is_dir():
-        write_text(folder / "MISTAKE", text + "\n")
+    elif folder.is_dir():
+        time.sleep(FIRST_WORD_S)
+        text = f"rank {rank}: {text}"
+    if folder.is_dir() and (rank == 0 or not marker.exists()):
+        write_text(marker, text + "\n")
     return USER_MISTAKE
 
 

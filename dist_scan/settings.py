@@ -37,6 +37,10 @@ class RuntimeConfig(Strict):
     """Steps of each training to look at closely: a trace for Perfetto, and what it waits for in words (--profile sets 300)."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Longest a collective may take before the run is ended."""
+    step_limit_s: float = Field(default=300.0, gt=0)
+    """Longest a training step may take (the first of a start counts as a section); then all stacks are written and the ranks start again."""
+    section_limit_s: float = Field(default=1800.0, gt=0)
+    """The same for a save, a load, a shard, an iteration, the end of an epoch."""
     compile: bool = False
     """torch.compile the network (GPU)."""
     relaunches: int = Field(default=20, ge=0)

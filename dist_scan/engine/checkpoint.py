@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from dist_scan.artefacts import MANIFEST, fsync_dir, sha256_of, write_json
+from dist_scan.engine.stop import Hopeless
+from dist_scan.engine.watchdog import limited
 from dist_scan.world.collectives import agree, barrier, broadcast_object
 from dist_scan.world.world import current
 
@@ -23,7 +25,7 @@ Say = Callable[[str], None]
 FATAL_FAILURES = 3  # saves that may fail in a row before training is pointless
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Hopeless):
     """No checkpoint can be used, or none can be written: said once, with what to do."""
 
 
@@ -35,6 +37,7 @@ class Checkpoints:
         self.failures = 0
         self.save_s = 0.0
 
+    @limited("save")
     def save(self, step: int, state: Mapping[str, Any], banks: Mapping[str, Any]) -> bool:
         """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks."""
         began, error = time.monotonic(), None
@@ -90,6 +93,7 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
 
+    @limited("load a checkpoint")
     def load(self, device: torch.device) -> tuple[dict[str, Any], Path] | None:
         """(state, folder) of the newest that verifies, or None when there was never one.
 

@@ -14,18 +14,19 @@ from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig, build_optimi
 from dist_scan.engine.position import Position, Saver
 from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
 from dist_scan.engine.profile import Timing
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import Hopeless, Stop
+from dist_scan.engine.watchdog import limited
 from dist_scan.methods.base import Embed, Method, Step
 from dist_scan.models.layers import sync_running_stats
 from dist_scan.progress import Progress, Stopped
 from dist_scan.sections import section, waited
-from dist_scan.world.collectives import all_sum
+from dist_scan.world.collectives import all_sum, gather_objects
 from dist_scan.world.world import current, wrap
 
 MOST_REFUSED = 10  # non-finite updates in a row before the run ends
 
 
-class Diverged(RuntimeError):
+class Diverged(Hopeless):
     """Losses or gradients stopped being numbers; told with the image rows of the last step."""
 
 
@@ -68,6 +69,7 @@ class Trainer:
                     self._end_epoch()
         return self.at
 
+    @limited("begin_epoch")
     def _begin_epoch(self) -> None:
         """The method's whole-set moment, once per epoch: a run resumed inside the epoch does not repeat it."""
         seed_step(self.schooling.seed, self.at.epoch, 1)
@@ -106,7 +108,7 @@ class Trainer:
         if step.skip:
             self.at.skipped += 1
         elif not finite:
-            self._refuse(batch)
+            self._refuse(batch, step)
         else:
             self.at.refused_in_a_row = 0
             with section("optimizer"):
@@ -138,12 +140,15 @@ class Trainer:
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         return torch.isfinite(torch.stack(torch._foreach_norm(gradients, float("inf")))).all() if gradients else torch.tensor(True)
 
-    def _refuse(self, batch: Batch) -> None:
+    def _refuse(self, batch: Batch, step: Step) -> None:
         self.at.refused += 1
         self.at.refused_in_a_row += 1
         if self.at.refused_in_a_row >= MOST_REFUSED:
+            rows = gather_objects((bool(torch.isfinite(step.loss.detach())), batch.index[:32].tolist()))
+            blamed = [r for r, (finite, _) in enumerate(rows) if not finite] or list(range(len(rows)))  # a gradient is every rank's
             raise Diverged(f"{self.name}: {MOST_REFUSED} updates in a row had a loss or gradient that is no number (step {batch.step}); "
-                           f"image rows on this rank: {batch.index[:32].tolist()}. Lower the learning rate, or look at these images")
+                           f"image rows {', '.join(f'of rank {r}: {rows[r][1]}' for r in blamed[:8])}. "
+                           "Lower the learning rate, or look at these images")
 
     def _after_step(self, values: dict[str, float], progress: Progress) -> None:
         self.at.step += 1
@@ -158,6 +163,7 @@ class Trainer:
             raise Stopped()
         self.timing.step_done(self.at.step)
 
+    @limited("end of an epoch")
     def _end_epoch(self) -> None:
         self.method.eval()
         began = time.monotonic()

@@ -9,6 +9,10 @@ from dist_scan.world.collectives import agree
 NOTICE = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
+class Hopeless(RuntimeError):
+    """What a relaunch would meet again: no checkpoint loads, training diverged. Told like a user's mistake, without a relaunch."""
+
+
 class Stop:
     """The process's stop flag. USR2: leave and come back (requeue); TERM or INT: leave. A second INT ends at once."""
 
