@@ -81,7 +81,7 @@ def take_lease(run_dir: Path):
 
 
 def launch(run_dir: Path, processes: int, relaunches: int) -> int:
-    """Start the ranks, wait, and start them again after a fault as long as each start got further. Returns the exit code."""
+    """Start the ranks, wait, and start them again after a fault while starts get further. Returns the exit code."""
     for start_number in range(relaunches + recovery.PORT_RETRIES + 1):
         mark = recovery.begin(run_dir)
         code = attempt(run_dir, processes)
@@ -89,6 +89,8 @@ def launch(run_dir: Path, processes: int, relaunches: int) -> int:
         if verdict.action == "relaunch":
             print(f"fault: {verdict.why}\nstarting again ({start_number + 1}) from the last checkpoint", file=sys.stderr, flush=True)
             continue
+        if verdict.action == "mistake" and verdict.why.startswith("rank "):  # rank 0 has told its own
+            print(f"error: {verdict.why}", file=sys.stderr)
         if verdict.action == "give_up":
             print(f"failed: {verdict.why}\n(full text: {run_dir}/logs/error-rank*.json; the same command goes on from the last checkpoint)", file=sys.stderr)
         break
@@ -109,7 +111,10 @@ def attempt(run_dir: Path, processes: int) -> int:
     for number in NOTICE:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
-    return _wait(ranks)
+    try:
+        return _wait(ranks)
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE)  # one that comes between two starts is kept for the next ranks
 
 
 def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.process.BaseProcess]:
@@ -165,6 +170,9 @@ def _wait(ranks: list[multiprocessing.process.BaseProcess]) -> int:
         codes = [p.exitcode for p in ranks]
         bad = [c for c in codes if c not in (None, 0)]
         if bad:
+            for p in ranks:
+                if p.exitcode is None:
+                    os.kill(p.pid, signal.SIGCONT)  # one that was stopped may yet write its stacks and leave by itself
             deadline = time.monotonic() + GRACE_S
             while any(p.exitcode is None for p in ranks) and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +23,7 @@ class World:
 
 
 _current = World()
+LOOPBACK = "127.0.0.1"
 
 
 def current() -> World:
@@ -51,9 +54,25 @@ def open_world(device: str = "auto", timeout_s: float = 1800.0) -> World:
     place = _device(device, local_rank)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        limit = timedelta(seconds=timeout_s)
+        store = _store_on_this_machine(rank, world_size, limit) if env.get("MASTER_ADDR") == LOOPBACK else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     _current = World(rank, world_size, local_rank, local_size, place)
     return _current
+
+
+def _store_on_this_machine(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The rendezvous of a run on one machine, which nobody outside can reach: torch's own would listen on every address.
+    gloo's connections stay on the loopback interface too."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    port = int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return dist.TCPStore(LOOPBACK, port, world_size, False, timeout)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((LOOPBACK, port))
+    listener.listen(4096)
+    return dist.TCPStore(LOOPBACK, port, world_size, True, timeout, master_listen_fd=listener.detach())
 
 
 def close_world() -> None:
