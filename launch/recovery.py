@@ -17,6 +17,7 @@ from typing import NamedTuple
 MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
 PORT_RETRIES = 5
 IDLE_REQUEUES = 10  # starts in a row that may be asked to leave before anything was finished
+STALLS = 2  # starts in a row that may end with nothing finished: two kills soon after one another are bad luck, three are a cause
 
 
 class Verdict(NamedTuple):
@@ -69,11 +70,12 @@ def decide(run_dir: Path, before: str, start: int, relaunches: int) -> Verdict:
         return Verdict("relaunch", "the port was taken; another is tried")
     error = first_error(run_dir)
     text = f"rank {error['rank']}: {error['error']}" if error else "a process ended and left no error (killed?)"
-    _remember(run_dir, start, text)
+    advanced = progress_mark(run_dir) != before
+    _remember(run_dir, start, text, advanced)
     if start >= relaunches:
         return Verdict("give_up", f"{text} (after {relaunches} relaunches; raise runtime.relaunches, or mend the cause)")
-    if progress_mark(run_dir) == before:
-        return Verdict("give_up", f"{text} (no checkpoint, shard or stage was finished since the last start: a relaunch would end the same)")
+    if not advanced and stalls(run_dir) > STALLS:
+        return Verdict("give_up", f"{text} (no checkpoint, shard or stage was finished in {STALLS + 1} starts: a relaunch would end the same)")
     return Verdict("relaunch", text)
 
 
@@ -99,10 +101,30 @@ def first_error(run_dir: Path) -> dict | None:
     return min(errors, key=lambda e: e["time"], default=None)
 
 
-def _remember(run_dir: Path, start: int, text: str) -> None:
+def stalls(run_dir: Path) -> int:
+    """How many of this job's last starts ended in a fault with nothing finished."""
+    count = 0
+    try:
+        lines = (run_dir / "logs" / "faults.jsonl").read_text().splitlines()
+    except OSError:
+        return STALLS + 1  # nothing can be remembered: no relaunch without progress
+    for line in reversed(lines):
+        try:
+            fault = json.loads(line)
+        except ValueError:  # torn
+            break
+        if fault.get("advanced", True):
+            break
+        count += 1
+        if fault["start"] == 0:
+            break
+    return count
+
+
+def _remember(run_dir: Path, start: int, text: str, advanced: bool) -> None:
     try:
         with open(run_dir / "logs" / "faults.jsonl", "a") as f:
-            f.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "start": start, "fault": text}) + "\n")
+            f.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "start": start, "fault": text, "advanced": advanced}) + "\n")
     except OSError:
         pass  # a full disk must not stop a relaunch
 

@@ -98,18 +98,24 @@ def test_what_is_decided_follows_the_markers(tmp_path):
 
 def test_a_fault_is_relaunched_only_while_the_run_gets_further(tmp_path):
     mark = recovery.begin(tmp_path)
-    verdict = recovery.decide(tmp_path, mark, 0, 5)
-    assert verdict.action == "give_up" and "killed?" in verdict.why
     publish(tmp_path, "step-10")
-    assert recovery.decide(tmp_path, mark, 0, 5).action == "relaunch"
+    verdict = recovery.decide(tmp_path, mark, 0, 5)
+    assert verdict.action == "relaunch" and "killed?" in verdict.why
     assert recovery.decide(tmp_path, mark, 5, 5).action == "give_up", "relaunches are counted"
-    mark = recovery.begin(tmp_path)
-    publish(tmp_path, ".tmp-step-20")
-    assert recovery.decide(tmp_path, mark, 1, 5).action == "give_up", "an unfinished checkpoint is no progress"
     left(tmp_path, PORT_TAKEN="")
-    assert recovery.decide(tmp_path, mark, 1, 5).action == "relaunch" and recovery.decide(tmp_path, mark, 5, 9).action == "give_up"
+    assert recovery.decide(tmp_path, mark, 1, 5).action == "relaunch" and recovery.decide(tmp_path, mark, 5, 5).action == "give_up"
     faults = [json.loads(line) for line in (tmp_path / "logs" / "faults.jsonl").read_text().splitlines()]
-    assert [f["start"] for f in faults] == [0, 0, 5, 1, 5]
+    assert [f["start"] for f in faults] == [0, 5, 5] and all(f["advanced"] for f in faults)
+
+
+def test_three_starts_that_finish_nothing_are_the_last(tmp_path):
+    mark = recovery.begin(tmp_path)
+    publish(tmp_path, ".tmp-step-20")  # an unfinished checkpoint is no progress
+    assert [recovery.decide(tmp_path, mark, start, 9).action for start in (0, 1, 2)] == ["relaunch", "relaunch", "give_up"]
+    assert recovery.decide(tmp_path, mark, 0, 9).action == "relaunch", "the next job counts anew"
+    publish(tmp_path, "step-10")
+    mark = (recovery.decide(tmp_path, mark, 1, 9), recovery.begin(tmp_path))[1]
+    assert [recovery.decide(tmp_path, mark, start, 9).action for start in (2, 3, 4)] == ["relaunch", "relaunch", "give_up"]
 
 
 def test_the_first_error_of_all_ranks_is_told(tmp_path):
