@@ -9,8 +9,8 @@ import traceback
 
 # Importing torch takes 4 s a process: a server imports it once (and does nothing else, so no OpenMP pool exists) and forks the ranks.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "numpy", "dist_scan.world.collectives", "torch._dynamo", "torch.nn.parallel.distributed", "faiss",
-                                 "dist_scan.search.kernels"])
+PRELOAD = ["torch", "numpy", "dist_scan.world.collectives", "torch._dynamo", "torch.nn.parallel.distributed", "faiss", "dist_scan.search.kernels"]
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def free_port() -> int:

@@ -1,0 +1,110 @@
+"""The product with a fault armed: launch/local.py's own main in a process forked from one that has imported everything (a start
+costs no 8 s of imports), its ranks real processes below it. A tiny run: 10 steps an epoch, 2 epochs, 240 digits."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_scan.engine.log import read_rows
+from tests.ranks import CONTEXT, PRELOAD
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the fork server imports torch
+CONTEXT.set_forkserver_preload([*PRELOAD, "launch.local", "dist_scan.run", "dist_scan.pipeline", "dist_scan.engine.loop", "dist_scan.engine.faults",
+                                "dist_scan.engine.embed", "dist_scan.methods.simclr", "dist_scan.stages.train", "dist_scan.search.kmeans",
+                                "dist_scan.data.beton.loader", "dist_scan.data.feed", "dist_scan.search.index", "torch.utils.tensorboard", "torchvision.models", "tests.faults.warm"])
+
+PRETEXT = """
+  pretext: {kind: train, images: train, network: {name: resnet_small, width: 4}, method: {kind: simclr, projection_dim: 8}, recipes: [digits, digits],
+            optimizer: {kind: sgd, lr: 0.05}, epochs: 2, global_batch: 24}"""
+LONG = """
+  features: {kind: embed, backbone: pretext, num_shards: 6, batch: 16}
+  kmeans: {kind: kmeans, features: features, num_clusters: 10, restarts: 2}
+  neighbours: {kind: neighbours, features: features, num_neighbours: 5}"""
+TINY = """
+name: tiny
+data: {{train: {{source: "sklearn:digits", limit: 240}}, size: 16, stored: raw, resolution: 16}}
+stages:{stages}
+runtime: {{run_dir: "{folder}", workers: 1, checkpoint_s: 0.3, log_every: 1, device: cpu, step_limit_s: 60, section_limit_s: 60}}
+"""
+
+
+@dataclass
+class Ended:
+    """A launcher that has ended: its exit code (minus the signal's number when killed), all it and rank 0 printed, its seconds."""
+
+    code: int
+    said: str
+    took_s: float
+    folder: Path
+
+    def losses(self, stage: str = "pretext") -> dict[int, float]:
+        """Loss by step, as a reader sees them."""
+        return {r["step"]: r["loss"] for r in read_rows(self.folder / "logs" / f"{stage}.metrics.jsonl") if "loss" in r}
+
+    def weights(self) -> dict[str, bytes]:
+        """Every published file of weights of the pretext, byte for byte."""
+        return {p.name: p.read_bytes() for p in self.folder.glob("stages/pretext/*/*.safetensors")}
+
+
+class Run:
+    """One run folder. `run(...)` starts the launcher and waits for its end."""
+
+    def __init__(self, folder: Path, stages: str = PRETEXT, text: str = TINY):
+        self.folder, self.fault_path = folder / "run", folder / "fault.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = folder / "tiny.yaml"
+        self.config.write_text(text.format(stages=stages, folder=self.folder))
+        self.starts = 0
+
+    def fired(self) -> list[dict]:
+        """The faults that have fired, each with its time."""
+        path = Path(f"{self.fault_path}.fired")
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def start(self, *overrides: str, processes: int = 2, plugins: Path | None = None, taken_port: int | None = None):
+        self.starts += 1
+        out = self.config.parent / f"said{self.starts}.txt"
+        arguments = [str(self.config), "--processes", str(processes), *overrides]
+        launcher = CONTEXT.Process(target=_launcher, args=(arguments, out, str(self.fault_path), plugins, taken_port))
+        launcher.start()
+        return launcher, out
+
+    def __call__(self, *overrides: str, faults: Sequence[dict] = (), timeout_s: float = 300, **more) -> Ended:
+        """Start the launcher with these faults armed, wait for its end. Fails when one of them has not fired."""
+        if faults:
+            self.fault_path.write_text(json.dumps(list(faults)))
+        began = time.monotonic()
+        launcher, out = self.start(*overrides, **more)
+        launcher.join(timeout_s)
+        if launcher.exitcode is None:
+            launcher.kill()
+            launcher.join()
+            raise TimeoutError(f"the launcher did not end in {timeout_s} s:\n{out.read_text()}")
+        assert not self.fault_path.exists(), f"never fired: {self.fault_path.read_text()}\n{out.read_text()}"
+        return Ended(launcher.exitcode, out.read_text(), time.monotonic() - began, self.folder)
+
+
+def _launcher(arguments: list[str], out: Path, fault: str, plugins: Path | None, taken_port: int | None) -> None:
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.environ |= {"DIST_SCAN_FAULT": fault, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(to, 1)
+    os.dup2(to, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    if plugins is not None:
+        import dist_scan.methods
+
+        dist_scan.methods.__path__.append(str(plugins))
+    from launch import local, recovery
+
+    if taken_port is not None:  # the first look for a free port finds one that somebody takes at that moment
+        free, ports = recovery.free_port, [taken_port]
+        recovery.free_port = lambda: ports.pop() if ports else free()
+    sys.exit(local.main(arguments))
