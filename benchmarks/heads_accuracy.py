@@ -29,7 +29,7 @@ from dist_scan.world.world import current
 
 SETTINGS = {
     "scan": {"method": {"entropy_weight": 5.0, "normalise": "standardise"}, "optimizer": {"kind": "sgd", "lr": 0.05}},
-    "temi": {"method": {"normalise": "standardise"}, "optimizer": {"kind": "adam", "lr": 1e-3}},
+    "temi": {"method": {"normalise": "l2", "temperature": 0.1, "momentum": 0.98}, "optimizer": {"kind": "adam", "lr": 0.01}},
 }
 HELD_OUT_NEIGHBOURS = 5  # as SCAN's released configs choose
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["kmeans", "scan", "temi"], choices=["kmeans", "scan", "temi"])
     parser.add_argument("--clusters", type=int, default=50)
     parser.add_argument("--heads", type=int, default=10)
-    parser.add_argument("--neighbours", type=int, default=10)
+    parser.add_argument("--neighbours", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--set", nargs="*", default=[], metavar="KIND.PART.NAME=VALUE", help="scan.optimizer.lr=0.1")

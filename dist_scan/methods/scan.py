@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,16 +12,14 @@ from dist_scan.losses import scan_heads_loss
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.choosing import HeadChoice
 from dist_scan.models.headed import BestNetwork, HeadFeatures, choose, publish
-from dist_scan.models.layers import ClusterHeads, Normalise, check_groups, convert_batch_norm
-
-NumClusters = Annotated[int, Field(ge=2)]
+from dist_scan.models.layers import ClusterHeads, Normalise, NumClusters, check_groups, convert_batch_norm
 
 
 class ScanConfig(MethodConfig):
     """The draw of neighbours (and the released code's self_as_candidate) is a setting of the train stage."""
 
     kind: Literal["scan"] = "scan"
-    num_clusters: NumClusters | Annotated[tuple[NumClusters, ...], Field(min_length=1)]
+    num_clusters: NumClusters
     """One number, or several ([500, 1000, 2000]): num_heads heads of each; the first is what later stages get by default."""
     num_heads: int = Field(default=1, ge=1)
     entropy_weight: float = Field(default=5.0, ge=0)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,16 +15,14 @@ from dist_scan.losses import temi_heads_loss
 from dist_scan.methods.base import Given, Method, MethodConfig, ParameterGroup, Step
 from dist_scan.models.choosing import HeadChoice
 from dist_scan.models.headed import HeadFeatures, choose, publish
-from dist_scan.models.layers import ClusterHeads, MomentumCopy, Normalise
-
-NumClusters = Annotated[int, Field(ge=2)]
+from dist_scan.models.layers import ClusterHeads, MomentumCopy, Normalise, NumClusters
 
 
 class TemiConfig(MethodConfig):
     """The paper's values as defaults; its heads are small networks, ours are linear, on the same bank as SCAN's."""
 
     kind: Literal["temi"] = "temi"
-    num_clusters: NumClusters | Annotated[tuple[NumClusters, ...], Field(min_length=1)]
+    num_clusters: NumClusters
     """One number, or several: num_heads heads of each, all of which share the weights of pairs."""
     num_heads: int = Field(default=10, ge=1)
     beta: float = Field(default=0.6, gt=0, le=1)

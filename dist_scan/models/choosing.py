@@ -18,13 +18,17 @@ from dist_scan.world.collectives import all_max, all_sum, gather_rows
 
 LARGEST_LOGIT = 1e5  # float32 then resolves 0.008: a softmax of such logits is noise
 LARGEST_SHARE = 0.95  # of the mean probability, in one cluster of every head
+PATIENCE = 3  # epochs in a row: heads may pass through such a state in their first steps
+OUT = ("Lower the optimizer's lr (it belongs to the features' scale: divide by 10), set method.normalise: standardise (l2 on images), "
+       "or raise method.entropy_weight (scan)")
 
 
 class HeadChoice(nn.Module):
     """For each number of clusters: the head with the lowest held-out loss of all epochs, and all heads as they were then.
 
     Buffers, so that a resumed run chooses as an undisturbed one: kept_weight [S, D] and kept_bias [S]; losses [H] of the epoch kept;
-    stability [H]; alignment [S]: the chosen head's cluster that each cluster is (-1: not known, no held-out rows).
+    stability [H]; alignment [S]: the chosen head's cluster that each cluster is (-1: not known, no held-out rows); collapsed: epochs
+    in a row in which every head had one cluster for all.
     """
 
     def __init__(self, heads: ClusterHeads):
@@ -38,12 +42,32 @@ class HeadChoice(nn.Module):
         self.register_buffer("losses", torch.full((count,), math.nan, dtype=torch.float64))
         self.register_buffer("stability", torch.full((count,), math.nan, dtype=torch.float64))
         self.register_buffer("alignment", torch.full((len(heads.bias),), -1))
+        self.register_buffer("collapsed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("kept_weight", heads.weight.detach().clone())
         self.register_buffer("kept_bias", heads.bias.detach().clone())
 
     def members(self, group: int) -> list[int]:
         """Heads with this group's number of clusters."""
         return [h for h, c in enumerate(self.sizes) if c == self.numbers[group]]
+
+    @torch.no_grad()
+    def check(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
+        """After an epoch: the largest logit, and the largest cluster's share of the mean probability in the head where it is smallest.
+        Collective. Raises ValueError, with the way out, when logits are beyond float32, or for the PATIENCE-th epoch in a row every
+        head has put everything into one cluster."""
+        size, shares = torch.zeros((), device=features_BD.device), []
+        rows = all_sum(torch.tensor(float(len(features_BD)), device=features_BD.device)).clamp(min=1)
+        for h in range(len(heads.sizes)):
+            logits = heads.one(h, features_BD).float()
+            size = torch.cat([size.view(1), logits.abs().flatten()]).amax()
+            shares.append(float((all_sum(logits.softmax(1).sum(0)) / rows).max()))
+        largest, share = float(all_max(size)), min(shares)
+        if not largest <= LARGEST_LOGIT:
+            raise ValueError(f"the heads diverged: the largest logit is {largest:.3g} (allowed: {LARGEST_LOGIT:.0e}). {OUT}")
+        self.collapsed.copy_(self.collapsed + 1 if share > LARGEST_SHARE else 0 * self.collapsed)
+        if self.collapsed >= PATIENCE:
+            raise ValueError(f"the heads collapsed: for {PATIENCE} epochs one cluster of every head has taken at least {share:.0%} of the images. {OUT}")
+        return {"largest_logit": largest, "largest_cluster": share}
 
     @torch.no_grad()
     def take(self, epoch: int, heads: ClusterHeads) -> None:
@@ -138,29 +162,6 @@ def held_out_loss(logits_MC: Tensor, neighbours_AK: Tensor) -> Tensor:
     total = sum(-torch.logsumexp(anchors + log_p[column], 1).mean() for column in neighbours_AK.T)
     mean = anchors.exp().mean(0).clamp(min=SMALLEST)
     return total / neighbours_AK.shape[1] + (mean * mean.log()).sum()
-
-
-@torch.no_grad()
-def check_heads(heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
-    """Largest logit, and the largest cluster's share of the mean probability in the head where it is smallest. Collective.
-
-    Raises ValueError, with the way out, when logits are beyond float32 or when every head has put everything into one cluster.
-    """
-    size, shares = torch.zeros((), device=features_BD.device), []
-    rows = float(all_sum(torch.tensor(float(len(features_BD)), device=features_BD.device)))
-    for h in range(len(heads.sizes)):
-        logits = heads.one(h, features_BD).float()
-        if len(logits):
-            size = torch.maximum(size, logits.abs().amax())
-        shares.append(float((all_sum(logits.softmax(1).sum(0)) / max(rows, 1)).max()))
-    largest, share = float(all_max(size)), min(shares)
-    out = ("Lower the optimizer's lr (it belongs to the features' scale: divide by 10), set method.normalise: standardise (l2 on images), "
-           "or raise method.entropy_weight (scan)")
-    if not largest <= LARGEST_LOGIT:
-        raise ValueError(f"the heads diverged: the largest logit is {largest:.3g} (allowed: {LARGEST_LOGIT:.0e}). {out}")
-    if share > LARGEST_SHARE and rows > 1:
-        raise ValueError(f"the heads collapsed: in every head one cluster takes at least {share:.0%} of the images. {out}")
-    return {"largest_logit": largest, "largest_cluster": share}
 
 
 def number_or_none(x: Tensor) -> float | None:

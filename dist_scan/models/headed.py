@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_scan.data.batch import HeldOut
-from dist_scan.models.choosing import HeadChoice, check_heads, number_or_none
+from dist_scan.models.choosing import HeadChoice, number_or_none
 from dist_scan.models.cluster import ClusterModel, save_cluster_model
 from dist_scan.models.layers import ClusterHeads, FeatureNorm, Normalise
 
@@ -64,8 +64,8 @@ def choose(epoch: int, heads: ClusterHeads, choice: HeadChoice, features: HeadFe
            last: Tensor | None) -> tuple[dict[str, float], bool]:
     """(what to log, whether this epoch is kept) after an epoch. Collective; `last`: features of the last step, for the check.
 
-    Raises ValueError when the heads have diverged (see check_heads)."""
-    values = {} if last is None else check_heads(heads, last)
+    Raises ValueError when the heads have diverged (see HeadChoice.check)."""
+    values = {} if last is None else choice.check(heads, last)
     if held_out is None:
         choice.take(epoch, heads)
         return values, True

@@ -3,18 +3,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from dist_scan.models.batchnorm import GroupedBatchNorm, check_groups, convert_batch_norm, sync_running_stats
 
-__all__ = ["ClusterHeads", "FeatureNorm", "GroupedBatchNorm", "MomentumCopy", "Normalise", "Projector", "Sobel", "convert_batch_norm",
+__all__ = ["ClusterHeads", "FeatureNorm", "GroupedBatchNorm", "MomentumCopy", "Normalise", "NumClusters", "Projector", "Sobel", "convert_batch_norm",
            "sync_running_stats"]
 Normalise = Literal["none", "l2", "standardise"]
+
+
+def _at_least_two(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else value
+    if not numbers or min(numbers) < 2 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{value}; allowed: a number of at least 2, or a list of different ones ([500, 1000, 2000])")
+    return value
+
+
+NumClusters = Annotated[int | tuple[int, ...], AfterValidator(_at_least_two)]
+"""Of heads: one number of clusters, or several."""
 
 
 class Projector(nn.Sequential):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from dist_scan.models.choosing import HeadChoice, KeptHeads, check_heads
+from dist_scan.models.choosing import HeadChoice, KeptHeads
 from dist_scan.models.consensus import align, consensus, rand_agreement, stability
 from dist_scan.models.layers import ClusterHeads
 
@@ -93,20 +93,36 @@ def test_without_held_out_rows_the_newest_is_kept_and_there_is_no_consensus(tmp_
 
 
 def test_heads_that_diverge_stop_with_the_remedy():
+    torch.manual_seed(0)
     heads, x = ClusterHeads(8, 4, 2), torch.randn(50, 8)
-    fine = check_heads(heads, x)
+    choice = HeadChoice(heads)
+    fine = choice.check(heads, x)
     assert 0 < fine["largest_logit"] < 10 and fine["largest_cluster"] < 0.9
     with torch.no_grad():
         heads.bias[0] += 30
-    assert check_heads(heads, x)["largest_cluster"] < 0.9  # one head of two may fail: it is not chosen
+    assert choice.check(heads, x)["largest_cluster"] < 0.9 and choice.collapsed == 0  # one head of two may fail: it is not chosen
     with torch.no_grad():
         heads.bias[5] += 30
-    with pytest.raises(ValueError, match="collapsed.*lr.*standardise"):
-        check_heads(heads, x)
+    choice.check(heads, x)
+    choice.check(heads, x)
+    resumed = HeadChoice(heads)
+    resumed.load_state_dict(choice.state_dict())
+    for each in (choice, resumed):
+        with pytest.raises(ValueError, match="collapsed.*lr.*standardise"):
+            each.check(heads, x)
     with torch.no_grad():
         heads.weight *= 1e6
     with pytest.raises(ValueError, match="diverged.*lr"):
-        check_heads(heads, x)
+        choice.check(heads, x)
     heads.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="diverged"):
-        check_heads(heads, x)
+        choice.check(heads, x)
+
+
+def test_a_passing_collapse_is_forgotten():
+    heads, x = ClusterHeads(8, 4, 1), torch.randn(50, 8)
+    choice = HeadChoice(heads)
+    for bias in (30.0, 30.0, 0.0, 30.0, 30.0):
+        heads.bias.data = torch.tensor([bias, 0, 0, 0])
+        choice.check(heads, x)
+    assert choice.collapsed == 2
