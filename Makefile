@@ -1,13 +1,14 @@
-# make quickstart: the whole way on real images.   make test: every test.   Both set the machine up first, once.
+# make quickstart: the whole way on real images.   make test: every test.   make test-slurm: the live cluster's alone.   All set the machine up first, once.
 PYTHON ?= python3
 PY = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test
+.PHONY: help setup quickstart test test-slurm
 
 help:
 	@echo "make quickstart   set up, then cluster the handwritten digits: ends with a table and a report"
 	@echo "make test         set up, then run all tests"
+	@echo "make test-slurm   the tests on a real Slurm of four nodes on this machine (packages slurm-wlm and munge, root)"
 
 .venv/.ready: pyproject.toml launch/setup.sh
 	@PYTHON=$(PYTHON) bash launch/setup.sh
@@ -19,3 +20,6 @@ quickstart: .venv/.ready
 
 test: .venv/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests
+
+test-slurm: .venv/.ready
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slurm tests/slurm

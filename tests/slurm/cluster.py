@@ -112,8 +112,22 @@ class Cluster:
             deadline = time.monotonic() + 15
             while self.call("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
                 time.sleep(0.3)
+        for pid in self._job_processes():  # of jobs that a killed slurmctld has forgotten
+            os.kill(pid, signal.SIGKILL)
         for name in [*(f"slurmd-n{n}" for n in range(1, NODES + 1)), "slurmctld", "munged"]:
             self.stop(name)
+
+    def _job_processes(self) -> list[int]:
+        """What still runs in jobs of this cluster, known by its SLURM_CONF."""
+        found, mark = [], f"SLURM_CONF={self.conf}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if mark in words and any(w.startswith(b"SLURM_JOB_ID=") for w in words) and int(process.name) != os.getpid():
+                found.append(int(process.name))
+        return found
 
     def start_munged(self) -> None:
         if not self.pid("munged"):

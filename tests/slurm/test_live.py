@@ -10,22 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.launches import report, run
-from tests.slurm.cluster import Cluster, Missing, check
+from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import LONG, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    try:
-        check()
-    except Missing as why:
-        pytest.skip(str(why))
-    slurm = Cluster(tmp_path_factory.mktemp("slurm"))
-    slurm.up()
-    yield slurm
-    slurm.down()
 
 
 @pytest.fixture(scope="module")
