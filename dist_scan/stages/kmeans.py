@@ -37,6 +37,7 @@ class KMeansStage(Stage):
     """Writes assignments.npz and centroids.npy."""
 
     Config = KMeansConfig
+    version = 2  # 2: greedy k-means++
 
     def run(self) -> None:
         """Collective."""
