@@ -2,7 +2,7 @@
 
 Rows lie on float16's grid and centroids on multiples of 2^-22, so a float64 distance is exact and ties are ties: the first centroid wins. The
 sums are float64 over numbers on a grid, hence exact, so that only rows that moved are added and taken away, and ranks may add up in any order.
-Memory per rank: 4 D + 8 bytes a row, (4 threads + 30) k D bytes for centroids, sums and the message of an iteration, 4 MB a thread.
+Memory per rank: 4 D + 20 bytes a row, 40 k D bytes for centroids, sums and the message of an iteration, 4 MB a thread.
 """
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ Import nothing heavy before `as_ranks`: the ranks are forked, and OpenMP reads i
 """
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import re
@@ -55,7 +56,7 @@ def _fork(work: Callable[[], int], processes: int) -> int:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mistakes = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(work, r, processes, port, mistakes)) for r in range(processes)]
+    ranks = [context.Process(target=_rank, args=(work, r, processes, port, os.getpid(), mistakes)) for r in range(processes)]
     for p in ranks:
         p.start()
 
@@ -72,7 +73,11 @@ def _fork(work: Callable[[], int], processes: int) -> int:
     return code
 
 
-def _rank(work: Callable[[], int], rank: int, processes: int, port: int, mistakes) -> None:
+def _rank(work: Callable[[], int], rank: int, processes: int, port: int, parent: int, mistakes) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a parent that is killed takes its ranks along
+        if os.getppid() != parent:
+            os._exit(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     try:

@@ -113,6 +113,28 @@ def test_another_npy_is_not_taken_for_the_first(tmp_path, capsys):
     assert main(args) == 2 and "made from another file" in capsys.readouterr().err
 
 
+def test_ranks_end_with_the_command_that_started_them(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((20000, 64)).astype(np.float16))
+    args = ("neighbours", tmp_path / "x.npy", tmp_path / "out", "--processes", 2, "--k", 100)
+    p = subprocess.Popen([sys.executable, "-m", "dist_scan", *map(str, args)], env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT)
+    children = Path(f"/proc/{p.pid}/task/{p.pid}/children")
+    while len(ranks := children.read_text().split()) < 2:
+        time.sleep(0.05)
+    p.kill()
+    p.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(r) for r in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/status").read_text().split("State:")[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
 def slowly(root, out):
     """Mining in many rounds, so that there is time to kill it between shards."""
     mine_neighbours(FeatureTable.open(root), out, 5, metric="l2", chunk=97, queries=50, stop=lambda: bool(time.sleep(0.02)))
