@@ -6,7 +6,6 @@ images, one at a time, interleaved with ours (the same crops, ToTensor and Norma
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 from sklearn.datasets import load_sample_image
 
+from benchmarks.rows import emit, spread
 from dist_scan.data.augment import LOOKS, Look, RecipeConfig, build_recipe
 
+QUICK = ["--sizes", "32", "--recipes", "simclr", "moco_v2", "--repeats", "3"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -60,7 +61,7 @@ def measure(name: str, colour: str, size: int, batch: int, repeats: int, compare
             theirs.append(cpu_s(lambda: [other(image) for image in _pil(few)]) / len(few))
     row = {"row": name, "colour": colour, "size": size, "batch": batch, "img_per_cpu_s": round(1 / np.median(ours))}
     if theirs:
-        row |= {"torchvision_img_per_cpu_s": round(1 / np.median(theirs)), "ratio": round(float(np.median(theirs) / np.median(ours)), 1)}
+        row |= {"torchvision_img_per_cpu_s": round(1 / np.median(theirs)), **spread(np.array(theirs) / np.array(ours), "speedup")}
     return row
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     for size in args.sizes:
         for name in args.recipes:
             for colour in ("exact", "fused") if LOOKS[name].jitter else ("exact",):
-                print(json.dumps(measure(name, colour, size, 256 if size < 100 else 32, args.repeats, args.compare)), flush=True)
+                emit(measure(name, colour, size, 256 if size < 100 else 32, args.repeats, args.compare))
 
 
 if __name__ == "__main__":

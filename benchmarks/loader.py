@@ -2,13 +2,12 @@
 
     python -m benchmarks.loader FOLDER_OF_IMAGES --compare
 
---compare runs torchvision's PIL pipeline on the same stored JPEGs, interleaved with ours; the ratio is the median over rounds.
+--compare runs torchvision's PIL pipeline on the same stored JPEGs, interleaved with ours; `speedup` is the median over rounds.
 """
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.rows import emit, spread
 from dist_scan.data.beton.format import check_beton
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
 from dist_scan.data.crops import CropSpec
 from dist_scan.data.sources import DataConfig, SplitConfig, open_source
 
+NEEDS = "data:imagenet-samples"
+QUICK = ["--rounds", "3"]
 VIEWS = (CropSpec("random_resized", 224, flip=0.5),) * 2
 
 
@@ -93,8 +95,8 @@ def main() -> None:
         if name in first:
             row["first_batch_s"] = round(first[name], 2)
         if args.compare:
-            row["ratio_to_torchvision"] = round(float(np.median(np.array(seconds["torchvision"][1:]) / times)), 2)
-        print(json.dumps(row))
+            row |= spread(np.array(seconds["torchvision"][1:]) / times, "speedup")
+        emit(row)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks.rows import emit
 from dist_scan.evaluate import metrics as m
+
+QUICK = ["--images", "200000", "--clusters", "300", "--repeats", "2"]
 
 
 def timed(work: Callable[[], object], repeats: int) -> tuple[object, float]:
@@ -52,7 +54,7 @@ def main() -> None:
     rows: dict[str, Callable[[], object]] = {"hungarian": lambda: m.hungarian(table), "nmi": lambda: m.nmi(table),
                                              "ari": lambda: m.ari(table), "ami": lambda: m.ami(table), "purity": lambda: m.purity(table)}
     where = {"images": args.images, "clusters": args.clusters}
-    print(json.dumps({"row": "contingency", "cpu_ms": round(ms, 2), **where}), flush=True)
+    emit({"row": "contingency", "cpu_ms": round(ms, 2), **where})
     other = peers(cluster, label, args.slow) if args.compare else {}
     for name, work in rows.items():
         value, ms = timed(work, args.repeats)
@@ -60,7 +62,7 @@ def main() -> None:
         if name in other:
             peer, peer_ms = timed(other[name], 1)
             row |= {"sklearn_cpu_ms": round(peer_ms, 1), "ratio": round(peer_ms / ms, 1), "difference": abs(value - peer)}
-        print(json.dumps(row), flush=True)
+        emit(row)
 
 
 if __name__ == "__main__":
