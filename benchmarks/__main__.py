@@ -49,7 +49,7 @@ def read(path: Path) -> Benchmark | None:
     named = {t.id: node.value for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
     quick = ast.literal_eval(named["QUICK"]) if "QUICK" in named else None
     needs = ast.literal_eval(named["NEEDS"]) if "NEEDS" in named else ""
-    return Benchmark(path.stem, (ast.get_docstring(tree) or "").splitlines()[0], quick, needs, '"--compare"' in text)
+    return Benchmark(path.stem, (ast.get_docstring(tree) or "-").splitlines()[0], quick, needs, '"--compare"' in text)
 
 
 def why_not(benchmark: Benchmark, quick: bool) -> str:
