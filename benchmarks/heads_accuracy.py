@@ -27,6 +27,7 @@ from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.world.world import current
 
+NEEDS = "data:imagenet50-val-moco128.npz"
 SETTINGS = {
     "scan": {"method": {"entropy_weight": 5.0, "normalise": "standardise"}, "optimizer": {"kind": "sgd", "lr": 0.05}},
     "temi": {"method": {"normalise": "l2", "temperature": 0.1, "momentum": 0.98}, "optimizer": {"kind": "adam", "lr": 0.01}},

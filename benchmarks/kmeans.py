@@ -20,6 +20,8 @@ import numpy as np
 
 from benchmarks.turns import Group, Turn
 
+QUICK = ["--rows", "20000", "--dim", "128", "--clusters", "300", "--iterations", "5", "--world-sizes", "1", "--rounds", "2"]
+
 
 def write_rows(path: Path, rows: int, dim: int) -> None:
     """A feature table of unit rows."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.turns import Group, Turn
 
+QUICK = ["--sizes", "20000x128", "--queries", "2048", "--world-sizes", "1"]
 SHARDS = 16
 
 

@@ -19,6 +19,7 @@ from dist_scan.evaluate.metrics import accuracy, contingency, neighbour_purity, 
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
 
+NEEDS = "data:imagenet50-val-moco128.npz"
 ROWS = {"as they are": {}, "unit": {"normalise": True}, "unit, centroids too": {"spherical": True}}
 
 
