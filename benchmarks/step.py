@@ -4,7 +4,8 @@
     python -m benchmarks.step --variants fp32 bf16 channels_last compile --model resnet50 --size 224 --batch 256
 
 Both take the same images from memory. With --compare one step of ours and one of the bare loop (forward, backward, update; no look
-at whether numbers are finite, no log, no stopping) follow each other, so that what else the machine does hits both. `timers_us` is what
+at whether numbers are finite, no log, no stopping) follow each other, so that what else the machine does hits both (cpu_time_ratio is of CPU seconds: on a busy machine
+trust that one). `timers_us` is what
 the section clock costs a step. Under srun or torchrun (RANK is set) the ranks train together, and rank 0 prints. --batch is a rank's.
 """
 from __future__ import annotations
@@ -32,26 +33,37 @@ class Turns:
 
     def __init__(self, batch, steps: int, bare, sync):
         self.batch, self.steps_per_epoch, self.bare, self.sync = batch, steps, bare, sync
-        self.ours: list[float] = []
-        self.theirs: list[float] = []
+        self.ours: list[tuple[float, float]] = []
+        self.theirs: list[tuple[float, float]] = []
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator:
         """See data.feed.Feed."""
         for step in range(first_step, self.steps_per_epoch):
             if self.bare is not None and step % 2:
                 self.theirs.append(self._timed(self.bare))
-            began = time.perf_counter()
+            began = now()
             yield type(self.batch)(self.batch.index, self.batch.views, epoch, step)
             self.sync()
-            self.ours.append(time.perf_counter() - began)
+            self.ours.append(since(began))
             if self.bare is not None and step % 2 == 0:
                 self.theirs.append(self._timed(self.bare))
 
-    def _timed(self, work) -> float:
-        began = time.perf_counter()
+    def _timed(self, work) -> tuple[float, float]:
+        began = now()
         work()
         self.sync()
-        return time.perf_counter() - began
+        return since(began)
+
+
+def now() -> tuple[float, float]:
+    """Wall clock and this process's CPU seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> tuple[float, float]:
+    """Seconds of both clocks since then."""
+    wall, cpu = now()
+    return wall - began[0], cpu - began[1]
 
 
 def build(args: argparse.Namespace, variant: str, device: torch.device):
@@ -122,7 +134,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
             trainer.run()
         log.close()
     ours, theirs = np.array(feed.ours[WARM_UP:]), np.array(feed.theirs[WARM_UP:])
-    step_s, share = float(np.median(ours)), shares(timing.total)
+    step_s, share = float(np.median(ours[:, 0])), shares(timing.total)
     busy = sum(v for name, v in share.items() if name != "data_wait") or 1.0  # data wait holds the bare loop's turns
     row = {"row": variant, "model": args.model, "size": args.size, "batch": args.batch, "world_size": current().world_size, "steps": args.steps,
            "images_per_s": round(images / step_s, 1), "step_ms": round(1000 * step_s, 2),
@@ -131,7 +143,8 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
     if current().world_size > 1:
         row |= slowest(timing)
     if args.compare:
-        row |= {"bare_images_per_s": round(images / float(np.median(theirs)), 1), **spread(ours / theirs, "time_ratio")}
+        row |= {"bare_images_per_s": round(images / float(np.median(theirs[:, 0])), 1), **spread(ours[:, 0] / theirs[:, 0], "time_ratio"),
+                **spread(ours[:, 1] / theirs[:, 1], "cpu_time_ratio")}
     if current().rank == 0:
         emit(row)
 
@@ -153,7 +166,7 @@ def timers_s(steps: int = 2000) -> float:
     use_clock(clock)
     best = float("inf")
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(steps):
             with section("data_wait"):
                 for _ in range(2):
@@ -165,7 +178,7 @@ def timers_s(steps: int = 2000) -> float:
                 with section(name):
                     pass
             clock.settle()
-        best = min(best, (time.perf_counter() - began) / steps)
+        best = min(best, (time.process_time() - began) / steps)
     use_clock(None)
     return best
 
