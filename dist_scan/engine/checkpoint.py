@@ -17,7 +17,7 @@ import torch
 
 from dist_scan.artefacts import MANIFEST, fsync_dir, sha256_of, write_json
 from dist_scan.engine.stop import Hopeless
-from dist_scan.engine.watchdog import limited
+from dist_scan.engine.watchdog import watched
 from dist_scan.world.collectives import agree, barrier, broadcast_object
 from dist_scan.world.world import current
 
@@ -37,7 +37,7 @@ class Checkpoints:
         self.failures = 0
         self.save_s = 0.0
 
-    @limited("save")
+    @watched("save")
     def save(self, step: int, state: Mapping[str, Any], banks: Mapping[str, Any]) -> bool:
         """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks."""
         began, error = time.monotonic(), None
@@ -93,7 +93,7 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
 
-    @limited("load a checkpoint")
+    @watched("load a checkpoint")
     def load(self, device: torch.device) -> tuple[dict[str, Any], Path] | None:
         """(state, folder) of the newest that verifies, or None when there was never one.
 
@@ -138,8 +138,8 @@ def load_bank_files(folder: Path, name: str) -> list[dict]:
 def _try(action: Callable[[], None]) -> Exception | None:
     try:
         action()
-    except (OSError, RuntimeError, ValueError, CheckpointError) as error:  # torch.save wraps a full disk in RuntimeError
-        return error
+    except (OSError, RuntimeError, ValueError, CheckpointError) as error:
+        return error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk behind its own error
     return None
 
 

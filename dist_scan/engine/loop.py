@@ -15,7 +15,7 @@ from dist_scan.engine.position import Position, Saver
 from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
 from dist_scan.engine.profile import Timing
 from dist_scan.engine.stop import Hopeless, Stop
-from dist_scan.engine.watchdog import limited
+from dist_scan.engine.watchdog import watched
 from dist_scan.methods.base import Embed, Method, Step
 from dist_scan.models.layers import sync_running_stats
 from dist_scan.progress import Progress, Stopped
@@ -69,7 +69,7 @@ class Trainer:
                     self._end_epoch()
         return self.at
 
-    @limited("begin_epoch")
+    @watched("begin_epoch")
     def _begin_epoch(self) -> None:
         """The method's whole-set moment, once per epoch: a run resumed inside the epoch does not repeat it."""
         seed_step(self.schooling.seed, self.at.epoch, 1)
@@ -163,7 +163,7 @@ class Trainer:
             raise Stopped()
         self.timing.step_done(self.at.step)
 
-    @limited("end of an epoch")
+    @watched("end of an epoch")
     def _end_epoch(self) -> None:
         self.method.eval()
         began = time.monotonic()

@@ -116,8 +116,8 @@ _standing: Watchdog | None = None
 
 
 @contextmanager
-def limited(name: str, limit_s: float | None = None) -> Iterator[None]:
-    """`with limited("save"):` (or as a decorator) work that no Progress shows; nothing when no watchdog stands."""
+def watched(name: str, limit_s: float | None = None) -> Iterator[None]:
+    """`with watched("save"):` (or as a decorator) work that no Progress shows; nothing when no watchdog stands."""
     dog = _standing
     if dog is not None:
         dog.enter(name, limit_s)
