@@ -1,7 +1,8 @@
 """From rows to Batches: the two places a method's views come from, decoded images and cached features.
 
 A feed's `batches(epoch, first_step)` is this rank's part of every step from `first_step` of the epoch on, as a pure
-function of (seed, epoch, step): the same for any number of ranks, workers or threads.
+function of (seed, epoch, step): the same for any number of ranks, workers or threads. `views` are numbers of recipes (of the
+anchor's and the partner's row with features); view k of a batch draws as view k whichever recipe makes it. None: each once.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class Feed(Protocol):
 
     steps_per_epoch: int
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]: ...
 
 
 class Plan:
@@ -42,7 +43,7 @@ class Plan:
                              f"allowed: at most {len(rows)}. Lower it")
         self.steps_per_epoch = min(full, steps or full)
         self.neighbours, self.self_as_candidate = neighbours, self_as_candidate
-        self.num_neighbours = num_neighbours or (neighbours.num_neighbours if neighbours else 0)
+        self.num_neighbours = num_neighbours if num_neighbours is not None else (neighbours.num_neighbours if neighbours else 0)
 
     def grid(self, epoch: int, first_step: int) -> np.ndarray:
         """[steps, b] rows of this rank."""
@@ -69,18 +70,19 @@ class ImageFeed:
         self.paired = plan.neighbours is not None
         self.steps_per_epoch = plan.steps_per_epoch
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]:
         """See Feed. With neighbours the last view is the partner's."""
+        recipes = self.recipes if views is None else tuple(self.recipes[v] for v in views)
         grid = self.plan.grid(epoch, first_step)
         partners = np.stack([self.plan.partners(rows, epoch) for rows in grid]) if self.paired else None
         rows = np.concatenate([grid, partners], axis=1) if self.paired else grid
         step = epoch * self.steps_per_epoch + first_step
-        for i, (index, views) in enumerate(self.loader.batches(rows.reshape(-1), epoch)):
-            yield Batch(torch.from_numpy(grid[i].astype(np.int64)), self._colour(index, views, epoch, grid.shape[1]), epoch, step + i)
+        for i, (index, cut) in enumerate(self.loader.batches(rows.reshape(-1), epoch, views)):
+            yield Batch(torch.from_numpy(grid[i].astype(np.int64)), self._colour(index, cut, recipes, epoch, grid.shape[1]), epoch, step + i)
 
-    def _colour(self, index: np.ndarray, views: tuple[Tensor, ...], epoch: int, b: int) -> tuple[Tensor, ...]:
-        out, last = [], len(self.recipes) - 1
-        for v, (recipe, images) in enumerate(zip(self.recipes, views)):
+    def _colour(self, index: np.ndarray, cut: tuple[Tensor, ...], recipes: tuple[Recipe, ...], epoch: int, b: int) -> tuple[Tensor, ...]:
+        out, last = [], len(recipes) - 1
+        for v, (recipe, images) in enumerate(zip(recipes, cut)):
             if self.paired:  # the loader gave anchors then partners; each view needs one of the two
                 half = slice(b, None) if v == last else slice(0, b)
                 images, rows = images[half], index[half]
@@ -106,12 +108,12 @@ class FeatureFeed:
         with section("copy"):
             return rows.to(self.device).float()
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]:
         """See Feed."""
         step = epoch * self.steps_per_epoch + first_step
         for i, index in enumerate(self.plan.grid(epoch, first_step)):
-            views = (self._rows(index, epoch, 0), self._rows(self.plan.partners(index, epoch), epoch, 1))
-            yield Batch(torch.from_numpy(index.astype(np.int64)), views, epoch, step + i)
+            pair = index, self.plan.partners(index, epoch)
+            yield Batch(torch.from_numpy(index.astype(np.int64)), tuple(self._rows(pair[v], epoch, v) for v in views or (0, 1)), epoch, step + i)
 
 
 def eval_batches(loader: BetonLoader, recipe: Recipe, rows: np.ndarray, device: torch.device, *, seed: int = 0) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,23 +63,26 @@ class Trainer:
             while self.at.epoch < self.schooling.epochs and not self.at.finished:
                 with section("epoch"):
                     self._begin_epoch()
-                for batch in waited(self.feed.batches(self.at.epoch, self.at.step_in_epoch)):
+                for batch in waited(self._batches(self.at.step_in_epoch)):
                     values = self._step(batch)
                     self._after_step(values, progress)
                 with section("epoch"):
                     self._end_epoch()
         return self.at
 
+    def _batches(self, first_step: int = 0) -> Iterator[Batch]:
+        return self.feed.batches(self.at.epoch, first_step, views=self.method.views_of(self.at.epoch))
+
     @watched("begin_epoch")
     def _begin_epoch(self) -> None:
         """The method's whole-set moment, once per epoch: a run resumed inside the epoch does not repeat it."""
         seed_step(self.schooling.seed, self.at.epoch, 1)
-        self.method.train()
         if not self.at.begun:
             forget(self.optimizer, fresh := tuple(self.method.begin_epoch(self.at.epoch, self.embed)))
             self.at.begun = True
             if fresh:
                 self.saver.save(self.method, self.optimizer, self.at)
+        self.method.train()
         if self.network is not self.method and not self.settled:
             self._settle()
 
@@ -88,7 +92,7 @@ class Trainer:
         self.settled = True
         before = {k: v.clone() for k, v in self.method.state_dict().items()}
         for _ in range(2):
-            batch = next(iter(self.feed.batches(self.at.epoch)))
+            batch = next(self._batches())
             self._forward(batch).loss.backward()
         self.method.load_state_dict(before)
         self.optimizer.zero_grad(set_to_none=True)

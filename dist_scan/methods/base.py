@@ -71,7 +71,8 @@ class Given:
 
 
 Embed = Callable[..., Any]
-"""embed(network, recipe='center') -> FeatureTable of the whole set, made by all ranks (collective)."""
+"""embed(network, recipe='center') -> FeatureTable of the whole set, made by all ranks (collective); `network.num_features` wide.
+recipe: a name, or the number of one of the stage's own recipes. Leaves the network in eval mode."""
 
 
 class Method(nn.Module, ABC):
@@ -86,6 +87,15 @@ class Method(nn.Module, ABC):
     def __init__(self, config: MethodConfig, given: Given):
         super().__init__()
         self.config, self.given = config, given
+
+    @classmethod
+    def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
+        """The recipes of a method whose number of views is a setting; else `recipes`."""
+        return cls.recipes
+
+    def views_of(self, epoch: int) -> tuple[int, ...] | None:
+        """Which recipes make the views of this epoch, by number, also one several times; None: each once. Others are not decoded."""
+        return None
 
     @abstractmethod
     def forward(self, batch: Batch) -> Step:
