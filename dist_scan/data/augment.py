@@ -38,8 +38,10 @@ class Look:
     blur_p: float = 0.0
     special: Literal["none", "randaugment", "digits"] = "none"
     cutout_p: float = 0.0
-    share: float | None = None
-    """Side of the crop as a share of the image's shorter side."""
+    share: tuple[float, ...] = ()
+    """Side of the crop as a share of the image's shorter side: one of these."""
+    degrees: float = 0.0
+    """Turned by an angle uniform between minus and plus this."""
     normalise: bool = True
 
 
@@ -54,8 +56,11 @@ LOOKS: dict[str, Look] = {
     "moco_cifar": Look("random_resized", (0.08, 1.0), flip=0.5, jitter=SCAN_JITTER, grey_p=0.2),
     "deepcluster": Look("random_resized", (0.08, 1.0), flip=0.5),
     "dcv2": Look("random_resized", (0.08, 1.0), flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), grey_p=0.2, blur_p=0.5),
-    "mmdc": Look("random", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.125), jitter_p=1.0, grey_p=0.2, share=20 / 32, normalise=False),
-    "mmdc_center": Look("center", share=20 / 32, normalise=False),
+    "mmdc": Look("random", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.125), jitter_p=1.0, grey_p=0.2, share=(20 / 32,), normalise=False),
+    "mmdc_center": Look("center", share=(20 / 32,), normalise=False),
+    "mmdc_rotation": Look("random", share=(20 / 32,), normalise=False),  # of the images whose quarter turns are told apart
+    "mmdc_mnist": Look("random", share=(24 / 28, 20 / 28, 16 / 28), degrees=25.0, normalise=False),
+    "mmdc_mnist_center": Look("center", share=(24 / 28,), normalise=False),
     "digits": Look("center", special="digits", cutout_p=0.5),
     "digits_strong": Look("center", special="digits", cutout_p=1.0),
 }
@@ -71,6 +76,8 @@ class RecipeConfig(Strict):
     """Smallest and largest share of the image's area in a random resized crop."""
     share: float | None = Field(default=None, gt=0, le=1)
     """mmdc: the side of the crop as a share of the shorter side: 20/32 (CIFAR, Tiny ImageNet), 64/96 (STL-10, ImageNet-10)."""
+    degrees: float | None = Field(default=None, ge=0, le=180)
+    """mmdc_mnist: largest angle by which the crop is turned; what comes in from outside is black."""
     strength: float | None = Field(default=None, ge=0, le=1.25)
     """Of the colour jitter, as SimCLR counts: brightness, contrast, saturation .8 of it, hue .2 of it. SCAN and MoCo v2: 0.5; dcv2: 1."""
     flip: float | None = Field(default=None, ge=0, le=1)
@@ -100,11 +107,10 @@ class RecipeConfig(Strict):
             raise ValueError(f"scale {scale}: allowed: two numbers with 0 < low <= high <= 1")
         return scale
 
-
     @model_validator(mode="after")
     def _has_effect(self) -> RecipeConfig:
         look = LOOKS[self.name]
-        applies = {"scale": look.crop == "random_resized", "share": look.share is not None, "strength": look.jitter is not None,
+        applies = {"scale": look.crop == "random_resized", "share": bool(look.share), "degrees": look.degrees > 0, "strength": look.jitter is not None,
                    "cutout": look.special == "randaugment"}
         idle = [setting for setting, does in applies.items() if getattr(self, setting) is not None and not does]
         idle += ["colour"] * (self.colour == "fused" and look.jitter is None)
@@ -138,7 +144,7 @@ class Recipe:
             x = warp.digits_affine(x, draws[:, :6])
             mean = colour.image_mean(x)
             return (mean + (x - mean) * colour.column(0.5 + draws[:, 6], x)).clamp_(0, 255)
-        return x
+        return warp.turn(x, self.look.degrees * (2 * draws[:, 0] - 1)) if self.look.degrees else x
 
     def _colour(self, x: Tensor, draws: Draws) -> Tensor:
         look = self.look
@@ -167,12 +173,14 @@ class Recipe:
 def build_recipe(config: RecipeConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
     """The recipe for views of `size` pixels. Centre and random crops of large images are of the 256/224 enlarged one, as published."""
     base = LOOKS[config.name]
-    changes = {k: getattr(config, k) for k in ("scale", "share", "flip", "blur_p", "grey_p") if getattr(config, k) is not None}
+    changes = {k: getattr(config, k) for k in ("scale", "share", "degrees", "flip", "blur_p", "grey_p") if getattr(config, k) is not None}
+    if config.share is not None:
+        changes["share"] = (config.share,)
     if config.strength is not None:
         changes["jitter"] = tuple(config.strength * amount for amount in (0.8, 0.8, 0.8, 0.2))
     look = Look(**{**base.__dict__, **changes})
-    if look.share is not None:
-        resize = round(size / look.share)
+    if look.share:
+        resize = tuple(round(size / share) for share in look.share)
     else:
         resize = None if look.crop == "random_resized" or size < 160 else round(size * 256 / 224)
     hole = config.cutout if config.cutout is not None else int(np.interp(size, (32, 96, 224), (16, 32, 75)))

@@ -17,8 +17,8 @@ class CropSpec:
     """One view's geometry. Output is [size, size, 3] uint8.
 
     random_resized: area uniform in `scale`, log-uniform aspect in `ratio`, ten tries, then centre (torchvision's RandomResizedCrop).
-    random: a uniform crop of `size`, no padding, after the shorter side is brought to `resize` (if given).
-    center: the centre crop of `size` after the shorter side is brought to `resize` (if given).
+    random: a uniform crop of `size`, no padding, after the shorter side is brought to `resize` (if given); of several, one by chance.
+    center: the centre crop of `size` after the shorter side is brought to `resize` (the first of several).
     flip: probability of a horizontal flip.
     """
 
@@ -26,7 +26,7 @@ class CropSpec:
     size: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    resize: int | None = None
+    resize: int | tuple[int, ...] | None = None
     flip: float = 0.0
 
 
@@ -39,12 +39,18 @@ def crop_boxes(spec: CropSpec, height: np.ndarray, width: np.ndarray, seed: int,
         return _random_resized(spec, height, width, draws), flips
     # the side, in stored pixels, that becomes `size` once the shorter side is `resize`
     short = np.minimum(height, width)
-    side = np.minimum(spec.size, short) if spec.resize is None else np.clip(np.rint(short * (spec.size / spec.resize)).astype(np.int64), 1, short)
+    side = np.minimum(spec.size, short) if spec.resize is None else np.clip(np.rint(short * (spec.size / _resize(spec, draws))).astype(np.int64), 1, short)
     if spec.kind == "center":
         top, left = np.rint((height - side) / 2), np.rint((width - side) / 2)
     else:
         top, left = np.floor(draws[:, -3] * (height - side + 1)), np.floor(draws[:, -2] * (width - side + 1))
     return np.stack([top, left, side, side], 1).astype(np.int64), flips
+
+
+def _resize(spec: CropSpec, draws: np.ndarray) -> int | np.ndarray:
+    if isinstance(spec.resize, int):
+        return spec.resize
+    return spec.resize[0] if spec.kind == "center" else np.array(spec.resize)[np.floor(draws[:, 0] * len(spec.resize)).astype(np.int64)]
 
 
 def _random_resized(spec: CropSpec, height: np.ndarray, width: np.ndarray, draws: np.ndarray) -> np.ndarray:

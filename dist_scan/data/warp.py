@@ -36,6 +36,12 @@ def bilinear(x: Tensor, a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarr
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+def turn(x: Tensor, degrees: np.ndarray) -> Tensor:
+    """Turned counter-clockwise about the centre by degrees [B]."""
+    cos, sin, zero = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees)), np.zeros(len(degrees))
+    return bilinear(x, cos, -sin, sin, cos, zero, zero)
+
+
 def digits_affine(x: Tensor, draws: np.ndarray) -> Tensor:
     """Scale .8 to 1.2, rotation 15 degrees, shear .3, aspect .15, translation .15 of the side (QUICKSTART.md). draws [B, 6] in [0, 1)."""
     spread = 2 * draws - 1

@@ -1,0 +1,217 @@
+"""MMDC: W ranks equal one, the targets stay the same ones over any number of ranks, refinement, resume."""
+from __future__ import annotations
+
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+N, B, STEPS = 60, 24, 4
+CASES = {
+    "plain": dict(matching_block=24),
+    "small blocks": dict(matching_block=10),
+    "spread": dict(matching_block=16, sigma=0.05, means="random", code_dim=5),
+    "rotation": dict(matching_block=24, rotation=True),
+    "refined": dict(matching_block=24, refine_from=0, refine_restarts=2),
+}
+
+
+def make(name: str):
+    """The method in float64 on a tiny network."""
+    from dist_scan.methods.base import Given
+    from dist_scan.methods.mmdc import MMDC, MMDCConfig
+    from dist_scan.models.backbone import BackboneConfig, build_backbone
+
+    torch.manual_seed(0)
+    config = BackboneConfig(name="vgg_small", width=2)
+    backbone = build_backbone(config)
+    given = Given(num_images=N, global_batch=B, seed=3, total_steps=STEPS, feature_dim=backbone.num_features, backbone=backbone, backbone_config=config)
+    return MMDC(MMDCConfig(num_clusters=4, **{"rotation": False, **CASES[name]}), given).double()
+
+
+def images(*keys: int) -> torch.Tensor:
+    return torch.randn(*keys[1:], 3, 16, 16, generator=torch.Generator().manual_seed(keys[0]), dtype=torch.float64)
+
+
+def embed_with(folder):
+    """What the stage hands to begin_epoch, on made images."""
+    def embed(network, recipe):
+        from dist_scan.data.tables import FeatureTable
+        from dist_scan.world.collectives import barrier
+        from dist_scan.world.world import current
+
+        assert recipe == 0
+        if current().rank == 0:
+            table = FeatureTable.create(folder, N, 1, network.num_features, 1)
+            with torch.no_grad():
+                table.write_shard(0, network.eval()(images(99, N)).float().numpy()[:, None])
+        barrier()
+        return FeatureTable.open(folder)
+    return embed
+
+
+def train(name: str, folder=None):
+    """Losses, the first gradient, the state and all target ids after STEPS steps through DDP; and the method."""
+    from dist_scan.data.batch import Batch
+    from dist_scan.models.layers import sync_running_stats
+    from dist_scan.world.collectives import all_mean
+    from dist_scan.world.world import current, wrap
+
+    method, world = make(name), current()
+    network, mine = wrap(method), slice(world.rank * B // world.world_size, (world.rank + 1) * B // world.world_size)
+    groups = method.parameter_groups()
+    optimizer = torch.optim.SGD([p for g in groups for p in g.parameters], lr=0.5, momentum=0.9)
+    losses, first = [], {}
+    for s in range(STEPS):
+        epoch = s  # an epoch of one step: with rotation every second one rotates
+        method.begin_epoch(epoch, embed_with(folder / str(world.world_size) / str(s)) if folder else None)
+        method.train()
+        index = torch.from_numpy(np.random.default_rng(s).permutation(N)[:B])
+        views = tuple(images(10 * s + v, B)[mine] for v in range(len(method.views_of(epoch))))
+        batch = Batch(index[mine], views, epoch, s)
+        step = network(batch)
+        step.loss.backward()
+        losses.append(float(all_mean(step.loss.detach())))
+        first = first or {n: p.grad.clone().numpy() for n, p in method.named_parameters()}
+        optimizer.step()
+        method.end_step(batch, step)
+        sync_running_stats(method)
+        optimizer.zero_grad()
+    state = method.target_id.state()  # as plain numbers: a tensor sent between processes dies with its sender
+    state["shards"] = {s: t.tolist() for s, t in state["shards"].items()}
+    return losses, first, {k: v.numpy() for k, v in method.state_dict().items()}, method.target_id.whole().numpy(), state
+
+
+@cache
+def trained(world_size: int, name: str, folder=None):
+    """Every rank's result."""
+    return [train(name, folder)] if world_size == 1 else run_ranks(train, world_size, name, folder)
+
+
+def close(a, b, what):
+    scale = max(float(np.abs(b).max()), 1e-3) if np.size(b) else 1.0
+    assert np.allclose(a, b, rtol=1e-6, atol=1e-6 * scale), f"{what}: {np.abs(a - b).max()} of {scale}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one(name, tmp_path):
+    folder = tmp_path if name == "refined" else None
+    alone = trained(1, name, folder)[0]
+    assert np.any(alone[1]["network.head.weight"]) and len(set(alone[0])) == STEPS
+    for world_size in (2, 3) if name == "small blocks" else (3,):
+        for rank in trained(world_size, name, folder):
+            close(rank[0], alone[0], "loss")
+            for part in (1, 2):
+                assert rank[part].keys() == alone[part].keys()
+                for key, expected in alone[part].items():
+                    close(rank[part][key], expected, key)
+            assert np.array_equal(rank[3], alone[3])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_multiset_of_targets_is_kept(world_size):
+    ids = trained(world_size, "small blocks")[0][3]
+    assert np.array_equal(np.sort(ids), np.arange(N)), "nothing padded, doubled or lost"
+    assert not np.array_equal(ids, np.arange(N)), "targets move"
+
+
+def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_path):
+    from dist_scan.data.tables import FeatureTable
+    from dist_scan.search.kmeans import kmeans
+
+    method = make("refined").eval()
+    before = method.codes.component(method.target_id.whole().numpy())
+    embed = embed_with(tmp_path / "table")
+    method.begin_epoch(0, embed)
+    ids = method.target_id.whole().numpy()
+    assert ids.min() >= N and ids.max() < N + 4
+    found = kmeans(FeatureTable.open(tmp_path / "table"), 4, iterations=300, restarts=2, seed=3).assignment
+    assert len(set(zip(found, ids))) == len(set(found)), "k-means' clusters, renamed"
+    assert (before == ids - N).sum() == max((before == np.array(p)[found]).sum() for p in permutations(range(4)))
+
+
+def test_refinement_comes_once_a_round(tmp_path):
+    from dist_scan.methods.mmdc import MMDCConfig
+
+    method = make("rotation")
+    method.config = MMDCConfig(num_clusters=4, refine_from=2, refine_restarts=1)
+    asked = []
+
+    def embed(network, recipe):
+        asked.append(epoch)
+        return embed_with(tmp_path / str(epoch))(network, recipe)
+
+    for epoch in range(6):
+        method.begin_epoch(epoch, embed)
+    assert asked == [2, 4]
+    assert [method.views_of(e) for e in range(4)] == [(0, 1), (2, 2, 2, 2), (1,), (2, 2, 2, 2)]
+    method.config = method.config.model_copy(update={"rotation_first": True})
+    assert [method.rotates(e) for e in range(4)] == [True, False, True, False]
+
+
+def test_rotations_are_told_apart_by_their_label():
+    """A head that reads the corner which each quarter turn brings to the top left has the rotation's label."""
+    from dist_scan.data.batch import Batch
+
+    method = make("rotation")
+
+    class Corners(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, 0, 0, 0], x[:, 0, 0, -1], x[:, 0, -1, -1], x[:, 0, -1, 0]], 1)
+
+    method.network.backbone, method.rotation_head = Corners(), torch.nn.Linear(4, 4, bias=False, dtype=torch.float64)
+    picture = torch.zeros(5, 3, 8, 8, dtype=torch.float64)
+    picture[:, :, 0, 0] = 1  # turned counter-clockwise the top left corner goes to the bottom left, bottom right, top right
+    with torch.no_grad():
+        method.rotation_head.weight.copy_(50 * torch.eye(4, dtype=torch.float64)[[0, 3, 2, 1]])
+    step = method(Batch(torch.arange(5), (picture,) * 4, 1, 0))
+    assert step.metrics["rotation_accuracy"] == 1 and step.loss < 1e-6
+
+
+def load_whole(states):
+    method = make("plain")
+    method.target_id.load([{**state, "shards": {s: torch.tensor(rows) for s, rows in state["shards"].items()}} for state in states])
+    return method.target_id.whole().tolist()
+
+
+def test_target_ids_survive_another_number_of_ranks():
+    results = trained(3, "small blocks")
+    states = [r[4] for r in results]
+    assert load_whole(states) == results[0][3].tolist()
+    assert run_ranks(load_whole, 2, states) == [results[0][3].tolist()] * 2
+
+
+def test_what_is_published_assigns_to_the_nearest_mean(tmp_path):
+    from dist_scan.models.backbone import load_backbone
+    from dist_scan.models.cluster import load_cluster_model
+
+    method = make("spread").float().eval()
+    with torch.no_grad():
+        method.network.head.bias.normal_()
+        method.network.head.weight.normal_()
+    method.publish(tmp_path)
+    x = images(5, 30).float()
+    outputs = method.network(x).detach().numpy()
+    nearest = np.linalg.norm(outputs[:, None] - method.codes.means[None], axis=2).argmin(1)
+    assert len(set(nearest)) > 1
+    assert np.array_equal(load_cluster_model(tmp_path).eval()(x).argmax(1).numpy(), nearest)
+    torch.testing.assert_close(load_backbone(tmp_path)[0].eval()(x), method.network.backbone(x))
+
+
+@pytest.mark.parametrize(("settings", "text"), [
+    (dict(refine_from=3), "allowed with rotation: even"), (dict(rotation=False, rotation_first=True), "set rotation: true"),
+    (dict(code_dim=7), "set means: random")])
+def test_settings_that_do_not_fit_are_refused(settings, text):
+    from dist_scan.methods.mmdc import MMDCConfig
+
+    with pytest.raises(ValueError, match=text):
+        MMDCConfig(num_clusters=4, **settings)
+
+
+def test_no_weight_decay_on_vectors():
+    decayed, free = make("rotation").parameter_groups()
+    assert all(p.ndim > 1 for p in decayed.parameters) and all(p.ndim == 1 for p in free.parameters) and free.weight_decay == 0.0
