@@ -3,10 +3,11 @@ PYTHON ?= python3
 PY = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slurm
+.PHONY: help setup quickstart compare test test-slurm
 
 help:
 	@echo "make quickstart   set up, then cluster the handwritten digits: ends with a table and a report"
+	@echo "make compare      set up, then run every method on the digits over three seeds: ends with one table and one page"
 	@echo "make test         set up, then run all tests"
 	@echo "make test-slurm   the tests on a real Slurm of four nodes on this machine (packages slurm-wlm and munge, root)"
 
@@ -17,6 +18,9 @@ setup: .venv/.ready
 
 quickstart: .venv/.ready
 	@$(PY) launch/local.py configs/quickstart.yaml
+
+compare: .venv/.ready
+	@$(PY) -m dist_scan compare configs/compare_digits.yaml
 
 test: .venv/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q tests

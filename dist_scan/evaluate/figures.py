@@ -112,3 +112,19 @@ def thumbnail(image: np.ndarray, side: int = 96) -> str:
     small = picture.width <= 40 and len(coded["png"]) < 4096  # tiny pictures are shown enlarged: no JPEG blocks there
     kind = "png" if small else min(coded, key=lambda k: len(coded[k]))
     return f"data:image/{kind};base64,{base64.b64encode(coded[kind]).decode()}"
+
+
+def dots(rows: Sequence[tuple[str, Sequence[float]]], name: str, baseline: str = "") -> str:
+    """One line per row, first at the top: a dot per seed, a bar at the mean, a dashed line at the baseline's mean."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(5.4, 0.55 + 0.34 * len(rows))
+        for y, (row, values) in enumerate(rows):
+            if len(values):
+                axes.plot(values, [y] * len(values), "o", color=ACCENT, markersize=5, alpha=0.55, markeredgewidth=0)
+                axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color=ACCENT, linewidth=2)
+                if row == baseline:
+                    axes.axvline(np.mean(values), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
+        axes.set_yticks(range(len(rows)), [row for row, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        return _svg(figure, f"dots-{name}")

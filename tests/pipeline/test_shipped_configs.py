@@ -12,7 +12,8 @@ from sklearn.datasets import load_sample_images
 
 from tests.launches import ROOT, run
 
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("compare_"))
+COMPARISONS = sorted((ROOT / "configs").glob("compare_*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -61,4 +62,14 @@ def test_it_runs_for_a_few_steps(name, photographs, tmp_path):
     done = run(folder, *reduced(name, photographs), config=name)
     assert done.returncode == 0, done.stdout[-4000:]
     facts = json.loads((folder / "report.json").read_text())
-    assert facts["num_images"] == 24 and 0 <= facts["scan"]["acc"] <= 1 and (folder / "report.html").exists()
+    assert facts["num_images"] in (24, 40) and 0 <= facts[facts["best"]]["acc"] <= 1 and (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)
+def test_a_comparison_names_configs_and_subjects_that_are_there(path, tmp_path):
+    from dist_scan.commands.compare import planned, read_comparison, same_data
+
+    comparison = read_comparison(path)
+    runs = planned(comparison, path.parent, tmp_path)
+    same_data(runs)
+    assert len(runs) == len(comparison.seeds) * len(comparison.members)

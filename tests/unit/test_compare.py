@@ -1,0 +1,84 @@
+"""The comparison: its arithmetic, its words, its page, and what it refuses before any work."""
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+
+from dist_scan.commands.compare import planned, read_comparison, same_data
+from dist_scan.config import ConfigError
+from dist_scan.evaluate.compare import Comparison, Row, cell, markdown, write_page
+from tests.launches import ROOT
+
+QUICK = ROOT / "configs" / "quickstart.yaml"
+
+
+def row(name, *accuracies, seconds=10.0):
+    return Row(name, {seed: {"acc": a, "nmi": a, "ari": None, "seconds": seconds + seed} for seed, a in enumerate(accuracies)})
+
+
+ROWS = [row("base", 0.5, 0.7), row("better", 0.8, 0.9), row("mixed", 0.9, 0.6), row("worse", 0.2, 0.3), row("undone"), Row("unlabelled", {0: {"acc": None, "seconds": 3.2}})]
+FOUND = Comparison("x", 1797, ROWS, "base", 2)
+
+
+def test_mean_and_sample_standard_deviation():
+    assert cell(ROWS[0], "acc") == "0.600 ± 0.141" and cell(ROWS[0], "seconds") == "10 ± 1" and cell(ROWS[0], "ari") == "-"
+    assert cell(row("one", 0.25), "acc") == "0.250" and cell(ROWS[5], "seconds") == "3" and cell(ROWS[4], "acc") == "-"
+
+
+def test_it_says_plainly_what_is_not_above_the_baseline():
+    words = FOUND.against_baseline()
+    assert len(words) == 2
+    assert words[0].startswith("mixed is above base in the mean") and words[0].endswith("seed 1.")
+    assert words[1] == "worse is not above base: 0.250 against 0.600 (mean ACC)."
+
+
+def test_the_table_and_the_page_hold_every_row(tmp_path):
+    text = markdown(FOUND)
+    lines = text.splitlines()
+    assert len({line.count("|") for line in lines[:8]}) == 1 and lines[2].startswith("| base") and lines[-1].startswith("worse is not above")
+    write_page(FOUND, tmp_path / "compare.html")
+    page = (tmp_path / "compare.html").read_text()
+    assert page.count("<svg") == 3 and page.count("<tr>") == 7 and page.count('class="best"') == 2 and "http://" not in page.replace("http://www.w3.org", "")
+    assert page.count('role="alert"') == 2 and "0.850 ± 0.071" in page
+    HTMLParser().feed(page)
+
+
+def comparison(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return read_comparison(path), path
+
+
+WHOLE = f"""
+seeds: [0, 4]
+members:
+  a: {{config: {QUICK}}}
+  b: {{config: {QUICK}, overrides: ["stages.pretext.epochs=3"]}}
+rows: {{pixels: a.kmeans_pixels, heads: b.scan}}
+baseline: pixels
+"""
+
+
+def test_it_plans_a_folder_for_each_member_and_seed(tmp_path):
+    found, path = comparison(tmp_path, WHOLE)
+    runs = planned(found, path.parent, tmp_path / "out")
+    assert [(key, run.seed, run.run_dir.name) for key, run in runs.items()] == [
+        ((m, s), s, f"{m}-seed{s}") for s in (0, 4) for m in "ab"]
+    assert runs["b", 4].stages["pretext"].epochs == 3 and len({run.runtime.cache_dir for run in runs.values()}) == 1
+    same_data(runs)
+
+
+@pytest.mark.parametrize(("before", "after", "message"), [
+    ("baseline: pixels", "baseline: pixel", "baseline: 'pixel' is no row; allowed: pixels, heads"),
+    ("b.scan", "c.scan", "names no member; allowed: a.SUBJECT, b.SUBJECT"),
+    ("b.scan", "b.scam", "'scam' is no subject of b; allowed: b.kmeans_pixels"),
+    ("seeds: [0, 4]", "seeds: [4, 4]", "allowed: different numbers"),
+    ("seeds:", "seed:", "seed"),
+    ("stages.pretext.epochs=3", "data.train.limit=1000", "do not cluster the same images"),
+    ("stages.pretext.epochs=3", "stages.pretext.epoch=3", "did you mean 'epochs'"),
+    (str(QUICK), "nowhere.yaml", "does not exist")])
+def test_mistakes_are_told_before_any_work(tmp_path, before, after, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        found, path = comparison(tmp_path, WHOLE.replace(before, after))
+        same_data(planned(found, path.parent, tmp_path / "out"))
