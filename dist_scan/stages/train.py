@@ -72,9 +72,9 @@ class TrainConfig(StageConfig):
         if self.recipes and len(self.recipes) != len(wanted):
             raise ValueError(f"{where}.recipes: {len(self.recipes)} given, method '{self.method.kind}' wants {len(wanted)}, in the place of {', '.join(wanted)}")
         self.check_ranks(name, 1)
-        table = earlier.get(self.neighbours)
-        if table is not None and self.num_neighbours is not None and self.num_neighbours > table.num_neighbours:
-            raise ValueError(f"{where}.num_neighbours: {self.num_neighbours}, but stage '{self.neighbours}' mines {table.num_neighbours}; lower it")
+        mined = getattr(earlier.get(self.neighbours), "num_neighbours", None)
+        if mined is not None and self.num_neighbours is not None and self.num_neighbours > mined:
+            raise ValueError(f"{where}.num_neighbours: {self.num_neighbours}, but stage '{self.neighbours}' mines {mined}; lower it")
 
     def check_ranks(self, name: str, world_size: int) -> None:
         """Batches divide over the ranks, and the method can train on what a rank gets."""

@@ -189,12 +189,12 @@ def test_what_is_published_assigns_to_the_nearest_mean(tmp_path):
     from dist_scan.models.backbone import load_backbone
     from dist_scan.models.cluster import load_cluster_model
 
-    method = make("spread").float().eval()
+    method, x = make("spread").float().eval(), images(5, 30).float()
     with torch.no_grad():
-        method.network.head.bias.normal_()
-        method.network.head.weight.normal_()
+        head = method.network.head
+        head.weight.normal_()
+        head.bias.copy_(-head.weight @ method.network.backbone(x).mean(0))  # outputs in all directions
     method.publish(tmp_path)
-    x = images(5, 30).float()
     outputs = method.network(x).detach().numpy()
     nearest = np.linalg.norm(outputs[:, None] - method.codes.means[None], axis=2).argmin(1)
     assert len(set(nearest)) > 1

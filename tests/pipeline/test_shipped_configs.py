@@ -41,6 +41,8 @@ def reduced(name: str, photographs: Path) -> list[str]:
         at = f"stages.{stage}"
         if config.kind == "train":
             out += [f"{at}.epochs=1", f"{at}.steps_per_epoch=2", f"{at}.global_batch=8", f"{at}.precision=fp32"]
+            if config.num_neighbours:
+                out += [f"{at}.num_neighbours={min(5, config.num_neighbours)}"]
             if config.network is not None:
                 out += [f"{at}.network.name=resnet18"]
             if hasattr(config.method, "queue_size"):

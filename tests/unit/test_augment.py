@@ -235,3 +235,31 @@ def test_colour_of_nobody():
     """A batch in which no image is chosen comes back as it was."""
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(colour.blur(x, np.full((2, 2), .9), .5), x) and torch.equal(colour.greyscale(x, np.full(2, .9), .2), x)
+
+
+def test_mmdc_of_mnist_cuts_one_of_three_sides_and_turns_by_up_to_25_degrees():
+    from dist_scan.data.crops import crop_boxes
+
+    side_of = np.full(3000, 28)
+    boxes, flips = crop_boxes(made("mmdc_mnist").crop, side_of, side_of, 0, 0, np.arange(3000), 0)
+    sides, counts = np.unique(boxes[:, 2], return_counts=True)
+    assert sides.tolist() == [16, 20, 24] and all(share_close(c / 3000, 1 / 3, 3000) for c in counts) and not flips.any()
+    assert (boxes[:, 2] == boxes[:, 3]).all() and (boxes[:, 0] + boxes[:, 2]).max() == 28 and boxes[:, 0].min() == 0
+    centre, _ = crop_boxes(made("mmdc_mnist_center").crop, side_of[:3], side_of[:3], 0, 0, np.arange(3), 0)
+    assert centre.tolist() == [[2, 2, 24, 24]] * 3
+    only, _ = crop_boxes(made("mmdc_mnist", share=0.5).crop, side_of[:9], side_of[:9], 0, 0, np.arange(9), 0)
+    assert set(only[:, 2]) == {14}
+    bar = np.zeros((400, 33, 33, 3), np.uint8)
+    bar[:, :17, 16] = 255  # a hand that points up; where its end goes tells the angle
+    out = run(made("mmdc_mnist", 33), bar, np.arange(400))[:, 0]
+    ys, xs = torch.meshgrid(torch.arange(33.) - 16, torch.arange(33.) - 16, indexing="ij")
+    angle = torch.rad2deg(torch.atan2((out * xs).sum((1, 2)), -(out * ys).sum((1, 2))))
+    assert 23 < angle.max() < 26 and -26 < angle.min() < -23 and abs(float(angle.mean())) < 2.5
+    assert torch.equal(run(made("mmdc_mnist", 33, degrees=0.0), bar, np.arange(400))[:, 0], torch.from_numpy(bar[..., 0]).float() / 255)
+
+
+def test_a_turn_is_counter_clockwise():
+    from dist_scan.data import warp
+
+    picture = torch.arange(25.).view(1, 1, 5, 5)
+    torch.testing.assert_close(warp.turn(picture, np.array([90.0])), torch.rot90(picture, 1, (2, 3)), atol=1e-4, rtol=0)

@@ -82,3 +82,37 @@ def test_saved_and_loaded_is_the_same_network(tmp_path):
 def test_unknown_names_are_answered_with_a_near_one():
     with pytest.raises(ValueError, match="did you mean resnet50"):
         BackboneConfig(name="resnet-50")
+
+
+def test_vgg_small_is_mmdcs_network_for_mnist():
+    network = build_backbone(BackboneConfig(name="vgg_small", width=32)).eval()
+    convs = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c.out_channels for c in convs] == [32, 64, 128, 256] and all(c.kernel_size == (3, 3) and c.bias is None for c in convs)
+    assert network.num_features == 1024 and network(torch.randn(2, 3, 32, 32)).shape == (2, 1024)
+    assert network(torch.randn(2, 3, 48, 48)).shape == (2, 1024), "2 x 2 cells at any size"
+
+
+@pytest.mark.parametrize("settings", [dict(name="vgg_small", width=4), dict(name="resnet_small", width=4), dict(name="resnet18", stem="stl"),
+                                      dict(name="resnet18"), dict(name="resnet10t")])
+def test_sobel_sees_edges_only_and_is_published(settings, tmp_path):
+    from dist_scan.models.backbone import load_backbone, save_backbone
+
+    config = BackboneConfig(sobel=True, **settings)
+    network = build_backbone(config).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        features = network(x)
+        assert features.shape == (2, network.num_features)
+        inside = network[0](x)
+        assert inside.shape == (2, 2, 32, 32) and next(m for m in network[1].modules() if isinstance(m, torch.nn.Conv2d)).in_channels == 2
+        swapped = network(x[:, [2, 0, 1]])
+        torch.testing.assert_close(swapped, features, atol=1e-4, rtol=1e-3)  # colour is gone
+        assert inside[:, :, 1:-1, 1:-1].abs().max() > 0
+        torch.testing.assert_close(network[0](x + 1)[:, :, 1:-1, 1:-1], inside[:, :, 1:-1, 1:-1], atol=1e-4, rtol=0)  # and so is brightness
+        save_backbone(tmp_path, network, config)
+        torch.testing.assert_close(load_backbone(tmp_path)[0].eval()(x), features)
+
+
+def test_sobel_of_pixels_is_refused():
+    with pytest.raises(ValueError, match="sobel: pixels are a baseline"):
+        build_backbone(BackboneConfig(name="pixels", sobel=True))

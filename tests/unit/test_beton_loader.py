@@ -146,3 +146,18 @@ def test_random_views_are_close_to_pillows_resize(photos):
         theirs = np.asarray(stored_image(photos["raw"], row).crop((left, top, left + width, top + height)).resize((224, 224), Image.BILINEAR))
         differences.append(np.abs((got[row][:, ::-1] if flips[row] else got[row]).astype(int) - theirs).mean())
     assert np.mean(differences) < 1.0 and max(differences) < 4.0  # seen: 0.57 and 2.8 over all 200
+
+
+def test_some_of_the_views_in_any_order_also_twice(beton):
+    """The view in place k draws as view k, whichever of the loader's it is; what is not asked for is not cut."""
+    loader = BetonLoader(beton, TWO, seed=1, batch_size=8, workers=2)
+
+    def chosen(*numbers):
+        return [torch.cat(v) for v in zip(*[v for _, v in loader.batches(np.arange(30), 0, numbers)])]
+
+    assert all(torch.equal(a, b) for a, b in zip(chosen(0, 1), views(beton, np.arange(30))))
+    swapped = chosen(1, 0)
+    assert [v.shape[1] for v in swapped] == [24, 32]
+    assert all(torch.equal(a, b) for a, b in zip(swapped, views(beton, np.arange(30), specs=TWO[::-1])))
+    first, again = chosen(0, 0)
+    assert torch.equal(first, chosen(0)[0]) and not torch.equal(first, again)
