@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> Stored
     except Unreadable:
         raise
     except Exception as error:  # PIL lets struct.error and a dozen others through on damaged files; one image must not end a build
-        raise Unreadable(f"{type(error).__name__}: {error}"[:200]) from None
+        text = re.sub(r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}")  # an address: the list must be the same at each build
+        raise Unreadable(text[:200]) from None
 
 
 def _encode(data: bytes, config: DataConfig, pass_through: bool) -> Stored:
