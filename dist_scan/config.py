@@ -157,18 +157,18 @@ def override(tree: dict, assignments: list[str]) -> dict:
     return tree
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """Lists become tuples: settings are frozen, and strict validation does not turn one into the other."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def validate(tree: Any, name: str = "config") -> RunConfig:
     """A validated RunConfig from a raw tree. Raises ConfigError that lists every mistake, one per line."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: expected a block of settings, got {type(tree).__name__}")
-    tree = _tuples(tree)
+    tree = tuples(tree)
     cls = run_config_class()
     try:
         return cls.model_validate(tree)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_scan.artefacts import WORK, Artefact, Store, fingerprint, write_atomic, write_text
+from dist_scan.artefacts import WORK, Artefact, Store, fingerprint, write_atomic, write_json, write_text
 from dist_scan.config import ConfigError, RunConfig, kind_class
 from dist_scan.data.sources import open_source
 from dist_scan.engine import memory
@@ -17,6 +17,7 @@ from dist_scan.stages.beton import BetonConfig
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import World
 
+STAGES = "stages.json"
 Say = Callable[[str], None]
 
 
@@ -87,6 +88,8 @@ class Pipeline:
             self.stop.check()
             self.done[name] = self._stage(name, config, marks[name])
             self._hand_out(config, self.done[name])
+        if self.world.rank == 0:  # which of the folders under stages/ are the current settings': for who reads the run later
+            write_json(self.run_config.run_dir / STAGES, {name: marks[name] for name in self.done})
         return {name: artefact.path for name, artefact in self.done.items()}
 
     def _told(self, look: Callable[[], Any]) -> Any:
