@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_scan.artefacts import write_json
@@ -24,8 +25,10 @@ class ClusterModel(nn.Module):
         return self.head.out_features
 
     def from_features(self, features: Tensor) -> Tensor:
-        """Features [B, D], as the backbone makes them -> logits [B, num_clusters]."""
-        return self.head(self.norm(features).to(self.head.weight.dtype))
+        """Features [B, D], as the backbone makes them -> logits [B, num_clusters], in fp32 or better also under autocast: bf16 logits
+        are off by 8e-2, and self-labelling asks whether a probability is above 0.99."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(self.norm(features).to(self.head.weight.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         if self.backbone is None:
@@ -35,7 +38,7 @@ class ClusterModel(nn.Module):
 
 
 def save_cluster_model(out_dir: Path, model: ClusterModel, **facts: Any) -> None:
-    """Write cluster.safetensors and cluster.json into out_dir. facts: whatever else is known (JSON), e.g. the input's size."""
+    """Write cluster.safetensors (backbone.*, norm.*, head.*) and cluster.json into out_dir. facts: whatever else is known (JSON)."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     config = model.backbone_config if model.backbone is not None else None
@@ -45,6 +48,13 @@ def save_cluster_model(out_dir: Path, model: ClusterModel, **facts: Any) -> None
     write_json(out_dir / "cluster.json", {
         **facts, "backbone": None if config is None else plain(config).model_dump(mode="json"), "normalise": model.norm.kind,
         "num_clusters": model.num_clusters, "feature_dim": model.head.in_features})
+
+
+def add_facts(out_dir: Path, **facts: Any) -> None:
+    """More facts (JSON) into the cluster.json of a folder, such as `input` and `provenance`; nothing when it holds no cluster model."""
+    file = Path(out_dir) / "cluster.json"
+    if file.is_file():
+        write_json(file, json.loads(file.read_text()) | facts)
 
 
 def load_cluster_model(path: Path) -> ClusterModel:
