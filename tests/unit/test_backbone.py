@@ -116,3 +116,85 @@ def test_sobel_sees_edges_only_and_is_published(settings, tmp_path):
 def test_sobel_of_pixels_is_refused():
     with pytest.raises(ValueError, match="sobel: pixels are a baseline"):
         build_backbone(BackboneConfig(name="pixels", sobel=True))
+
+
+# --- SCAN's own files (FIDELITY.md 1.1), laid out as its released code saves them ---------------------------------------------
+
+def scan_file(path, head, heads: int = 3, legacy: bool = False, **more):
+    """{model, head}: ClusteringModel's state_dict with CIFAR shortcuts and `heads` heads of 7 clusters on 512 features."""
+    import numpy as np
+
+    torch.manual_seed(1)
+    network = build_backbone(BackboneConfig(name="resnet18", stem="cifar"))
+    state = {f"backbone.{k.replace('downsample', 'shortcut')}": v for k, v in network.state_dict().items()}
+    for i in range(heads):
+        state |= {f"cluster_head.{i}.weight": torch.randn(7, 512), f"cluster_head.{i}.bias": torch.randn(7)}
+    tree = {"model": state, "head": np.int64(head), **more} if head is not None else state
+    torch.save(tree, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:  # torch 1.4 with numpy 1: another container, and numpy's old module name in the pickle
+        data = path.read_bytes()
+        assert head is None or data.count(b"cnumpy._core.multiarray\n") == 1
+        path.write_bytes(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    return network.eval(), state
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_scan_file_gives_its_backbone_and_its_best_head(legacy, tmp_path):
+    from dist_scan.models.checkpoints import read_cluster_head
+
+    _, state = scan_file(tmp_path / "model.pth.tar", 2, legacy=legacy)
+    head = read_cluster_head(tmp_path / "model.pth.tar")
+    assert (head.number, head.num_heads) == (2, 3) and torch.equal(head.weight, state["cluster_head.2.weight"])
+    assert torch.equal(read_cluster_head(tmp_path / "model.pth.tar", 0).bias, state["cluster_head.0.bias"])
+    network = build_backbone(BackboneConfig(name="resnet18", stem="cifar", checkpoint=str(tmp_path / "model.pth.tar"), checkpoint_kind="scan"))
+    assert torch.equal(network.layer2[0].downsample[0].weight, state["backbone.layer2.0.shortcut.0.weight"])
+
+
+def test_a_self_labelled_file_has_one_head_and_others_must_be_chosen(tmp_path):
+    from dist_scan.models.checkpoints import read_cluster_head
+
+    scan_file(tmp_path / "one.pth.tar", None, heads=1)
+    assert read_cluster_head(tmp_path / "one.pth.tar").number == 0
+    scan_file(tmp_path / "three.pth.tar", None)
+    with pytest.raises(ValueError, match="does not say which head is best.*allowed: cluster_head: 0, 1, 2"):
+        read_cluster_head(tmp_path / "three.pth.tar")
+    torch.save({"backbone.conv1.weight": torch.zeros(1)}, tmp_path / "none.pth.tar")
+    with pytest.raises(ValueError, match="holds no cluster head"):
+        read_cluster_head(tmp_path / "none.pth.tar")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    from dist_scan.models.checkpoints import read_cluster_head
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "written"), "w")
+
+    scan_file(tmp_path / "evil.pth.tar", 1, more=Evil())
+    with pytest.raises(ValueError, match="cannot be read safely"):
+        read_cluster_head(tmp_path / "evil.pth.tar")
+    assert not (tmp_path / "written").exists()
+
+
+def test_the_given_stage_publishes_a_scan_file_as_pretext_and_as_model(tmp_path):
+    from types import SimpleNamespace
+
+    from dist_scan.models.cluster import load_cluster_model
+    from dist_scan.stages.given import GivenConfig, GivenStage
+    from dist_scan.world.world import World
+
+    network, state = scan_file(tmp_path / "model.pth.tar", 1)
+    backbone = BackboneConfig(name="resnet18", stem="cifar", checkpoint=str(tmp_path / "model.pth.tar"))
+    data = SimpleNamespace(size=32, mean=(0.5,) * 3, std=(0.2,) * 3, stored="raw", resolution=32, max_side=64, quality=90)
+    said = []
+    context = SimpleNamespace(world=World(), out=tmp_path / "out", name="scan", say=said.append, run=SimpleNamespace(data=data))
+    GivenStage(GivenConfig(backbone=backbone, cluster_head="best"), context).run()
+    model, images = load_cluster_model(tmp_path / "out").eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images) @ state["cluster_head.1.weight"].T + state["cluster_head.1.bias"]
+        torch.testing.assert_close(model(images), expected)
+        assert torch.equal(load_backbone(tmp_path / "out")[0].eval()(images), network(images))
+    assert said == ["scan: head 1 of 3, 7 clusters"]
+    config = GivenConfig(backbone=BackboneConfig(name="resnet18", stem="cifar"), cluster_head=1)
+    with pytest.raises(ValueError, match="no backbone.checkpoint to take it from"):
+        config.check("scan", None, {})
