@@ -84,6 +84,7 @@ def test_unknown_names_are_answered_with_a_near_one():
         BackboneConfig(name="resnet-50")
 
 
+<<<<<<< HEAD
 def test_vgg_small_is_mmdcs_network_for_mnist():
     network = build_backbone(BackboneConfig(name="vgg_small", width=32)).eval()
     convs = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -118,6 +119,8 @@ def test_sobel_of_pixels_is_refused():
         build_backbone(BackboneConfig(name="pixels", sobel=True))
 
 
+=======
+>>>>>>> 9d60341 (SCAN's own files as pretext and as cluster model: {model, head}, its training checkpoint, self-labelling's bare state; read without running code)
 # --- SCAN's own files (FIDELITY.md 1.1), laid out as its released code saves them ---------------------------------------------
 
 def scan_file(path, head, heads: int = 3, legacy: bool = False, **more):

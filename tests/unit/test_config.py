@@ -9,7 +9,7 @@ import pytest
 
 from dist_scan.config import ConfigError, dump, load, override, read_yaml, validate
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted(p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*.yaml") if not p.stem.startswith("compare_"))
 QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
