@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,9 +47,10 @@ class Trainer:
     """One stage's training. `run()` goes on from the newest checkpoint and returns when the last epoch is done."""
 
     def __init__(self, method: Method, feed: Feed, schooling: Schooling, embed: Embed, saver: Saver, stop: Stop, log: Log,
-                 timing: Timing, held_out: HeldOut | None = None, name: str = "train"):
+                 timing: Timing, held_out: HeldOut | None = None, name: str = "train", say: Callable[[str], None] = print):
         self.method, self.feed, self.schooling, self.embed = method, feed, schooling, embed
         self.saver, self.stop, self.log, self.timing, self.held_out, self.name = saver, stop, log, timing, held_out, name
+        self.say = say
         self.optimizer = build_optimizer(schooling.optimizer, method.parameter_groups())
         self.at, self.network, self.settled = Position(), method, False
 
@@ -174,4 +175,9 @@ class Trainer:
         values = self.method.end_epoch(self.at.epoch, self.held_out)
         if values:
             self.log.row(self.at.step, {**values, "choosing_s": time.monotonic() - began})
-        self.at.next_epoch(bool(self.method.finished()))
+        if warning := self.method.warning():
+            self.at.warnings = [*self.at.warnings, warning]
+            self.say(f"warning: {self.name}: {warning}")
+        if reason := self.method.finished():
+            self.say(f"{self.name}: ended after epoch {self.at.epoch + 1} of {self.schooling.epochs}: {reason}")
+        self.at.next_epoch(bool(reason))

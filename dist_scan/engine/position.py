@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class Position:
     skipped: int = 0
     refused: int = 0
     refused_in_a_row: int = 0
+    warnings: list[str] = field(default_factory=list)
     asked: bool = field(default=False, compare=False)
     save_due: bool = field(default=False, compare=False)
 
@@ -35,7 +37,7 @@ class Position:
         """Move to the start of the next epoch."""
         self.epoch, self.step_in_epoch, self.begun, self.finished = self.epoch + 1, 0, False, finished
 
-    def saved(self) -> dict[str, int | bool]:
+    def saved(self) -> dict[str, Any]:
         """What goes into a checkpoint."""
         return {k: v for k, v in asdict(self).items() if k not in ("asked", "save_due")}
 

@@ -118,6 +118,10 @@ class Method(nn.Module, ABC):
         """A reason to end training before the last epoch (a plateau), or ''. Asked after end_epoch; equal on all ranks."""
         return ""
 
+    def warning(self) -> str:
+        """What a person must hear of the epoch that ended (a collapse, with the remedy), or ''. Asked after end_epoch; equal on all ranks."""
+        return ""
+
     def banks(self) -> Mapping[str, Bank]:
         """Rows per image, sharded over ranks; saved by shard and re-dealt when the number of ranks changes."""
         return {}

@@ -118,7 +118,7 @@ class ReportStage(Stage):
             timings=self._timings(),
             curves={name: read_rows(run.run_dir / "logs" / f"{name}.metrics.jsonl") for name in c.folders
                     if (run.run_dir / "logs" / f"{name}.metrics.jsonl").exists()},
-            cluster_sizes=counts, confusion=self._confusion(), label_names=self.label_names, heads=self._heads(), clusters=self._clusters(),
+            cluster_sizes=counts | self._confident(), confusion=self._confusion(), label_names=self.label_names, heads=self._heads(), clusters=self._clusters(),
             num_clusters=self.assignments[self.config.best].num_clusters, neighbours=self._anchors(), neighbour_purity=facts.get("neighbour_purity"),
             warnings=self._warnings(), facts={k: facts[k] for k in ("num_images", "num_labelled", "num_classes")} | self._data_facts(),
             config_yaml=dump(run), environment={"python": platform.python_version(), "torch": torch.__version__, "device": str(c.world.device)})
@@ -149,6 +149,11 @@ class ReportStage(Stage):
             if path.is_file():
                 found += [f"{name}: {text}" for text in json.loads(path.read_text())]
         return found
+
+    def _confident(self) -> dict[str, np.ndarray]:
+        """Confident images per cluster in the last epoch of every self-labelling: what is drawn beside the sizes."""
+        files = {name: folder / "confident.json" for name, folder in self.context.folders.items()}
+        return {f"confident_in_{name}": np.array(json.loads(file.read_text())["per_cluster"]) for name, file in files.items() if file.is_file()}
 
     def _pictures(self, rows: list[int]) -> dict[int, np.ndarray]:
         """Centre crops [S, S, 3] uint8 of these rows, by row."""

@@ -15,6 +15,7 @@ from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, memory_format, seed_step
 from dist_scan.methods.base import Given, HeldOut, Method
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone
+from dist_scan.models.cluster import add_facts
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.world.collectives import barrier
 
@@ -103,8 +104,9 @@ class TrainStage(Stage):
 
     def run(self) -> None:
         """Collective; goes on from the newest good checkpoint."""
-        from dist_scan.artefacts import WORK
+        from dist_scan.artefacts import WORK, write_json
         from dist_scan.engine.checkpoint import Checkpoints
+        from dist_scan.engine.images import input_facts
         from dist_scan.engine.log import Log
         from dist_scan.engine.loop import Schooling, Trainer
         from dist_scan.engine.position import Saver
@@ -119,13 +121,17 @@ class TrainStage(Stage):
         log = Log(c.run.run_dir, c.name)
         timing = Timing(log, c.out, setting_of(c.run, c.world, config.global_batch, self.table is not None), c.run.runtime.profile, c.say)
         try:
-            at = Trainer(method, self.feed, schooling, self._embed, saver, c.stop, log, timing, self._held_out(), c.name).run()
+            at = Trainer(method, self.feed, schooling, self._embed, saver, c.stop, log, timing, self._held_out(), c.name, c.say).run()
         finally:
             log.close()
         if at.skipped or at.refused:
             c.say(f"{c.name}: {at.skipped} steps skipped (nobody was confident), {at.refused} updates refused (not a number)")
         if c.world.rank == 0:
             method.publish(c.out)
+            if at.warnings:
+                write_json(c.out / "warnings.json", at.warnings[-1:] if len(at.warnings) == 1 else [f"in {len(at.warnings)} epochs; the last: {at.warnings[-1]}"])
+            add_facts(c.out, input=input_facts(RecipeConfig(name="center"), c.run),
+                      provenance={"run": c.run.name, "seed": c.run.seed, "stage": c.name, "fingerprint": c.out.name, "method": config.method.kind})
         barrier()
 
     def _open(self) -> None:

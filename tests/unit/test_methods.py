@@ -85,8 +85,85 @@ def test_selflabel_skips_and_warns_when_nobody_is_confident(folder):
     method = make("selflabel", dict(threshold=0.999999), inputs={"model": folder}).train()
     step = method(batch())
     assert step.skip and step.loss == 0
-    with pytest.warns(UserWarning, match="Lower method.threshold"):
-        assert method.end_epoch(0, None)["clusters_used"] == 0
+    assert method.end_epoch(0, None)["clusters_used"] == 0
+    assert "Lower method.threshold" in method.warning() and "epoch 1: 0% of the clusters" in method.warning()
+
+
+def confident(method, counts, seen=100):
+    """An epoch with these confident images per cluster."""
+    method.confident.copy_(torch.tensor(counts))
+    method.seen.fill_(seen)
+    return method.end_epoch(0, None)
+
+
+def test_selflabel_ends_when_the_number_of_confident_images_is_flat(folder):
+    method = make("selflabel", dict(plateau_epochs=2, plateau_gain=0.02), inputs={"model": folder})
+    for counts in ([10, 10, 10, 10], [11, 11, 11, 11], [12, 11, 11, 11], [12, 12, 12, 12], [12, 12, 12, 12]):
+        assert confident(method, counts)["confident_share"] == sum(counts) / 100 and not method.finished() and not method.warning()
+    again = make("selflabel", dict(plateau_epochs=2, plateau_gain=0.02), inputs={"model": folder})
+    again.load_state_dict(method.state_dict())  # as after a restart
+    confident(again, [12, 12, 13, 12])
+    assert "has stayed at 49.0% (best 48.0%) for 2 epochs" in again.finished()
+    released = make("selflabel", dict(plateau_epochs=None), inputs={"model": folder})
+    for _ in range(9):
+        confident(released, [5, 5, 5, 5])
+    assert released.finished() == ""
+
+
+def test_selflabel_publishes_the_average_and_the_counts_of_the_last_epoch(folder, tmp_path):
+    method = make("selflabel", dict(threshold=0.1, ema=0.5), inputs={"model": folder}).train()
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.5)
+    step = method(batch())
+    step.loss.backward()
+    optimizer.step()
+    method.end_step(batch(), step)
+    counted = method.confident.clone()
+    assert counted.sum() == 16 == method.seen
+    method.end_epoch(0, None)
+    method.publish(tmp_path / "out")
+    published, trained = load_cluster_model(tmp_path / "out"), method.model.head.weight
+    assert torch.equal(published.head.weight, method.teacher.module.head.weight) and not torch.equal(published.head.weight, trained)
+    facts = json.loads((tmp_path / "out" / "confident.json").read_text())
+    assert facts["per_cluster"] == counted.tolist() and facts["images"] == 16 and facts["confident_share"] == 1.0
+
+
+def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(folder, tmp_path):
+    from types import SimpleNamespace
+
+    from dist_scan.engine.checkpoint import Checkpoints
+    from dist_scan.engine.log import Log
+    from dist_scan.engine.loop import Schooling, Trainer
+    from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
+    from dist_scan.engine.position import Saver
+    from dist_scan.engine.profile import Timing
+    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.verdict import Setting
+
+    method, said = make("selflabel", dict(threshold=0.999999, plateau_epochs=2), inputs={"model": folder}), []
+    feed = SimpleNamespace(steps_per_epoch=2, batches=lambda epoch, first=0: iter([batch(0), batch(1)][first:]))
+    saver = Saver(Checkpoints(tmp_path / "checkpoints", 2, said.append), 1e9)
+    log = Log(tmp_path, "selflabelling", enabled=False)
+    timing = Timing(log, tmp_path, Setting(16, 1, stored="raw", resolution=8, size=8))
+    trainer = Trainer(method, feed, Schooling(OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), 9, 0), None, saver, Stop(), log, timing,
+                      None, "selflabelling", said.append)
+    at = trainer.run()
+    assert at.epoch == 2 and at.skipped == 4 and len(at.warnings) == 2 and at.saved()["warnings"] == at.warnings
+    assert sum(line.startswith("warning: selflabelling: ") for line in said) == 2
+    assert said[-1].startswith("selflabelling: ended after epoch 2 of 9: the share of confident images has stayed at 0.0%")
+
+
+def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder):
+    from dist_scan.engine.precision import autocast
+
+    method = make("selflabel", dict(threshold=0.1, ema=0.9), inputs={"model": folder}).train()
+    seen = []
+    method.model.backbone.conv1.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    method.model.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    with autocast("bf16", torch.device("cpu")):
+        step = method(batch())
+    step.loss.backward()
+    assert seen == [torch.bfloat16, torch.float32] and step.loss.dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in method.model.parameters())
 
 
 def test_moco_shuffle_is_a_function_of_seed_and_step():
