@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,3 +68,17 @@ def forget_peak_memory() -> None:
     """Count the peak from what is held now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of this GPU, or of this machine's memory within what its control group allows (0 when not known)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.is_file():
+        return 0
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    try:
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        return free

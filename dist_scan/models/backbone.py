@@ -196,3 +196,9 @@ def load_projector(path: Path) -> nn.Module:
     projector = Projector(weights[0].shape[1], weights[-1].shape[0], mlp=len(weights) > 1, hidden_dim=weights[0].shape[0])
     projector.load_state_dict(tensors)
     return projector
+
+
+def load_embedder(path: Path, projection: bool = False) -> nn.Module:
+    """What an embed stage sends images through: the published backbone, with its projector behind it if asked for."""
+    backbone = load_backbone(path)[0]
+    return nn.Sequential(backbone, load_projector(path)) if projection else backbone

@@ -13,11 +13,10 @@ from dist_scan.config import RunConfig
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment import RecipeConfig
 from dist_scan.engine.precision import Precision, autocast, memory_format
+from dist_scan.engine.predict import TOP, top_clusters
 from dist_scan.models.cluster import ClusterModel, load_cluster_model
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.world.collectives import barrier, gather_rows
-
-TOP = 5
 
 
 class AssignConfig(StageConfig):
@@ -49,7 +48,7 @@ class AssignStage(Stage):
         """Each rank takes a contiguous part of the rows; rank 0 writes."""
         c = self.context
         model = memory_format(load_cluster_model(c.inputs["model"]), c.world.device).eval()
-        parts = [_top(logits.float()) for logits in self._logits(model)]
+        parts = [top_clusters(logits.float()) for logits in self._logits(model)]
         width = min(TOP, model.num_clusters)
         probability = torch.cat([p for p, _ in parts]) if parts else torch.empty(0, width)
         top = torch.cat([t for _, t in parts]) if parts else torch.empty(0, width, dtype=torch.int64)
@@ -84,8 +83,3 @@ def _chunks(num_rows: int, batch: int, rank: int, world_size: int) -> list[np.nd
     blocks = [np.arange(s, min(s + batch, num_rows)) for s in range(0, num_rows, batch)]
     first, last = rank * len(blocks) // world_size, (rank + 1) * len(blocks) // world_size
     return blocks[first:last]
-
-
-def _top(logits: Tensor) -> tuple[Tensor, Tensor]:
-    probability, top = torch.softmax(logits, 1).topk(min(TOP, logits.shape[1]), 1)
-    return probability.cpu(), top.cpu()

@@ -9,7 +9,7 @@ from pydantic import Field
 from dist_scan.config import RunConfig
 from dist_scan.data.augment import RecipeConfig
 from dist_scan.engine.precision import Precision
-from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone, load_projector
+from dist_scan.models.backbone import BackboneConfig, build_backbone, load_embedder
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 
 
@@ -54,15 +54,9 @@ class EmbedStage(Stage):
         if config.pixels:
             network = build_backbone(BackboneConfig(name="pixels"))
         else:
-            network = checked(self._network())
+            network = checked(load_embedder(c.inputs["backbone"], config.projection))
         loader, recipes = open_images(beton_path(c.inputs["images"]), (config.recipe,) * config.views, config.batch, c.run, c.world)
         sample = recipes[0](torch.zeros(1, recipes[0].crop.size, recipes[0].crop.size, 3, dtype=torch.uint8), [0], seed=0, epoch=0, view=0)
         with torch.inference_mode():
             dim = network.eval()(sample).shape[1]
         embed_images(network, loader, recipes, c.out, dim, config.num_shards, c.run.seed, c.world, c.stop, config.precision, c.name)
-
-    def _network(self) -> torch.nn.Module:
-        backbone = load_backbone(self.context.inputs["backbone"])[0]
-        if not self.config.projection:
-            return backbone
-        return torch.nn.Sequential(backbone, load_projector(self.context.inputs["backbone"]))
