@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from dist_scan.settings import ConfigError
@@ -41,7 +42,7 @@ def _slurm_rank() -> bool:
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"),
                LOCAL_WORLD_SIZE=str(int(env["SLURM_NTASKS"]) // nodes))
     env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + (7 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % 12000))
     return True
 
 
@@ -85,7 +86,11 @@ def _rank(work: Callable[[], int], rank: int, processes: int, port: int, parent:
     except ValueError as error:
         mistakes.put(str(error))
         code = USER_MISTAKE
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)  # an orderly shutdown waits for peers that may be gone
 
 
