@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_scan.engine.precision import peak_memory, set_determinism
 from dist_scan.head_step import all_means, entropy_and_slope, to_gradients_
@@ -30,8 +31,11 @@ IMAGENET = {"images": 1_281_167, "epochs": 100, "batch": 4096, "clusters": 1000,
 Run = Callable[[], None]
 
 
-def steps(batch: int, clusters: int, dim: int, device: torch.device) -> dict[str, Run]:
-    """The three on the same features."""
+Tensors = tuple[list[Tensor], list[Tensor]]
+
+
+def steps(batch: int, clusters: int, dim: int, device: torch.device) -> tuple[dict[str, Run], dict[str, Tensors]]:
+    """The three on the same features; and (inputs, weights) of the two that train."""
     first, second = (torch.randn(batch, dim, device=device) for _ in range(2))
     heads = ClusterHeads(dim, clusters, HEADS).to(device)
     loop = [nn.Linear(dim, clusters, device=device) for _ in range(HEADS)]
@@ -52,7 +56,9 @@ def steps(batch: int, clusters: int, dim: int, device: torch.device) -> dict[str
             torch.mm(both, heads.weight[at].detach().T, out=logits)
             torch.mm(logits.T, both, out=grad[at])
 
-    return {"ours": ours, "published_loop": published, "bare_products": bare}
+    weights = {"ours": list(heads.parameters()), "published_loop": [p for head in loop for p in head.parameters()]}
+    held = {row: ([first, second], parameters) for row, parameters in weights.items()}
+    return {"ours": ours, "published_loop": published, "bare_products": bare}, held
 
 
 def losses(batch: int, clusters: int, device: torch.device) -> dict[str, Run]:
@@ -93,38 +99,49 @@ def timed(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, 
     return {name: np.array(values[1:]) for name, values in out.items()}
 
 
-def peak_bytes(run: Run) -> int | None:
-    """Most resident bytes during a run above those before it; None where the kernel cannot say."""
-    read = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # noqa: E731
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-        before = read("VmRSS")
-        run()
-        return max(read("VmHWM") - before, 0)
-    except OSError:
-        return None
+class Held(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, of those made while it is on (what a kernel uses inside is not seen)."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.given:
+                storage = x.untyped_storage()
+                self.alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
+        return out
+
+    def of(self, run: Run, given: list[Tensor]) -> int:
+        """The peak of a run, its inputs and weights left out."""
+        self.given = {x.untyped_storage().data_ptr() for x in given}
+        with self:
+            run()
+        return self.peak
 
 
-def memory(run: Run, parameters: list[Tensor]) -> float | None:
-    """MiB above the weights and their gradient."""
-    for p in parameters:
+def memory(run: Run, given: list[Tensor], weights: list[Tensor]) -> float:
+    """MiB above the inputs, the weights and their gradient."""
+    for p in weights:
         p.grad = None
-    peak = peak_bytes(run)
-    gradient = sum(p.numel() * p.element_size() for p in parameters)
-    return None if peak is None else round((peak - gradient) / 2**20, 1)
+    return round((Held().of(run, given + weights) - sum(p.numel() * p.element_size() for p in weights)) / 2**20, 1)
 
 
 def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> None:
     """Rows of one size."""
     batch, clusters, dim = size
-    runs, name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
+    (runs, held), name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
     seconds = timed(runs, rounds, device)
     for row, values in seconds.items():
-        weights = [torch.empty(HEADS * clusters, dim)] if row != "bare_products" else []
         print(json.dumps({"row": row, **name, "ms": round(1000 * float(np.median(values)), 1),
                           "ratio_to_loop": round(float(np.median(values / seconds["published_loop"])), 3),
                           "ratio_to_bare": round(float(np.median(values / seconds["bare_products"])), 3),
-                          "peak_mib": memory(runs[row], weights) if device.type == "cpu" and weights else None}), flush=True)
+                          "peak_mib": memory(runs[row], *held[row]) if row in held else None}), flush=True)
     alone = timed(losses(batch, clusters, device), rounds, device)
     print(json.dumps({"row": "loss_only", **name, "ms": round(1000 * float(np.median(alone["ours"])), 1),
                       "published_ms": round(1000 * float(np.median(alone["published_loop"])), 1),
@@ -134,7 +151,7 @@ def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> No
 def imagenet(rounds: int, device: torch.device) -> None:
     """Steps of the full size (a sixteenth of the batch on a CPU), times their number."""
     scale = 16 if device.type == "cpu" else 1
-    seconds = timed(steps(IMAGENET["batch"] // scale, IMAGENET["clusters"], IMAGENET["dim"], device), rounds, device)
+    seconds = timed(steps(IMAGENET["batch"] // scale, IMAGENET["clusters"], IMAGENET["dim"], device)[0], rounds, device)
     count = IMAGENET["images"] // IMAGENET["batch"] * IMAGENET["epochs"]
     hours = {f"{name}_hours": round(float(np.median(values)) * scale * count / 3600, 3) for name, values in seconds.items()}
     print(json.dumps({"row": "imagenet", **IMAGENET, "steps": count, "device": str(device), "formula": f"median step of {rounds} x {scale} x steps",

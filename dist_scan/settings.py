@@ -31,6 +31,8 @@ class RuntimeConfig(Strict):
     checkpoint_s: float | None = Field(default=None, gt=0)
     """Seconds between checkpoints; left out: from the measured cost of a save (Young's formula)."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    bank: Literal["auto", "device", "host", "mapped"] = "auto"
+    """Where training on cached features reads its rows: GPU memory, host memory or the files. auto: the first they fit into twice."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two rows of metrics.jsonl."""
     profile: int = Field(default=0, ge=0)

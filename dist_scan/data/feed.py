@@ -16,6 +16,7 @@ from torch import Tensor
 from dist_scan.data.augment import Recipe
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.beton.loader import BetonLoader
+from dist_scan.data.feature_bank import FeatureBank, Place
 from dist_scan.data.order import batch_per_rank, cached_views, epoch_order, partner_columns, rank_plan
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.sections import section
@@ -98,15 +99,14 @@ class ImageFeed:
 class FeatureFeed:
     """Views are random cached views of rows of a feature table: anchor, and partner when there are neighbours."""
 
-    def __init__(self, table: FeatureTable, plan: Plan, device: torch.device):
-        self.table, self.plan, self.device = table, plan, device
+    def __init__(self, table: FeatureTable, plan: Plan, device: torch.device, place: Place = "mapped"):
+        self.bank, self.plan = FeatureBank(table, place, device), plan
         self.steps_per_epoch = plan.steps_per_epoch
 
     def _rows(self, index: np.ndarray, epoch: int, slot: int) -> Tensor:
-        view = cached_views(index, self.plan.seed, epoch, slot, self.table.num_views)
-        rows = torch.from_numpy(self.table.rows(index, view))
+        rows = self.bank.read(index, cached_views(index, self.plan.seed, epoch, slot, self.bank.table.num_views))
         with section("copy"):
-            return rows.to(self.device).float()
+            return rows.to(self.bank.device, non_blocking=True).float()
 
     def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]:
         """See Feed."""

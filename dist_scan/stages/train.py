@@ -9,6 +9,7 @@ from pydantic import Field
 
 from dist_scan.config import RunConfig, kind_class, one_of
 from dist_scan.data.augment import RecipeConfig
+from dist_scan.data.feature_bank import Place, choose_place
 from dist_scan.data.order import batch_per_rank, split_held_out
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
@@ -18,6 +19,7 @@ from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backb
 from dist_scan.models.cluster import add_facts
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.world.collectives import barrier
+from dist_scan.world.world import free_bytes
 
 
 class TrainConfig(StageConfig):
@@ -155,7 +157,16 @@ class TrainStage(Stage):
             rows, self.held_rows = split_held_out(self.num_images, config.held_out_share, c.run.seed)
         plan = Plan(rows, config.global_batch, c.run.seed, c.world, config.steps_per_epoch, self.neighbours,
                     config.num_neighbours, config.self_as_candidate)
-        self.feed = FeatureFeed(self.table, plan, c.world.device) if self.table else ImageFeed(loader, built, plan, c.world.device)
+        self.feed = FeatureFeed(self.table, plan, c.world.device, self._place(self.table)) if self.table else ImageFeed(loader, built, plan, c.world.device)
+
+    def _place(self, table: FeatureTable) -> Place:
+        """Where the bank is read from; said once, with the bytes and the reason. Ranks may differ: the rows are the same."""
+        c, size = self.context, table.num_rows * table.num_views * table.dim * 2
+        place, why = choose_place(size, c.world.device.type == "cuda", free_bytes(c.world.device), free_bytes(torch.device("cpu")),
+                                  c.world.local_world_size, c.run.runtime.bank)
+        c.say(f"{c.name}: bank of {table.num_rows:,} images x {table.num_views} views x {table.dim} ({size / 2**30:.3f} GiB) read from "
+              f"{dict(device='GPU memory', host='host memory', mapped='the mapped files')[place]} ({why})")
+        return place
 
     def _recipes(self) -> tuple[RecipeConfig, ...]:
         """The stage's, else the method's own."""

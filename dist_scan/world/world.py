@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -92,3 +94,21 @@ def wrap(module: torch.nn.Module) -> torch.nn.Module:
     if _current.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     return torch.nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory to be had on a device: a GPU's, or the host's (within the limit of this process's control group, as a batch system sets it)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    room = [int(available[1]) * 1024] if available else []
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    room += [int(limit) - int(used)] if limit.isdigit() and used.isdigit() else []
+    return max(min(room, default=0), 0)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
