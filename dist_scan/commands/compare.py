@@ -140,7 +140,8 @@ def start(run_dir: Path, processes: int) -> int:
     child = subprocess.Popen([sys.executable, str(LOCAL), str(run_dir / "wanted.yaml"), "--processes", str(processes)], start_new_session=True)
     before = {number: signal.signal(number, lambda n, frame: child.send_signal(n)) for number in NOTICE}
     try:
-        return child.wait()
+        code = child.wait()
+        return code if code >= 0 else 128 - code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
