@@ -1,4 +1,4 @@
-"""RELIABILITY.md's rows 1 to 4, 6, 7, 9, 11, 16 and 20 in the product as it is started: a launcher, two ranks, a fault in one of them."""
+"""RELIABILITY.md's rows 1 to 9, 11, 16 and 20 to 22 in the product as it is started: a launcher, two ranks, a fault in one of them."""
 from __future__ import annotations
 
 import json
@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 
+from dist_scan.data.beton.format import FIELD, HEADER, ROW
 from dist_scan.engine.log import read_rows
 from tests.faults.armed import Ended, Run
 
@@ -88,6 +89,17 @@ def test_row_4_a_stopped_rank_and_a_stuck_loader_are_noticed_by_the_watchdog(who
     assert [("Stuck" in f["fault"], f["advanced"]) for f in faults(done)] == [(True, True)] * 2
 
 
+def test_rows_5_8_killed_at_every_point_of_a_save_and_saves_that_cannot_be_written(whole, tmp_path):
+    run = Run(tmp_path)
+    done = run(EVERY_STEP, faults=[{"kind": "full", "at": "write", "step": 1}, {"kind": "read_only", "at": "prepare", "step": 3},
+                                   {"kind": "kill", "at": "data", "step": 5}, *({"kind": "kill", "at": at, "step": 2} for at in ("manifest", "rename", "prune"))])
+    same(done, whole)
+    assert done.said.count("could not save") == 2 and "File too large" in done.said and "Read-only file system" in done.said
+    assert "older ones are intact" in done.said and done.said.count("starting again") == 4
+    assert "is bad" not in done.said, "nothing that a kill left behind was taken for a checkpoint"
+    assert all(f["advanced"] for f in faults(done)), "never zero valid ones: every start got further"
+
+
 def test_rows_6_9_11_signals_at_the_start_in_a_step_and_after_the_end_and_a_flipped_bit(whole, tmp_path):
     run = Run(tmp_path)
     early = run(faults=[{"kind": "signal", "rank": 1, "at": "start"}])
@@ -129,3 +141,18 @@ def test_row_16_what_is_no_number_is_refused_by_all_ranks(tmp_path):
     assert all(torch.isfinite(v).all() for s in states.values() for v in s["method"].values() if v.is_floating_point())
     weights = {step: s["method"]["backbone.conv1.weight"] for step, s in states.items()}
     assert torch.equal(weights[3], weights[4]) and not torch.equal(weights[4], weights[5]), "step 3's update was refused, step 4's was not"
+
+
+def test_rows_21_22_a_beton_that_is_not_the_runs_own(whole, tmp_path):
+    run = Run(tmp_path)
+    shutil.copytree(whole.folder, run.folder)
+    beton = next(run.folder.glob("stages/beton_train/*/images.beton"))
+    good = beton.read_bytes()
+    beton.write_bytes(good[:-100])
+    cut = run()
+    assert cut.code == 2 and "images.beton has" in cut.said and "Traceback" not in cut.said, cut.said
+    data = bytearray(good)
+    data[HEADER.itemsize + 3 * FIELD.itemsize + 5 * ROW.itemsize + 1] ^= 1  # a file of the same size that describes other images
+    beton.write_bytes(data)
+    foreign = run("stages.pretext.epochs=1")
+    assert foreign.code == 2 and "pretext: 1/" not in foreign.said and "images.beton" in foreign.said and "starting again" not in foreign.said, foreign.said
