@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from dist_scan.engine.log import read_rows
 from tests.ranks import CONTEXT, PRELOAD
 
@@ -30,7 +33,7 @@ TINY = """
 name: tiny
 data: {{train: {{source: "sklearn:digits", limit: 240}}, size: 16, stored: raw, resolution: 16}}
 stages:{stages}
-runtime: {{run_dir: "{folder}", workers: 1, checkpoint_s: 0.3, log_every: 1, device: cpu, step_limit_s: 60, section_limit_s: 60}}
+runtime: {{run_dir: "{folder}", workers: 1, checkpoint_s: 0.3, log_every: 1, device: cpu, step_limit_s: 60, section_limit_s: 600}}
 """
 
 
@@ -67,11 +70,11 @@ class Run:
         path = Path(f"{self.fault_path}.fired")
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def start(self, *overrides: str, processes: int = 2, plugins: Path | None = None, taken_port: int | None = None):
+    def start(self, *overrides: str, processes: int = 2, moment: bool = False, taken_port: int | None = None):
         self.starts += 1
         out = self.config.parent / f"said{self.starts}.txt"
         arguments = [str(self.config), "--processes", str(processes), *overrides]
-        launcher = CONTEXT.Process(target=_launcher, args=(arguments, out, str(self.fault_path), plugins, taken_port))
+        launcher = CONTEXT.Process(target=_launcher, args=(arguments, out, str(self.fault_path), moment, taken_port))
         launcher.start()
         return launcher, out
 
@@ -90,7 +93,21 @@ class Run:
         return Ended(launcher.exitcode, out.read_text(), time.monotonic() - began, self.folder)
 
 
-def _launcher(arguments: list[str], out: Path, fault: str, plugins: Path | None, taken_port: int | None) -> None:
+def _give_simclr_a_moment() -> None:
+    """A whole-set moment before each epoch, whose outcome changes the weights a little."""
+    from dist_scan.methods.simclr import SimCLR
+
+    def begin_epoch(self, epoch, embed):
+        table = embed(self.backbone, num_shards=6)
+        mean = float(table.rows(np.arange(table.num_rows), 0).astype(np.float64).mean())
+        with torch.no_grad():
+            self.backbone.bn1.bias.add_(0.1 * mean)
+        return ()
+
+    SimCLR.begin_epoch = begin_epoch
+
+
+def _launcher(arguments: list[str], out: Path, fault: str, moment: bool, taken_port: int | None) -> None:
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.environ |= {"DIST_SCAN_FAULT": fault, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -98,10 +115,8 @@ def _launcher(arguments: list[str], out: Path, fault: str, plugins: Path | None,
     os.dup2(to, 1)
     os.dup2(to, 2)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
-    if plugins is not None:
-        import dist_scan.methods
-
-        dist_scan.methods.__path__.append(str(plugins))
+    if moment:
+        _give_simclr_a_moment()
     from launch import local, recovery
 
     if taken_port is not None:  # the first look for a free port finds one that somebody takes at that moment
