@@ -5,20 +5,21 @@ and manifest.json with every file's sha256. One flipped bit loads silently throu
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from dist_scan.artefacts import MANIFEST, fsync_dir, sha256_of, write_json
 from dist_scan.engine.stop import Hopeless
 from dist_scan.engine.watchdog import watched
-from dist_scan.world.collectives import agree, barrier, broadcast_object
+from dist_scan.world.collectives import agree, barrier, broadcast_object, gather_objects
 from dist_scan.world.world import current
 
 Say = Callable[[str], None]
@@ -46,9 +47,12 @@ class Checkpoints:
         if current().rank == 0:
             error = _try(lambda: self._prepare(temporary))
         if not agree(error is not None):
-            error = _try(lambda: self._write(temporary, state, banks))
-            if not agree(error is not None) and current().rank == 0:
-                error = _try(lambda: self._commit(temporary, name, step))
+            mine: dict[str, dict[str, Any]] = {}
+            error = _try(lambda: mine.update(self._write(temporary, state, banks)))
+            if not agree(error is not None):
+                files = {file: facts for part in gather_objects(mine) for file, facts in part.items()}
+                if current().rank == 0:
+                    error = _try(lambda: self._commit(temporary, name, step, files))
         if agree(error is not None):
             self._failed(error, temporary)
             return False
@@ -61,22 +65,25 @@ class Checkpoints:
             shutil.rmtree(stale)
         temporary.mkdir()
 
-    def _write(self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]) -> None:
+    def _write(self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """This rank's files; returns their sizes and sha256 by name."""
+        files = {}
         if current().rank == 0:
-            _save_file(temporary / "state.pt", dict(state))
+            files["state.pt"] = _save_file(temporary / "state.pt", dict(state))
         for name, bank in banks.items():
-            _save_file(temporary / f"bank-{name}-{current().rank:05d}.pt", bank.state())
+            file = f"bank-{name}-{current().rank:05d}.pt"
+            files[file] = _save_file(temporary / file, bank.state())
+        return files
 
-    def _commit(self, temporary: Path, name: str, step: int) -> None:
-        files = {f.name: {"sha256": sha256_of(f), "size": f.stat().st_size} for f in sorted(temporary.iterdir())}
+    def _commit(self, temporary: Path, name: str, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
         write_json(temporary / MANIFEST, {"step": step, "world_size": current().world_size, "files": files})
         final = self.folder / name
         if final.exists():  # the same step saved again (stopped right after a save): equal by construction
             shutil.rmtree(temporary)
             return
+        _verify(temporary)  # read back against what was meant: before it gets its name, and before an older one goes
         os.replace(temporary, final)
         fsync_dir(self.folder)
-        _verify(final)  # prune only after the new one has been read back
         for old in self._found()[self.keep:]:
             shutil.rmtree(old)
 
@@ -143,11 +150,28 @@ def _try(action: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _save_file(path: Path, value: Any) -> None:
+class _Hashing:
+    """A file to write to, hashed on the way: the sha256 is of what was meant, and reading back then tells what the disk made of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save_file(path: Path, value: Any) -> dict[str, Any]:
     with open(path, "wb") as f:
-        torch.save(value, f)
+        hashing = _Hashing(f)
+        torch.save(value, hashing)
         f.flush()
         os.fsync(f.fileno())
+    return {"sha256": hashing.digest.hexdigest(), "size": hashing.size}
 
 
 def _verify(path: Path) -> None:

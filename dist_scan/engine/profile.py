@@ -62,10 +62,10 @@ class Timing:
         use_clock(None)
         for hook in self.hooks:
             hook.remove()
-        if self.tracer is not None:
-            self._end_trace()
         if kind is None:
             self._finish()
+        elif self.tracer is not None:  # half a trace is worth less than leaving at once
+            self.tracer.stop()
 
     def watch(self, method: Method) -> None:
         """See when the last gradient of a backward pass is ready: what follows is waiting for the other ranks (DDP)."""
@@ -111,6 +111,8 @@ class Timing:
                             *summary_lines(table(self.total, self.counted))]))
 
     def _finish(self) -> None:
+        if self.tracer is not None:
+            self._end_trace()
         if self.window:
             self._gather()
         if self.profile and self.verdict is None and self.counted:

@@ -117,3 +117,24 @@ def test_a_save_that_fails_lets_training_go_on_until_the_third_in_a_row(tmp_path
     with pytest.raises(CheckpointError, match="3 checkpoints in a row"):
         c.save(6, state(6), {})
     assert not [n for n in os.listdir(tmp_path / "checkpoints") if n.startswith(".tmp")]
+
+
+def test_a_disk_that_changes_what_was_written_is_noticed_when_saving(tmp_path, monkeypatch):
+    from dist_scan.engine import checkpoint
+
+    c, said = store(tmp_path)
+    assert c.save(1, state(1), {})
+    plain = checkpoint._save_file
+
+    def flipping(path, value):
+        facts = plain(path, value)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        return facts
+
+    monkeypatch.setattr(checkpoint, "_save_file", flipping)
+    assert not c.save(2, state(2), {})
+    assert "sha256" in said[-1] and names(tmp_path) == ["step-000000001"] and loaded_step(c) == 1
+    monkeypatch.undo()
+    assert c.save(2, state(2), {}) and loaded_step(c) == 2

@@ -29,8 +29,10 @@ def test_it_leaves_a_report_a_table_and_assignments(undisturbed):
     for subject in ("kmeans_pixels", "kmeans_features", "scan", "selflabel"):
         assert 0 <= facts[subject]["acc"] <= 1 and {"nmi", "ari", "seconds"} <= facts[subject].keys()
     assert set(facts["stage_seconds"]) >= {"beton_train", "pretext", "heads", "report"}
+    assert facts["stage_memory"]["pretext"]["peak_host_bytes"] > 50 * 2**20
+    assert facts["stage_timing"]["pretext"]["verdict"] and len(facts["stage_timing"]["pretext"]["seconds_by_rank"]["forward"]) == 1
     page = (folder / "report.html").read_text()
-    assert page.count("<img") + page.count("<svg") > 5 and "http://" not in page.replace("http://www.w3.org", "")
+    assert "where a step" in page and page.count("<img") + page.count("<svg") > 5 and "http://" not in page.replace("http://www.w3.org", "")
     table = pq.read_table(folder / "assignments.parquet")
     assert table.num_rows == 400 and {"name", "index", "cluster", "probability", "label"} <= set(table.column_names)
     assert "report.html" in out and "ACC" in out

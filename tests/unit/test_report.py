@@ -55,8 +55,11 @@ def full() -> Report:
               "largest_share": 0.2, "num_clusters": 4}
     return Report(
         title="A <b>title</b>", created="today", summary={"kmeans_pixels": scores, "mine": {**scores, "acc": 0.75}},
-        stages=[{"name": "heads", "kind": "train", "state": "done", "seconds": 12.0, "fingerprint": "f" * 64},
+        stages=[{"name": "heads", "kind": "train", "state": "done", "seconds": 12.0, "fingerprint": "f" * 64, "peak_host_bytes": 3 * 2**30},
                 {"name": "late", "kind": "report", "state": "run", "seconds": None, "fingerprint": "e" * 64}],
+        timings={"heads": {"profiled": True, "verdict": "data wait is 41% of a step", "steps": 300, "images_per_s": 1234.5, "first_step_s": 2.0,
+                           "sections": [{"section": "data_wait", "share": 0.41, "mean_ms": 4.1, "max_ms": 5.0, "max_rank": 1}],
+                           "seconds_by_rank": {"forward": [1.0, 2.0]}}, "short": {"steps": 0, "first_step_s": 1.0, "profiled": True}},
         curves={"heads": [{"step": s, "loss": 1 / (s + 1), "lr": float("nan")} for s in range(30)], "nothing": [{"step": 1}]},
         cluster_sizes={"mine": np.array([5, 0, 3, 2])}, confusion=np.array([[8, 2, 0], [1, 0, 0]]), label_names=["cat & dog", "b"],
         heads=[{"head": 0, "loss": -1.5, "chosen": True}], clusters=[Cluster(3, 12, [image()], [image()], "cat & dog", 0.9, 0.8)],
@@ -79,9 +82,10 @@ def test_a_full_page_stands_on_its_own(tmp_path):
     assert not re.search(r"url\((?!#)|@import|<script|<link", text)
     words = " ".join(page.words)
     for wanted in ("A <b>title</b>", "cat & dog", "geometric", "0.750", "12,345", "collapsed: do this", "a: <script>1</script>", "k-means on pixels",
-                   "Shown: 1 of 4 clusters", "50 %"):
+                   "Shown: 1 of 4 clusters", "50 %", "3.00 GiB", "data wait is 41% of a step", "5.00 (rank 1)"):
         assert wanted in words, wanted
     assert text.count('class="different"') == 1
+    assert text.count('class="verdict"') == 1 and text.index('class="verdict"') < text.index("<main>")
 
 
 def test_the_head_shows_the_best_or_the_last(tmp_path):
