@@ -84,6 +84,20 @@ class Bank:
         start = sum(counts[:current().rank])
         return all_sum(found)[start:start + len(own)]
 
+    def fill(self, rows: Tensor, column: int | None = None) -> None:
+        """Set every row from `rows` [num_rows, ...], which all ranks hold; with `column` only that entry of each row."""
+        for s, mine in self.shards.items():
+            part = rows[int(self.starts[s]):int(self.starts[s + 1])].to(self.device, self.dtype)
+            (mine if column is None else mine[:, column]).copy_(part)
+
+    def whole(self) -> Tensor:
+        """All rows [num_rows, *shape] on every rank, on the CPU. Collective: for narrow rows (ids), not for features."""
+        empty = torch.zeros((0, *self.shape), dtype=self.dtype)
+        rows = gather_rows(torch.cat([empty, *(t.cpu() for t in self.shards.values())]))
+        dealt = [s for r in range(current().world_size) for s in range(r, self.num_shards, current().world_size)]
+        parts = dict(zip(dealt, rows.split([int(self.starts[s + 1] - self.starts[s]) for s in dealt])))
+        return torch.cat([parts[s] for s in range(self.num_shards)])
+
     def state(self) -> dict[str, Any]:
         """This rank's shards, for a checkpoint."""
         return {"num_rows": self.num_rows, "num_shards": self.num_shards, "shards": {s: t.cpu().clone() for s, t in self.shards.items()}}

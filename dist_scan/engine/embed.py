@@ -11,7 +11,7 @@ from torch import nn
 from dist_scan.data.augment import Recipe
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.tables import FeatureTable
-from dist_scan.engine.precision import Precision, autocast, memory_format
+from dist_scan.engine.precision import Precision, autocast, in_precision, memory_format
 from dist_scan.engine.stop import Stop
 from dist_scan.progress import Progress
 from dist_scan.world.collectives import agree, barrier, broadcast_object
@@ -50,7 +50,7 @@ def _rows(network: Callable, loader: BetonLoader, recipes: tuple[Recipe, ...], s
         images = [recipe(view.to(world.device, non_blocking=True), index, seed=seed, epoch=0, view=v)
                   for v, (recipe, view) in enumerate(zip(recipes, views))]
         with autocast(precision, world.device):
-            features = [network(view).float() for view in images]
+            features = [network(view).float() for view in in_precision(precision, tuple(images))]
         parts.append(torch.stack(features, 1).cpu().numpy())
     return np.concatenate(parts)
 

@@ -50,7 +50,7 @@ class Trainer:
         self.method, self.feed, self.schooling, self.embed = method, feed, schooling, embed
         self.saver, self.stop, self.log, self.timing, self.held_out, self.name = saver, stop, log, timing, held_out, name
         self.optimizer = build_optimizer(schooling.optimizer, method.parameter_groups())
-        self.at, self.network, self.settled = Position(), method, False
+        self.at, self.network, self.settled, self.rows = Position(), method, False, None
 
     def run(self) -> Position:
         """Train to the end. Raises Stopped (everything saved), Diverged, or CheckpointError."""
@@ -62,7 +62,7 @@ class Trainer:
             while self.at.epoch < self.schooling.epochs and not self.at.finished:
                 with section("epoch"):
                     self._begin_epoch()
-                for batch in waited(self.feed.batches(self.at.epoch, self.at.step_in_epoch)):
+                for batch in waited(self.feed.batches(self.at.epoch, self.at.step_in_epoch, self.rows)):
                     values = self._step(batch)
                     self._after_step(values, progress)
                 with section("epoch"):
@@ -73,12 +73,18 @@ class Trainer:
     def _begin_epoch(self) -> None:
         """The method's whole-set moment, once per epoch: a run resumed inside the epoch does not repeat it."""
         seed_step(self.schooling.seed, self.at.epoch, 1)
-        self.method.train()
         if not self.at.begun:
-            forget(self.optimizer, fresh := tuple(self.method.begin_epoch(self.at.epoch, self.embed)))
+            try:
+                fresh = tuple(self.method.begin_epoch(self.at.epoch, self.embed))
+            except Stopped:  # nothing has changed yet: what was trained since the last save is kept
+                self.saver.save(self.method, self.optimizer, self.at)
+                raise
+            forget(self.optimizer, fresh)
             self.at.begun = True
             if fresh:
                 self.saver.save(self.method, self.optimizer, self.at)
+        self.rows = self.method.epoch_rows(self.at.epoch, self.feed.rows)
+        self.method.train()
         if self.network is not self.method and not self.settled:
             self._settle()
 

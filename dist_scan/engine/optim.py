@@ -62,6 +62,9 @@ def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> to
                "weight_decay": config.weight_decay if g.weight_decay is None else g.weight_decay}
               for g in groups if g.parameters]
     if config.kind == "sgd":
+        for group, given in zip(wanted, (g for g in groups if g.parameters)):
+            group["momentum"] = config.momentum if given.momentum is None else given.momentum
+            group["nesterov"] = config.nesterov and group["momentum"] > 0
         return torch.optim.SGD(wanted, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     cls = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
     # foreach, not fused: fused CPU Adam differs between builds, and a resumed run must equal an undisturbed one.

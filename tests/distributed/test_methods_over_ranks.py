@@ -150,6 +150,7 @@ def bank_write():
 
     bank, r = Bank(20, dtype=torch.int64, num_shards=5, fill=-1), current().rank
     bank.write(torch.arange(r, 20, 3)[:4 + r], torch.arange(r, 20, 3)[:4 + r] * 10)
+    assert bank.whole().tolist() == bank.read(torch.arange(20)).tolist()
     return bank.read(torch.arange(20 - r)).tolist(), bank.state()
 
 
