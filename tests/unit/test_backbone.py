@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.models import resnet18
 
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
@@ -82,3 +83,27 @@ def test_saved_and_loaded_is_the_same_network(tmp_path):
 def test_unknown_names_are_answered_with_a_near_one():
     with pytest.raises(ValueError, match="did you mean resnet50"):
         BackboneConfig(name="resnet-50")
+
+
+@pytest.mark.parametrize("name, entering, convolutions, parameters", [("alexnet_bn", 9216, 5, 58e6), ("vgg16_deep", 25088, 13, 134e6)])
+def test_deepcluster_networks_have_the_published_shapes(name, entering, convolutions, parameters):
+    with torch.device("meta"):
+        network = build_backbone(BackboneConfig(name=name, sobel=True)).eval()
+        features = network(torch.empty(2, 3, 224, 224))
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    assert features.shape == (2, 4096) and linear[0].in_features == entering and network.ends_before_relu
+    assert sum(isinstance(m, nn.Conv2d) for m in network.modules()) == convolutions
+    assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels == 2
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0.03)
+    grids = [m.output_size for m in network.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
+    with torch.device("meta"):
+        assert network[1].features(torch.empty(1, 2, 224, 224)).shape[2] == grids[0]  # the pool before the linear layers does nothing at 224 px
+
+
+def test_deepcluster_networks_start_as_released_and_take_small_images():
+    torch.manual_seed(0)
+    network = build_backbone(BackboneConfig(name="alexnet_bn")).eval()
+    assert network(torch.randn(1, 3, 64, 64)).min() < 0  # before the ReLU
+    first, last = network.features.conv1[0], network.hidden[-1]
+    assert float(first.weight.detach().std()) == pytest.approx((2 / (11 * 11 * 96)) ** 0.5, rel=0.05) and float(last.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
+    assert not first.bias.any() and not last.bias.any()
