@@ -87,14 +87,17 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     recipes: ClassVar[tuple[str, ...]]
     """One augmentation recipe per view, by name; the stage's `recipes:` overrides them."""
-    more_views: ClassVar[bool] = False
-    """The stage's `recipes:` may name more views than `recipes` does (multi-crop)."""
     wants_neighbour: ClassVar[bool] = False
     """The last view is of a random neighbour of the row instead of the row itself."""
 
     def __init__(self, config: MethodConfig, given: Given):
         super().__init__()
         self.config, self.given = config, given
+
+    @classmethod
+    def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
+        """The recipes of a method whose number of views is a setting; else `recipes`."""
+        return cls.recipes
 
     @abstractmethod
     def forward(self, batch: Batch) -> Step:

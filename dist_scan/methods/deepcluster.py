@@ -118,7 +118,7 @@ class DeepCluster(Method):
         self.assignment.fill(torch.from_numpy(found.assignment))
         if self.history is not None:
             self.history.fill(torch.from_numpy(found.assignment), epoch // self.config.reassign)
-        fresh = torch.Generator().manual_seed(_seed(self.given.seed, TOP, epoch))
+        fresh = torch.Generator().manual_seed(seed_of(self.given.seed, TOP, epoch))
         with torch.no_grad():
             self.top.weight.copy_(torch.randn(self.top.weight.shape, generator=fresh) * 0.01)
             self.top.bias.zero_()
@@ -130,13 +130,13 @@ class DeepCluster(Method):
         return SAMPLERS[self.config.sampler](rows, self.targets.numpy()[rows], self.given.seed, epoch)
 
     def _cluster(self, table: FeatureTable, epoch: int) -> Clustering:
-        folder, stop = _emptied(self.given.work_dir), self.given.stop
+        folder, stop = emptied(self.given.work_dir), self.given.stop
         if self.config.whiten_dim is not None:
             table = whitened(table, whiten_table(table, self.config.whiten_dim), folder / "whitened", stop=stop)
         if self.config.clustering == "pic":
             return self._power_iteration(table, folder)
         found = kmeans(table, self.config.num_clusters, iterations=self.config.iterations, init="random", normalise=self.config.whiten_dim is None,
-                       seed=_seed(self.given.seed, SEED, epoch), stop=stop, progress=current().rank == 0)
+                       seed=seed_of(self.given.seed, SEED, epoch), stop=stop, progress=current().rank == 0)
         return _compact(found.assignment, self.config.num_clusters, self.config.num_clusters, found.num_empty)
 
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
@@ -173,11 +173,11 @@ class DeepCluster(Method):
             write_atomic(out / "history.npz", lambda f: np.savez_compressed(f, epoch=epochs, cluster=self.kept.numpy().T))
 
 
-def _seed(*keys: int) -> int:
+def seed_of(*keys: int) -> int:
     return int(keyed(*keys) >> 33)
 
 
-def _emptied(folder: Path) -> Path:
+def emptied(folder: Path) -> Path:
     """The folder with nothing in it (rank 0 looks after it)."""
     if current().rank == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -68,9 +68,9 @@ class TrainConfig(StageConfig):
             raise ValueError(f"{where}.recipes: cached features are not augmented; set the recipe in the embed stage '{self.features}', or give images")
         if method.wants_neighbour and self.neighbours is None:
             raise ValueError(f"{where}.neighbours: method '{self.method.kind}' needs neighbours; give the name of a neighbours stage")
-        if self.recipes and (len(self.recipes) < len(method.recipes) or len(self.recipes) > len(method.recipes) and not method.more_views):
-            raise ValueError(f"{where}.recipes: {len(self.recipes)} given, method '{self.method.kind}' wants {len(method.recipes)}"
-                             f"{' or more' * method.more_views} (one per view)")
+        wanted = method.recipes_for(self.method)
+        if self.recipes and len(self.recipes) != len(wanted):
+            raise ValueError(f"{where}.recipes: {len(self.recipes)} given, method '{self.method.kind}' wants {len(wanted)}, in the place of {', '.join(wanted)}")
         self.check_ranks(name, 1)
         table = earlier.get(self.neighbours)
         if table is not None and self.num_neighbours is not None and self.num_neighbours > table.num_neighbours:
@@ -138,7 +138,7 @@ class TrainStage(Stage):
         c, config = self.context, self.config
         self.neighbours = NeighbourTable.open(c.inputs["neighbours"]) if config.neighbours else None
         self.table = FeatureTable.open(c.inputs["features"]) if config.features else None
-        recipes = config.recipes or tuple(RecipeConfig(name=n) for n in kind_class("dist_scan.methods", config.method.kind).recipes)
+        recipes = self._recipes()
         if self.table is None:
             per_rank = config.global_batch // c.world.world_size * (2 if self.neighbours else 1)
             loader, built = open_images(beton_path(c.inputs["images"]), recipes, max(per_rank, 1), c.run, c.world)
@@ -151,6 +151,11 @@ class TrainStage(Stage):
         plan = Plan(rows, config.global_batch, c.run.seed, c.world, config.steps_per_epoch, self.neighbours,
                     config.num_neighbours, config.self_as_candidate)
         self.feed = FeatureFeed(self.table, plan, c.world.device) if self.table else ImageFeed(loader, built, plan, c.world.device)
+
+    def _recipes(self) -> tuple[RecipeConfig, ...]:
+        """The stage's, else the method's own."""
+        method = self.config.method
+        return self.config.recipes or tuple(RecipeConfig(name=n) for n in kind_class("dist_scan.methods", method.kind).recipes_for(method))
 
     def _method(self) -> Method:
         """The method with its network, the same on every rank."""
