@@ -42,6 +42,8 @@ def reduced(name: str, photographs: Path) -> list[str]:
             out += [f"{at}.epochs=1", f"{at}.steps_per_epoch=2", f"{at}.global_batch=8", f"{at}.precision=fp32"]
             if config.network is not None:
                 out += [f"{at}.network.name=resnet18"]
+            if hasattr(config.method, "whiten_dim"):
+                out += [f"{at}.method.whiten_dim=8"]
             if hasattr(config.method, "queue_size"):
                 out += [f"{at}.method.queue_size=32", f"{at}.method.bn_groups=2"]
         if config.kind == "embed":
@@ -55,10 +57,10 @@ def reduced(name: str, photographs: Path) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("name", [c for c in CONFIGS if c != "quickstart"])
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c != "quickstart" and not c.endswith("_digits")])
 def test_it_runs_for_a_few_steps(name, photographs, tmp_path):
     folder = tmp_path / "run"
     done = run(folder, *reduced(name, photographs), config=name)
     assert done.returncode == 0, done.stdout[-4000:]
     facts = json.loads((folder / "report.json").read_text())
-    assert facts["num_images"] == 24 and 0 <= facts["scan"]["acc"] <= 1 and (folder / "report.html").exists()
+    assert facts["num_images"] == 24 and 0 <= facts[facts["best"]]["acc"] <= 1 and (folder / "report.html").exists()
