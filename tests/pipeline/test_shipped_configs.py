@@ -46,6 +46,8 @@ def reduced(name: str, photographs: Path) -> list[str]:
                 out += [f"{at}.method.whiten_dim=8"]
             if hasattr(config.method, "queue_size"):
                 out += [f"{at}.method.queue_size=32", f"{at}.method.bn_groups=2"]
+        if config.kind == "probe":
+            out += [f"{at}.epochs=1", f"{at}.steps_per_epoch=2", f"{at}.global_batch=8", f"{at}.layers=[layer1, features]"]
         if config.kind == "embed":
             out += [f"{at}.num_shards=2", f"{at}.precision=fp32"] + ([f"{at}.views=2"] if config.views > 1 else [])
         if config.kind == "neighbours":

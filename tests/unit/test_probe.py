@@ -35,22 +35,23 @@ def test_it_reaches_logistic_regression_on_the_same_features(digits):
     images, labels = digits
     probes = make(labels, images).train()
     before = {k: v.clone() for k, v in probes.backbone.state_dict().items()}
-    config, schedule, rows = OptimizerConfig(lr=0.3, weight_decay=1e-4), ScheduleConfig(kind="inverse_sqrt", decay=1e-2), torch.arange(1200)
+    features = [f.detach() for f in probes._layers(images)]
+    config, schedule = OptimizerConfig(lr=1.0, weight_decay=1e-5), ScheduleConfig(kind="inverse_sqrt", decay=1e-3)
     optimizer = build_optimizer(config, probes.parameter_groups())
-    for step in range(12 * 60):
+    look, probes._layers = probes._layers, lambda rows: [f[rows] for f in features]  # the network is frozen: its features once are enough
+    for step in range(12 * 100):
         if step % 12 == 0:
-            order = rows[torch.randperm(1200)]
+            order = torch.randperm(1200)
         index = order[step % 12 * 100:step % 12 * 100 + 100]
-        set_learning_rate(optimizer, learning_rate(config.lr, schedule, step, 12, 60))
-        probes(Batch(index, (images[index],), 0, step)).loss.backward()
+        set_learning_rate(optimizer, learning_rate(config.lr, schedule, step, 12, 100))
+        probes(Batch(index, (index,), 0, step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    probes._layers = look
     probes.eval()
-    ours = probe_hits(probes, images[1200:], labels[1200:], 16, True).double() / 597
-    with torch.no_grad():
-        features = [f.numpy() for f in probes._layers(images)]
+    ours = probe_hits(probes, images[1200:], labels[1200:], 16, False).double() / 597
     for name, mine, x in zip(LAYERS, ours.tolist(), features):
-        theirs = LogisticRegression(C=100, max_iter=3000).fit(x[:1200], labels[:1200]).score(x[1200:], labels[1200:])
+        theirs = LogisticRegression(C=100, max_iter=1000).fit(x[:1200], labels[:1200]).score(x[1200:], labels[1200:])
         assert theirs > 0.6 and mine > theirs - 0.02, f"{name}: {mine:.3f}, logistic regression {theirs:.3f}"
     assert all(torch.equal(v, before[k]) for k, v in probes.backbone.state_dict().items())
 
