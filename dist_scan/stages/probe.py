@@ -65,6 +65,7 @@ class ProbeStage(Stage):
         from dist_scan.engine.log import Log
         from dist_scan.engine.loop import Schooling, Trainer
         from dist_scan.engine.position import Saver
+        from dist_scan.engine.profile import Timing, setting_of
 
         c, config = self.context, self.config
         seed_step(c.run.seed, 0, 0)
@@ -72,8 +73,9 @@ class ProbeStage(Stage):
         schooling = Schooling(config.optimizer, config.schedule, config.epochs, c.run.seed, config.precision, c.run.runtime.log_every)
         saver = Saver(Checkpoints(c.out / WORK / "checkpoints", c.run.runtime.keep_checkpoints, c.say), c.run.runtime.checkpoint_s)
         log = Log(c.run.run_dir, c.name)
+        timing = Timing(log, c.out, setting_of(c.run, c.world, config.global_batch, False), c.run.runtime.profile, c.say)
         try:
-            Trainer(probes, feed, schooling, lambda *_: None, saver, c.stop, log, name=c.name).run()
+            Trainer(probes, feed, schooling, lambda *_: None, saver, c.stop, log, timing, name=c.name).run()
         finally:
             log.close()
         facts = self._tested(probes)

@@ -181,11 +181,16 @@ class Pictures:
 class StopAt:
     """A log that asks for a stop which is noticed at the end of a step."""
 
+    stage = "train"
+
     def __init__(self, step=-1):
         self.step, self.asked = step, False
 
     def row(self, step, values):
         self.asked |= step == self.step - 1
+
+    def timing(self, step, values):
+        pass
 
 
 def trainer(name, folder, stop, embeds):
@@ -193,6 +198,7 @@ def trainer(name, folder, stop, embeds):
     from dist_scan.engine.loop import Schooling, Trainer
     from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
     from dist_scan.engine.position import Saver
+    from dist_scan.engine.profile import Setting, Timing
 
     method, embed = make(CASES[name], folder, epochs=3)
 
@@ -201,7 +207,8 @@ def trainer(name, folder, stop, embeds):
         return embed(network, recipe)
 
     schooling = Schooling(OptimizerConfig(lr=0.02), ScheduleConfig(), 3, 0, "fp64", log_every=1)
-    return method, Trainer(method, Pictures(), schooling, counted, Saver(Checkpoints(folder / "checkpoints", 2, print), 1e9), stop, stop)
+    return method, Trainer(method, Pictures(), schooling, counted, Saver(Checkpoints(folder / "checkpoints", 2, print), 1e9), stop, stop,
+                           Timing(stop, folder, Setting(B, 1)))
 
 
 @pytest.mark.parametrize("name", ["kmeans", "v2"])
