@@ -48,6 +48,8 @@ class Look:
 SCAN_JITTER = (0.4, 0.4, 0.4, 0.1)
 LOOKS: dict[str, Look] = {
     "center": Look("center"),
+    "whole": Look("center", share=(1.0,)),
+    "crop": Look("random", flip=0.5),
     "standard": Look("random_resized", (0.08, 1.0), flip=0.5),
     "simclr": Look("random_resized", flip=0.5, jitter=SCAN_JITTER, grey_p=0.2),
     "randaugment": Look("random", flip=0.5, special="randaugment", cutout_p=1.0),
@@ -78,6 +80,8 @@ class RecipeConfig(Strict):
     """mmdc: the side of the crop as a share of the shorter side: 20/32 (CIFAR, Tiny ImageNet), 64/96 (STL-10, ImageNet-10)."""
     degrees: float | None = Field(default=None, ge=0, le=180)
     """mmdc_mnist: largest angle by which the crop is turned; what comes in from outside is black."""
+    size: int | None = Field(default=None, ge=8)
+    """Pixels of this view; left out: data.size. Multi-crop has views of 160 and 96."""
     strength: float | None = Field(default=None, ge=0, le=1.25)
     """Of the colour jitter, as SimCLR counts: brightness, contrast, saturation .8 of it, hue .2 of it. SCAN and MoCo v2: 0.5; dcv2: 1."""
     flip: float | None = Field(default=None, ge=0, le=1)
@@ -172,7 +176,7 @@ class Recipe:
 
 def build_recipe(config: RecipeConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Recipe:
     """The recipe for views of `size` pixels. Centre and random crops of large images are of the 256/224 enlarged one, as published."""
-    base = LOOKS[config.name]
+    base, size = LOOKS[config.name], config.size or size
     changes = {k: getattr(config, k) for k in ("scale", "share", "degrees", "flip", "blur_p", "grey_p") if getattr(config, k) is not None}
     if config.share is not None:
         changes["share"] = (config.share,)

@@ -27,8 +27,11 @@ class Feed(Protocol):
     """What the loop asks for."""
 
     steps_per_epoch: int
+    rows: np.ndarray
+    """The rows [n] to train on."""
 
-    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]: ...
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None, order: np.ndarray | None = None) -> Iterator[Batch]:
+        """views: the numbers of the recipes to decode; None: all. order: the rows of this epoch as the method wants them; None: each once, shuffled."""
 
 
 class Plan:
@@ -46,9 +49,11 @@ class Plan:
         self.neighbours, self.self_as_candidate = neighbours, self_as_candidate
         self.num_neighbours = num_neighbours if num_neighbours is not None else (neighbours.num_neighbours if neighbours else 0)
 
-    def grid(self, epoch: int, first_step: int) -> np.ndarray:
-        """[steps, b] rows of this rank."""
-        order = epoch_order(self.rows, self.seed, epoch)
+    def grid(self, epoch: int, first_step: int, order: np.ndarray | None = None) -> np.ndarray:
+        """[steps, b] rows of this rank, of `order` or of every row once, shuffled."""
+        order = epoch_order(self.rows, self.seed, epoch) if order is None else order
+        if len(order) < self.steps_per_epoch * self.global_batch:
+            raise ValueError(f"an epoch of {len(order)} rows has fewer than {self.steps_per_epoch} steps of {self.global_batch}; epoch_rows must return all it needs")
         plan = rank_plan(order, self.global_batch, self.world.rank, self.world.world_size, first_step)
         return plan[:self.steps_per_epoch - first_step]
 
@@ -69,12 +74,12 @@ class ImageFeed:
     def __init__(self, loader: BetonLoader, recipes: tuple[Recipe, ...], plan: Plan, device: torch.device):
         self.loader, self.recipes, self.plan, self.device = loader, recipes, plan, device
         self.paired = plan.neighbours is not None
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps_per_epoch, self.rows = plan.steps_per_epoch, plan.rows
 
-    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None, order: np.ndarray | None = None) -> Iterator[Batch]:
         """See Feed. With neighbours the last view is the partner's."""
         recipes = self.recipes if views is None else tuple(self.recipes[v] for v in views)
-        grid = self.plan.grid(epoch, first_step)
+        grid = self.plan.grid(epoch, first_step, order)
         partners = np.stack([self.plan.partners(rows, epoch) for rows in grid]) if self.paired else None
         rows = np.concatenate([grid, partners], axis=1) if self.paired else grid
         step = epoch * self.steps_per_epoch + first_step
@@ -101,17 +106,17 @@ class FeatureFeed:
 
     def __init__(self, table: FeatureTable, plan: Plan, device: torch.device, place: Place = "mapped"):
         self.bank, self.plan = FeatureBank(table, place, device), plan
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps_per_epoch, self.rows = plan.steps_per_epoch, plan.rows
 
     def _rows(self, index: np.ndarray, epoch: int, slot: int) -> Tensor:
         rows = self.bank.read(index, cached_views(index, self.plan.seed, epoch, slot, self.bank.table.num_views))
         with section("copy"):
             return rows.to(self.bank.device, non_blocking=True).float()
 
-    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None, order: np.ndarray | None = None) -> Iterator[Batch]:
         """See Feed."""
         step = epoch * self.steps_per_epoch + first_step
-        for i, index in enumerate(self.plan.grid(epoch, first_step)):
+        for i, index in enumerate(self.plan.grid(epoch, first_step, order)):
             pair = index, self.plan.partners(index, epoch)
             yield Batch(torch.from_numpy(index.astype(np.int64)), tuple(self._rows(pair[v], epoch, v) for v in views or (0, 1)), epoch, step + i)
 

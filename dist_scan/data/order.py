@@ -5,7 +5,7 @@ import numpy as np
 
 from dist_scan.data.hashing import keyed, uniform
 
-ORDER, PARTNER, VIEW, HELD_OUT = 101, 102, 103, 104  # streams of the hash, one per use
+ORDER, PARTNER, VIEW, HELD_OUT, DRAW, SLOT = 101, 102, 103, 104, 105, 106  # streams of the hash, one per use
 
 
 def epoch_order(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -51,3 +51,40 @@ def split_held_out(num_images: int, share: float, seed: int) -> tuple[np.ndarray
     """(rows to train on, held-out rows), both sorted; a row's side depends on (seed, row) alone."""
     held = uniform(seed, HELD_OUT, np.arange(num_images)) < share
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def uniform_over_labels(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many rows [n] as `rows` [n], drawn so that every label of `labels` [n] that occurs is met equally often, in random order.
+
+    DeepCluster's sampler as the paper means it (Sec. 3.2): n // L + 1 rows of each of L labels, with replacement only where a label has
+    fewer; then cut to n. Rows of label -1 are never drawn. Raises ValueError when no row has a label.
+    """
+    kept, order, starts, sizes = _by_label(rows, labels, keyed(seed, DRAW, epoch, rows))
+    each = len(rows) // len(sizes) + 1
+    place = np.arange(each)[None]
+    again = np.floor(uniform(seed, DRAW, epoch, -1 - np.arange(len(sizes))[:, None], place) * sizes[:, None]).astype(np.int64)
+    drawn = kept[order][(starts[:, None] + np.where(sizes[:, None] < each, again, place)).reshape(-1)]
+    return drawn[np.argsort(keyed(seed, SLOT, epoch, np.arange(len(drawn))), kind="stable")][:len(rows)]
+
+
+def released_order(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """What DeepCluster's released code visits: the balanced draw above is taken for places in the list of rows sorted by label, which undoes
+    the balance (FIDELITY.md 0.3). Labels are met as often as they occur; about half of the rows are not met."""
+    kept, order, _, _ = _by_label(rows, labels, np.arange(len(rows)))
+    places = uniform_over_labels(np.arange(len(kept)), labels[labels >= 0], seed, epoch)
+    return np.resize(kept[order][places], len(rows))
+
+
+def labelled_order(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Every row with a label once, shuffled; where rows have none, the first ones come again at the end, so that there are n."""
+    return np.resize(epoch_order(_by_label(rows, labels, rows)[0], seed, epoch), len(rows))
+
+
+def _by_label(rows: np.ndarray, labels: np.ndarray, within: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(rows that have a label, their order by (label, within), where each label starts in it, how many it has)."""
+    known = labels >= 0
+    if not known.any():
+        raise ValueError(f"none of the {len(rows)} rows has a pseudo-label; cluster again with other settings")
+    order = np.lexsort((within[known], labels[known]))
+    starts, sizes = np.unique(labels[known][order], return_index=True, return_counts=True)[1:]
+    return rows[known], order, starts, sizes

@@ -39,10 +39,13 @@ class Checkpoints:
         self.save_s = 0.0
 
     @watched("save")
-    def save(self, step: int, state: Mapping[str, Any], banks: Mapping[str, Any]) -> bool:
-        """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks."""
+    def save(self, step: int, state: Mapping[str, Any], banks: Mapping[str, Any], after_moment: bool = False) -> bool:
+        """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks.
+
+        after_moment: the next epoch has begun; at the same step there may be one from the end of the epoch before, which is older.
+        """
         began, error = time.monotonic(), None
-        name = f"step-{step:09d}"
+        name = f"step-{step:09d}{'-begun' if after_moment else ''}"
         temporary = self.folder / f".tmp-{name}"
         if current().rank == 0:
             error = _try(lambda: self._prepare(temporary))

@@ -52,7 +52,7 @@ class Trainer:
         self.saver, self.stop, self.log, self.timing, self.held_out, self.name = saver, stop, log, timing, held_out, name
         self.say = say
         self.optimizer = build_optimizer(schooling.optimizer, method.parameter_groups())
-        self.at, self.network, self.settled = Position(), method, False
+        self.at, self.network, self.settled, self.rows = Position(), method, False, None
 
     def run(self) -> Position:
         """Train to the end. Raises Stopped (everything saved), Diverged, or CheckpointError."""
@@ -72,17 +72,23 @@ class Trainer:
         return self.at
 
     def _batches(self, first_step: int = 0) -> Iterator[Batch]:
-        return self.feed.batches(self.at.epoch, first_step, views=self.method.views_of(self.at.epoch))
+        return self.feed.batches(self.at.epoch, first_step, self.method.views_of(self.at.epoch), self.rows)
 
     @watched("begin_epoch")
     def _begin_epoch(self) -> None:
         """The method's whole-set moment, once per epoch: a run resumed inside the epoch does not repeat it."""
         seed_step(self.schooling.seed, self.at.epoch, 1)
         if not self.at.begun:
-            forget(self.optimizer, fresh := tuple(self.method.begin_epoch(self.at.epoch, self.embed)))
+            try:
+                fresh = tuple(self.method.begin_epoch(self.at.epoch, self.embed))
+            except Stopped:  # nothing has changed yet: what was trained since the last save is kept
+                self.saver.save(self.method, self.optimizer, self.at)
+                raise
+            forget(self.optimizer, fresh)
             self.at.begun = True
             if fresh:
                 self.saver.save(self.method, self.optimizer, self.at)
+        self.rows = self.method.epoch_rows(self.at.epoch, self.feed.rows)
         self.method.train()
         if self.network is not self.method and not self.settled:
             self._settle()

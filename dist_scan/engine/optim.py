@@ -26,7 +26,7 @@ class OptimizerConfig(Strict):
 class ScheduleConfig(Strict):
     """The learning rate over a stage."""
 
-    kind: Literal["constant", "cosine", "step"] = "constant"
+    kind: Literal["constant", "cosine", "step", "inverse_sqrt"] = "constant"
     warmup_epochs: float = Field(default=0.0, ge=0)
     """From 0, before the rest of the schedule."""
     warmup_power: float = Field(default=1.0, gt=0)
@@ -37,6 +37,8 @@ class ScheduleConfig(Strict):
     milestones: tuple[int, ...] = ()
     """step: epochs at which lr is multiplied by gamma."""
     gamma: float = Field(default=0.1, gt=0)
+    decay: float = Field(default=0.0, ge=0)
+    """inverse_sqrt: lr / sqrt(1 + lr * decay * step), as DeepCluster's linear probes have it (with their weight decay)."""
     per: Literal["step", "epoch"] = "step"
     """Whether cosine moves at every step or once an epoch (as the released codes do)."""
 
@@ -48,6 +50,8 @@ def learning_rate(base: float, schedule: ScheduleConfig, step: int, steps_per_ep
         return base * ((step + 1) / (warmup + 1)) ** schedule.warmup_power
     if schedule.kind == "constant":
         return base
+    if schedule.kind == "inverse_sqrt":
+        return base / math.sqrt(1 + base * schedule.decay * step)
     at = step / steps_per_epoch if schedule.per == "step" else step // steps_per_epoch
     if schedule.kind == "step":
         return base * schedule.gamma ** sum(at >= m for m in schedule.milestones)
@@ -62,6 +66,9 @@ def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> to
                "weight_decay": config.weight_decay if g.weight_decay is None else g.weight_decay}
               for g in groups if g.parameters]
     if config.kind == "sgd":
+        for group, given in zip(wanted, (g for g in groups if g.parameters)):
+            group["momentum"] = config.momentum if given.momentum is None else given.momentum
+            group["nesterov"] = config.nesterov and group["momentum"] > 0
         return torch.optim.SGD(wanted, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     cls = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
     # foreach, not fused: fused CPU Adam differs between builds, and a resumed run must equal an undisturbed one.

@@ -52,7 +52,7 @@ class Saver:
     def save(self, method: Method, optimizer: torch.optim.Optimizer, at: Position) -> None:
         """Write a checkpoint now (collective)."""
         state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "position": at.saved()}
-        self.checkpoints.save(at.step, state, method.banks())
+        self.checkpoints.save(at.step, state, method.banks(), after_moment=at.begun and at.step_in_epoch == 0)
         self.last = time.monotonic()
 
     def due(self) -> bool:

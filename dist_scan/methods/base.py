@@ -46,6 +46,8 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float | None = None
+    momentum: float | None = None
+    """sgd's; None means the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Given:
     """Mean and standard deviation [D] of the table's features, when on_features."""
     inputs: Mapping[str, Path] = field(default_factory=dict)
     """Folders of the artefacts this stage refers to, by role (`model`: a published cluster model)."""
+    epochs: int = 0
+    work_dir: Path | None = None
+    """Where tables of a whole-set moment lie while it lasts (the same on all ranks; not there until someone makes it)."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether someone asked this process to leave: long searches ask it and raise Stopped."""
 
 
 Embed = Callable[..., Any]
@@ -102,8 +109,14 @@ class Method(nn.Module, ABC):
         """The loss of this rank's part; what is global (entropy, negatives, counts) goes through collectives."""
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
-        """Before an epoch; collective. Returns the parameters it re-initialised (their optimizer state is dropped)."""
+        """Before an epoch; collective. Returns the parameters it re-initialised (their optimizer state is dropped, and a checkpoint
+        is written: a run resumed inside the epoch does not repeat this). Raises Stopped only before it has changed anything."""
         return ()
+
+    def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray | None:
+        """The rows [n] that an epoch visits, in order, drawn from `rows` [n]; None: each once, shuffled. Collective; asked after
+        begin_epoch and again after a resume: a function of what is remembered, the same on all ranks."""
+        return None
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
@@ -129,6 +142,9 @@ class Method(nn.Module, ABC):
     def parameter_groups(self) -> list[ParameterGroup]:
         """What the optimizer updates."""
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+
+    def collect(self) -> None:
+        """Just before publish; collective: bring what it writes to rank 0."""
 
     @abstractmethod
     def publish(self, out: Path) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from dist_scan.artefacts import write_atomic, write_json
 from dist_scan.config import Strict
 from dist_scan.models.checkpoints import CheckpointKind, load_into
+from dist_scan.models.deepnets import alexnet_bn, vgg16_deep
 from dist_scan.models.layers import Projector, Sobel
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
-OWN = ("resnet_small", "vgg_small", "pixels")
+OWN = ("resnet_small", "vgg_small", "alexnet_bn", "vgg16_deep", "pixels")
+DEEP = {"alexnet_bn": alexnet_bn, "vgg16_deep": vgg16_deep}
 
 
 class BackboneConfig(Strict):
@@ -24,7 +26,7 @@ class BackboneConfig(Strict):
 
     name: str
     """resnet18 ... resnet152 (torchvision's layout, which MoCo and SCAN use), any timm name, resnet_small, vgg_small (MMDC's for MNIST),
-    or pixels."""
+    alexnet_bn and vgg16_deep (DeepCluster's, 224 px), or pixels."""
     stem: Literal["imagenet", "cifar", "stl"] = "imagenet"
     """ResNets: 7x7 stride 2 and max-pool; 3x3 stride 1 without (32 px); 3x3 stride 1 and 2x2 max-pool (96 px, and MMDC at any size)."""
     width: int = Field(default=32, ge=1)
@@ -103,6 +105,7 @@ class Edges(nn.Sequential):
     def __init__(self, network: nn.Module):
         super().__init__(Sobel(), network)
         self.num_features = network.num_features
+        self.ends_before_relu = getattr(network, "ends_before_relu", False)
 
 
 class Pixels(nn.Module):
@@ -136,6 +139,8 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     channels = 2 if config.sobel else 3
     if config.name in RESNETS:
         network: nn.Module = _resnet(config, channels)
+    elif config.name in DEEP:
+        network = DEEP[config.name](channels)
     elif config.name in OWN:
         network = Pixels() if config.name == "pixels" else {"resnet_small": SmallResNet, "vgg_small": SmallVGG}[config.name](config.width, channels)
     else:

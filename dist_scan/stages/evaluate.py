@@ -69,7 +69,19 @@ class EvaluateStage(Stage):
         sizes = np.bincount(found.cluster, minlength=found.num_clusters)
         scores = evaluate_assignment(found.cluster, labels, found.num_clusters, found.top)
         return {**scores, "seconds": round(chain_seconds(self.context.inputs[f"subjects.{name}"]), 1),
-                "num_clusters": found.num_clusters, **cluster_health(sizes)}
+                "num_clusters": found.num_clusters, **cluster_health(sizes), **self._history(name, labels)}
+
+    def _history(self, name: str, labels: np.ndarray) -> dict[str, Any]:
+        """Agreement with the labels of every clustering that a method kept (DeepCluster's Figure 2a): geometric NMI, as in its paper."""
+        from dist_scan.evaluate.metrics import contingency, nmi
+
+        path = self.context.inputs[f"subjects.{name}"] / "history.npz"
+        if not path.is_file() or not (labels >= 0).any():
+            return {}
+        with np.load(path) as kept:
+            epochs, clusters = kept["epoch"], kept["cluster"]
+        tables = (contingency(c[c >= 0], labels[c >= 0], int(c.max()) + 1, int(labels.max()) + 1) for c in clusters if (c >= 0).any())
+        return {"history": {"epoch": epochs.tolist(), "nmi": [nmi(t, "geometric") for t in tables], "nmi_variant": "geometric"}}
 
     def _neighbour_purity(self, labels: np.ndarray) -> dict[str, float] | None:
         from dist_scan.data.tables import NeighbourTable

@@ -128,6 +128,7 @@ class TrainStage(Stage):
             log.close()
         if at.skipped or at.refused:
             c.say(f"{c.name}: {at.skipped} steps skipped (nobody was confident), {at.refused} updates refused (not a number)")
+        method.collect()
         if c.world.rank == 0:
             method.publish(c.out)
             if at.warnings:
@@ -175,6 +176,8 @@ class TrainStage(Stage):
 
     def _method(self) -> Method:
         """The method with its network, the same on every rank."""
+        from dist_scan.artefacts import WORK
+
         c, config = self.context, self.config
         backbone, backbone_config = None, config.network
         if config.network is not None:
@@ -184,7 +187,8 @@ class TrainStage(Stage):
         given = Given(
             num_images=self.num_images, global_batch=config.global_batch, seed=c.run.seed, total_steps=config.epochs * self.feed.steps_per_epoch,
             on_features=self.table is not None, feature_dim=self.table.dim if self.table else getattr(backbone, "num_features", 0),
-            backbone=backbone, backbone_config=backbone_config, moments=self.table.moments() if self.table else None, inputs=c.inputs)
+            backbone=backbone, backbone_config=backbone_config, moments=self.table.moments() if self.table else None, inputs=c.inputs,
+            epochs=config.epochs, work_dir=c.out / WORK / "moment", stop=lambda: c.stop.asked)
         method = kind_class("dist_scan.methods", config.method.kind)(config.method, given)
         method = memory_format(method, c.world.device)
         return method.double() if config.precision == "fp64" else method

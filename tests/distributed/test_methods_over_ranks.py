@@ -21,6 +21,8 @@ CASES = {
     "temi-features": dict(num_clusters=(4, 6), num_heads=2, momentum=0.9),
     "selflabel": dict(threshold=0.4, ema=None),
     "selflabel-teacher": dict(threshold=0.4, ema=0.9, class_balance=False),
+    "rotnet": dict(),
+    "nce": dict(projection_dim=8, temperature=0.2),
     "selflabel-released": dict(threshold=0.4, ema=0.9, ema_meaning="released"),
 }
 
@@ -150,14 +152,16 @@ def bank_write():
 
     bank, r = Bank(20, dtype=torch.int64, num_shards=5, fill=-1), current().rank
     bank.write(torch.arange(r, 20, 3)[:4 + r], torch.arange(r, 20, 3)[:4 + r] * 10)
-    return bank.read(torch.arange(20 - r)).tolist(), bank.state()
+    assert bank.whole().tolist() == bank.read(torch.arange(20)).tolist()
+    state = bank.state()  # as lists: a tensor in a message lives only as long as the process that sent it
+    return bank.read(torch.arange(20 - r)).tolist(), state | {"shards": {s: t.tolist() for s, t in state["shards"].items()}}
 
 
 def bank_load(states):
     from dist_scan.banks import Bank
 
     bank = Bank(20, dtype=torch.int64, num_shards=5)
-    bank.load(states)
+    bank.load([s | {"shards": {k: torch.tensor(v) for k, v in s["shards"].items()}} for s in states])
     return bank.read(torch.arange(20)).tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.models import resnet18
 
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
@@ -84,7 +85,6 @@ def test_unknown_names_are_answered_with_a_near_one():
         BackboneConfig(name="resnet-50")
 
 
-<<<<<<< HEAD
 def test_vgg_small_is_mmdcs_network_for_mnist():
     network = build_backbone(BackboneConfig(name="vgg_small", width=32)).eval()
     convs = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -119,8 +119,6 @@ def test_sobel_of_pixels_is_refused():
         build_backbone(BackboneConfig(name="pixels", sobel=True))
 
 
-=======
->>>>>>> 9d60341 (SCAN's own files as pretext and as cluster model: {model, head}, its training checkpoint, self-labelling's bare state; read without running code)
 # --- SCAN's own files (FIDELITY.md 1.1), laid out as its released code saves them ---------------------------------------------
 
 def scan_file(path, head, heads: int = 3, legacy: bool = False, **more):
@@ -201,3 +199,27 @@ def test_the_given_stage_publishes_a_scan_file_as_pretext_and_as_model(tmp_path)
     config = GivenConfig(backbone=BackboneConfig(name="resnet18", stem="cifar"), cluster_head=1)
     with pytest.raises(ValueError, match="no backbone.checkpoint to take it from"):
         config.check("scan", None, {})
+
+
+@pytest.mark.parametrize("name, entering, convolutions, parameters", [("alexnet_bn", 9216, 5, 58e6), ("vgg16_deep", 25088, 13, 134e6)])
+def test_deepcluster_networks_have_the_published_shapes(name, entering, convolutions, parameters):
+    with torch.device("meta"):
+        network = build_backbone(BackboneConfig(name=name, sobel=True)).eval()
+        features = network(torch.empty(2, 3, 224, 224))
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    assert features.shape == (2, 4096) and linear[0].in_features == entering and network.ends_before_relu
+    assert sum(isinstance(m, nn.Conv2d) for m in network.modules()) == convolutions
+    assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels == 2
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0.03)
+    grids = [m.output_size for m in network.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
+    with torch.device("meta"):
+        assert network[1].features(torch.empty(1, 2, 224, 224)).shape[2] == grids[0]  # the pool before the linear layers does nothing at 224 px
+
+
+def test_deepcluster_networks_start_as_released_and_take_small_images():
+    torch.manual_seed(0)
+    network = build_backbone(BackboneConfig(name="alexnet_bn")).eval()
+    assert network(torch.randn(1, 3, 64, 64)).min() < 0  # before the ReLU
+    first, last = network.features.conv1[0], network.hidden[-1]
+    assert float(first.weight.detach().std()) == pytest.approx((2 / (11 * 11 * 96)) ** 0.5, rel=0.05) and float(last.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
+    assert not first.bias.any() and not last.bias.any()

@@ -33,3 +33,10 @@ def test_bank_writes_reads_and_loads():
         other.load([])
     with pytest.raises(ValueError, match="allowed 0..10"):
         bank.read(torch.tensor([11]))
+
+
+def test_fill_and_whole_are_inverse():
+    bank = Bank(10, (2,), torch.int32, num_shards=3)
+    bank.fill(torch.arange(20).view(10, 2))
+    bank.fill(torch.full((10,), 9), column=1)
+    assert bank.whole().tolist() == [[2 * i, 9] for i in range(10)] and bank.whole().dtype == torch.int32

@@ -6,12 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dist_scan.config import kind_class
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.methods.base import Given
 from dist_scan.methods.moco import shuffled
+from dist_scan.methods.nce import instance_loss
+from dist_scan.methods.rotnet import quarter_turns
 from dist_scan.models.choosing import held_out_loss
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster import ClusterModel, load_cluster_model, save_cluster_model
@@ -140,7 +143,7 @@ def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(folder
     from dist_scan.engine.verdict import Setting
 
     method, said = make("selflabel", dict(threshold=0.999999, plateau_epochs=2), inputs={"model": folder}), []
-    feed = SimpleNamespace(steps_per_epoch=2, batches=lambda epoch, first=0: iter([batch(0), batch(1)][first:]))
+    feed = SimpleNamespace(steps_per_epoch=2, rows=range(2), batches=lambda epoch, first=0, views=None, order=None: iter([batch(0), batch(1)][first:]))
     saver = Saver(Checkpoints(tmp_path / "checkpoints", 2, said.append), 1e9)
     log = Log(tmp_path, "selflabelling", enabled=False)
     timing = Timing(log, tmp_path, Setting(16, 1, stored="raw", resolution=8, size=8))
@@ -169,6 +172,33 @@ def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder):
 def test_moco_shuffle_is_a_function_of_seed_and_step():
     assert torch.equal(shuffled(8, 1, 2), shuffled(8, 1, 2)) and not torch.equal(shuffled(64, 1, 2), shuffled(64, 1, 3))
     assert sorted(shuffled(8, 1, 2).tolist()) == list(range(8))
+
+
+def test_rotnet_turns_every_image_four_times():
+    images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    turned, turns = quarter_turns(images)
+    assert turns.tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and torch.equal(turned[0], images[0]) and torch.equal(turned[6], images[1].flip((1, 2)))
+    assert torch.equal(turned[5][:, 0], images[1][:, :, -1])  # counter-clockwise: the last column becomes the first row
+
+
+def test_instance_loss_is_a_softmax_over_the_memory():
+    z, memory = F.normalize(torch.randn(5, 8), dim=1).requires_grad_(), F.normalize(torch.randn(20, 8), dim=1)
+    own = torch.tensor([3, 0, 7, 7, 19])
+    expected = F.cross_entropy(z @ memory.T / 0.1, own)
+    loss = instance_loss(z, memory[own], memory, 0.1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.autograd.grad(expected, z)[0])
+
+
+def test_nce_remembers_a_moving_average_of_unit_length():
+    method = make("nce", dict(projection_dim=4, momentum=0.25)).train()
+    before = method.memory.read(torch.arange(64))
+    torch.testing.assert_close(before.norm(dim=1), torch.ones(64))
+    step = method(batch())
+    method.end_step(batch(), step)
+    after = method.memory.read(torch.arange(64))
+    torch.testing.assert_close(after[:16], F.normalize(0.25 * before[:16] + 0.75 * step.keep["projections"], dim=1))
+    assert torch.equal(after[16:], before[16:])
 
 
 def test_moco_enqueues_the_keys_and_follows_slowly():

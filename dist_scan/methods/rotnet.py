@@ -1,0 +1,58 @@
+"""RotNet: tell by how many quarter turns an image was rotated (Gidaris, Singh and Komodakis, ICLR 2018; SCAN's Table 2)."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_scan.data.batch import Batch
+from dist_scan.losses import at_least_fp32
+from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.models.backbone import save_backbone
+from dist_scan.models.layers import check_groups, convert_batch_norm
+
+TURNS = 4
+
+
+class RotNetConfig(MethodConfig):
+    """There is nothing to choose but batch norm."""
+
+    kind: Literal["rotnet"] = "rotnet"
+    bn_groups: int = Field(default=1, ge=1)
+    """Batch norm sees the global batch, all four turns of each image together, in so many parts."""
+
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Batch norm's groups, the ranks and the batch must fit."""
+        check_groups(self.bn_groups, world_size, global_batch)
+
+
+class RotNet(Method):
+    """All four turns of every image are in the batch: 128 images are 512 inputs."""
+
+    Config = RotNetConfig
+    recipes = ("standard",)
+
+    def __init__(self, config: RotNetConfig, given: Given):
+        super().__init__(config, given)
+        if given.on_features or given.backbone is None:
+            raise ValueError("rotnet turns images: give the stage `images:` and `network:`")
+        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
+        self.head = nn.Linear(given.feature_dim, TURNS)
+
+    def forward(self, batch: Batch) -> Step:
+        images, turns = quarter_turns(batch.views[0])
+        logits = at_least_fp32(self.head(self.backbone(images)))
+        return Step(F.cross_entropy(logits, turns), {"rotation_accuracy": (logits.argmax(1) == turns).double().mean()})
+
+    def publish(self, out: Path) -> None:
+        save_backbone(out, self.backbone, self.given.backbone_config)
+
+
+def quarter_turns(images: Tensor) -> tuple[Tensor, Tensor]:
+    """([4 b, 3, S, S], [4 b]): each image by 0, 90, 180, 270 degrees counter-clockwise, an image's turns side by side; and how many."""
+    turned = torch.stack([torch.rot90(images, k, (2, 3)) for k in range(TURNS)], 1).flatten(0, 1)
+    return turned, torch.arange(TURNS, device=images.device).repeat(len(images))
