@@ -168,7 +168,7 @@ class Pictures:
 
     steps_per_epoch, rows = N // B, np.arange(N)
 
-    def batches(self, epoch, first_step=0, order=None):
+    def batches(self, epoch, first_step=0, views=None, order=None):
         from dist_scan.data.batch import Batch
         from dist_scan.data.order import epoch_order
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dist_scan.config import ConfigError
 from dist_scan.data.beton.format import FIELD, HEADER, ROW, BadBeton, check_beton, read_names, sidecar
@@ -45,7 +46,8 @@ def copied(good: Path, to: Path, change) -> Path:
 
 def test_bad_images_are_listed_with_the_reason_and_left_out(tmp_path):
     root = folder(tmp_path / "images", 6)
-    bad = {"empty.jpg": b"", "garbage.jpg": b"x" * 99, "cut.jpg": encoded(picture(), "JPEG")[:300]}
+    bad = {"empty.jpg": b"", "garbage.jpg": b"x" * 99, "cut.jpg": encoded(picture(), "JPEG")[:300],
+           "bomb.png": encoded(Image.new("1", (20000, 20000)))}  # 50 kB that would be 1.2 GB of pixels
     for name, data in bad.items():
         (root / "class0" / name).write_bytes(data)
     (root / "class1").joinpath(os.fsdecode(b"\xff.jpg")).write_bytes(encoded(picture(), "JPEG"))  # a name that is no UTF-8

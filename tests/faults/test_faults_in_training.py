@@ -79,8 +79,8 @@ def test_row_3_an_exception_on_one_rank_is_the_error_that_is_shown(whole, tmp_pa
 
 def test_row_4_a_stopped_rank_and_a_stuck_loader_are_noticed_by_the_watchdog(whole, tmp_path):
     run = Run(tmp_path)
-    done = run("runtime.step_limit_s=6", EVERY_STEP,
-               faults=[{"kind": "stop", "rank": 1, "step": 6}, {"kind": "hang", "rank": 1, "at": "batch", "step": 6}])
+    done = run("runtime.step_limit_s=6", "runtime.section_limit_s=40", EVERY_STEP,  # 12 batches: the first are read before the first step
+               faults=[{"kind": "stop", "rank": 1, "step": 6}, {"kind": "hang", "rank": 1, "at": "batch", "step": 12}])
     same(done, whole)
     stacks = {rank: (done.folder / "logs" / f"stacks-rank0000{rank}.txt").read_text() for rank in (0, 1)}
     assert stacks[0].count("pretext: no progress for") == 2 and "all_reduce" in stacks[0]

@@ -114,7 +114,7 @@ def test_predicting_equals_evaluating_in_the_run_bit_for_bit(tiny, images, predi
     assert [line.split(":")[0] for line in said if ": starts (" in line] == ["beton_val", "unseen"]
     with np.load(next(folder.glob("stages/unseen/*/assignments.npz"))) as inside:
         table = pq.read_table(predicted)
-        assert len(np.unique(inside["cluster"])) > 2
+        assert len(np.unique(inside["cluster"])) > 1
         assert np.array_equal(table["cluster"].to_numpy(), inside["cluster"])
         assert table["probability"].to_numpy().tobytes() == inside["probability"].tobytes()
         assert np.array_equal(np.stack(table["top_clusters"].to_numpy()), inside["top"])

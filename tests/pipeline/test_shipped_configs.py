@@ -43,6 +43,8 @@ def reduced(name: str, photographs: Path) -> list[str]:
             out += [f"{at}.epochs=1", f"{at}.steps_per_epoch=2", f"{at}.global_batch=8", f"{at}.precision=fp32"]
             if config.num_neighbours:
                 out += [f"{at}.num_neighbours={min(5, config.num_neighbours)}"]
+            if config.features is not None:
+                out += [f"{at}.optimizer.lr=0.1"]  # the recipe's belongs to the features of a trained network
             if config.network is not None:
                 out += [f"{at}.network.name=resnet18"]
             if hasattr(config.method, "whiten_dim"):
