@@ -22,7 +22,7 @@ def shards(run: Run, stage: str) -> dict[str, int]:
 
 def tables(done: Ended) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for stage in ("features", "neighbours") for p in sorted(done.folder.glob(f"stages/{stage}/*/*.npy"))} | {
-        p.name: np.load(p)["assignment"].tobytes() if p.suffix == ".npz" else p.read_bytes()
+        p.name: b"".join(np.load(p)[k].tobytes() for k in sorted(np.load(p).files)) if p.suffix == ".npz" else p.read_bytes()
         for p in sorted(done.folder.glob("stages/kmeans/*/*.np[yz]"))}
 
 
