@@ -170,5 +170,6 @@ if rank == 0: (run / "step").write_text(words); (run / "DONE").write_text("now")
     toy.submit().ended()
     assert "CPUs=8 " in (toy.run_dir / "step").read_text(), "2 nodes x 2 ranks x 2 cores; srun alone would take 4"
     places = [json.loads(p.read_text()) for p in toy.run_dir.glob("start-*")]
+    threads = os.environ.get("OMP_NUM_THREADS", "2")  # whoever sets it at submission is obeyed
     got = sorted((e["RANK"], e["LOCAL_RANK"], e["LOCAL_WORLD_SIZE"], e["WORLD_SIZE"], e["MASTER_ADDR"], e["OMP_NUM_THREADS"]) for e in places)
-    assert got == [(str(r), str(r % 2), "2", "4", "127.0.0.1", "2") for r in range(4)] and len({e["MASTER_PORT"] for e in places}) == 1
+    assert got == [(str(r), str(r % 2), "2", "4", "127.0.0.1", threads) for r in range(4)] and len({e["MASTER_PORT"] for e in places}) == 1
