@@ -116,9 +116,9 @@ class FolderSource(Source):
 
     def _read(self, rows: list[int]) -> Iterator[Sample]:
         for row in rows:
-            name = self.files[row][0]
+            name, size = self.files[row]
             try:
-                data = (self.root / name).read_bytes()
+                data = (self.root / name).read_bytes() if size >= 0 else b""
             except OSError:
                 data = b""  # vanished or unreadable: listed as bad, not fatal
             yield Sample(data, self.labels[row], name)
@@ -127,19 +127,22 @@ class FolderSource(Source):
         return (f"{name}:{size}" for name, size in self.files)
 
 
-def _image_files(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
-    """(path below root, size) of every image file; links are followed, except to a folder they lie in. A dead link has size -1: it is
-    listed as unreadable later, and ends nothing here."""
-    here = os.path.realpath(root / below)
+def _image_files(root: Path, below: str = "", inside: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
+    """(path below root, size) of every image file; links are followed, except to a folder they lie in (`inside`: the real folders on the
+    way here). A dead link, a link to itself and what is no file (a pipe would be waited for) have size -1: they are listed as
+    unreadable later, and end nothing here."""
+    inside = (*inside, os.path.realpath(root / below))
     with os.scandir(root / below) as entries:
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir(follow_symlinks=True) and not entry.name.startswith("."):
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):  # entry.is_dir raises at a link to itself
                 target = os.path.realpath(entry.path)
-                if not entry.is_symlink() or os.path.commonpath([here, target]) != target:
-                    yield from _image_files(root, name)
-            elif entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith("."):
-                yield name, entry.stat().st_size if os.path.exists(entry.path) else -1
+                if not entry.is_symlink() or not any(os.path.commonpath([folder, target]) == target for folder in inside):
+                    yield from _image_files(root, name, inside)
+            elif entry.name.lower().endswith(IMAGE_ENDINGS):
+                yield name, os.path.getsize(entry.path) if os.path.isfile(entry.path) else -1
 
 
 class TarSource(Source):

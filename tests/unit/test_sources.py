@@ -53,6 +53,14 @@ def test_links_are_followed_but_not_in_circles_and_dead_ones_do_not_end_the_list
     os.symlink("..", tmp_path / "tree" / "a" / "up")
     os.symlink("/nowhere/x.jpg", tmp_path / "tree" / "a" / "dead.jpg")
     assert [(s.name, bool(s.data)) for s in everything(opened(tmp_path / "tree"))] == [("a/dead.jpg", False), ("linked/000.jpeg", True)]
+    os.symlink("self.png", tmp_path / "tree" / "a" / "self.png")
+    os.symlink("loop", tmp_path / "tree" / "a" / "loop")
+    os.symlink("../b", tmp_path / "tree" / "a" / "other")  # a/other -> b and b/back -> a: each would be listed without end
+    (tmp_path / "tree" / "b").mkdir()
+    os.symlink("../a", tmp_path / "tree" / "b" / "back")
+    os.mkfifo(tmp_path / "tree" / "b" / "pipe.png")  # reading it would wait for a writer
+    found = [(s.name, bool(s.data)) for s in everything(opened(tmp_path / "tree"))]
+    assert len(found) == len(set(found)) < 20 and {("a/self.png", False), ("b/pipe.png", False), ("linked/000.jpeg", True)} <= set(found)
 
 
 def test_parquet_of_several_files_with_and_without_labels(tmp_path):
