@@ -19,11 +19,14 @@ from pydantic import Discriminator, Field, Tag, ValidationError, create_model, m
 from dist_scan.settings import ConfigError, RuntimeConfig, SlurmConfig, Strict
 
 
+STAGE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # it becomes a folder's name
+
+
 class RunConfig(Strict):
     """One run: data, the stages in order, and how this machine runs them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     data: Any
     stages: dict[str, Any]
     runtime: RuntimeConfig = RuntimeConfig()
@@ -38,16 +41,20 @@ class RunConfig(Strict):
     def _stages_fit(self):
         """References between stages point backwards, and each stage agrees with what it refers to."""
         seen: dict[str, Any] = {f"beton_{split}": None for split in ("train", "val") if getattr(self.data, split, None) is not None}
+        if not self.stages:
+            raise ValueError("stages: there is none; name what is to be done (the shipped configs are examples)")
         for name, stage in self.stages.items():
+            if not re.fullmatch(STAGE_NAME, name) or name in seen:
+                raise ValueError(f"stages: '{name}' cannot be a stage's name; allowed: letters, digits, _ and -, not beton_train or beton_val")
             for role, target in getattr(stage, "inputs", dict)().items():
                 if target not in seen and target.startswith("beton_"):
                     raise ValueError(f"stages.{name}.{role}: '{target.removeprefix('beton_')}', but data.{target.removeprefix('beton_')} is not given; add it")
                 if target not in seen:
                     raise ValueError(f"stages.{name}.{role}: '{target}' is no earlier stage; "
                                      f"allowed: {', '.join(s for s in seen if seen[s]) or 'none (it is the first)'}. Name one, or move it before '{name}'.")
-            check = getattr(stage, "check", None)
-            if check is not None:
-                check(name, self, seen)
+            if hasattr(stage, "check"):
+                stage.check_inputs(name, seen)
+                stage.check(name, self, seen)
             seen[name] = stage
         return self
 

@@ -37,7 +37,7 @@ def main(run_dir: str) -> int:
     except ValueError as error:
         if os.environ.get("DIST_SCAN_TRACEBACK"):
             traceback.print_exc()
-        _remember(folder, rank, error)
+        _remember(folder, rank, error, aloud=False)
         return _mistake(folder, rank, str(error))
     except BaseException as error:
         _remember(folder, rank, error)
@@ -119,8 +119,8 @@ def _mistake(folder: Path, rank: int, text: str) -> int:
     return USER_MISTAKE
 
 
-def _remember(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave the error where the launcher finds it; the earliest of all ranks is the one it shows."""
+def _remember(folder: Path, rank: int, error: BaseException, aloud: bool = True) -> None:
+    """Leave the error where the launcher finds it; the earliest of all ranks is the one it shows. A mistake's traceback stays in the file."""
     text = "".join(traceback.format_exception(error))
     try:
         (folder / "logs").mkdir(exist_ok=True)
@@ -128,7 +128,8 @@ def _remember(folder: Path, rank: int, error: BaseException) -> None:
             json.dump({"time": time.time(), "rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": text}, f)
     except OSError:
         pass
-    print(text, file=sys.stderr, flush=True)
+    if aloud:
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

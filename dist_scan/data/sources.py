@@ -13,7 +13,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +21,10 @@ from pydantic import Field
 from dist_scan.config import ConfigError, Strict
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SplitConfig(Strict):
@@ -49,8 +53,8 @@ class DataConfig(Strict):
     max_side: int = Field(default=1024, ge=8)
     """Cap on the longer side of what is stored."""
     quality: int = Field(default=90, ge=1, le=100)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Above this share of unreadable images the build refuses."""
 
@@ -218,9 +222,13 @@ class DigitsSource(Source):
 def open_source(split: SplitConfig) -> Source:
     """The source a split asks for. Raises ConfigError when it is missing, empty or of another format."""
     if split.source == "sklearn:digits" or split.format == "digits":
+        if split.format not in ("auto", "digits") or split.source != "sklearn:digits":
+            raise ConfigError(f"source '{split.source}': format '{split.format}' does not fit it; allowed: format auto, or source sklearn:digits with format digits")
         source: Source = DigitsSource()
     else:
         source = _open_files(split)
+    if split.classes is not None and not isinstance(source, FolderSource):
+        raise ConfigError(f"source '{split.source}': classes '{split.classes}' chooses among folders of images, and this is none; remove it")
     if len(source) == 0:
         raise ConfigError(f"source '{split.source}' holds no images; allowed endings: {', '.join(IMAGE_ENDINGS)}")
     if split.limit is not None and split.limit < len(source):

@@ -90,6 +90,8 @@ class Method(nn.Module, ABC):
     """One augmentation recipe per view, by name; the stage's `recipes:` overrides them."""
     wants_neighbour: ClassVar[bool] = False
     """The last view is of a random neighbour of the row instead of the row itself."""
+    publishes: ClassVar[tuple[str, ...]] = ("backbone",)
+    """What other stages may take from publish()'s folder: backbone, model (a cluster model), clusters (of the training images)."""
 
     def __init__(self, config: MethodConfig, given: Given):
         super().__init__()

@@ -82,6 +82,7 @@ class DeepCluster(Method):
 
     Config = DeepClusterConfig
     recipes = ("deepcluster",)
+    publishes = ("backbone", "clusters")
 
     def __init__(self, config: DeepClusterConfig, given: Given):
         super().__init__(config, given)

@@ -85,6 +85,7 @@ class MMDC(Method):
 
     Config = MMDCConfig
     recipes = ("mmdc_center", "mmdc", "mmdc_rotation")
+    publishes = ("backbone", "model")
 
     @classmethod
     def recipes_for(cls, config: MMDCConfig) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class Scan(Method):
 
     Config = ScanConfig
     recipes = ("simclr", "simclr")
+    publishes = ("model",)
     wants_neighbour = True
 
     def __init__(self, config: ScanConfig, given: Given):

@@ -45,6 +45,7 @@ class SelfLabel(Method):
 
     Config = SelfLabelConfig
     recipes = ("center", "randaugment")
+    publishes = ("model",)
 
     def __init__(self, config: SelfLabelConfig, given: Given):
         super().__init__(config, given)

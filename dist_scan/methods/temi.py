@@ -41,6 +41,7 @@ class Temi(Method):
 
     Config = TemiConfig
     recipes = ("simclr", "simclr")
+    publishes = ("model",)
     wants_neighbour = True
 
     def __init__(self, config: TemiConfig, given: Given):

@@ -32,6 +32,9 @@ class AssignConfig(StageConfig):
     batch: int = Field(default=256, ge=1)
     precision: Precision = "fp32"
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("clusters",)
+
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """One source of rows."""
         if (self.images is None) == (self.features is None):

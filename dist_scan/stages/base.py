@@ -16,6 +16,11 @@ Ref = Annotated[str, REF]
 Images = Annotated[Literal["train", "val"], IMAGES]
 
 
+TAKES = {"features": "features", "held_out_features": "features", "neighbours": "neighbours", "held_out_neighbours": "neighbours",
+         "backbone": "backbone", "model": "model", "subjects": "clusters", "evaluate": "evaluation"}
+"""What must lie in the folder that a role refers to (subjects.mine is of the role subjects)."""
+
+
 def beton_stage(split: str) -> str:
     """The name of the stage that the pipeline puts first for a split of `data:`."""
     return f"beton_{split}"
@@ -37,6 +42,19 @@ class StageConfig(Strict):
             elif value is not None and IMAGES in marks:
                 found[role] = beton_stage(value)
         return found
+
+    def publishes(self) -> tuple[str, ...]:
+        """What later stages may take from this one's folder: features, neighbours, backbone, model, clusters, evaluation."""
+        return ()
+
+    def check_inputs(self, name: str, earlier: Mapping[str, Any]) -> None:
+        """Raise ValueError when a reference names a stage that publishes something else (before any work)."""
+        for role, target in self.inputs().items():
+            wanted, stage = TAKES.get(role.split(".")[0]), earlier[target]
+            if wanted and wanted not in (stage.publishes() if stage is not None else ("images",)):
+                fitting = [other for other, s in earlier.items() if s is not None and wanted in s.publishes()]
+                raise ValueError(f"stages.{name}.{role}: '{target}'{f' (kind {stage.kind})' if stage is not None else ''} publishes no {wanted}; "
+                                 f"allowed: {', '.join(fitting) or f'none; put a stage that publishes {wanted} before it'}")
 
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """Raise ValueError when this stage does not fit the stages it refers to (before any work)."""

@@ -35,6 +35,9 @@ class ConsensusConfig(StageConfig):
     """One head by its number in the report's table, in place of the consensus."""
     batch: int = Field(default=4096, ge=1)
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("clusters",)
+
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """The number of clusters and the head are there."""
         method = getattr(earlier.get(self.model), "method", None)

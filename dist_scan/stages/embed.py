@@ -31,6 +31,9 @@ class EmbedConfig(StageConfig):
     batch: int = Field(default=256, ge=1)
     precision: Precision = "fp32"
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("features",)
+
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """Either a backbone or pixels; one centre crop is enough."""
         if self.pixels == (self.backbone is not None):

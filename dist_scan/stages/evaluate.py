@@ -28,6 +28,9 @@ class EvaluateConfig(StageConfig):
     heads: Ref | None = None
     """The stage of the heads, whose per-head table is shown."""
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("evaluation",)
+
     def inputs(self) -> dict[str, str]:
         """The subjects are references too."""
         return super().inputs() | {f"subjects.{name}": stage for name, stage in self.subjects.items()}

@@ -31,6 +31,9 @@ class GivenConfig(StageConfig):
     """Which images the features are of; rows must be in their order."""
     num_shards: int = Field(default=16, ge=1)
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("features",) if self.features is not None else ("backbone",) if self.cluster_head is None else ("backbone", "model")
+
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """One of the two, and the files exist."""
         if (self.backbone is None) == (self.features is None):

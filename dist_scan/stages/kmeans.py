@@ -26,6 +26,9 @@ class KMeansConfig(StageConfig):
     init: Literal["kmeans++", "random"] = "kmeans++"
     spherical: bool = False
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("clusters",)
+
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """Every cluster needs an image."""
         if self.num_clusters > num_images:

@@ -16,6 +16,9 @@ class NeighboursConfig(StageConfig):
     num_neighbours: int = Field(default=20, ge=1)
     metric: Literal["cosine", "inner_product", "l2"] = "cosine"
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("neighbours",)
+
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """K must leave room: an image is not its own neighbour."""
         if self.num_neighbours >= num_images:

@@ -60,6 +60,9 @@ class TrainConfig(StageConfig):
     held_out_images: Images | None = None
     """Choose on centre crops of this split (a network trained on images); with held_out_neighbours mined inside it."""
 
+    def publishes(self) -> tuple[str, ...]:
+        return kind_class("dist_scan.methods", self.method.kind).publishes
+
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """The method gets what it needs, once."""
         where, method = f"stages.{name}", kind_class("dist_scan.methods", self.method.kind)

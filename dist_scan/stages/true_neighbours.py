@@ -19,6 +19,9 @@ class TrueNeighboursConfig(StageConfig):
     neighbours: Ref
     num_shards: int = Field(default=16, ge=1)
 
+    def publishes(self) -> tuple[str, ...]:
+        return ("neighbours",)
+
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """The table is of these images."""
         split = earlier[self.neighbours].images_split(earlier)

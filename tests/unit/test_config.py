@@ -68,6 +68,21 @@ def test_mistakes_are_named(overrides, words):
     assert not missing, f"{missing} not in:\n{text}"
 
 
+@pytest.mark.parametrize("override, words", [
+    ("stages.heads.neighbours=kmeans_features", "stages.heads.neighbours: 'kmeans_features' (kind kmeans) publishes no neighbours; allowed: neighbours"),
+    ("stages.heads.features=neighbours", "publishes no features; allowed: pixels, features, bank"),
+    ("stages.scan.model=pretext", "publishes no model; allowed: heads"),
+    ("stages.evaluate.subjects={mine: pretext}", "stages.evaluate.subjects.mine: 'pretext' (kind train) publishes no clusters"),
+    ("stages={}", "stages: there is none"), ("stages.a b={kind: kmeans, features: pixels, num_clusters: 4}", "'a b' cannot be a stage's name"),
+    ("stages.beton_train={kind: kmeans, features: pixels, num_clusters: 4}", "'beton_train' cannot be a stage's name"),
+    ("seed=99999999999999999999", "seed: Input should be less than"), ("data.std=[0.2, 0, 0.2]", "data.std.1: Input should be greater than 0"),
+])
+def test_a_reference_to_the_wrong_kind_is_refused_at_the_door(override, words):
+    with pytest.raises(ConfigError) as told:
+        load(CONFIGS[[p.stem for p in CONFIGS].index("quickstart")], [override])
+    assert words in str(told.value)
+
+
 def test_every_mistake_is_listed_at_once():
     text = message("stages.heads.epochs=0", "seed=-1")
     assert "2 mistakes" in text and "seed" in text and "stages.heads.epochs" in text
