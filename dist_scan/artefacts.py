@@ -95,6 +95,19 @@ class Store:
                                  f"put the file back, or remove the folder and start again (the stage is then redone)")
         return Artefact(path, manifest)
 
+    def verify(self, artefact: Artefact) -> None:
+        """Hold every file against its sha256; a .beton has sums of its own, for each image. Raises ValueError naming the file."""
+        for file, facts in artefact.manifest["files"].items():
+            if not file.endswith(".beton") and sha256_of(artefact.path / file) != facts["sha256"]:
+                raise ValueError(f"artefact {artefact.path}: {file} is not what was written (its sha256 differs): the disk or a hand has changed it; "
+                                 "put the file back, or remove the folder and start again (the stage is then redone)")
+
+    def clean(self, name: str, mark: str) -> None:
+        """Remove what a killed process had not finished writing."""
+        for left in self.folder(name, mark).rglob(".tmp-*"):
+            if left.is_file():
+                left.unlink(missing_ok=True)
+
     def started(self, name: str, mark: str) -> bool:
         """Whether an unfinished attempt left something to go on from."""
         path = self.folder(name, mark)

@@ -41,8 +41,6 @@ class RunConfig(Strict):
     def _stages_fit(self):
         """References between stages point backwards, and each stage agrees with what it refers to."""
         seen: dict[str, Any] = {f"beton_{split}": None for split in ("train", "val") if getattr(self.data, split, None) is not None}
-        if not self.stages:
-            raise ValueError("stages: there is none; name what is to be done (the shipped configs are examples)")
         for name, stage in self.stages.items():
             if not re.fullmatch(STAGE_NAME, name) or name in seen:
                 raise ValueError(f"stages: '{name}' cannot be a stage's name; allowed: letters, digits, _ and -, not beton_train or beton_val")
@@ -121,9 +119,14 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
+        where = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise ConfigError(f"{where}: merge keys (<<) are not read; write the settings out")
         key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {key!r} is no name; allowed: words. Put quotes around it, or remove it")
         if key in seen:
-            raise ConfigError(f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: the key '{key}' is given twice; keep one")
+            raise ConfigError(f"{where}: the key '{key}' is given twice; keep one")
         seen[key] = loader.construct_object(value_node, deep=True)
     return seen
 
@@ -135,14 +138,12 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(no
 
 def read_yaml(text: str, name: str = "<text>") -> Any:
     """Parse one YAML document. Raises ConfigError with the line of a mistake."""
-    loader = _Loader(text)
-    loader.name = name
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def override(tree: dict, assignments: list[str]) -> dict:
@@ -188,9 +189,14 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read, override, validate. Raises ConfigError (missing file, bad YAML, or the list of mistakes)."""
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"config '{path}' does not exist{'; there are: ' + ', '.join(near) if near else ''}")
-    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        around = path if path.is_dir() else path.parent
+        near = sorted(p.name for p in around.glob("*.yaml")) if around.is_dir() else []
+        raise ConfigError(f"config '{path}' {'is a folder' if path.is_dir() else 'does not exist'}{'; there are: ' + ', '.join(near) if near else ''}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError:
+        raise ConfigError(f"config '{path}' is no text in UTF-8; save it as such") from None
+    tree = read_yaml(text, str(path))
     if isinstance(tree, dict):
         tree.setdefault("name", path.stem)
         override(tree, list(overrides))

@@ -1,6 +1,7 @@
 """Walk the stages: skip what is done, resume what was begun, run the rest; say which and why, once."""
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ def preflight(run: RunConfig) -> dict[str, str]:
 
     Raises ConfigError with every mistake.
     """
+    if not run.stages:
+        raise ConfigError("stages: there is none; name what is to be done (the shipped configs are examples)")
     marks, sizes, problems = {}, {}, []
     for name in all_stages(run):
         if name.startswith("beton_"):
@@ -79,6 +82,8 @@ class Pipeline:
         self.store = Store(run.run_dir / "stages")
         self.cache = Store(Path(run.runtime.cache_dir)) if run.runtime.cache_dir else self.store
         self.done: dict[str, Artefact] = {}
+        self.unread: set[str] = set()
+        """Stages done by an earlier start whose files nobody has read in this one."""
 
     def run(self) -> dict[str, Path]:
         """Every stage, in order. Raises Stopped between or inside stages; the same call goes on."""
@@ -110,12 +115,15 @@ class Pipeline:
         found, begun = self._told(lambda: (store.find(name, mark), store.started(name, mark)))
         if found is not None:
             self.say(f"{name}: done before ({mark}), skipped")
+            self.unread.add(name)
             return found
         self.say(f"{name}: {'goes on' if begun else 'starts'} ({mark})")
         out = store.folder(name, mark)
         if self.world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
+            store.clean(name, mark)
         inputs = {role: self.done[target].path for role, target in config.inputs().items()}
+        self._told(lambda: self._verify(config))
         context = Context(self.run_config, name, out, inputs, self.world, self.stop, self.say, {n: a.path for n, a in self.done.items()})
         memory.begin_stage()
         clock = Clock(out / WORK / "seconds", self.world.rank == 0)
@@ -123,9 +131,15 @@ class Pipeline:
             kind_class("dist_scan.stages", config.kind)(config, context).run()
         finally:
             seconds = clock.stop()
-        facts = {"kind": config.kind, "config": config.model_dump(mode="json"), "inputs": {r: str(p) for r, p in inputs.items()},
+        facts = {"kind": config.kind, "config": config.model_dump(mode="json"), "inputs": {r: os.path.relpath(p, out) for r, p in inputs.items()},
                  "world_size": self.world.world_size, "seconds": round(seconds, 3), **memory.peaks()}
         return self._told(lambda: store.publish(name, mark, facts))
+
+    def _verify(self, config: StageConfig) -> None:
+        """What an earlier start made is read against its sums before it is used, once."""
+        for target in set(config.inputs().values()) & self.unread:
+            self.store.verify(self.done[target])
+            self.unread.discard(target)
 
     def _hand_out(self, config: StageConfig, artefact: Artefact) -> None:
         """Copy what a stage makes for people (the report) to the top of the run's folder."""

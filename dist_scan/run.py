@@ -95,6 +95,7 @@ def _work(folder: Path, stop: Stop) -> int:
         say(f"stopped by signal {number}; everything is saved, the same command goes on")
         if world.rank == 0:
             write_json(folder / "STOPPED", {"signal": number})
+        close_world()  # or its threads abort the process at exit, which srun calls a fault
         return 0
     if world.rank == 0:
         write_text(folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"))

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/l
 from launch import recovery  # noqa: E402
 
 NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+LEAVING_S = 20.0  # how long the ranks of a killed launcher may take to end
 GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 
 
@@ -68,16 +69,40 @@ def take_lease(run_dir: Path):
         lock = open(run_dir / "lock", "a+")
     except OSError as error:
         raise ConfigError(f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}); give another with runtime.run_dir=PATH") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise ConfigError(f"the run folder '{run_dir}' is in use by {lock.read().strip() or 'another process'}; wait for it, stop it, "
-                          "or give this run another name with name=OTHER") from None
+    deadline = time.monotonic() + LEAVING_S
+    while (holder := _locked(lock)) is not None:
+        if not _gone(holder) or time.monotonic() > deadline:
+            raise ConfigError(f"the run folder '{run_dir}' is in use by {holder or 'another process'}; wait for it, stop it, "
+                              "or give this run another name with name=OTHER")
+        time.sleep(0.1)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def _locked(lock) -> str | None:
+    """None when the lock is ours now, else who holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        lock.seek(0)
+        return lock.read().strip()
+
+
+def _gone(holder: str) -> bool:
+    """A launcher of this machine that was killed: its ranks, which hold the lock too, are about to end."""
+    words = holder.split()
+    if len(words) != 4 or words[3] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def launch(run_dir: Path, processes: int, relaunches: int) -> int:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tarfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from dist_scan.config import ConfigError, Strict
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+LOOKED_AT = 16  # images whose bytes are part of the data's fingerprint
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -30,7 +32,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class SplitConfig(Strict):
     """One set of images."""
 
-    source: str
+    source: str = Field(min_length=1)
     """An image folder, parquet file/folder/glob (image: {bytes, path}, optional label), tar shards, or sklearn:digits."""
     format: Literal["auto", "folder", "parquet", "tar", "digits"] = "auto"
     limit: int | None = Field(default=None, ge=1)
@@ -89,8 +91,10 @@ class Source(ABC):
         """What tells this data from other data, cheaply: names and sizes."""
 
     def fingerprint(self) -> str:
-        """16 hex digits over the names and sizes of what is read."""
+        """16 hex digits over the names and sizes of what is read, and the bytes of a few images: other pictures may have the same sizes."""
         digest = hashlib.sha256()
+        for sample in self.read(np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)).tolist() if len(self) else []):
+            digest.update(sample.data)
         for fact in self._facts():
             digest.update(fact.encode("utf-8", "surrogateescape") + b"\0")
         digest.update(self.rows.astype("<i8").tobytes())
@@ -163,13 +167,18 @@ class TarSource(Source):
         self.rows = np.arange(len(self.members))
 
     def _index(self, tar: tarfile.TarFile, number: int) -> None:
-        images, labels = {}, {}
-        for member in tar:
-            key, dot, ending = member.name.partition(".") if "/" not in member.name else _split_key(member.name)
-            if member.isfile() and f".{ending.lower()}" in IMAGE_ENDINGS:
+        images, labels, others = {}, {}, []
+        for member in (m for m in tar if m.isfile()):
+            key, ending = _split_key(member.name)
+            if f".{ending}" in IMAGE_ENDINGS and images.get(key, (member.name,))[0] == member.name:  # of two with one name the later counts, as in tar
                 images[key] = (member.name, member.offset_data, member.size)
-            elif member.isfile() and ending.lower() in ("cls", "json"):
-                labels[key] = _label_of(tar.extractfile(member).read(), ending.lower())
+            elif ending in ("cls", "json"):
+                labels[key] = _label_of(tar.extractfile(member).read(), f"{self.files[number]}: {member.name}")
+            elif f".{ending.rpartition('.')[2]}" in IMAGE_ENDINGS:
+                others.append(member.name)
+        if others:
+            warnings.warn(f"source '{self.files[number]}': {len(others)} more images of samples that have one, or with dots in their names, are left out "
+                          f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); a sample is KEY.jpg, and KEY has no dot", stacklevel=2)
         self.members += [(number, *images[key], labels.get(key, -1)) for key in images]
 
     def _read(self, rows: list[int]) -> Iterator[Sample]:
@@ -183,18 +192,23 @@ class TarSource(Source):
         return (f"{name}:{size}:{label}" for _, name, _, size, label in self.members)
 
 
-def _split_key(name: str) -> tuple[str, str, str]:
+def _split_key(name: str) -> tuple[str, str]:
+    """webdataset's: the key ends at the first dot of the file's name."""
     folder, _, base = name.rpartition("/")
-    key, dot, ending = base.partition(".")
-    return f"{folder}/{key}", dot, ending
+    key, _, ending = base.partition(".")
+    return f"{folder}/{key}", ending.lower()
 
 
-def _label_of(data: bytes, ending: str) -> int:
+def _label_of(data: bytes, where: str) -> int:
+    """The class number in KEY.cls or KEY.json; -1 when a .json holds none. Raises ConfigError when it is no whole number."""
     try:
         value = json.loads(data)
-        return int(value.get("label", value.get("cls", -1)) if isinstance(value, dict) else value)
-    except (ValueError, TypeError, AttributeError):
-        return -1
+        value = value.get("label", value.get("cls", -1)) if isinstance(value, dict) else value
+        if int(value) == float(value):
+            return int(value)
+    except (ValueError, TypeError, OverflowError):
+        pass
+    raise ConfigError(f"source '{where}': the label is {data[:40]!r}; allowed: a whole number. Write the classes as numbers, or leave these members out")
 
 
 class DigitsSource(Source):
@@ -237,7 +251,7 @@ def open_source(split: SplitConfig) -> Source:
 
 
 def _open_files(split: SplitConfig) -> Source:
-    files = [Path(split.source)] if Path(split.source).exists() else sorted(Path(p) for p in glob.glob(split.source))
+    files = [Path(split.source)] if os.path.exists(split.source) else sorted(Path(p) for p in glob.glob(split.source))
     if not files:
         raise ConfigError(f"source '{split.source}' does not exist; give an image folder, parquet files, tar shards (a glob is allowed), "
                           "or sklearn:digits, as in data.train.source=PATH")

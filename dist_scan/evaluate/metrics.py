@@ -149,7 +149,7 @@ def nmi(table: np.ndarray, average: Average = "arithmetic") -> float | None:
         return 1.0
     between = _between(_entropy(rows), _entropy(columns), average)
     information = _mutual_information(table, rows, columns)
-    return information / between if information > EPS else 0.0
+    return information / between if min(information, between) > EPS else 0.0
 
 
 def ami(table: np.ndarray, average: Average = "arithmetic") -> float | None:
@@ -159,6 +159,8 @@ def ami(table: np.ndarray, average: Average = "arithmetic") -> float | None:
         return None
     if _same_partition(table, rows, columns):
         return 1.0
+    if min(np.count_nonzero(rows), np.count_nonzero(columns)) == 1:  # nothing to know, whatever the average
+        return 0.0
     chance = expected_mutual_information(rows, columns)
     above = _mutual_information(table, rows, columns) - chance
     room = _between(_entropy(rows), _entropy(columns), average) - chance

@@ -105,7 +105,10 @@ class EvaluateStage(Stage):
             return None
         table = json.loads((folder / "heads.json").read_text())
         for file in (self.context.inputs[f"subjects.{name}"] / "heads.npz" for name in self.config.subjects):
-            if not file.is_file() or json.loads((file.parent / MANIFEST).read_text())["inputs"].get("model") != str(folder):
+            if not file.is_file():
+                continue
+            model = json.loads((file.parent / MANIFEST).read_text())["inputs"].get("model", "")
+            if (file.parent / model).resolve() != folder.resolve():
                 continue
             with np.load(file) as every:
                 for row, cluster, number in zip(table["heads"], every["cluster"], every["sizes"]):
@@ -125,7 +128,7 @@ def chain_seconds(folder: Path) -> float:
         manifest = json.loads((path / MANIFEST).read_text())
         seen[path] = manifest["seconds"]
         for other in manifest["inputs"].values():
-            visit(Path(other))
+            visit((path / other).resolve())
 
-    visit(Path(folder))
+    visit(Path(folder).resolve())
     return sum(seen.values())

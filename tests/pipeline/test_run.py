@@ -59,6 +59,18 @@ def test_a_runtime_edit_skips_all_a_meaning_edit_redoes_that_stage_and_what_foll
     edited = run(folder, "stages.heads.method.entropy_weight=4.0").stdout
     assert edited.count("skipped") == 8
     assert [line.split(":")[0] for line in edited.splitlines() if ": starts (" in line] == ["heads", "scan", "selflabelling", "selflabel", "evaluate", "report"]
+    assert_a_flipped_bit_is_noticed(folder)
+
+
+def assert_a_flipped_bit_is_noticed(folder):
+    """In the bank, which the heads read again because their setting changes: 1,600 rows would carry on with it in silence."""
+    shard = sorted(folder.glob("stages/bank/*/*-*.npy"))[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    done = run(folder, "stages.heads.method.entropy_weight=3.0")
+    assert done.returncode == 2 and f"{shard.name} is not what was written" in done.stdout and "Traceback" not in done.stdout, done.stdout
+    assert run(folder, "stages.heads.method.entropy_weight=4.0").returncode == 0, "nobody reads it, nobody minds"
 
 
 def test_killed_three_times_the_same_command_ends_with_the_same_report(undisturbed, tmp_path):

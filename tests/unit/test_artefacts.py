@@ -36,6 +36,51 @@ def test_a_damaged_artefact_is_refused_by_name(tmp_path, damage):
         store.find("embed", "f")
 
 
+def test_files_are_held_against_their_sums_and_leftovers_go(tmp_path):
+    store = Store(tmp_path)
+    folder = store.folder("embed", "f")
+    folder.mkdir(parents=True)
+    write_text(folder / "x.txt", "hello")
+    (folder / ".tmp-x.txt-1234").write_text("hel")  # of a process that was killed
+    store.clean("embed", "f")
+    assert [p.name for p in folder.iterdir()] == ["x.txt"]
+    found = store.publish("embed", "f", {})
+    store.verify(found)
+    (folder / "x.txt").write_text("hallo")
+    assert store.find("embed", "f") is not None, "the size is the same"
+    with pytest.raises(ValueError, match="x.txt is not what was written"):
+        store.verify(found)
+
+
+def test_the_lock_of_a_launcher_that_was_killed_is_waited_for(tmp_path):
+    """Its ranks hold it until they have noticed; one that lives is named at once."""
+    import fcntl
+    import os
+    import socket
+    import subprocess
+    import threading
+    import time
+
+    from dist_scan.config import ConfigError
+    from launch.local import take_lease
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pid, freed in ((gone.pid, True), (os.getpid(), False)):
+        lock = open(tmp_path / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(f"process {pid} on {socket.gethostname()}")
+        lock.flush()
+        if not freed:
+            with pytest.raises(ConfigError, match=f"in use by process {pid}"):
+                take_lease(tmp_path)
+            continue
+        threading.Timer(1.0, lock.close).start()
+        began = time.monotonic()
+        take_lease(tmp_path).close()
+        assert time.monotonic() - began >= 0.9
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     write_text(tmp_path / "a", "old")
 

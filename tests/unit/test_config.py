@@ -73,7 +73,7 @@ def test_mistakes_are_named(overrides, words):
     ("stages.heads.features=neighbours", "publishes no features; allowed: pixels, features, bank"),
     ("stages.scan.model=pretext", "publishes no model; allowed: heads"),
     ("stages.evaluate.subjects={mine: pretext}", "stages.evaluate.subjects.mine: 'pretext' (kind train) publishes no clusters"),
-    ("stages={}", "stages: there is none"), ("stages.a b={kind: kmeans, features: pixels, num_clusters: 4}", "'a b' cannot be a stage's name"),
+    ("stages.a b={kind: kmeans, features: pixels, num_clusters: 4}", "'a b' cannot be a stage's name"),
     ("stages.beton_train={kind: kmeans, features: pixels, num_clusters: 4}", "'beton_train' cannot be a stage's name"),
     ("seed=99999999999999999999", "seed: Input should be less than"), ("data.std=[0.2, 0, 0.2]", "data.std.1: Input should be greater than 0"),
 ])
@@ -120,3 +120,15 @@ def test_what_a_batch_allows_is_said_at_the_door():
         run.stages["pretext"].check_ranks("pretext", 3)
     with pytest.raises(ValueError, match="global_batch: 96 does not divide over 5 processes; nearest that do: 95, 100"):
         run.stages["pretext"].check_ranks("pretext", 5)
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"name: \xff", "no text in UTF-8"), (b"a: \x00", "not valid YAML"), (b"[1, 2]: 3", "line 1: the key"), (b"3: 4", "is no name"),
+    (b"a: &x {b: 1}\nc: {<<: *x}", "merge keys"),
+])
+def test_files_that_are_no_settings(tmp_path, data, words):
+    (tmp_path / "bad.yaml").write_bytes(data)
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="is a folder; there are: bad.yaml"):
+        load(tmp_path)

@@ -134,3 +134,39 @@ def test_the_mark_follows_the_data_not_the_place(tmp_path):
 def test_refusals_are_clear(tmp_path, make, words):
     with pytest.raises(ConfigError, match=words):
         opened(make(tmp_path))
+
+
+def tar_of(path, **members):
+    """A tar of these members, in order; `__` in a name stands for a dot."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name.replace("__", "."))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_second_images_of_a_tar_are_named_and_labels_that_are_no_numbers_refused(tmp_path):
+    with pytest.warns(UserWarning, match=r"3 more images.*a\.jpg, b\.seg\.png, x\.y\.png"):
+        source = opened(tar_of(tmp_path / "a.tar", a__png=b"1", a__jpg=b"2", b__png=b"3", b__seg__png=b"4", x__y__png=b"5", b__cls=b"7"))
+    assert [(s.name, s.label) for s in everything(source)] == [("a.png", -1), ("b.png", 7)]
+    for number, label in enumerate((b"cat", b"Infinity", b'{"label": "dog"}', b"1.5")):
+        with pytest.raises(ConfigError, match="allowed: a whole number"):
+            opened(tar_of(tmp_path / f"bad{number}.tar", a__png=b"1", **{"a__json" if b"{" in label else "a__cls": label}))
+
+
+def test_other_pictures_of_the_same_names_and_sizes_are_other_data(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.bmp").write_bytes(b"one picture")
+    before = opened(tmp_path / "a").fingerprint()
+    (tmp_path / "a" / "x.bmp").write_bytes(b"two picture")
+    assert opened(tmp_path / "a").fingerprint() != before
+
+
+def test_sources_that_can_be_none(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        opened("x" * 5000)
+    with pytest.raises(ConfigError, match="chooses among folders of images"):
+        open_source(SplitConfig(source="sklearn:digits", classes="list.txt"))
+    with pytest.raises(ConfigError, match="does not fit"):
+        open_source(SplitConfig(source="sklearn:digits", format="tar"))

@@ -7,6 +7,7 @@ IMAGES.bad.csv (what could not be read, and why).
 """
 from __future__ import annotations
 
+import glob
 import json
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,7 +30,7 @@ class BadBeton(ValueError):
     """A .beton that must not be read, and why."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"{path}: {reason}; remove it and build it again with the same command")
+        super().__init__(f"{path}: {reason}; remove it (of a run: the folder it lies in) and start the same command again")
 
 
 class Tables(NamedTuple):
@@ -93,6 +94,8 @@ def write_file(path: Path, before: bytes, after: bytes, data) -> None:
         f.seek(int(table["ptr"][-1] + table["size"][-1]))
         f.write(after)
 
+    for left in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):  # by a build that was killed: as large as the data
+        left.unlink(missing_ok=True)
     write_atomic(path, write)
 
 

@@ -24,6 +24,7 @@ from dist_scan.data.sources import DataConfig, Source
 from dist_scan.progress import Progress
 
 CHUNK = 512  # images; the unit of work and of restarting
+MOST_CLASSES = 1 << 20
 ALONE_BELOW = 4096  # so few images are faster here than a pool takes to start
 
 
@@ -107,6 +108,9 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
     stored, names, labels, rows, bad = [], [], [], [], []
     span = _span(chunk, source)
     for row, sample in zip(span, source.read(span)):
+        if not -1 <= sample.label < MOST_CLASSES:
+            raise ConfigError(f"image {row} ('{_printable(sample.name)}') has label {sample.label}; allowed: 0 to {MOST_CLASSES - 1}, or -1 for unknown. "
+                              "Number the classes from 0")
         try:
             stored.append(_encoded(sample.data, config))
             names.append(_printable(sample.name))
