@@ -191,7 +191,9 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     if not path.is_file():
         around = path if path.is_dir() else path.parent
         near = sorted(p.name for p in around.glob("*.yaml")) if around.is_dir() else []
-        raise ConfigError(f"config '{path}' {'is a folder' if path.is_dir() else 'does not exist'}{'; there are: ' + ', '.join(near) if near else ''}")
+        shipped = Path(__file__).parents[1] / path
+        hint = f"; there are: {', '.join(near)}" if near else f"; give {shipped}" if shipped.is_file() else f" (looked in {path.parent.absolute()})"
+        raise ConfigError(f"config '{path}' {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
     try:
         text = path.read_text(encoding="utf-8")
     except ValueError:

@@ -87,7 +87,10 @@ def read(args: argparse.Namespace):
         except ValueError as error:
             raise ConfigError(f"{error} ({run.slurm.nodes} nodes x {run.slurm.tasks_per_node})") from None
     if not args.no_data_check and not args.images:
-        preflight(run)
+        try:
+            preflight(run)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\nWhere only the nodes see the images: --no-data-check, and --images 1281167,50000 (how many) for the plan") from None
     return run
 
 

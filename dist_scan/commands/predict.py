@@ -62,7 +62,7 @@ def checked_out(out: Path, overwrite: bool) -> Path:
         raise ConfigError(f"-o: '{out}' must end in .parquet")
     there = [str(path) for path in (out, bad_of(out)) if path.exists()]
     if there and not overwrite:
-        raise ConfigError(f"-o: {' and '.join(there)} exist; give another name, or --overwrite")
+        raise ConfigError(f"-o: {' and '.join(there)} {'exists' if len(there) == 1 else 'exist'}; give another name, or --overwrite")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -45,6 +45,8 @@ class ShardedTable(ABC):
     @classmethod
     def open(cls, path: Path) -> Any:
         """The table in a folder. Raises ValueError when there is none, or one of another kind."""
+        inside = [] if (Path(path) / "table.json").is_file() else list(Path(path).glob("*/table.json"))
+        path = inside[0].parent if len(inside) == 1 else path  # a stage's folder, whose one table lies under its fingerprint
         file = Path(path) / "table.json"
         if not file.is_file():
             raise ValueError(f"{path} holds no {cls.kind} table (no table.json); give the folder of one, or a .npy")

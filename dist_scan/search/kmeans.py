@@ -106,7 +106,7 @@ class Lloyd:
             objective = self._objective()
             line.advance(1, f"objective {objective:.6g}")
             if moved == 0 or before - objective < tolerance * before or iteration == iterations:
-                line.done += iterations - iteration
+                line.total -= iterations - iteration  # it has converged: there is no more to do
                 break
             before = objective
             self._update()

@@ -93,9 +93,9 @@ class TrainConfig(StageConfig):
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """A batch must fit into the data, and clusters into the images."""
         if self.global_batch > num_images * (1 - self.held_out_share):
-            allowed = int(num_images * (1 - self.held_out_share) * 0.95)
+            allowed = int(num_images * (1 - self.held_out_share))
             raise ValueError(f"stages.{name}.global_batch: {self.global_batch} is larger than the data ({num_images} images"
-                             f"{f', {self.held_out_share:.0%} held out' if self.held_out_share else ''}); allowed: at most {allowed}. Lower it")
+                             f"{f', {self.held_out_share:.0%} held out' if self.held_out_share else ''}); allowed: at most {allowed}, less the images that cannot be read. Lower it")
         numbers = getattr(self.method, "num_clusters", 0)
         clusters = numbers if isinstance(numbers, int) else max(numbers)
         if clusters > num_images:
