@@ -3,6 +3,7 @@ manifest.json is there. Everything is written elsewhere, flushed, and renamed in
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 WORK = "work"  # checkpoints and other leftovers of an unfinished stage, inside its folder
 
 
@@ -47,8 +49,10 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OSError(error.errno, f"{error.strerror} (make room there and start the same command again: what is finished is kept)", str(path)) from None
         raise
     fsync_dir(path.parent)
 

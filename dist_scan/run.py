@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-from dist_scan.artefacts import write_json, write_text
+from dist_scan.artefacts import FULL, write_json, write_text
 from dist_scan.config import ConfigError, load
 from dist_scan.engine.stop import Hopeless, Stop
 
@@ -40,7 +40,7 @@ def main(run_dir: str) -> int:
         _remember(folder, rank, error, aloud=False)
         return _mistake(folder, rank, str(error))
     except BaseException as error:
-        _remember(folder, rank, error)
+        _remember(folder, rank, error, aloud=not (isinstance(error, OSError) and error.errno in FULL))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective

@@ -91,3 +91,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     with pytest.raises(OSError):
         write_atomic(tmp_path / "a", fail)
     assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_is_said_with_the_file_and_the_way_out(tmp_path):
+    import errno
+
+    def fail(f):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="make room there and start the same command again.*images"):
+        write_atomic(tmp_path / "images", fail)
