@@ -33,10 +33,11 @@ class Turns:
 
     def __init__(self, batch, steps: int, bare, sync):
         self.batch, self.steps_per_epoch, self.bare, self.sync = batch, steps, bare, sync
+        self.rows = batch.index.numpy()
         self.ours: list[tuple[float, float]] = []
         self.theirs: list[tuple[float, float]] = []
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator:
+    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None, order: np.ndarray | None = None) -> Iterator:
         """See data.feed.Feed."""
         for step in range(first_step, self.steps_per_epoch):
             if self.bare is not None and step % 2:
