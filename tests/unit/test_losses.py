@@ -82,3 +82,9 @@ def test_nobody_confident_is_a_zero_with_a_graph():
     found = confident_cross_entropy(strong, torch.zeros(4, 3), 0.99, True)
     found.loss.backward()
     assert found.loss == 0 and found.count == 0 and strong.grad is not None and not strong.grad.any()
+
+
+def test_confident_means_above_the_threshold_not_at_it():
+    weak = torch.tensor([[0.0, 0.0], [0.1, 0.0]], dtype=torch.float64)  # probabilities .5 and .525
+    found = confident_cross_entropy(torch.randn(2, 2, dtype=torch.float64), weak, 0.5, False)
+    assert found.mask.tolist() == [False, True] and float(found.count) == 1

@@ -210,3 +210,15 @@ def test_moco_enqueues_the_keys_and_follows_slowly():
     method.end_step(batch(), step)
     torch.testing.assert_close(method.queue.rows[:16], step.keep["keys"])
     torch.testing.assert_close(method.key.module[0].conv1.weight, before + 0.5)
+
+
+def test_simclr_pairs_the_two_views_of_an_image():
+    """Whatever the order in which they go through the network: the positive of row i's first view is its second."""
+    method, b = make("simclr", dict(temperature=0.2, projection_dim=8)).double().eval(), batch()
+    views = [v.double() for v in b.views]
+    with torch.no_grad():
+        z = [F.normalize(method.projector(method.backbone(v)), dim=1) for v in views]
+        loss = method(Batch(b.index, tuple(views), 0, 0)).loss
+    torch.testing.assert_close(loss, reference.nt_xent(z[0], z[1], 0.2, False))
+    swapped = reference.nt_xent(z[0], z[1].roll(1, 0), 0.2, False)
+    assert abs(float(loss - swapped)) > 1e-4
