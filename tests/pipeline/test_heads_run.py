@@ -79,7 +79,7 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path):
 @pytest.mark.parametrize("override, message", [
     ("stages.consensus.num_clusters=30", "allowed: 10, 20"),
     ("stages.consensus.head=6", "allowed: 0 to 5"),
-    ("stages.consensus.model=neighbours", "trains no heads"),
+    ("stages.consensus.model=neighbours", "publishes no model"),
     ("stages.heads.method.num_clusters=1", "at least 2"),
     ("stages.heads.method.num_clusters=[10, 1]", "at least 2"),
     ("stages.heads.method.num_clusters=[]", "at least 2"),

@@ -191,7 +191,7 @@ MISTAKES = {
     "no images": (["{run}", "{tmp}/nowhere", "-o", "{tmp}/o.parquet"], "nowhere' does not exist; give an image folder"),
     "empty folder": (["{run}", "{tmp}/empty", "-o", "{tmp}/o.parquet"], "holds no images"),
     "all broken": (["{run}", "{tmp}/broken", "-o", "{tmp}/o.parquet"], "not one of the 1 images of"),
-    "out exists": (["{run}", "{images}", "-o", "{tmp}/there.parquet"], "there.parquet exist; give another name, or --overwrite"),
+    "out exists": (["{run}", "{images}", "-o", "{tmp}/there.parquet"], "there.parquet exists; give another name, or --overwrite"),
     "suffix": (["{run}", "{images}", "-o", "{tmp}/o.csv"], "must end in .parquet"),
     "stage": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--stage", "pretext"], "allowed: --stage heads, selflabelling, doomed"),
     "features": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--features", "pretext"], "allowed: features, none"),
