@@ -34,7 +34,7 @@ def wait():
     while not told: time.sleep(0.05)
     leave()
 told, told_by = [], (signal.SIGUSR2, signal.SIGTERM)
-starts = len(list(run.glob("start-*-0")))
+starts = len(list(run.glob(f"start-*-{rank}")))  # its own: the other rank may be a moment ahead
 (run / f"start-{starts if rank == 0 else time.time()}-{rank}").write_text(json.dumps({**os.environ, "PID": os.getpid()}))
 if starts > 0 and rank == 0: (run / "DONE").write_text("now")
 if starts > 0 or list(run.glob("DONE")): sys.exit(0)
