@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_scan.engine.precision import peak_memory, set_determinism
-from dist_scan.head_step import all_means, entropy_and_slope, to_gradients_
+from dist_scan.head_step import entropy_and_slope, means_of, open_head
 from dist_scan.losses import scan_heads_loss, scan_loss_released
 from dist_scan.models.layers import ClusterHeads
 
@@ -68,9 +68,9 @@ def losses(batch: int, clusters: int, device: torch.device) -> dict[str, Run]:
 
     def ours() -> None:
         for _ in range(HEADS):
-            torch.softmax(given, 2, out=work)
-            means, _ = all_means([work[0]])
-            to_gradients_(work[0], work[1], entropy_and_slope(means[0], WEIGHT)[1], lambda rows: (given[0, rows], given[1, rows]))
+            head = open_head(work.copy_(given).view(2 * batch, clusters), batch, lambda rows: (given[0, rows], given[1, rows]))
+            means, _ = means_of([head.anchor_sum()], batch)
+            head.to_gradients_(entropy_and_slope(means[0], WEIGHT)[1])
 
     def published() -> None:
         for _ in range(HEADS):
@@ -153,9 +153,13 @@ def imagenet(rounds: int, device: torch.device) -> None:
     scale = 16 if device.type == "cpu" else 1
     seconds = timed(steps(IMAGENET["batch"] // scale, IMAGENET["clusters"], IMAGENET["dim"], device)[0], rounds, device)
     count = IMAGENET["images"] // IMAGENET["batch"] * IMAGENET["epochs"]
+    flop = 8 * IMAGENET["batch"] * HEADS * IMAGENET["clusters"] * IMAGENET["dim"]  # two views; a product there and one back, 2 a number
     hours = {f"{name}_hours": round(float(np.median(values)) * scale * count / 3600, 3) for name, values in seconds.items()}
-    print(json.dumps({"row": "imagenet", **IMAGENET, "steps": count, "device": str(device), "formula": f"median step of {rounds} x {scale} x steps",
-                      **hours, "peak_gpu_mib": round(peak_memory() / 2**20)}), flush=True)
+    print(json.dumps({"row": "imagenet", **IMAGENET, "heads": HEADS, "steps": count, "device": str(device), "rounds": rounds,
+                      "formula": f"median step of batch / {scale}, x {scale} x steps; products alone: 8 x batch x heads x clusters x dim x steps",
+                      **hours, "products_pflop": round(flop * count / 1e15, 2),
+                      "gflop_per_s": round(flop / scale / 1e9 / float(np.median(seconds["bare_products"])), 1),
+                      "peak_gpu_mib": round(peak_memory() / 2**20)}), flush=True)
 
 
 def main() -> None:

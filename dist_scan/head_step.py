@@ -5,7 +5,9 @@ rank, C clusters of a head, D width, S the clusters of all heads one after the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +19,20 @@ from dist_scan.world.world import current
 SMALLEST = 1e-8  # the released code clamps mean probabilities here before the logarithm
 GROUP_COLUMNS = 4096  # logits [b, columns] held at once when ranks share a batch: one message a group instead of one a head
 BLOCK = 65536  # numbers a row block of the in-place gradient holds: what a core's cache keeps (1.04 to 1.15 times faster than whole heads)
+TRITON = find_spec("triton") is not None  # it comes with PyTorch where that knows GPUs
 SMALL = 1e-25  # below this <p, q> has lost digits in float32: such rows are done again from their logits
 
 
-def all_means(p_heads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The global batch's mean probability [C] of each head p [b, C], and the number of its rows; one message, uneven ranks allowed."""
-    rows = p_heads[0].new_full((1,), len(p_heads[0]))
-    count, *sums = all_sum(torch.cat([rows, *(p.sum(0) for p in p_heads)])).split([1, *(p.shape[1] for p in p_heads)])
+def all_means(p_heads: Sequence[Tensor], whole_batch: bool = False) -> tuple[list[Tensor], Tensor]:
+    """The global batch's mean probability [C] of each head p [b, C], and the number of its rows; one message, uneven ranks allowed.
+    whole_batch: its rows are all here, nothing is said."""
+    return means_of([p.sum(0) for p in p_heads], len(p_heads[0]), whole_batch)
+
+
+def means_of(sums: Sequence[Tensor], rows: int, whole_batch: bool = False) -> tuple[list[Tensor], Tensor]:
+    """`all_means` from each head's sum [C] over this rank's rows."""
+    own = torch.cat([sums[0].new_full((1,), rows), *sums])
+    count, *sums = (own if whole_batch else all_sum(own)).split([1, *map(len, sums)])
     return [total / count for total in sums], count[0]
 
 
@@ -70,6 +79,30 @@ def _from_logits(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return (both - lse[:, None]).exp_(), (torch.logsumexp(a, 1) + torch.logsumexp(n, 1) - lse).sum()
 
 
+class TorchHead:
+    """One head's logits [2b, C], anchors above neighbours, worked on in place. On a GPU there is head_kernel.KernelHead."""
+
+    def __init__(self, logits: Tensor, b: int, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        self.p, self.b, self.logits_of = torch.softmax(logits, 1, out=logits), b, logits_of
+
+    def anchor_sum(self) -> Tensor:
+        """[C]: the sum of the anchors' probabilities."""
+        return self.p[:self.b].sum(0)
+
+    def to_gradients_(self, slope: Tensor) -> Tensor:
+        """The logits become the gradients by them; see the function of this name."""
+        return to_gradients_(self.p[:self.b], self.p[self.b:], slope, self.logits_of)
+
+
+def open_head(logits: Tensor, b: int, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """What takes one head's logits [2b, C] to their gradients: Triton's kernels in float32 on a GPU, PyTorch elsewhere."""
+    if logits.device.type == "cuda" and logits.dtype == torch.float32 and TRITON:
+        from dist_scan.head_kernel import KernelHead
+
+        return KernelHead(logits, b)
+    return TorchHead(logits, b, logits_of)
+
+
 class Scan(torch.autograd.Function):
     """On logits [H, B, C]: all heads are one group."""
 
@@ -92,7 +125,7 @@ class Scan(torch.autograd.Function):
         return da * grad, dn * grad, None
 
 
-class _Heads(torch.autograd.Function):
+class Heads(torch.autograd.Function):
     """Linear heads whose forward has made the gradients of their loss: backward scales them and hands them on, without a copy."""
 
     @staticmethod
@@ -113,28 +146,27 @@ class _Heads(torch.autograd.Function):
         return None if dx is None else torch.tensordot(grad, dx, 1), dweight, dbias
 
 
-class ScanHeads(_Heads):
+class ScanHeads(Heads):
     """On features: x holds anchors above neighbours [2B, D], so each head is one product there and one back."""
 
     @staticmethod
-    def forward(ctx, anchors, neighbours, weight, bias, sizes, entropy_weight):
+    def forward(ctx, anchors, neighbours, weight, bias, sizes, entropy_weight, whole_batch):
         with torch.autocast(weight.device.type, enabled=False):
             x, b = torch.cat([anchors, neighbours]).to(weight.dtype), len(anchors)
             back = Back(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
             consistency, entropy = [], []
-            for group in _groups(sizes):
+            for group in groups(sizes, alone=whole_batch):
                 logits = [torch.addmm(bias[at], x, weight[at].T) for _, at in group]
-                for each in logits:
-                    torch.softmax(each, 1, out=each)
-                means, count = all_means([each[:b] for each in logits])
-                for (h, at), each, mean in zip(group, logits, means):
-                    again = lambda rows, at=at: tuple(torch.addmm(bias[at], x[rows + k], weight[at].T) for k in (0, b))  # noqa: E731
+                again = [lambda rows, at=at: tuple(torch.addmm(bias[at], x[rows + k], weight[at].T) for k in (0, b)) for _, at in group]
+                opened = [open_head(each, b, logits_of) for each, logits_of in zip(logits, again)]
+                means, count = means_of([head.anchor_sum() for head in opened], b, whole_batch)
+                for (h, _), each, head, mean in zip(group, logits, opened, means):
                     value, slope = entropy_and_slope(mean, entropy_weight)
-                    consistency.append(to_gradients_(each[:b], each[b:], slope, again))
+                    consistency.append(head.to_gradients_(slope))
                     entropy.append(value)
                     back.take(h, each)
-        scale = current().world_size / count
-        _Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
+        scale = (1 if whole_batch else current().world_size) / count
+        Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
         ctx.dtype = anchors.dtype
         consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropy)
         ctx.mark_non_differentiable(consistency, entropy)
@@ -143,9 +175,9 @@ class ScanHeads(_Heads):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        dx, dweight, dbias = _Heads.handed_on(ctx, grad)
+        dx, dweight, dbias = Heads.handed_on(ctx, grad)
         danchors, dneighbours = (None, None) if dx is None else dx.to(ctx.dtype).chunk(2)
-        return danchors, dneighbours, dweight, dbias, None, None
+        return danchors, dneighbours, dweight, dbias, None, None, None
 
 
 class Back:
@@ -165,7 +197,7 @@ class Back:
             torch.mm(dlogits, self.weight[at], out=self.dx[head])
 
 
-class TemiHeads(_Heads):
+class TemiHeads(Heads):
     """TEMI on features: student heads meet the teacher's probabilities of the other view (see losses.temi_heads_loss)."""
 
     @staticmethod
@@ -183,14 +215,14 @@ class TemiHeads(_Heads):
                 r.sub_(lse).exp_()
                 back.take(h, log_s.exp_().sub_(r).mul_(row_weights * (beta / temperature)))
         scale = current().world_size / count
-        _Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
+        Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
         ctx.dtype = first.dtype
         return -torch.stack(pmi) * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        dx, dweight, dbias = _Heads.handed_on(ctx, grad)
+        dx, dweight, dbias = Heads.handed_on(ctx, grad)
         dfirst, dsecond = (None, None) if dx is None else dx.to(ctx.dtype).chunk(2)
         return dfirst, dsecond, dweight, dbias, *([None] * 6)
 
@@ -201,10 +233,10 @@ def head_slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes)]
 
 
-def _groups(sizes: Sequence[int]) -> Iterator[list[tuple[int, slice]]]:
+def groups(sizes: Sequence[int], alone: bool = False) -> Iterator[list[tuple[int, slice]]]:
     """(head, its rows) in groups that share a message: one by one when alone, else GROUP_COLUMNS (of columns and not of
     bytes: ranks with other numbers of rows must send the same messages)."""
-    most, group = 0 if current().world_size == 1 else GROUP_COLUMNS, []
+    most, group = 0 if alone or current().world_size == 1 else GROUP_COLUMNS, []
     for h, at in enumerate(head_slices(sizes)):
         if group and at.stop - group[0][1].start > most:
             yield group

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_scan.head_clusters import ScanClusters
 from dist_scan.head_step import SMALLEST, Scan, ScanHeads, TemiHeads
 from dist_scan.world.collectives import all_mean, all_rows, all_sum
 from dist_scan.world.world import current
@@ -68,13 +69,24 @@ def scan_loss(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float
 
 
 def scan_heads_loss(anchors_BD: Tensor, neighbours_BD: Tensor, weight_SD: Tensor, bias_S: Tensor, sizes: Sequence[int],
-                    entropy_weight: float) -> ScanTerms:
+                    entropy_weight: float, whole_batch: bool = False) -> ScanTerms:
     """`scan_loss` of linear heads on features: head h owns the next sizes[h] rows of weight and bias, S = sum(sizes).
 
     Heads are worked off in groups (one at a time when alone): a group's logits become its probabilities, then its gradients, in
     place, then the weights' gradient. At once in memory: that gradient and one group's logits, whatever the number of heads.
+    whole_batch: these are all rows of the global batch (other ranks have other heads), and the loss is of them alone.
     """
-    return ScanTerms(*ScanHeads.apply(at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD), weight_SD, bias_S, tuple(sizes), entropy_weight))
+    return ScanTerms(*ScanHeads.apply(at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD), weight_SD, bias_S, tuple(sizes), entropy_weight, whole_batch))
+
+
+def scan_clusters_loss(anchors_BD: Tensor, neighbours_BD: Tensor, weight_sD: Tensor, bias_s: Tensor, sizes: Sequence[int],
+                       own_sizes: Sequence[int], entropy_weight: float) -> ScanTerms:
+    """`scan_heads_loss` on the whole global batch where each rank holds own_sizes[h] of the sizes[h] clusters of every head, s = sum(own_sizes).
+
+    Collective. The terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's clusters.
+    """
+    anchors, neighbours = at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD)
+    return ScanTerms(*ScanClusters.apply(anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(own_sizes), entropy_weight))
 
 
 def scan_loss_released(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float) -> ScanTerms:

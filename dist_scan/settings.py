@@ -33,6 +33,9 @@ class RuntimeConfig(Strict):
     keep_checkpoints: int = Field(default=2, ge=1)
     bank: Literal["auto", "device", "host", "mapped"] = "auto"
     """Where training on cached features reads its rows: GPU memory, host memory or the files. auto: the first they fit into twice."""
+    heads: Literal["auto", "batch", "heads", "clusters"] = "auto"
+    """What ranks share when SCAN's heads train on cached features: the batch (data parallel), or the heads or every head's clusters, each
+    rank with the whole batch. auto: from the numbers of ranks, heads, clusters and features; the log says why."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two rows of metrics.jsonl."""
     profile: int = Field(default=0, ge=0)

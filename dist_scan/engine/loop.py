@@ -57,7 +57,7 @@ class Trainer:
     def run(self) -> Position:
         """Train to the end. Raises Stopped (everything saved), Diverged, or CheckpointError."""
         self.at = self.saver.load(self.method, self.optimizer) or Position()
-        self.network = wrap(self.method)
+        self.network = self.method if self.method.dealt() else wrap(self.method)
         total = self.schooling.epochs * self.feed.steps_per_epoch
         with self.timing, Progress(self.name, total, "steps", done=self.at.step, enabled=current().rank == 0) as progress:
             self.timing.watch(self.method)

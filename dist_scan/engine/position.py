@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_scan.engine.checkpoint import Checkpoints, load_bank_files
+from dist_scan.engine.dealt_state import put_state, whole_state
 from dist_scan.methods.base import Method
 from dist_scan.world.world import current
 
@@ -51,7 +52,7 @@ class Saver:
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer, at: Position) -> None:
         """Write a checkpoint now (collective)."""
-        state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "position": at.saved()}
+        state = {**whole_state(method, optimizer), "position": at.saved()}
         self.checkpoints.save(at.step, state, method.banks(), after_moment=at.begun and at.step_in_epoch == 0)
         self.last = time.monotonic()
 
@@ -68,12 +69,11 @@ class Saver:
 
     def load(self, method: Method, optimizer: torch.optim.Optimizer) -> Position | None:
         """Put the newest good checkpoint into method and optimizer (collective). None: there is none, start at 0."""
-        found = self.checkpoints.load(current().device)
+        found = self.checkpoints.load(torch.device("cpu") if method.dealt() else current().device)  # the whole may not fit on a device
         if found is None:
             return None
         state, folder = found
-        method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        put_state(state, method, optimizer)
         for name, bank in method.banks().items():
             bank.load(load_bank_files(folder, name))
         self.last = time.monotonic()

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from dist_scan.banks import Bank
 from dist_scan.config import Strict
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.models.dealing import Share
+from dist_scan.world.dealt import Dealt
 
 
 class MethodConfig(Strict):
@@ -73,6 +75,8 @@ class Given:
     epochs: int = 0
     work_dir: Path | None = None
     """Where tables of a whole-set moment lie while it lasts (the same on all ranks; not there until someone makes it)."""
+    share: Share = "batch"
+    """What ranks share: the batch, or (on features) the heads or their clusters, and then each rank has the whole batch."""
     stop: Callable[[], bool] = lambda: False
     """Whether someone asked this process to leave: long searches ask it and raise Stopped."""
 
@@ -101,6 +105,12 @@ class Method(nn.Module, ABC):
     def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
         """The recipes of a method whose number of views is a setting; else `recipes`."""
         return cls.recipes
+
+    @classmethod
+    def choose_share(cls, config: MethodConfig, world_size: int, dim: int, global_batch: int, wanted: Share | Literal["auto"]) -> tuple[Share, str]:
+        """(what ranks share when it trains on features [global_batch, dim], why); the why is said. Raises ValueError when `wanted`
+        cannot be."""
+        return "batch", "the only way of this method"
 
     def views_of(self, epoch: int) -> tuple[int, ...] | None:
         """Which recipes make the views of this epoch, by number, also one several times; None: each once. Others are not decoded."""
@@ -139,6 +149,11 @@ class Method(nn.Module, ABC):
 
     def banks(self) -> Mapping[str, Bank]:
         """Rows per image, sharded over ranks; saved by shard and re-dealt when the number of ranks changes."""
+        return {}
+
+    def dealt(self) -> Mapping[str, Dealt]:
+        """Parameters and buffers of which each rank has only its rows, by their names in the state dict. When there are any, no gradient
+        is averaged: each rank has the whole global batch, and its loss's gradient is the global loss's."""
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -1,18 +1,23 @@
 """SCAN: an image and its neighbour in the same cluster, all clusters in use (Van Gansbeke et al., ECCV 2020)."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.losses import scan_heads_loss
+from dist_scan.losses import ScanTerms, scan_clusters_loss, scan_heads_loss
 from dist_scan.methods.base import Given, Method, MethodConfig, Step
 from dist_scan.models.choosing import HeadChoice
+from dist_scan.models.dealing import Share, choose_share
 from dist_scan.models.headed import BestNetwork, HeadFeatures, choose, publish
-from dist_scan.models.layers import ClusterHeads, Normalise, NumClusters, check_groups, convert_batch_norm
+from dist_scan.models.layers import ClusterHeads, Normalise, NumClusters, check_groups, convert_batch_norm, head_sizes
+from dist_scan.world.dealt import Dealt
+from dist_scan.world.world import current
 
 
 class ScanConfig(MethodConfig):
@@ -52,7 +57,7 @@ class Scan(Method):
                              "give one number, or train_backbone: false")
         backbone = None if given.on_features else given.backbone
         self.features = HeadFeatures(backbone, given.feature_dim, config.normalise, given.moments, trained)
-        self.heads = ClusterHeads(given.feature_dim, config.num_clusters, config.num_heads)
+        self.heads = ClusterHeads(given.feature_dim, config.num_clusters, config.num_heads, given.share)
         if trained:
             convert_batch_norm(backbone, config.bn_groups)
         self.choice = HeadChoice(self.heads)
@@ -61,9 +66,20 @@ class Scan(Method):
 
     def forward(self, batch: Batch) -> Step:
         anchors, neighbours = self.features(batch.views[0]), self.features(batch.views[-1])
-        self._last = anchors.detach()
-        terms = scan_heads_loss(anchors, neighbours, self.heads.weight, self.heads.bias, self.heads.sizes, self.config.entropy_weight)
-        return Step(terms.total.sum(), {"total": terms.total.detach().mean(), "consistency": terms.consistency.mean(), "entropy": terms.entropy.mean()})
+        world, share = current(), self.heads.share
+        self._last = anchors.detach() if share == "batch" else anchors.detach().tensor_split(world.world_size)[world.rank]
+        terms = self._terms(anchors, neighbours)
+        mine, times = terms.total.sum(), world.world_size if share == "heads" else 1  # other ranks have other heads: their mean is to be the sum
+        told = {name: value.detach().sum() * times / len(self.heads.sizes) for name, value in terms._asdict().items()}
+        return Step(mine + (times - 1) * mine.detach(), told)
+
+    def _terms(self, anchors_BD: Tensor, neighbours_BD: Tensor) -> ScanTerms:
+        """Of this rank's part: of the batch, of the heads, or of their clusters."""
+        heads, weight = self.heads, self.config.entropy_weight
+        if heads.share == "clusters":
+            return scan_clusters_loss(anchors_BD, neighbours_BD, heads.weight, heads.bias, heads.sizes, heads.own_sizes, weight)
+        held = [c for c in heads.own_sizes if c]
+        return scan_heads_loss(anchors_BD, neighbours_BD, heads.weight, heads.bias, held, weight, whole_batch=heads.share == "heads")
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
@@ -72,6 +88,17 @@ class Scan(Method):
             self.best.take(self.features.backbone)
         self._last = None
         return values
+
+    @classmethod
+    def choose_share(cls, config: ScanConfig, world_size: int, dim: int, global_batch: int, wanted: Share | Literal["auto"]) -> tuple[Share, str]:
+        return choose_share(world_size, head_sizes(config.num_clusters, config.num_heads), dim, global_batch, wanted)
+
+    def dealt(self) -> Mapping[str, Dealt]:
+        rows = self.heads.dealt
+        return {} if rows is None else dict.fromkeys(("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias"), rows)
+
+    def collect(self) -> None:
+        self.choice.collect()
 
     def publish(self, out: Path) -> None:
         if self.best is not None:

@@ -14,6 +14,7 @@ from dist_scan.head_step import all_means
 from dist_scan.losses import temi_heads_loss
 from dist_scan.methods.base import Given, Method, MethodConfig, ParameterGroup, Step
 from dist_scan.models.choosing import HeadChoice
+from dist_scan.models.dealing import Share
 from dist_scan.models.headed import HeadFeatures, choose, publish
 from dist_scan.models.layers import ClusterHeads, MomentumCopy, Normalise, NumClusters
 
@@ -52,6 +53,10 @@ class Temi(Method):
         self.register_buffer("marginal", torch.cat([torch.full((c,), 1 / c) for c in self.heads.sizes]))
         self.choice = HeadChoice(self.heads)
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
+
+    @classmethod
+    def choose_share(cls, config: TemiConfig, world_size: int, dim: int, global_batch: int, wanted: Share | Literal["auto"]) -> tuple[Share, str]:
+        return "batch", "TEMI's heads share the weights of pairs"
 
     def forward(self, batch: Batch) -> Step:
         first, second = self.features(batch.views[0]), self.features(batch.views[-1])

@@ -28,20 +28,21 @@ class HeadChoice(nn.Module):
 
     Buffers, so that a resumed run chooses as an undisturbed one: kept_weight [S, D] and kept_bias [S]; losses [H] of the epoch kept;
     stability [H]; alignment [S]: the chosen head's cluster that each cluster is (-1: not known, no held-out rows); collapsed: epochs
-    in a row in which every head had one cluster for all.
+    in a row in which every head had one cluster for all. Of heads dealt over ranks, kept_weight and kept_bias are this rank's rows
+    until `collect`.
     """
 
     def __init__(self, heads: ClusterHeads):
         super().__init__()
         self.numbers = tuple(dict.fromkeys(heads.sizes))
-        self.sizes = heads.sizes
+        self.sizes, self.dealt = heads.sizes, heads.dealt
         groups, count = len(self.numbers), len(heads.sizes)
         self.register_buffer("best_loss", torch.full((groups,), math.inf, dtype=torch.float64))
         self.register_buffer("best_head", torch.tensor([heads.sizes.index(c) for c in self.numbers]))
         self.register_buffer("best_epoch", torch.full((groups,), -1))
         self.register_buffer("losses", torch.full((count,), math.nan, dtype=torch.float64))
         self.register_buffer("stability", torch.full((count,), math.nan, dtype=torch.float64))
-        self.register_buffer("alignment", torch.full((len(heads.bias),), -1))
+        self.register_buffer("alignment", torch.full((sum(heads.sizes),), -1))
         self.register_buffer("collapsed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("kept_weight", heads.weight.detach().clone())
         self.register_buffer("kept_bias", heads.bias.detach().clone())
@@ -101,11 +102,20 @@ class HeadChoice(nn.Module):
         self.best_loss[group], self.best_head[group], self.best_epoch[group] = now[best], best, epoch
         alike = stability([assigned[h] for h in members], number)
         for h, value in zip(members, alike):
-            at = heads.rows(h)
+            at = heads.own(h)
             self.losses[h], self.stability[h] = now[h], value
-            self.alignment[at] = torch.from_numpy(align(assigned[best], assigned[h], number)).to(self.alignment.device)
+            self.alignment[heads.rows(h)] = torch.from_numpy(align(assigned[best], assigned[h], number)).to(self.alignment.device)
             self.kept_weight[at], self.kept_bias[at] = heads.weight[at], heads.bias[at]
         return True
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Before publishing (collective): rank 0 has all kept heads, in its host memory."""
+        if self.dealt is None:
+            return
+        weight, bias = self.dealt.gather(self.kept_weight), self.dealt.gather(self.kept_bias)
+        if weight is not None and bias is not None:
+            self.kept_weight, self.kept_bias = weight, bias
 
     def chosen(self, group: int = 0) -> nn.Linear:
         """The chosen head of a number of clusters."""

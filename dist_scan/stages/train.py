@@ -1,6 +1,7 @@
 """Any method, trained: the stage gives it images or features, a network, neighbours and held-out rows, and lets the loop run."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, Mapping
 
 import numpy as np
@@ -17,6 +18,7 @@ from dist_scan.engine.precision import Precision, memory_format, seed_step
 from dist_scan.methods.base import Given, HeldOut, Method
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone
 from dist_scan.models.cluster import add_facts
+from dist_scan.models.dealing import Share
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import free_bytes
@@ -159,9 +161,22 @@ class TrainStage(Stage):
         rows = np.arange(self.num_images)
         if config.held_out_share and config.held_out_neighbours is None:
             rows, self.held_rows = split_held_out(self.num_images, config.held_out_share, c.run.seed)
-        plan = Plan(rows, config.global_batch, c.run.seed, c.world, config.steps_per_epoch, self.neighbours,
+        self.share = self._share()
+        readers = c.world if self.share == "batch" else replace(c.world, rank=0, world_size=1)  # else every rank reads the whole batch
+        plan = Plan(rows, config.global_batch, c.run.seed, readers, config.steps_per_epoch, self.neighbours,
                     config.num_neighbours, config.self_as_candidate)
         self.feed = FeatureFeed(self.table, plan, c.world.device, self._place(self.table)) if self.table else ImageFeed(loader, built, plan, c.world.device)
+
+    def _share(self) -> Share:
+        """What ranks share; on features said once, with the reason."""
+        c, config = self.context, self.config
+        if self.table is None:
+            return "batch"
+        method = kind_class("dist_scan.methods", config.method.kind)
+        share, why = method.choose_share(config.method, c.world.world_size, self.table.dim, config.global_batch, c.run.runtime.heads)
+        if c.world.world_size > 1:
+            c.say(f"{c.name}: {c.world.world_size} ranks share the {share} ({why})")
+        return share
 
     def _place(self, table: FeatureTable) -> Place:
         """Where the bank is read from; said once, with the bytes and the reason. Ranks may differ: the rows are the same."""
@@ -191,7 +206,7 @@ class TrainStage(Stage):
             num_images=self.num_images, global_batch=config.global_batch, seed=c.run.seed, total_steps=config.epochs * self.feed.steps_per_epoch,
             on_features=self.table is not None, feature_dim=self.table.dim if self.table else getattr(backbone, "num_features", 0),
             backbone=backbone, backbone_config=backbone_config, moments=self.table.moments() if self.table else None, inputs=c.inputs,
-            epochs=config.epochs, work_dir=c.out / WORK / "moment", stop=lambda: c.stop.asked)
+            share=self.share, epochs=config.epochs, work_dir=c.out / WORK / "moment", stop=lambda: c.stop.asked)
         method = kind_class("dist_scan.methods", config.method.kind)(config.method, given)
         method = memory_format(method, c.world.device)
         return method.double() if config.precision == "fp64" else method

@@ -27,7 +27,7 @@ def test_every_top_level_setting_is_on_one_side():
 
 
 @pytest.mark.parametrize("override", ["name=other", "runtime.workers=3", "runtime.run_dir=elsewhere", "runtime.checkpoint_s=5", "runtime.device=cpu",
-                                      "runtime.timeout_s=3", "slurm.partition=gpu", "runtime.log_every=2", "runtime.bank=mapped", "runtime.cache_dir=c",
+                                      "runtime.timeout_s=3", "slurm.partition=gpu", "runtime.log_every=2", "runtime.bank=mapped", "runtime.heads=clusters", "runtime.cache_dir=c",
                                       "data.train.source=moved/folder", "data.train.format=folder"])
 def test_where_and_how_it_runs_is_no_part_of_the_meaning(override):
     assert changed(override) == set()
