@@ -2,22 +2,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
-
-from benchmarks.rows import ROOT
 
 LOOK_S = 0.05
 SAVE_EVERY_S = 2.0
 RANKS = 2
+# The launcher is forked from a process that has imported what launch/local.py has when it forks its ranks, and no more: the first start of a
+# run so costs no imports here (about 8 s), a relaunch costs what it costs a user.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["launch.local", "dist_scan.run", "dist_scan.methods.simclr", "dist_scan.stages.train", "dist_scan.stages.embed"])
 CONFIG = """
 name: recovery
 data: {{train: {{source: "sklearn:digits", limit: 480}}, size: 16, stored: raw, resolution: 16}}
@@ -127,7 +130,7 @@ class Kills:
 
 
 class Run:
-    """One run folder, started and watched through launch/local.py with two ranks."""
+    """One run folder, started through launch/local.py with two ranks, and watched."""
 
     def __init__(self, folder: Path, epochs: int):
         folder.mkdir()
@@ -135,19 +138,19 @@ class Run:
         (folder / "recovery.yaml").write_text(CONFIG.format(epochs=epochs, every_s=SAVE_EVERY_S))
         self.rows, self.exits, self.shards = Rows(self.run_dir / "logs" / "pretext.metrics.jsonl"), [], set()
 
-    def start(self, *overrides: str, faults: Sequence[dict] = ()) -> subprocess.Popen:
+    def start(self, *overrides: str, faults: Sequence[dict] = ()) -> BaseProcess:
         """Start the launcher; what it says goes to said.txt."""
         if faults:
             self.fault_path.write_text(json.dumps(list(faults)))
-        env = os.environ | {"DIST_SCAN_FAULT": str(self.fault_path), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-        line = [sys.executable, str(ROOT / "launch" / "local.py"), str(self.folder / "recovery.yaml"), "--processes", str(RANKS), f"runtime.run_dir={self.run_dir}"]
-        with open(self.folder / "said.txt", "ab") as out:
-            return subprocess.Popen([*line, *overrides], env=env, stdout=out, stderr=out)
+        line = [str(self.folder / "recovery.yaml"), "--processes", str(RANKS), f"runtime.run_dir={self.run_dir}", *overrides]
+        launcher = FORKS.Process(target=_launch, args=(line, self.folder / "said.txt", str(self.fault_path)))
+        launcher.start()
+        return launcher
 
-    def watch(self, launcher: subprocess.Popen, kills: Kills | None = None) -> int:
-        """Until the launcher ends; returns its code."""
+    def watch(self, launcher: BaseProcess, kills: Kills | None = None) -> int:
+        """Until the launcher ends; returns its code (minus the signal's number when it was killed)."""
         alive: set[int] = set()
-        while launcher.poll() is None:
+        while launcher.exitcode is None:
             now = {pid for pid in children(launcher.pid) if not ended(pid)}
             self._look()
             self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive - now)
@@ -157,7 +160,7 @@ class Run:
             time.sleep(LOOK_S)
         self._look()
         self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive)
-        return launcher.returncode
+        return launcher.exitcode
 
     def _look(self) -> None:
         self.rows.look()
@@ -193,6 +196,19 @@ class Run:
     def said(self) -> str:
         """All that the launcher and rank 0 printed."""
         return (self.folder / "said.txt").read_text()
+
+
+def _launch(line: list[str], out: Path, faults: str) -> None:
+    """launch/local.py's main, as a process of its own with all that it prints in a file."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.environ |= {"DIST_SCAN_FAULT": faults, "CUDA_VISIBLE_DEVICES": ""}
+    to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(to, 1)
+    os.dup2(to, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    from launch import local
+
+    sys.exit(local.main(line))
 
 
 def children(pid: int) -> list[int]:

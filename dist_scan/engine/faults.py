@@ -33,10 +33,12 @@ class Fault(Strict):
     """stop is SIGSTOP, hang a sleep without end, signal a notice to oneself, full a file-size limit set by the kernel during a save."""
     rank: int = 0
     step: int = 0
-    """At step, loss and begin_epoch: the optimizer step; elsewhere how often this process has passed the place before."""
-    at: Literal["step", "batch", "loss", "data", "manifest", "rename", "prune", "prepare", "write", "begin_epoch", "shard", "iteration", "start", "done"] = "step"
+    """At step, loss, gradient and begin_epoch: the optimizer step; elsewhere how often this process has passed the place before."""
+    at: Literal["step", "batch", "loss", "gradient", "data", "manifest", "rename", "prune", "prepare", "write", "begin_epoch", "shard", "iteration",
+                "start", "done"] = "step"
     """prepare, data, write, manifest, rename and prune are inside a save, just before each (read_only: at prepare; full: at write);
-    batch is in a thread of the loader, start before the handlers stand, done after the end."""
+    loss and gradient (its loss stays a number) are what nan and inf spoil; batch is in a thread of the loader, start before the
+    handlers stand, done after the end."""
     signal: Literal["SIGUSR2", "SIGTERM"] = "SIGUSR2"
     times: int = 1
     """nan, inf: in so many steps in a row."""
@@ -114,6 +116,9 @@ class Faults:
 
     def _spoil(self, forward: Callable[..., Any], trainer: Any, batch: Any) -> Any:
         step = forward(trainer, batch)
+        spoilt = self.due("gradient", trainer.at.step, ("nan", "inf"))
+        if spoilt is not None:
+            step.loss.register_hook(lambda gradient: gradient * float(spoilt.kind))
         if self.again == 0:
             fault = self.due("loss", trainer.at.step, ("nan", "inf"))
             self.again, self.value = (fault.times, float(fault.kind)) if fault else (0, 0.0)

@@ -37,6 +37,14 @@ def every_row(done: Ended) -> list[dict]:
     return [r for r in map(parsed, lines) if r and "loss" in r]
 
 
+def steps_lost(done: Ended) -> int:
+    """Steps that were done again; each must have given the same loss."""
+    first: dict[int, float] = {}
+    for row in every_row(done):
+        assert first.setdefault(row["step"], row["loss"]) == row["loss"]
+    return len(every_row(done)) - len(first)
+
+
 def parsed(line: str) -> dict | None:
     try:
         return json.loads(line)
@@ -60,9 +68,7 @@ def test_rows_1_2_20_killed_ranks_and_a_taken_port(whole, tmp_path):
         done = Run(tmp_path)(faults=[{"kind": "kill", "rank": 1, "step": 7}, {"kind": "kill", "rank": 0, "step": 14}], taken_port=taken.getsockname()[1])
     same(done, whole)
     assert "the port was taken; another is tried" in done.said and done.said.count("starting again") == 3 and len(faults(done)) == 2
-    first: dict[int, float] = {}
-    for row in every_row(done):  # what was done again gave the same numbers
-        assert first.setdefault(row["step"], row["loss"]) == row["loss"]
+    steps_lost(done)  # what was done again gave the same numbers
 
 
 def test_row_3_an_exception_on_one_rank_is_the_error_that_is_shown(whole, tmp_path):
@@ -98,6 +104,7 @@ def test_rows_5_8_killed_at_every_point_of_a_save_and_saves_that_cannot_be_writt
     assert "older ones are intact" in done.said and done.said.count("starting again") == 4
     assert "is bad" not in done.said, "nothing that a kill left behind was taken for a checkpoint"
     assert all(f["advanced"] for f in faults(done)), "never zero valid ones: every start got further"
+    steps_lost(done)  # what was done again gave the same numbers
 
 
 def test_rows_6_9_11_signals_at_the_start_in_a_step_and_after_the_end_and_a_flipped_bit(whole, tmp_path):
@@ -132,15 +139,17 @@ def test_row_7_when_every_checkpoint_is_bad_it_refuses_once(tmp_path):
 def test_row_16_what_is_no_number_is_refused_by_all_ranks(tmp_path):
     run = Run(tmp_path)
     done = run(EVERY_STEP, "runtime.keep_checkpoints=30",
-               faults=[{"kind": "nan", "at": "loss", "rank": 1, "step": 3}, {"kind": "inf", "at": "loss", "rank": 1, "step": 6, "times": 10}])
+               faults=[{"kind": "nan", "at": "loss", "rank": 1, "step": 3}, {"kind": "nan", "at": "gradient", "rank": 0, "step": 4},
+                       {"kind": "inf", "at": "loss", "rank": 1, "step": 6, "times": 10}])
     assert done.code == 2 and "10 updates in a row" in done.said and "image rows of rank 1: [" in done.said and "of rank 0" not in done.said, done.said
     assert "starting again" not in done.said and "Traceback" not in done.said
     rows = {r["step"]: r for r in read_rows(done.folder / "logs" / "pretext.metrics.jsonl")}
-    assert rows[3]["refused"] == 0 and rows[4]["refused"] == 1 and math.isfinite(rows[5]["loss"]) and rows[6]["refused"] == 1
+    assert [rows[n]["refused"] for n in (3, 4, 5, 6, 7)] == [0, 1, 2, 2, 3] and math.isfinite(rows[5]["loss"]) and math.isfinite(rows[6]["loss"])
     states = {int(p.name[5:]): torch.load(p / "state.pt", weights_only=True) for p in checkpoints(done) if p.name.startswith("step-")}
     assert all(torch.isfinite(v).all() for s in states.values() for v in s["method"].values() if v.is_floating_point())
     weights = {step: s["method"]["backbone.conv1.weight"] for step, s in states.items()}
-    assert torch.equal(weights[3], weights[4]) and not torch.equal(weights[4], weights[5]), "step 3's update was refused, step 4's was not"
+    assert torch.equal(weights[3], weights[4]) and torch.equal(weights[4], weights[5]), "the updates of steps 3 and 4 were refused"
+    assert not torch.equal(weights[5], weights[6]), "that of step 5 was not"
 
 
 def test_rows_21_22_a_beton_that_is_not_the_runs_own(whole, tmp_path):
