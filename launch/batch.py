@@ -86,9 +86,12 @@ while :; do
   step=$!
   while kill -0 $step 2>/dev/null; do wait $step; done
   verdict=$(ask decide "$RUN" "$mark" $start {relaunches}) || exit 1
-  action=${{verdict%%$'\\n'*}}
-  if [ "$action" != done ] && [ "$action" != mistake ] && comes_back; then action=requeue; fi
-  say "$action: ${{verdict#*$'\\n'}}"
+  action=${{verdict%%$'\\n'*}} why=${{verdict#*$'\\n'}}
+  case $action in stopped|relaunch|give_up) if comes_back; then action=requeue; fi ;; esac
+  if [ "$action" = stopped ] && [ -z "$told" ] && [ $start -lt {relaunches} ] && runs_on; then
+    action=relaunch why="$why; but Slurm lets this job run on (to stop it: scancel)"
+  fi
+  say "$action: $why"
   case $action in
     done|stopped) exit 0 ;;
     requeue) rm -f "$RUN/STOPPED"; requeue; sleep 60; exit 1 ;;  # Slurm ends this script
@@ -101,8 +104,12 @@ done
 
 ENDINGS = r"""
 # Slurm ends the job for a reason of its own (time limit, preemption): the run must come back. After scancel it must not.
-comes_back() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -Eq 'Reason=TimeLimit|PreemptTime=[0-9]'; }
-queued=
+comes_back() { facts | grep -Eq 'Reason=TimeLimit|PreemptTime=[0-9]'; }
+# A TERM that Slurm did not mean: a kill by hand, or an old step's end. A node that died and is back gets what slurmctld could not tell it a
+# minute ago, and a requeued job has steps of the same numbers: seen in Slurm 22.05, a rank of the new start was told to leave.
+runs_on() { facts | grep -q ' JobState=RUNNING '; }
+facts() { for i in {1..30}; do if scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null; then return; fi; sleep 2; done; }  # slurmctld may not answer at once
+queued= told=
 requeue() {
   [ -z "$queued" ] || return
   for i in {1..60}; do  # slurmctld may be away just now
@@ -113,7 +120,7 @@ requeue() {
 }
 # The ranks act on a notice, this script waits for them. TERM reaches it only when the job's end is near: it may be killed any moment.
 trap ':' USR2
-trap 'if comes_back; then say "requeue: Slurm ends the job before the ranks have left"; requeue; fi' TERM
+trap 'told=yes; if comes_back; then say "requeue: Slurm ends the job before the ranks have left"; requeue; fi' TERM
 """.strip()
 
 

@@ -7,6 +7,7 @@ user's settings are wrong; PORT_TAKEN when the rendezvous could not listen.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -144,8 +145,11 @@ def main(argv: list[str]) -> int:
         print(begin(Path(argv[1])))
     else:
         verdict = decide(Path(argv[1]), argv[2], int(argv[3]), int(argv[4]))
-        print(verdict.action)
-        print(" ".join(verdict.why.split()))
+        try:
+            print(f"{verdict.action}\n{' '.join(verdict.why.split())}", flush=True)
+        except BrokenPipeError:  # the script was killed meanwhile (its node died): nobody asks any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
     return 0
 
 

@@ -98,7 +98,7 @@ def test_what_was_made_slow_is_what_the_verdict_names(beton, tmp_path, what, ran
     assert any(facts["verdict"] in text and f"profile of {STEPS} steps" in text for text in said[0])
     assert facts["verdict"].startswith("rank 1") == (what == "rank")
     whole = sum(sum(facts["seconds_by_rank"][name]) for name in NAMES) / ranks
-    assert whole >= STEPS * NAP_S  # the sections hold all the time there was
+    assert whole >= 0.9 * STEPS * NAP_S  # the sections hold the time there was; a loader ahead of its reader hides part of a nap
     rows = [r["timing"] for r in read_rows(tmp_path / "logs" / "pretext.metrics.jsonl") if "timing" in r]
     assert rows and rows[0]["steps"] == STEPS and set(rows[0]["sections"]) <= set(NAMES)
     for rank in range(ranks):

@@ -87,8 +87,13 @@ class Cluster:
         return os.environ | {"SLURM_CONF": str(self.conf)}
 
     def call(self, *command: str, check: bool = True) -> str:
-        """A Slurm command's output."""
-        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=60)
+        """A Slurm command's output. A slurmctld that does not answer for a moment is asked again for 20 s."""
+        deadline = time.monotonic() + 20
+        while True:
+            done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=60)
+            if "Unable to contact slurm controller" not in done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout

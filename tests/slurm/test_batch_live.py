@@ -135,7 +135,18 @@ def test_scancel_stays_away(cluster, tmp_path):
     cluster.call("scancel", toy.id)
     assert toy.ended()["JobState"] == "CANCELLED"
     time.sleep(2)
-    assert toy.facts()["Restarts"] == "0" and not (toy.run_dir / "DONE").exists() and "requeue" not in toy.log()
+    assert toy.facts()["Restarts"] == "0" and not (toy.run_dir / "DONE").exists() and "requeue" not in toy.log() and "relaunch" not in toy.log()
+
+
+def test_a_term_that_slurm_did_not_mean_is_no_end(cluster, tmp_path):
+    """slurmctld tells a node that was away the end of an older step of the same number: to one rank, while the job runs on."""
+    toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
+    toy.wait_ranks()
+    for path in toy.run_dir.glob("start-*"):
+        os.kill(json.loads(path.read_text())["PID"], signal.SIGTERM)
+    facts = toy.ended()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0") and (toy.run_dir / "DONE").exists(), toy.log()
+    assert "relaunch: SIGTERM" in toy.log() and "Slurm lets this job run on" in toy.log()
 
 
 def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster, tmp_path):

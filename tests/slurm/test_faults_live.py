@@ -100,12 +100,12 @@ def test_one_job_through_seven_faults_gives_the_undisturbed_result(cluster, tmp_
 
 
 def test_four_nodes_then_two_then_three_are_one_run_and_a_flipped_bit_costs_a_step(cluster, tmp_path):
-    """The same images at each step on any number of ranks: in fp64 nothing hides a difference."""
-    exact = "stages.pretext.precision=fp64"
+    """The same images at each step on any number of ranks: in fp64 nothing hides a difference. A TERM to a rank stops the job where none may be relaunched."""
+    exact, once = "stages.pretext.precision=fp64", "runtime.relaunches=0"
     leave = {"kind": "signal", "signal": "SIGTERM", "rank": 0}
-    Tiny(cluster, tmp_path / "nodes", 4, exact, faults=({**leave, "step": 6},)).stopped()
+    Tiny(cluster, tmp_path / "nodes", 4, exact, once, faults=({**leave, "step": 6},)).stopped()
     flipped = flip(tmp_path / "nodes" / "run")
-    Tiny(cluster, tmp_path / "nodes", 2, exact, faults=({**leave, "step": 13},)).stopped()
+    Tiny(cluster, tmp_path / "nodes", 2, exact, once, faults=({**leave, "step": 13},)).stopped()
     job = Tiny(cluster, tmp_path / "nodes", 3, exact).submit()
     assert "3 ranks" in job.finish()
     assert f"{flipped} is bad (state.pt does not match its sha256)" in (job.run_dir / "logs" / "run.log").read_text()
