@@ -31,6 +31,16 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--iterations {args.iterations} and --restarts {args.restarts}; allowed: 1 or more")
     if args.spherical and args.raw:
         raise ValueError("--spherical is for unit rows; leave --raw out")
+    if args.seed < 0 or not 0 <= args.tolerance < 1:
+        raise ValueError(f"--seed {args.seed} --tolerance {args.tolerance}; allowed: a seed of 0 or more, a tolerance of 0 up to 1")
+    from dist_scan.data.tables import FeatureTable
+
+    rows, views = FeatureTable.size_of(args.features)
+    if not 1 <= args.k <= rows or not 0 <= args.view < views:
+        raise ValueError(f"--k {args.k} --view {args.view}: '{args.features}' has {rows} rows and {views} views; allowed: --k 1 to {rows}, --view 0 to {views - 1}")
+    if (Path(args.out) / "assignments.npz").exists():
+        raise ValueError(f"{args.out} holds clusters already; give another folder, or remove it")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     return as_ranks(partial(_rank, args), args.processes)
 
 
@@ -60,7 +70,6 @@ def _rank(args: argparse.Namespace) -> int:
             print("stopped; nothing is kept of k-means, the same command begins anew")
         return 128 + (stop.signal or 15)
     if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         Assignments(found.assignment, args.k).save(out)
         write_atomic(out / "centroids.npy", lambda f: np.save(f, found.centroids))
         print(f"{out}: {kmeans_line(found)}")

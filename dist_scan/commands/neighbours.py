@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Search; the same command goes on after a stop or a kill."""
+    from dist_scan.data.tables import FeatureTable
+
+    rows, views = FeatureTable.size_of(args.features)
+    if not 1 <= args.k < rows or not 0 <= args.view < views or args.shards < 1:
+        raise ValueError(f"--k {args.k} --view {args.view} --shards {args.shards}: '{args.features}' has {rows} rows and {views} views; "
+                         f"allowed: --k 1 to {rows - 1}, --view 0 to {views - 1}, --shards 1 or more")
     return as_ranks(partial(_rank, args), args.processes)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from dist_scan.artefacts import write_atomic, write_json
 
 LARGEST = float(np.finfo(np.float16).max)
+SMALLEST = float(np.finfo(np.float16).tiny)  # below it float16 has fewer digits
 
 
 class ShardedTable(ABC):
@@ -114,30 +115,52 @@ class FeatureTable(ShardedTable):
         self.num_views, self.dim = int(facts["num_views"]), int(facts["dim"])
 
     @classmethod
-    def create(cls, path: Path, num_rows: int, num_views: int, dim: int, num_shards: int) -> "FeatureTable":
-        """An empty table in a folder; the number of shards is lowered to the number of rows."""
-        return cls._create(path, {"num_rows": num_rows, "num_views": num_views, "dim": dim, "num_shards": num_shards})
+    def create(cls, path: Path, num_rows: int, num_views: int, dim: int, num_shards: int, **how: Any) -> "FeatureTable":
+        """An empty table in a folder; the number of shards is lowered to the number of rows. `how` it is made is kept with it."""
+        return cls._create(path, {"num_rows": num_rows, "num_views": num_views, "dim": dim, "num_shards": num_shards, **how})
 
     @classmethod
     def from_npy(cls, npy: str | Path, path: Path, num_shards: int) -> "FeatureTable":
         """A table from a .npy of [N, D] or [N, V, D]. Raises ValueError on another shape or kind of numbers."""
+        array = cls._mapped(npy)
+        table = cls.create(path, len(array), array.shape[1], array.shape[2], num_shards)
+        for shard in range(table.num_shards):
+            start, stop = table.shard_range(shard)
+            rows = np.asarray(array[start:stop])
+            largest = np.abs(rows).max((1, 2))
+            small = np.flatnonzero((largest > 0) & (largest < SMALLEST)) + start
+            if len(small):
+                raise ValueError(f"'{npy}': every number of rows {small[:8].tolist()} is smaller than float16 keeps in full ({SMALLEST:.2g}); scale them up")
+            table.write_shard(shard, rows)
+        return table
+
+    @staticmethod
+    def _mapped(npy: str | Path) -> np.ndarray:
+        """[N, V, D] of a .npy, memory-mapped. Raises ValueError when it is none."""
+        if not Path(npy).is_file():
+            raise ValueError(f"'{npy}' does not exist; give the folder of a feature table, or a .npy of [N, D]")
         try:
             array = np.load(npy, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"'{npy}' is no readable .npy file: {error}") from None
         if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
             raise ValueError(f"'{npy}' holds {array.dtype} {array.shape}; allowed: floating point [N, D] or [N, V, D], not empty")
-        array = array[:, None] if array.ndim == 2 else array
-        table = cls.create(path, len(array), array.shape[1], array.shape[2], num_shards)
-        for shard in range(table.num_shards):
-            table.write_shard(shard, np.asarray(array[slice(*table.shard_range(shard))]))
-        return table
+        return array[:, None] if array.ndim == 2 else array
+
+    @classmethod
+    def size_of(cls, source: str | Path) -> tuple[int, int]:
+        """(rows, views) of what `given` would give, before anything is converted. Raises ValueError when there is neither table nor .npy."""
+        if Path(source).is_dir():
+            table = cls.open(source)
+            return table.num_rows, table.num_views
+        return cls._mapped(source).shape[:2]
 
     @classmethod
     def given(cls, source: str | Path, folder: Path, num_shards: int) -> "FeatureTable":
         """The table in the folder `source`, or of the .npy `source`: that is converted into `folder`, once. Collective.
 
-        Raises ValueError on all ranks when there is neither, when the .npy does not fit, or when `folder` was made from another file.
+        Raises ValueError on all ranks when there is neither, when the .npy does not fit, or when `folder` was made from another file
+        or into another number of shards.
         """
         from dist_scan.world.collectives import broadcast_object
         from dist_scan.world.world import current
@@ -150,6 +173,8 @@ class FeatureTable(ShardedTable):
                 cls._convert(Path(source), Path(folder), num_shards)
             except ValueError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = f"{error.filename or folder}: {error.strerror}; give a folder that can be written"
         problem = broadcast_object(problem)
         if problem:
             raise ValueError(problem)
@@ -157,13 +182,13 @@ class FeatureTable(ShardedTable):
 
     @classmethod
     def _convert(cls, npy: Path, folder: Path, num_shards: int) -> None:
-        if not npy.is_file():
-            raise ValueError(f"'{npy}' does not exist; give the folder of a feature table, or a .npy of [N, D]")
-        facts = {"file": str(npy.resolve()), "size": npy.stat().st_size, "mtime_ns": npy.stat().st_mtime_ns}
+        cls._mapped(npy)
+        facts = {"file": str(npy.resolve()), "size": npy.stat().st_size, "mtime_ns": npy.stat().st_mtime_ns, "shards": num_shards}
         mark = folder / "source.json"
         if mark.is_file():
             if json.loads(mark.read_text()) != facts:
-                raise ValueError(f"{folder} was made from another file than '{npy}', or from an earlier state of it; give another folder, or remove it")
+                raise ValueError(f"{folder} was made from another file than '{npy}', from an earlier state of it, or into other than {num_shards} shards; "
+                                 "give another folder, or remove it")
             return
         cls.from_npy(npy, folder, num_shards)
         write_json(mark, facts)

@@ -59,15 +59,15 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
 
 def _table(out: Path, rows: Rows, k: int, metric: str) -> NeighbourTable:
     """What lies in `out`, if it was asked for like this; else a new one, on every disk that has none."""
-    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view}
+    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view, "features": rows.content()}
     for turn in (current().rank == 0, True):
         if turn and not (out / "table.json").exists():
-            NeighbourTable.create(out, rows.num_rows, k, rows.table.num_shards, metric=metric, view=rows.view)
+            NeighbourTable.create(out, rows.num_rows, k, rows.table.num_shards, metric=metric, view=rows.view, features=asked["features"])
         barrier()
     table = NeighbourTable.open(out)
     found = {name: table.facts.get(name) for name in asked}
     if found != asked:
-        raise ValueError(f"{out} holds neighbours that were mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
+        raise ValueError(f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
     return table
 
 

@@ -5,7 +5,9 @@ With values on multiples of 2^-24 and squared norms of at most 16, products are 
 """
 from __future__ import annotations
 
+import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from dist_scan.data.tables import FeatureTable
-from dist_scan.world.collectives import all_max, broadcast_async, gather_objects
+from dist_scan.world.collectives import broadcast_async, gather_objects
 from dist_scan.world.world import current
 
 LONGEST = 4.0
@@ -48,6 +50,13 @@ class Rows:
         """Rows start..stop-1, as read() but without an index."""
         return np.concatenate([self._ready(self.table.shard(s)[a:b, self.view]) for s, a, b in _pieces(self.table, start, stop)])
 
+    def content(self) -> str:
+        """16 hex digits over every number of this view, the same for any number of ranks. Collective: each rank reads the shards it serves."""
+        mine = {s: hashlib.sha256(np.ascontiguousarray(self.table.shard(s)[:, self.view])).digest()
+                for s, rank in enumerate(servers(self.held, self.table.num_shards)) if rank == current().rank}
+        every = {s: digest for part in gather_objects(mine) for s, digest in part.items()}
+        return hashlib.sha256(b"".join(every[s] for s in sorted(every))).hexdigest()[:16]
+
     def own(self) -> np.ndarray:
         """The rows this rank works on: an equal share when every rank can read every shard, else those of the shards it serves."""
         n, world = self.num_rows, current()
@@ -65,24 +74,33 @@ class Rows:
 def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> Rows:
     """A view of a table for search. Collective: each rank looks at the shards it serves.
 
-    Raises ValueError on all ranks for a view or shard that is not there, and naming rows of length zero when they must be normalised.
+    Raises ValueError on all ranks for a view or shard that is not there, naming rows that are no numbers, or of length zero when they must
+    be normalised. Warns when rows are so much shorter than the longest that scaling costs them digits.
     """
     if not 0 <= view < table.num_views:
         raise ValueError(f"view {view} of {table.path}; allowed: 0 to {table.num_views - 1}")
     held = tuple(gather_objects(frozenset(range(table.num_shards)) - frozenset(table.missing_shards())))
     serving = servers(held, table.num_shards)
-    longest, zero = 0.0, []
-    for s in np.flatnonzero(np.array(serving) == current().rank):
-        norms = squares(table.shard(int(s))[:, view])
-        longest = max(longest, math.sqrt(norms.max()))
-        zero += (np.flatnonzero(norms == 0) + table.shard_range(int(s))[0]).tolist()[:8]
-    zero = sorted(sum(gather_objects(zero), []))
+    looked = [_look(table, int(s), view) for s in np.flatnonzero(np.array(serving) == current().rank)]
+    bad, zero, lengths = (sorted(sum(gather_objects([x for one in looked for x in one[i]]), [])) for i in range(3))
+    if bad:
+        raise ValueError(f"features of rows {bad[:8]} of {table.path} are NaN or Inf; look at these images, or at what made the features")
     if normalise and zero:
         raise ValueError(f"features of rows {zero[:8]} are all zero and have no direction; "
                          "use another metric (l2, inner_product), or look at these images")
-    longest = float(all_max(torch.tensor(longest, dtype=torch.float64)))
-    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(LONGEST / max(longest, 2.0**-24)))
+    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(LONGEST / max(lengths[-1], 2.0**-24)))
+    if not normalise and current().rank == 0 and lengths[0] * scale < 2.0**-14 * math.sqrt(table.dim):
+        warnings.warn(f"{table.path}: rows are of lengths {lengths[0]:.3g} to {lengths[-1]:.3g}; the shortest are searched on a coarser grid than they are "
+                      f"kept on (multiples of {2.0**-24 / scale:.2g}). Leave the longest out, or search by cosine", stacklevel=3)
     return Rows(table, view, normalise, scale, held)
+
+
+def _look(table: FeatureTable, shard: int, view: int) -> tuple[list[int], list[int], list[float]]:
+    """Of a shard: the first rows that are no numbers, the first that are zero, the shortest other's length and the longest's."""
+    norms, first = squares(table.shard(shard)[:, view]), table.shard_range(shard)[0]
+    good = np.sqrt(norms[np.isfinite(norms) & (norms > 0)])
+    return (np.flatnonzero(~np.isfinite(norms))[:8] + first).tolist(), (np.flatnonzero(norms == 0)[:8] + first).tolist(), \
+        [float(good.min(initial=2.0**16)), float(good.max(initial=0.0))]
 
 
 def servers(held: tuple[frozenset[int], ...], num_shards: int) -> list[int]:

@@ -8,6 +8,7 @@ Memory: 40 D^2 bytes and 24 D bytes for each of CHUNK rows. One all-reduce of 16
 """
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ class Whitening:
     eigenvalues: np.ndarray
     scale: float
 
+    def mark(self, view: int, unit: bool) -> str:
+        """16 hex digits that tell what it makes of a view from what others make."""
+        digest = hashlib.sha256(f"{view} {unit}".encode())
+        for part in (self.mean, self.components, self.eigenvalues):
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()[:16]
+
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """[n, D] of any float type to [n, dim] float32; over the rows it was made from the mean is 0 and the covariance 1.
 
@@ -61,6 +69,8 @@ def whiten(rows: np.ndarray, dim: int) -> Whitening:
 
     Raises ValueError on all ranks: rows that are no numbers, fewer rows than needed, fewer directions than `dim` in which the rows vary.
     """
+    if rows.ndim != 2:
+        raise ValueError(f"rows to be whitened of shape {list(rows.shape)}; allowed: [n, D]")
     return _whiten(lambda: (rows[b:b + CHUNK] for b in range(0, len(rows), CHUNK)), rows.shape[1], dim)
 
 
@@ -75,12 +85,17 @@ def whiten_table(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
 
 def whitened(table: FeatureTable, whitening: Whitening, out: Path, view: int = 0, unit: bool = True,
              stop: Callable[[], bool] = lambda: False) -> FeatureTable:
-    """A new table [N, 1, dim] of a view's whitened rows, of unit length when `unit`. Collective; goes on from the shards that are there."""
-    world = current()
+    """A new table [N, 1, dim] of a view's whitened rows, of unit length when `unit`. Collective; goes on from the shards that are there.
+
+    Raises ValueError when `out` was made by another whitening (or view, or unit): it stands for the rows it was made from.
+    """
+    world, by = current(), whitening.mark(view, unit)
     if world.rank == 0 and not (Path(out) / "table.json").exists():
-        FeatureTable.create(out, table.num_rows, 1, len(whitening.eigenvalues), table.num_shards)
+        FeatureTable.create(out, table.num_rows, 1, len(whitening.eigenvalues), table.num_shards, whitening=by)
     barrier()
     made = FeatureTable.open(out)
+    if (found := made.facts.get("whitening")) != by:
+        raise ValueError(f"{out} holds rows of another whitening ({found}, asked for: {by}); give another folder, or remove it")
     missing = broadcast_object(made.missing_shards())
     for turn in range(0, len(missing), world.world_size):
         if agree(stop()):

@@ -83,9 +83,10 @@ def _rank(work: Callable[[], int], rank: int, processes: int, port: int, parent:
                       MASTER_PORT=str(port))
     try:
         code = work()
-    except ValueError as error:
-        mistakes.put(str(error))
-        code = USER_MISTAKE
+    except (ValueError, OSError) as error:
+        named = isinstance(error, ValueError) or error.filename is not None
+        mistakes.put(str(error) if isinstance(error, ValueError) else f"{error.filename}: {error.strerror}") if named else traceback.print_exc()
+        code = USER_MISTAKE if named else 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -128,6 +128,31 @@ def test_finished_shards_are_kept_and_a_table_mined_otherwise_is_refused(tmp_pat
     for wrong in ({"num_neighbours": 6}, {"num_neighbours": 5, "metric": "l2"}):
         with pytest.raises(ValueError, match="mined otherwise"):
             mine_neighbours(t, tmp_path / "n", **wrong)
+    other = table(rows()[::-1].copy(), tmp_path / "other")  # of the same size, even the same rows
+    with pytest.raises(ValueError, match="holds neighbours of other features"):
+        mine_neighbours(other, tmp_path / "n", 5)
+
+
+def test_rows_of_a_table_that_are_no_numbers_are_named(tmp_path):
+    """Whoever wrote the shard: not by write_shard, which refuses them."""
+    x = rows()
+    table(x, tmp_path / "f")
+    file = tmp_path / "f" / "features-00001.npy"
+    shard = np.load(file)
+    shard[7, 0, 2] = np.nan
+    np.save(file, shard)
+    t = FeatureTable.open(tmp_path / "f")
+    row = t.shard_range(1)[0] + 7
+    for work in (lambda: mine_neighbours(t, tmp_path / "n", 5), lambda: kmeans(t, 3)):
+        with pytest.raises(ValueError, match=rf"rows \[{row}\] .* are NaN or Inf"):
+            work()
+
+
+def test_a_row_that_coarsens_all_others_is_said(tmp_path):
+    x = rows(groups=()).astype(np.float32) * 1e-3
+    x[5] *= 1e6
+    with pytest.warns(UserWarning, match="coarser grid"):
+        mine_neighbours(table(x.astype(np.float16), tmp_path / "f"), tmp_path / "n", 5, metric="l2")
 
 
 def test_bad_input_is_named_before_work(tmp_path):
@@ -149,6 +174,8 @@ def test_bad_input_is_named_before_work(tmp_path):
             mine_neighbours(zero, tmp_path / "n", k, metric="l2")
     with pytest.raises(ValueError, match="402 clusters of 401 rows"):
         kmeans(zero, 402)
+    with pytest.raises(ValueError, match="a tolerance of nan"):
+        kmeans(zero, 3, tolerance=float("nan"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "type", "gone"])

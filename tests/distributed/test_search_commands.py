@@ -55,9 +55,12 @@ def test_kmeans_of_a_table_by_one_process_and_by_two(tmp_path):
 
 
 def test_a_mistake_on_many_ranks_is_one_line(tmp_path):
-    np.save(tmp_path / "x.npy", rows())
-    done = command("kmeans", tmp_path / "x.npy", tmp_path / "out", "--k", 402, "--processes", 2)
-    assert done.returncode == 2 and [line for line in done.stderr.splitlines() if "error" in line] == ["error: 402 clusters of 401 rows; allowed: 1 to 401"]
+    x = rows()
+    x[33] = 0
+    np.save(tmp_path / "x.npy", x)
+    done = command("kmeans", tmp_path / "x.npy", tmp_path / "out", "--k", 4, "--processes", 2)
+    lines = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: features of rows [33] are all zero"), done.stderr
 
 
 @pytest.mark.parametrize("spoil, extra, told", [
@@ -65,9 +68,11 @@ def test_a_mistake_on_many_ranks_is_one_line(tmp_path):
     (lambda x: x.__setitem__((399, 3), -np.inf), (), r"rows [399]"),
     (lambda x: x.__setitem__((17, 3), 1e5), (), r"rows [17] are larger than float16 holds (65504)"),
     (lambda x: x.__setitem__(33, 0), (), r"rows [33] are all zero"),
-    (lambda x: None, ("--k", "401"), "allowed: 1 to 400"),
-    (lambda x: None, ("--k", "0"), "allowed: 1 to 400"),
-    (lambda x: None, ("--view", "1"), "allowed: 0 to 0"),
+    (lambda x: x.__setitem__(33, 1e-8), (), r"rows [33] is smaller than float16 keeps in full"),
+    (lambda x: None, ("--shards", "0"), "--shards 1 or more"),
+    (lambda x: None, ("--k", "401"), "allowed: --k 1 to 400, --view 0 to 0"),
+    (lambda x: None, ("--k", "0"), "allowed: --k 1 to 400"),
+    (lambda x: None, ("--view", "1"), "--view 0 to 0"),
     (lambda x: None, ("--processes", "0"), "--processes: 0; allowed: 1 or more"),
 ])
 def test_bad_input_is_said_before_any_work(spoil, extra, told, tmp_path, capsys):
@@ -92,6 +97,33 @@ def test_files_that_hold_no_rows(content, told, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("extra, told", [
+    (("--k", "402"), "allowed: --k 1 to 401"), (("--k", "3", "--tolerance", "nan"), "a tolerance of 0 up to 1"),
+    (("--k", "3", "--tolerance", "-1"), "a tolerance of 0 up to 1"), (("--k", "3", "--seed", "-1"), "a seed of 0 or more"),
+    (("--k", "3", "--view", "2"), "--view 0 to 0")])
+def test_what_kmeans_cannot_do_is_said_before_a_file_is_touched(extra, told, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", rows())
+    assert main(["kmeans", str(tmp_path / "x.npy"), str(tmp_path / "out"), *extra]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_clusters_that_are_there_are_not_written_over(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", rows())
+    assert main(["kmeans", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "3"]) == 0
+    before = (tmp_path / "out" / "assignments.npz").read_bytes()
+    assert main(["kmeans", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "4"]) == 2
+    assert "holds clusters already" in capsys.readouterr().err and (tmp_path / "out" / "assignments.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["neighbours", "kmeans"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_folder_that_cannot_be_is_named(what, processes, tmp_path):
+    np.save(tmp_path / "x.npy", rows())
+    (tmp_path / "file").write_text("in the way")
+    done = command(what, tmp_path / "x.npy", tmp_path / "file", "--k", 3, "--processes", processes)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and f"error: {tmp_path / 'file'}" in done.stderr, done.stderr
+
+
 def test_a_cut_npy_and_a_cut_table_and_tables_of_mixed_dimensions(tmp_path, capsys):
     np.save(tmp_path / "x.npy", rows())
     data = (tmp_path / "x.npy").read_bytes()
@@ -109,6 +141,7 @@ def test_another_npy_is_not_taken_for_the_first(tmp_path, capsys):
     np.save(tmp_path / "x.npy", x)
     args = ["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "3"]
     assert main(args) == 0 and main(args) == 0
+    assert main([*args, "--shards", "3"]) == 2 and "into other than 3 shards" in capsys.readouterr().err
     np.save(tmp_path / "x.npy", x[::-1])
     assert main(args) == 2 and "made from another file" in capsys.readouterr().err
 

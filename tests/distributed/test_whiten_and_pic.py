@@ -87,8 +87,19 @@ def test_a_table_is_whitened_by_shards(tmp_path):
     assert np.allclose(rows, want / np.linalg.norm(want, axis=1, keepdims=True), atol=2e-3)
 
 
+def test_a_table_of_another_whitening_is_not_taken_up(tmp_path):
+    x = correlated()
+    one, other = table(x, tmp_path / "f"), table(x[::-1] * 2, tmp_path / "g")
+    made = whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x)))
+    assert (whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x))) == made).all()
+    with pytest.raises(ValueError, match="of another whitening"):
+        whitened(other, whiten_table(other, 8), tmp_path / "w")
+
+
 def test_rows_that_cannot_be_whitened_are_refused():
     x = correlated()
+    with pytest.raises(ValueError, match="allowed: \\[n, D\\]"):
+        whiten(x[0], 3)
     with pytest.raises(ValueError, match="12 rows cannot be whitened to 12 dimensions; allowed: at most 11"):
         whiten(x[:12], 12)
     with pytest.raises(ValueError, match="allowed: 1 to 40"):
