@@ -44,15 +44,14 @@ class RunConfig(Strict):
         for name, stage in self.stages.items():
             if not re.fullmatch(STAGE_NAME, name) or name in seen:
                 raise ValueError(f"stages: '{name}' cannot be a stage's name; allowed: letters, digits, _ and -, not beton_train or beton_val")
-            for role, target in getattr(stage, "inputs", dict)().items():
+            for role, target in stage.inputs().items():
                 if target not in seen and target.startswith("beton_"):
                     raise ValueError(f"stages.{name}.{role}: '{target.removeprefix('beton_')}', but data.{target.removeprefix('beton_')} is not given; add it")
                 if target not in seen:
                     raise ValueError(f"stages.{name}.{role}: '{target}' is no earlier stage; "
                                      f"allowed: {', '.join(s for s in seen if seen[s]) or 'none (it is the first)'}. Name one, or move it before '{name}'.")
-            if hasattr(stage, "check"):
-                stage.check_inputs(name, seen)
-                stage.check(name, self, seen)
+            stage.check_inputs(name, seen)
+            stage.check(name, self, seen)
             seen[name] = stage
         return self
 

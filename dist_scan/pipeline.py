@@ -19,6 +19,7 @@ from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import World
 
 STAGES = "stages.json"
+SAID_FROM = 2**30  # bytes of an earlier result whose reading is said: it takes seconds
 Say = Callable[[str], None]
 
 
@@ -138,6 +139,9 @@ class Pipeline:
     def _verify(self, config: StageConfig) -> None:
         """What an earlier start made is read against its sums before it is used, once."""
         for target in set(config.inputs().values()) & self.unread:
+            size = sum(facts["size"] for facts in self.done[target].manifest["files"].values())
+            if size > SAID_FROM:
+                self.say(f"{target}: {size / 2**30:.0f} GiB of an earlier start are read against their sums")
             self.store.verify(self.done[target])
             self.unread.discard(target)
 

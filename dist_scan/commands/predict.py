@@ -142,7 +142,7 @@ def encoded(source: str, out: Path, data, workers: int) -> Path:
 
     images, beton = open_source(SplitConfig(source=source)), work_of(out) / "images.beton"
     config = data.model_copy(update={"max_bad_share": 1.0})
-    if beton.is_file() and read_facts(beton)["mark"] == storage_mark(images, config):
+    if beton.is_file() and read_facts(beton)["mark"] == storage_mark(images.fingerprint(), config):
         return beton
     beton.parent.mkdir(parents=True, exist_ok=True)
     try:

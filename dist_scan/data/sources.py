@@ -22,8 +22,6 @@ from pydantic import Field
 from dist_scan.config import ConfigError, Strict
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
 LOOKED_AT = 16  # images whose bytes are part of the data's fingerprint
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -200,10 +198,12 @@ def _split_key(name: str) -> tuple[str, str]:
 
 
 def _label_of(data: bytes, where: str) -> int:
-    """The class number in KEY.cls or KEY.json; -1 when a .json holds none. Raises ConfigError when it is no whole number."""
+    """The class number in KEY.cls or KEY.json; -1 when it holds none (a .json without one, or null). Raises ConfigError when it is no whole number."""
     try:
         value = json.loads(data)
-        value = value.get("label", value.get("cls", -1)) if isinstance(value, dict) else value
+        value = value.get("label", value.get("cls")) if isinstance(value, dict) else value
+        if value is None:
+            return -1
         if int(value) == float(value):
             return int(value)
     except (ValueError, TypeError, OverflowError):

@@ -97,9 +97,8 @@ class Trainer:
         """DDP rebuilds its buckets after the first backward pass, and sums in another order from then on: two throw-away passes
         now, with everything put back, make a resumed run equal to an undisturbed one, bit for bit (RELIABILITY.md 6)."""
         self.settled = True
-        before = {k: v.clone() for k, v in self.method.state_dict().items()}
+        before, batch = {k: v.clone() for k, v in self.method.state_dict().items()}, next(self._batches())
         for _ in range(2):
-            batch = next(self._batches())
             self._forward(batch).loss.backward()
         self.method.load_state_dict(before)
         self.optimizer.zero_grad(set_to_none=True)

@@ -13,11 +13,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dist_scan.banks import Bank
 from dist_scan.config import Strict
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.models.batchnorm import check_groups
 from dist_scan.models.dealing import Share
 from dist_scan.world.dealt import Dealt
 
@@ -29,6 +31,17 @@ class MethodConfig(Strict):
 
     def check_batch(self, global_batch: int, world_size: int) -> None:
         """Raise ValueError when the method cannot train on batches of global_batch images over so many ranks (before any work)."""
+
+
+class NetworkConfig(MethodConfig):
+    """Settings of a method that trains a network with batch norm."""
+
+    bn_groups: int = Field(default=1, ge=1)
+    """Batch norm sees the global batch in so many parts; 1: whole, on any number of ranks. Ranks and parts: one divides the other."""
+
+    def check_batch(self, global_batch: int, world_size: int) -> None:
+        """Batch norm's groups, the ranks and the batch must fit."""
+        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class Step(NamedTuple):
@@ -92,6 +105,8 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     recipes: ClassVar[tuple[str, ...]]
     """One augmentation recipe per view, by name; the stage's `recipes:` overrides them."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What its stage must give: images (cached features will not do), model (it starts from a published cluster model)."""
     wants_neighbour: ClassVar[bool] = False
     """The last view is of a random neighbour of the row instead of the row itself."""
     publishes: ClassVar[tuple[str, ...]] = ("backbone",)

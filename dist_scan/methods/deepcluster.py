@@ -20,9 +20,9 @@ from dist_scan.data.hashing import keyed
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
 from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Given, Method, MethodConfig, ParameterGroup, Step
+from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import check_groups, convert_batch_norm
+from dist_scan.models.layers import convert_batch_norm
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
@@ -36,7 +36,7 @@ SAMPLERS: dict[str, Callable] = {"uniform": uniform_over_labels, "released_order
 FACTS = ("clusters", "empty_clusters", "split_clusters", "largest_cluster", "images_left_out", "nmi_previous")
 
 
-class DeepClusterConfig(MethodConfig):
+class DeepClusterConfig(NetworkConfig):
     """Defaults are the paper's for ImageNet."""
 
     kind: Literal["deepcluster"] = "deepcluster"
@@ -63,11 +63,6 @@ class DeepClusterConfig(MethodConfig):
     """Epochs on one clustering, with one top layer. Small sets need several: an epoch has too few steps for a new top layer."""
     track: bool = False
     """Publish every clustering, not only the last one (4 bytes an image each), for evaluation."""
-    bn_groups: int = Field(default=1, ge=1)
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class Clustering(NamedTuple):
@@ -82,12 +77,11 @@ class DeepCluster(Method):
 
     Config = DeepClusterConfig
     recipes = ("deepcluster",)
+    needs = ("images",)
     publishes = ("backbone", "clusters")
 
     def __init__(self, config: DeepClusterConfig, given: Given):
         super().__init__(config, given)
-        if given.on_features or given.backbone is None:
-            raise ValueError("deepcluster trains a network on images: give the stage `images:` and `network:`")
         if config.whiten_dim is not None and config.whiten_dim > given.feature_dim:
             raise ValueError(f"whiten_dim: {config.whiten_dim} of {given.feature_dim} features; allowed: at most {given.feature_dim}, or null")
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)

@@ -21,10 +21,10 @@ from dist_scan.data.assignments import Assignments
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, Step
 from dist_scan.methods.deepcluster import SEED, emptied, seed_of
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import Projector, check_groups, convert_batch_norm
+from dist_scan.models.layers import Projector, convert_batch_norm
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
 from dist_scan.world.collectives import barrier
@@ -34,7 +34,7 @@ REMEMBERED = 2  # views whose projections the bank holds: the large crops
 FACTS = ("nmi_previous", "empty_clusters", "split_clusters")
 
 
-class DeepClusterV2Config(MethodConfig):
+class DeepClusterV2Config(NetworkConfig):
     """Defaults: the released two-crop ImageNet run. Multi-crop: small_crops 4 and recipes of 160 and 96 px."""
 
     kind: Literal["deepcluster_v2"] = "deepcluster_v2"
@@ -47,11 +47,6 @@ class DeepClusterV2Config(MethodConfig):
     """Of spherical k-means, from random images."""
     small_crops: int = Field(default=0, ge=0)
     """Views beside the two that are remembered; they are trained on the same targets."""
-    bn_groups: int = Field(default=1, ge=1)
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class DeepClusterV2(Method):
@@ -60,11 +55,10 @@ class DeepClusterV2(Method):
 
     Config = DeepClusterV2Config
     recipes = ("dcv2", "dcv2")
+    needs = ("images",)
 
     def __init__(self, config: DeepClusterV2Config, given: Given):
         super().__init__(config, given)
-        if given.on_features or given.backbone is None:
-            raise ValueError("deepcluster_v2 trains a network on images: give the stage `images:` and `network:`")
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.projector = convert_batch_norm(Projector(given.feature_dim, config.projection_dim, hidden_dim=config.hidden_dim, batch_norm=True), config.bn_groups)
         self.prototypes = nn.Parameter(torch.zeros(config.num_heads, config.num_clusters, config.projection_dim), requires_grad=False)

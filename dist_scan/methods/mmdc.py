@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from dist_scan.banks import Bank
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Given, Method, MethodConfig, ParameterGroup, Step
+from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.cluster import ClusterModel, save_cluster_model
 from dist_scan.models.codes import SphereCodes
-from dist_scan.models.layers import FeatureNorm, check_groups, convert_batch_norm
+from dist_scan.models.layers import FeatureNorm, convert_batch_norm
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.matching import align, match_blocks
 from dist_scan.world.collectives import gather_rows
@@ -27,7 +27,7 @@ from dist_scan.world.world import current
 WEAK, STRONG, ROTATED = 0, 1, 2  # the recipes' places
 
 
-class MMDCConfig(MethodConfig):
+class MMDCConfig(NetworkConfig):
     """With `rotation` a round is two epochs of the stage: the paper's 400 epochs are `epochs: 800`, and so with milestones and refine_from."""
 
     kind: Literal["mmdc"] = "mmdc"
@@ -51,7 +51,6 @@ class MMDCConfig(MethodConfig):
     """Epoch of the stage (counted from 0) from which targets are renewed by k-means on all outputs at the start of each round, instead
     of being permuted in the batch; null: never."""
     refine_restarts: int = Field(default=10, ge=1)
-    bn_groups: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _fit(self) -> MMDCConfig:
@@ -62,10 +61,6 @@ class MMDCConfig(MethodConfig):
         if self.means == "one_hot" and self.code_dim not in (None, self.num_clusters):
             raise ValueError(f"code_dim: {self.code_dim} dimensions do not hold {self.num_clusters} one-hot means; leave it out, or set means: random")
         return self
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class CodeNetwork(nn.Module):
@@ -85,6 +80,7 @@ class MMDC(Method):
 
     Config = MMDCConfig
     recipes = ("mmdc_center", "mmdc", "mmdc_rotation")
+    needs = ("images",)
     publishes = ("backbone", "model")
 
     @classmethod
@@ -94,8 +90,6 @@ class MMDC(Method):
 
     def __init__(self, config: MMDCConfig, given: Given):
         super().__init__(config, given)
-        if given.on_features:
-            raise ValueError("mmdc trains on images: give the stage `images:`, not `features:`")
         variance = config.sigma if config.sigma_meaning == "variance" else config.sigma**2
         self.codes = SphereCodes(given.num_images, config.num_clusters, config.code_dim or config.num_clusters, config.means, variance, given.seed)
         self.network = CodeNetwork(convert_batch_norm(given.backbone, config.bn_groups), given.feature_dim, self.codes.dim)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from dist_scan.banks import Queue, check_queue
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, info_nce
-from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Given, Method, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import MomentumCopy, Projector, check_groups, convert_batch_norm
+from dist_scan.models.layers import MomentumCopy, Projector, convert_batch_norm
 from dist_scan.world.collectives import all_rows
 from dist_scan.world.world import current
 
 
-class MoCoConfig(MethodConfig):
+class MoCoConfig(NetworkConfig):
     """Defaults are v2's. v1: temperature 0.07, mlp false, recipes moco_v1."""
 
     kind: Literal["moco"] = "moco"
@@ -37,7 +37,7 @@ class MoCoConfig(MethodConfig):
 
     def check_batch(self, global_batch: int, world_size: int) -> None:
         """Batch norm's groups, the ranks and the batch must fit; the queue holds whole batches."""
-        check_groups(self.bn_groups, world_size, global_batch)
+        super().check_batch(global_batch, world_size)
         check_queue(self.queue_size, global_batch * (1 + self.symmetric))
 
 
@@ -46,6 +46,7 @@ class MoCo(Method):
 
     Config = MoCoConfig
     recipes = ("moco_v2", "moco_v2")
+    needs = ("images",)
 
     def __init__(self, config: MoCoConfig, given: Given):
         super().__init__(config, given)

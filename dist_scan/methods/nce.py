@@ -16,14 +16,14 @@ from torch import Tensor
 from dist_scan.banks import Bank
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Given, Method, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import Projector, check_groups, convert_batch_norm
+from dist_scan.models.layers import Projector, convert_batch_norm
 from dist_scan.world.collectives import all_max, all_rows, all_sum
 from dist_scan.world.world import current
 
 
-class NCEConfig(MethodConfig):
+class NCEConfig(NetworkConfig):
     """Defaults: CIFAR-10. ImageNet: temperature 0.07."""
 
     kind: Literal["nce"] = "nce"
@@ -31,11 +31,6 @@ class NCEConfig(MethodConfig):
     momentum: float = Field(default=0.5, ge=0, lt=1)
     """A row of the memory becomes momentum * row + (1 - momentum) * projection, of unit length."""
     projection_dim: int = Field(default=128, ge=1)
-    bn_groups: int = Field(default=1, ge=1)
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class NCE(Method):
@@ -43,11 +38,10 @@ class NCE(Method):
 
     Config = NCEConfig
     recipes = ("moco_v1",)
+    needs = ("images",)
 
     def __init__(self, config: NCEConfig, given: Given):
         super().__init__(config, given)
-        if given.on_features or given.backbone is None:
-            raise ValueError("nce trains a network on images: give the stage `images:` and `network:`")
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.projector = Projector(given.feature_dim, config.projection_dim, mlp=False)
         self.memory = Bank(given.num_images, (config.projection_dim,))

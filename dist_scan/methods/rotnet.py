@@ -6,28 +6,21 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Given, Method, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import check_groups, convert_batch_norm
+from dist_scan.models.layers import convert_batch_norm
 
 TURNS = 4
 
 
-class RotNetConfig(MethodConfig):
+class RotNetConfig(NetworkConfig):
     """There is nothing to choose but batch norm."""
 
     kind: Literal["rotnet"] = "rotnet"
-    bn_groups: int = Field(default=1, ge=1)
-    """Batch norm sees the global batch, all four turns of each image together, in so many parts."""
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class RotNet(Method):
@@ -35,11 +28,10 @@ class RotNet(Method):
 
     Config = RotNetConfig
     recipes = ("standard",)
+    needs = ("images",)
 
     def __init__(self, config: RotNetConfig, given: Given):
         super().__init__(config, given)
-        if given.on_features or given.backbone is None:
-            raise ValueError("rotnet turns images: give the stage `images:` and `network:`")
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.head = nn.Linear(given.feature_dim, TURNS)
 

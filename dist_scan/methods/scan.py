@@ -11,16 +11,16 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.losses import ScanTerms, scan_clusters_loss, scan_heads_loss
-from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Given, Method, NetworkConfig, Step
 from dist_scan.models.choosing import HeadChoice
 from dist_scan.models.dealing import Share, choose_share
 from dist_scan.models.headed import BestNetwork, HeadFeatures, choose, publish
-from dist_scan.models.layers import ClusterHeads, Normalise, NumClusters, check_groups, convert_batch_norm, head_sizes
+from dist_scan.models.layers import ClusterHeads, Normalise, NumClusters, convert_batch_norm, head_sizes
 from dist_scan.world.dealt import Dealt
 from dist_scan.world.world import current
 
 
-class ScanConfig(MethodConfig):
+class ScanConfig(NetworkConfig):
     """The draw of neighbours (and the released code's self_as_candidate) is a setting of the train stage."""
 
     kind: Literal["scan"] = "scan"
@@ -33,11 +33,6 @@ class ScanConfig(MethodConfig):
     """Of the features. A learning rate belongs to their scale: 30 on raw ResNet-50 features is not 30 on standardised ones."""
     train_backbone: bool = True
     """On images: train the network too (small sets), or only the heads, the network in eval mode (ImageNet)."""
-    bn_groups: int = Field(default=1, ge=1)
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class Scan(Method):

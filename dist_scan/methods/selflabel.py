@@ -10,12 +10,12 @@ from pydantic import Field
 from dist_scan.artefacts import write_json
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.losses import confident_cross_entropy
-from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Given, Method, NetworkConfig, Step
 from dist_scan.models.cluster import load_cluster_model, save_cluster_model
-from dist_scan.models.layers import MomentumCopy, check_groups, convert_batch_norm
+from dist_scan.models.layers import MomentumCopy, convert_batch_norm
 
 
-class SelfLabelConfig(MethodConfig):
+class SelfLabelConfig(NetworkConfig):
     """The paper's words and the released code differ about EMA: see ema_meaning."""
 
     kind: Literal["selflabel"] = "selflabel"
@@ -33,11 +33,6 @@ class SelfLabelConfig(MethodConfig):
     trains until their number plateaus, Sec. 2.3); null: always all epochs, as the released code does."""
     plateau_gain: float = Field(default=0.005, ge=0, lt=1)
     """Of all images seen in an epoch; less is a plateau."""
-    bn_groups: int = Field(default=1, ge=1)
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class SelfLabel(Method):
@@ -45,14 +40,11 @@ class SelfLabel(Method):
 
     Config = SelfLabelConfig
     recipes = ("center", "randaugment")
+    needs = ("images", "model")
     publishes = ("model",)
 
     def __init__(self, config: SelfLabelConfig, given: Given):
         super().__init__(config, given)
-        if given.on_features:
-            raise ValueError("selflabel augments images: give the stage `images:`, not `features:`")
-        if "model" not in given.inputs:
-            raise ValueError("selflabel starts from a cluster model: give the stage `model:` (a stage that trains scan)")
         self.model = convert_batch_norm(load_cluster_model(given.inputs["model"]), config.bn_groups)
         meaning = config.ema_meaning if config.ema is not None else "none"
         self.teacher = MomentumCopy(self.model, config.ema) if meaning == "teacher" else None

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, nt_xent
-from dist_scan.methods.base import Given, Method, MethodConfig, Step
+from dist_scan.methods.base import Given, Method, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import Projector, check_groups, convert_batch_norm
+from dist_scan.models.layers import Projector, convert_batch_norm
 
 
-class SimCLRConfig(MethodConfig):
+class SimCLRConfig(NetworkConfig):
     """Defaults rebuild SCAN's pretext; `symmetric: true` is the SimCLR paper's loss."""
 
     kind: Literal["simclr"] = "simclr"
@@ -23,12 +23,6 @@ class SimCLRConfig(MethodConfig):
     projection_dim: int = Field(default=128, ge=1)
     symmetric: bool = False
     """Both views are anchors (paper); false: only the first (as SCAN's code was released)."""
-    bn_groups: int = Field(default=1, ge=1)
-    """Batch norm sees the global batch in so many parts; 1 is the released single-GPU run. Ranks and parts: one divides the other."""
-
-    def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
-        check_groups(self.bn_groups, world_size, global_batch)
 
 
 class SimCLR(Method):
@@ -36,6 +30,7 @@ class SimCLR(Method):
 
     Config = SimCLRConfig
     recipes = ("simclr", "simclr")
+    needs = ("images",)
 
     def __init__(self, config: SimCLRConfig, given: Given):
         super().__init__(config, given)

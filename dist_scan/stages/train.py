@@ -74,6 +74,10 @@ class TrainConfig(StageConfig):
             raise ValueError(f"{where}: give exactly one of network (fresh), backbone and model (a stage's name)")
         if self.features is not None and self.recipes:
             raise ValueError(f"{where}.recipes: cached features are not augmented; set the recipe in the embed stage '{self.features}', or give images")
+        missing = [need for need in method.needs if getattr(self, need) is None]
+        if missing or (self.model is not None and "model" not in method.needs):
+            raise ValueError(f"{where}: method '{self.method.kind}' " + (f"needs {' and '.join(f'`{m}:`' for m in missing)}" if missing else
+                             "starts from no cluster model; give `network:` or `backbone:` instead of `model:`"))
         if method.wants_neighbour and self.neighbours is None:
             raise ValueError(f"{where}.neighbours: method '{self.method.kind}' needs neighbours; give the name of a neighbours stage")
         wanted = method.recipes_for(self.method)

@@ -36,9 +36,9 @@ class BetonReport(NamedTuple):
     bad_path: Path
 
 
-def storage_mark(source: Source, config: DataConfig) -> str:
+def storage_mark(source: str, config: DataConfig) -> str:
     """Which bytes a build of this source would give."""
-    return fingerprint(source.fingerprint(), config.stored, config.resolution, config.max_side, config.quality)
+    return fingerprint(source, config.stored, config.resolution, config.max_side, config.quality)
 
 
 def write_beton(source: Source, out: Path, config: DataConfig, workers: int = 1, show: bool = True) -> BetonReport:
@@ -47,7 +47,8 @@ def write_beton(source: Source, out: Path, config: DataConfig, workers: int = 1,
     Raises ConfigError when more than config.max_bad_share of the images cannot be read; the list is then still written.
     """
     out, parts = Path(out), sidecar(out, "parts")
-    mark, chunks = storage_mark(source, config), -(-len(source) // CHUNK)
+    known, chunks = source.fingerprint(), -(-len(source) // CHUNK)
+    mark = storage_mark(known, config)
     if not parts.is_dir() or not (parts / "mark").is_file() or (parts / "mark").read_text() != mark:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
@@ -57,7 +58,7 @@ def write_beton(source: Source, out: Path, config: DataConfig, workers: int = 1,
     with Progress(out.name, len(source), "images", done=done, enabled=show) as progress:
         for count in _run(source, config, parts, missing, workers):
             progress.advance(count)
-    report = _assemble(source, out, config, parts, chunks, mark)
+    report = _assemble(source, known, out, config, parts, chunks)
     shutil.rmtree(parts)
     return report
 
@@ -144,7 +145,7 @@ def _table(stored: list[Stored]) -> dict[str, np.ndarray]:
             "sums": np.array([checksum(s.data) for s in stored], np.uint64)}
 
 
-def _assemble(source: Source, out: Path, config: DataConfig, parts: Path, chunks: int, mark: str) -> BetonReport:
+def _assemble(source: Source, known: str, out: Path, config: DataConfig, parts: Path, chunks: int) -> BetonReport:
     pieces = []
     for chunk in range(chunks):
         with np.load(parts / f"{chunk:06d}.npz") as piece:
@@ -158,7 +159,7 @@ def _assemble(source: Source, out: Path, config: DataConfig, parts: Path, chunks
         worst = "; ".join(f"{name}: {reason}" for _, name, reason in bad[:3])
         raise ConfigError(f"{len(bad)} of {len(source)} images ({share:.1%}) cannot be read, more than data.max_bad_share = {config.max_bad_share:g} allows: "
                           f"{worst}. All are listed in {sidecar(out, 'bad.csv')}; mend the source, or raise data.max_bad_share")
-    facts = {"num_images": len(names), "num_bad": len(bad), "class_names": source.class_names, "mark": mark, "source": source.fingerprint(),
+    facts = {"num_images": len(names), "num_bad": len(bad), "class_names": source.class_names, "mark": storage_mark(known, config), "source": known,
              "stored": config.stored, "resolution": config.resolution, "max_side": config.max_side, "quality": config.quality}
     sums = whole.pop("sums")
     before, after = build_tables(**whole)
