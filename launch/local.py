@@ -149,6 +149,8 @@ def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.proc
     signal in the first moment is kept until their handlers stand. Where forking is not safe (macOS) they are spawned.
     """
     import dist_scan.run  # noqa: F401  here, so that the ranks have it already
+    if processes > 1:
+        import torch._dynamo  # noqa: F401  every optimizer imports it: three seconds a rank
 
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

@@ -5,21 +5,11 @@ None of these holds the interpreter's lock, so threads run them at once.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-
-def compiled(**options) -> Callable:
-    """njit, kept on disk between processes where a cache can be written (compiling takes seconds, on every rank)."""
-    def decorate(function: Callable) -> Callable:
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # a read-only installation without a home
-            return njit(nogil=True, **options)(function)
-    return decorate
+from dist_scan.compiled import compiled
 
 
 class Top(NamedTuple):

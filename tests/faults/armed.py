@@ -3,8 +3,6 @@ costs no 8 s of imports), its ranks real processes below it. A tiny run: 10 step
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,12 +13,8 @@ import numpy as np
 import torch
 
 from dist_scan.engine.log import read_rows
-from tests.ranks import CONTEXT, PRELOAD
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the fork server imports torch
-CONTEXT.set_forkserver_preload([*PRELOAD, "launch.local", "dist_scan.run", "dist_scan.pipeline", "dist_scan.engine.loop", "dist_scan.engine.faults",
-                                "dist_scan.engine.embed", "dist_scan.methods.simclr", "dist_scan.stages.train", "dist_scan.search.kmeans",
-                                "dist_scan.data.beton.loader", "dist_scan.data.feed", "dist_scan.search.index", "torch.utils.tensorboard", "torchvision.models", "tests.faults.warm"])
+from tests.launches import enter
+from tests.ranks import CONTEXT
 
 PRETEXT = """
   pretext: {kind: train, images: train, network: {name: resnet_small, width: 4}, method: {kind: simclr, projection_dim: 8}, recipes: [digits, digits],
@@ -108,13 +102,7 @@ def _give_simclr_a_moment() -> None:
 
 
 def _launcher(arguments: list[str], out: Path, fault: str, moment: bool, taken_port: int | None) -> None:
-    os.setsid()
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.environ |= {"DIST_SCAN_FAULT": fault, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(to, 1)
-    os.dup2(to, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    enter(out, DIST_SCAN_FAULT=fault)
     if moment:
         _give_simclr_a_moment()
     from launch import local, recovery

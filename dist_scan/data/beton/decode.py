@@ -1,6 +1,6 @@
 """Cutting views with FFCV's kernels: an image is decoded once and every view is cut from it.
 
-The kernels (turbojpeg and OpenCV behind a C interface) are called from one numba function that holds no lock and knows no threads;
+The kernels (turbojpeg and OpenCV behind a C interface) are called from one numba function (cut.py) that holds no lock and knows no threads;
 loader.py runs it on threads of its own. FFCV's Loader is not used: its randomness cannot be seeded, its iterator hangs on errors, its
 thread pool aborts beside another (FFCV.md 2, 3, 6).
 """
@@ -50,49 +50,12 @@ PROBLEMS = {READ: "cannot be read: the file was cut, or its disk fails", ROT: "d
 def cutter():
     """cut(file, starts, sizes, sums, modes, heights, widths, boxes [n, V, 4], flips [n, V], stored, scratch, outs) -> (-1, 0), or the place
     of the first sample with a problem and which. `file` is a descriptor: a mapped file that is cut, or a disk that fails, would kill
-    the process. `outs` is a tuple of V arrays [n, S, S, 3]. Compiled once per process and number of views."""
-    from numba import njit
+    the process. `outs` is a tuple of V arrays [n, S, S, 3]. Compiled once per number of views, and kept on disk."""
+    from llvmlite import binding
 
     library = _library()
-    imdecode, resize, pread = library.imdecode, library.resize, ctypes.CDLL(None).pread
-    pread.argtypes, pread.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64], ctypes.c_int64
-
-    @njit(nogil=True)
-    def checksum(stored, size):
-        words = (size + 7) // 8
-        stored[size:8 * words] = 0
-        total = np.uint64(0)
-        for i, word in enumerate(stored[:8 * words].view(np.uint64)):
-            total += word * np.uint64(2 * i + 1)
-        return total
-
-    @njit(nogil=True)
-    def cut(file, starts, sizes, sums, modes, heights, widths, boxes, flips, stored, scratch, outs):
-        for i in range(len(starts)):
-            height, width = heights[i], widths[i]
-            if pread(file, stored.ctypes.data, sizes[i], starts[i]) != sizes[i]:
-                return i, READ
-            if checksum(stored, sizes[i]) != sums[i]:
-                return i, ROT
-            if modes[i] == 0:
-                failed = imdecode(stored.ctypes.data, sizes[i], height, width, scratch.ctypes.data, height, width, 0, 0, 1, 1, False, False)
-                if failed != 0:
-                    return i, DECODE
-                source = scratch.ctypes.data
-            else:
-                source = stored.ctypes.data
-            v = 0
-            for out in outs:
-                view = out[i]
-                top, left, h, w = boxes[i, v, 0], boxes[i, v, 1], boxes[i, v, 2], boxes[i, v, 3]
-                resize(0, source, height, width, top, top + h, left, left + w, view.ctypes.data, view.shape[0], view.shape[1])
-                if flips[i, v]:
-                    for y in range(view.shape[0]):
-                        for x in range(view.shape[1] // 2):
-                            for c in range(3):
-                                other = view.shape[1] - 1 - x
-                                view[y, x, c], view[y, other, c] = view[y, other, c], view[y, x, c]
-                v += 1
-        return -1, 0
+    for name in ("imdecode", "resize"):
+        binding.add_symbol(f"dist_scan_ffcv_{name}", ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    from dist_scan.data.beton.cut import cut
 
     return cut
