@@ -72,6 +72,7 @@ ask() {{ (trap '' USR2 TERM; exec {recovery} "$@"); }}  # a notice must not kill
 {ENDINGS}
 {blocker(options)}
 {lease()}
+{STEPS}
 start=0
 while :; do
   if [ -e "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
@@ -81,6 +82,7 @@ while :; do
   MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
   MASTER_PORT=$(ask port)
   export MASTER_ADDR=${{MASTER_ADDR:-$first}} MASTER_PORT
+  used=$((used + 1)); echo $used >"$steps"
   say "start $start on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, $MASTER_ADDR:$MASTER_PORT"
   {srun(options)}
   step=$!
@@ -102,11 +104,20 @@ done
 """
 
 
+STEPS = r"""
+# A node that died and is back is told a minute late how steps ended that it missed, and a job that was queued again would have steps of the
+# same numbers: slurmctld (22.05) then ends the new ranks. The old numbers are used up by steps that do nothing.
+steps="$RUN/slurm/steps-$SLURM_JOB_ID" used=0
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -s "$steps" ]; then
+  for ((i = $(cat "$steps"); i > 0 && used < 20; i--)); do timeout 20 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true && used=$((used + 1)); done
+fi
+""".strip()
+
+
 ENDINGS = r"""
 # Slurm ends the job for a reason of its own (time limit, preemption): the run must come back. After scancel it must not.
 comes_back() { facts | grep -Eq 'Reason=TimeLimit|PreemptTime=[0-9]'; }
-# A TERM that Slurm did not mean: a kill by hand, or an old step's end. A node that died and is back gets what slurmctld could not tell it a
-# minute ago, and a requeued job has steps of the same numbers: seen in Slurm 22.05, a rank of the new start was told to leave.
+# A TERM that Slurm did not mean: a kill by hand, or the end of an older step of the same number (below).
 runs_on() { facts | grep -q ' JobState=RUNNING '; }
 facts() { for i in {1..30}; do if scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null; then return; fi; sleep 2; done; }  # slurmctld may not answer at once
 queued= told=

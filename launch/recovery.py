@@ -114,7 +114,7 @@ def stalls(run_dir: Path) -> int:
             fault = json.loads(line)
         except ValueError:  # torn
             break
-        if fault.get("advanced", True):
+        if fault.get("advanced", True) or fault.get("job") != _job():
             break
         count += 1
         if fault["start"] == 0:
@@ -122,10 +122,15 @@ def stalls(run_dir: Path) -> int:
     return count
 
 
+def _job() -> str | None:
+    """Of which start of which Slurm job this is: a job that was queued again may be on other nodes, and counts anew."""
+    return f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}" if "SLURM_JOB_ID" in os.environ else None
+
+
 def _remember(run_dir: Path, start: int, text: str, advanced: bool) -> None:
     try:
         with open(run_dir / "logs" / "faults.jsonl", "a") as f:
-            f.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "start": start, "fault": text, "advanced": advanced}) + "\n")
+            f.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "job": _job(), "start": start, "fault": text, "advanced": advanced}) + "\n")
     except OSError:
         pass  # a full disk must not stop a relaunch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.launches import ROOT, SMALL, environment
 from tests.slurm.cluster import Cluster
 
-LONG = ["stages.pretext.epochs=50", "runtime.checkpoint_s=2"]  # 200 small steps: long enough to be disturbed
+LONG = ["stages.pretext.epochs=20", "runtime.checkpoint_s=1"]  # 80 small steps: long enough to be disturbed
 
 
 class Job:
@@ -68,12 +68,12 @@ class Job:
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}; {self.state()}\n{self.log()[-4000:]}"
             time.sleep(0.2)
 
-    def wait_training(self, rows: int = 22) -> None:
+    def wait_training(self, rows: int = 12) -> None:
         """Wait until the pretext has a checkpoint and so many metric rows."""
         saved = self.run_dir / "stages"
-        self.wait(lambda: self.steps() >= rows and any(saved.glob("pretext/*/work/checkpoints/*/manifest.json")), 120, "training")
+        self.wait(lambda: self.steps() >= rows and any(saved.glob("pretext/*/work/checkpoints/*/manifest.json")), 240, "training")
 
-    def finish(self, seconds: float = 180) -> str:
+    def finish(self, seconds: float = 300) -> str:
         """Wait until the job has left the queue and the run is done; returns its log."""
         self.wait(lambda: (self.run_dir / "DONE").exists() and self.state() in ("GONE", "COMPLETED"), seconds, "the end")
         return self.log()

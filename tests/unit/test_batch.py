@@ -108,6 +108,15 @@ def test_a_fault_is_relaunched_only_while_the_run_gets_further(tmp_path):
     assert [f["start"] for f in faults] == [0, 5, 5] and all(f["advanced"] for f in faults)
 
 
+def test_a_job_that_was_queued_again_counts_its_idle_starts_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    mark = recovery.begin(tmp_path)
+    actions = [recovery.decide(tmp_path, mark, start, 9).action for start in range(1, 4)]
+    assert actions == ["relaunch", "relaunch", "give_up"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert [recovery.decide(tmp_path, mark, start, 9).action for start in range(1, 4)] == actions
+
+
 def test_three_starts_that_finish_nothing_are_the_last(tmp_path):
     mark = recovery.begin(tmp_path)
     publish(tmp_path, ".tmp-step-20")  # an unfinished checkpoint is no progress
