@@ -49,6 +49,8 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     n = table.num_rows
     if not 1 <= num_clusters <= n:
         raise ValueError(f"{num_clusters} clusters of {n} rows; allowed: 1 to {n}")
+    if seed < 0:
+        raise ValueError(f"a seed of {seed}; allowed: 0 or more")
     if not 0 <= tolerance < 1:
         raise ValueError(f"a tolerance of {tolerance}; allowed: 0 (until nothing moves) up to 1, a share of the objective")
     if start is not None and start.shape != (num_clusters, table.dim):

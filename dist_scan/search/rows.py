@@ -88,19 +88,19 @@ def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> Rows:
     if normalise and zero:
         raise ValueError(f"features of rows {zero[:8]} are all zero and have no direction; "
                          "use another metric (l2, inner_product), or look at these images")
-    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(LONGEST / max(lengths[-1], 2.0**-24)))
-    if not normalise and current().rank == 0 and lengths[0] * scale < 2.0**-14 * math.sqrt(table.dim):
+    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(LONGEST / max([2.0**-24, *lengths])))
+    if lengths and not normalise and current().rank == 0 and lengths[0] * scale < 2.0**-14 * math.sqrt(table.dim):
         warnings.warn(f"{table.path}: rows are of lengths {lengths[0]:.3g} to {lengths[-1]:.3g}; the shortest are searched on a coarser grid than they are "
                       f"kept on (multiples of {2.0**-24 / scale:.2g}). Leave the longest out, or search by cosine", stacklevel=3)
     return Rows(table, view, normalise, scale, held)
 
 
 def _look(table: FeatureTable, shard: int, view: int) -> tuple[list[int], list[int], list[float]]:
-    """Of a shard: the first rows that are no numbers, the first that are zero, the shortest other's length and the longest's."""
+    """Of a shard: the first rows that are no numbers, the first that are zero, the shortest other's length and the longest's (if there is one)."""
     norms, first = squares(table.shard(shard)[:, view]), table.shard_range(shard)[0]
     good = np.sqrt(norms[np.isfinite(norms) & (norms > 0)])
     return (np.flatnonzero(~np.isfinite(norms))[:8] + first).tolist(), (np.flatnonzero(norms == 0)[:8] + first).tolist(), \
-        [float(good.min(initial=2.0**16)), float(good.max(initial=0.0))]
+        ([float(good.min()), float(good.max())] if len(good) else [])
 
 
 def servers(held: tuple[frozenset[int], ...], num_shards: int) -> list[int]:

@@ -148,6 +148,17 @@ def test_rows_of_a_table_that_are_no_numbers_are_named(tmp_path):
             work()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_shard_of_zero_rows_changes_nothing_for_the_others(tmp_path):
+    x = rows(groups=())
+    x[80:240] = 0  # shard 1 of 5 and more
+    ids, scores = oracle(x, 5, "l2")
+    table(x, tmp_path / "f")
+    got = mine(tmp_path / "f", tmp_path / "n", 5, "l2", 100)
+    assert (got[0] == ids).all() and (got[1] == scores).all()
+    assert kmeans(table(np.zeros_like(x), tmp_path / "zero"), 3).objective == 0
+
+
 def test_a_row_that_coarsens_all_others_is_said(tmp_path):
     x = rows(groups=()).astype(np.float32) * 1e-3
     x[5] *= 1e6
