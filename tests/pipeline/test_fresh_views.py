@@ -16,8 +16,8 @@ HEADS = """{{kind: train, {source}, backbone: pretext, neighbours: neighbours, m
 CONFIG = f"""
 data: {{train: {{source: "sklearn:digits", limit: 300}}, size: 16, resolution: 16, stored: raw}}
 stages:
-  pretext: {{kind: train, images: train, network: {{name: resnet_small, width: 4}}, method: {{kind: simclr, projection_dim: 8}}, recipes: [digits, digits],
-             epochs: 1, global_batch: 100}}
+  pretext: {{kind: train, images: train, network: {{name: resnet_small, width: 4}}, method: {{kind: simclr, projection_dim: 8}}, recipes: [digits, digits], optimizer: {{lr: 0.3}},
+             epochs: 8, global_batch: 100}}
   bank: {{kind: embed, backbone: pretext, num_shards: 2}}
   neighbours: {{kind: neighbours, features: bank, num_neighbours: 5}}
   cached: {HEADS.format(source="features: bank", more="")}
@@ -39,6 +39,7 @@ def test_fresh_views_equal_cached_ones_when_the_views_are_the_same(tmp_path):
         files = list(folders[name].rglob("*.safetensors"))
         weights[name] = {key: value for file in files for key, value in load_file(file).items() if "weight" in key and value.shape[0] == 10}
     assert len(losses["cached"]) == 15 and np.ptp(losses["cached"]) > 0.01, "something was learnt"
-    assert np.allclose(losses["fresh"], losses["cached"], rtol=1e-4), (losses["fresh"], losses["cached"])
-    assert not np.allclose(losses["augmented"], losses["cached"], rtol=1e-3), "another view is another loss"
+    apart = {name: float(np.abs(losses[name] - losses["cached"]).max()) for name in ("fresh", "augmented")}
+    assert apart["fresh"] < 2e-4, (losses["fresh"], losses["cached"])
+    assert apart["augmented"] > 10 * apart["fresh"], f"another view is another loss: {apart}"
     assert weights["fresh"] and all(np.allclose(value, weights["cached"][key], atol=2e-3) for key, value in weights["fresh"].items())
