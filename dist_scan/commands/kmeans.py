@@ -31,8 +31,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--iterations {args.iterations} and --restarts {args.restarts}; allowed: 1 or more")
     if args.spherical and args.raw:
         raise ValueError("--spherical is for unit rows; leave --raw out")
-    if args.seed < 0 or not 0 <= args.tolerance < 1:
-        raise ValueError(f"--seed {args.seed} --tolerance {args.tolerance}; allowed: a seed of 0 or more, a tolerance of 0 up to 1")
+    if not 0 <= args.seed < 2**63 or not 0 <= args.tolerance < 1:
+        raise ValueError(f"--seed {args.seed} --tolerance {args.tolerance}; allowed: a seed of 0 to 2^63 - 1, a tolerance of 0 up to 1")
     from dist_scan.data.tables import FeatureTable
 
     rows, views = FeatureTable.size_of(args.features)

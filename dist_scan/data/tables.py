@@ -19,12 +19,32 @@ LARGEST = float(np.finfo(np.float16).max)
 SMALLEST = float(np.finfo(np.float16).tiny)  # below it float16 has fewer digits
 
 
+def _facts(file: Path) -> dict[str, Any]:
+    """A JSON object of a file. Raises ValueError naming a file that holds none."""
+    try:
+        facts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); put it back, or remove its folder and make that again") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} holds {type(facts).__name__} instead of an object; put it back, or remove its folder and make that again")
+    return facts
+
+
+def _load(file: str | Path) -> np.ndarray:
+    """A .npy, memory-mapped. Raises ValueError for an archive of several (.npz)."""
+    array = np.load(file, mmap_mode="r")
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"it is an archive of {array.files}: save one of them with numpy.save")
+    return array
+
+
 class ShardedTable(ABC):
     """What both kinds share: a folder with table.json and shards of one or more arrays."""
 
     parts: ClassVar[tuple[str, ...]]
     kind: ClassVar[str]
     types: ClassVar[dict[str, str]]
+    counts: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def _row_shape(self) -> tuple[int, ...]: ...
@@ -51,9 +71,13 @@ class ShardedTable(ABC):
         file = Path(path) / "table.json"
         if not file.is_file():
             raise ValueError(f"{path} holds no {cls.kind} table (no table.json); give the folder of one, or a .npy")
-        facts = json.loads(file.read_text())
+        facts = _facts(file)
         if facts.get("kind") != cls.kind:
             raise ValueError(f"{path} holds a table of {facts.get('kind')}, not of {cls.kind}")
+        wrong = {name: facts.get(name) for name in cls.counts if type(facts.get(name)) is not int or facts[name] < 1}
+        if wrong or facts["num_shards"] > facts["num_rows"]:
+            raise ValueError(f"{file} is damaged: {wrong or {'num_shards': facts['num_shards'], 'num_rows': facts['num_rows']}}; "
+                             "allowed: whole numbers from 1 on, no more shards than rows. Put the file back, or make the table again")
         table = cls(path, facts)
         for shard in set(range(table.num_shards)) - set(table.missing_shards()):
             table._shards(shard)  # headers and sizes, before any work stands on them
@@ -83,7 +107,7 @@ class ShardedTable(ABC):
         for part in self.parts:
             file = self._file(shard, part)
             try:
-                array = np.load(file, mmap_mode="r")
+                array = _load(file)
             except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{file} is missing or cut ({error}); remove it and run the stage that makes it again") from None
             if array.shape != (stop - start, *self._row_shape()) or array.dtype != self.types[part]:
@@ -106,6 +130,7 @@ class FeatureTable(ShardedTable):
     """V cached views of D features per image, float16."""
 
     parts, kind, types = ("features",), "features", {"features": "float16"}
+    counts = ("num_rows", "num_shards", "num_views", "dim")
 
     def _row_shape(self) -> tuple[int, ...]:
         return self.num_views, self.dim
@@ -120,15 +145,15 @@ class FeatureTable(ShardedTable):
         return cls._create(path, {"num_rows": num_rows, "num_views": num_views, "dim": dim, "num_shards": num_shards, **how})
 
     @classmethod
-    def from_npy(cls, npy: str | Path, path: Path, num_shards: int) -> "FeatureTable":
-        """A table from a .npy of [N, D] or [N, V, D]. Raises ValueError on another shape or kind of numbers."""
+    def from_npy(cls, npy: str | Path, path: Path, num_shards: int, keep: bool = False) -> "FeatureTable":
+        """A table from a .npy of [N, D] or [N, V, D]; `keep` the shards that are there. Raises ValueError on another shape or kind of numbers."""
         array = cls._mapped(npy)
         table = cls.create(path, len(array), array.shape[1], array.shape[2], num_shards)
-        for shard in range(table.num_shards):
+        for shard in table.missing_shards() if keep else range(table.num_shards):
             start, stop = table.shard_range(shard)
             rows = np.asarray(array[start:stop])
-            largest = np.abs(rows).max((1, 2))
-            small = np.flatnonzero((largest > 0) & (largest < SMALLEST)) + start
+            largest = np.abs(rows).max(2)
+            small = np.flatnonzero(((largest > 0) & (largest < SMALLEST)).any(1)) + start
             if len(small):
                 raise ValueError(f"'{npy}': every number of rows {small[:8].tolist()} is smaller than float16 keeps in full ({SMALLEST:.2g}); scale them up")
             table.write_shard(shard, rows)
@@ -140,7 +165,7 @@ class FeatureTable(ShardedTable):
         if not Path(npy).is_file():
             raise ValueError(f"'{npy}' does not exist; give the folder of a feature table, or a .npy of [N, D]")
         try:
-            array = np.load(npy, mmap_mode="r")
+            array = _load(npy)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"'{npy}' is no readable .npy file: {error}") from None
         if array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.floating) or 0 in array.shape:
@@ -162,36 +187,31 @@ class FeatureTable(ShardedTable):
         Raises ValueError on all ranks when there is neither, when the .npy does not fit, or when `folder` was made from another file
         or into another number of shards.
         """
-        from dist_scan.world.collectives import broadcast_object
+        from dist_scan.world.collectives import on_every_rank
         from dist_scan.world.world import current
 
-        if Path(source).is_dir():
-            return cls.open(source)
-        problem = None
-        if current().rank == 0:
-            try:
-                cls._convert(Path(source), Path(folder), num_shards)
-            except ValueError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"{error.filename or folder}: {error.strerror}; give a folder that can be written"
-        problem = broadcast_object(problem)
-        if problem:
-            raise ValueError(problem)
-        return cls.open(folder)
+        table = Path(source).is_dir()
+        if not table:
+            on_every_rank(lambda: cls._convert(Path(source), Path(folder), num_shards) if current().rank == 0 else None)
+        return on_every_rank(lambda: cls.open(source if table else folder))
 
     @classmethod
     def _convert(cls, npy: Path, folder: Path, num_shards: int) -> None:
+        """What it is made from is written first: without it a table that lies there is somebody else's."""
         cls._mapped(npy)
         facts = {"file": str(npy.resolve()), "size": npy.stat().st_size, "mtime_ns": npy.stat().st_mtime_ns, "shards": num_shards}
         mark = folder / "source.json"
         if mark.is_file():
-            if json.loads(mark.read_text()) != facts:
+            if _facts(mark) != facts:
                 raise ValueError(f"{folder} was made from another file than '{npy}', from an earlier state of it, or into other than {num_shards} shards; "
                                  "give another folder, or remove it")
-            return
-        cls.from_npy(npy, folder, num_shards)
+            if (folder / "table.json").is_file() and not cls.open(folder).missing_shards():
+                return
+        elif (folder / "table.json").exists():
+            raise ValueError(f"{folder} holds a table that was not made from '{npy}'; give another folder, or that table itself as the features")
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(mark, facts)
+        cls.from_npy(npy, folder, num_shards, keep=True)
 
     def write_shard(self, shard: int, rows: np.ndarray) -> None:
         """Rows [n, V, D]. Raises ValueError naming rows that are no numbers or do not fit float16."""
@@ -241,6 +261,7 @@ class NeighbourTable(ShardedTable):
     """K nearest others of each image: ids [N, K] int64 and scores [N, K] float64, by (score descending, id ascending)."""
 
     parts, kind, types = ("ids", "scores"), "neighbours", {"ids": "int64", "scores": "float64"}
+    counts = ("num_rows", "num_shards", "num_neighbours")
 
     def _row_shape(self) -> tuple[int, ...]:
         return (self.num_neighbours,)

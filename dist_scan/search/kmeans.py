@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from dist_scan.search.seeds import first_centroids
 from dist_scan.world.collectives import agree, all_max, all_sum, gather_rows
 from dist_scan.world.world import current
 
+Init = Literal["kmeans++", "random"]
+LARGEST_SEED = 2**63 - 1  # one number of 64 bits, for the hash that draws
 CENTROID_GRID = 2.0**22  # numbers below 4 then have 24 bits: float32 holds them
 
 
@@ -37,24 +39,18 @@ class KMeansResult:
     """Clusters that had to be re-seeded by splitting, over all iterations."""
 
 
-def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tolerance: float = 0.0, init: Literal["kmeans++", "random"] = "kmeans++",
+def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tolerance: float = 0.0, init: Init = "kmeans++",
            restarts: int = 1, spherical: bool = False, normalise: bool = False, seed: int = 0, view: int = 0, start: np.ndarray | None = None,
            stop: Callable[[], bool] = lambda: False, progress: bool = False) -> KMeansResult:
     """The best of `restarts` runs by objective. Collective. start: centroids [k, D] to begin with (in the scale of the result's) instead of init.
 
-    Raises ValueError when k > N or `start` has another shape, Stopped between iterations.
+    Raises ValueError when k > N, a setting is out of bounds, or `start` has another shape; Stopped between iterations.
     """
     from dist_scan.search.index import workers
 
     n = table.num_rows
-    if not 1 <= num_clusters <= n:
-        raise ValueError(f"{num_clusters} clusters of {n} rows; allowed: 1 to {n}")
-    if seed < 0:
-        raise ValueError(f"a seed of {seed}; allowed: 0 or more")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"a tolerance of {tolerance}; allowed: 0 (until nothing moves) up to 1, a share of the objective")
-    if start is not None and start.shape != (num_clusters, table.dim):
-        raise ValueError(f"centroids to start from of shape {list(start.shape)}; allowed: [{num_clusters}, {table.dim}]")
+    _check(n, num_clusters, iterations, restarts, tolerance, init, seed)
+    start = None if start is None else _given(start, num_clusters, table.dim)
     rows = prepared(table, normalise or spherical, view)
     own = rows.own()
     points = Points(rows.read(own).astype(np.float32))
@@ -69,6 +65,27 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     assignment = np.empty(n, np.int32)
     assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(torch.from_numpy(best.assignment)).numpy()
     return replace(best, centroids=best.centroids / np.float32(rows.scale), assignment=assignment, objective=best.objective * rows.scale**-2)
+
+
+def _check(n: int, num_clusters: int, iterations: int, restarts: int, tolerance: float, init: str, seed: int) -> None:
+    if not 1 <= num_clusters <= n:
+        raise ValueError(f"{num_clusters} clusters of {n} rows; allowed: 1 to {n}")
+    if iterations < 1 or restarts < 1:
+        raise ValueError(f"{iterations} iterations of {restarts} restarts; allowed: 1 or more of each")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"a seed of {seed}; allowed: 0 to {LARGEST_SEED}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"a tolerance of {tolerance}; allowed: 0 (until nothing moves) up to 1, a share of the objective")
+    if init not in get_args(Init):
+        raise ValueError(f"init '{init}'; allowed: {', '.join(get_args(Init))}")
+
+
+def _given(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
+    start = np.asarray(start, np.float64)
+    if start.shape != (num_clusters, dim) or not np.isfinite(start).all():
+        raise ValueError(f"centroids to start from of shape {list(start.shape)}, {int((~np.isfinite(start)).sum())} numbers NaN or Inf; "
+                         f"allowed: [{num_clusters}, {dim}], all finite")
+    return start
 
 
 class Points:

@@ -8,18 +8,19 @@ mapped file that the system takes back when it needs to (docs/search.md).
 """
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.progress import Progress, Stopped
-from dist_scan.search.rows import PIECE, Rows, chunks, prepared, squares
-from dist_scan.world.collectives import agree, barrier, gather_objects
+from dist_scan.search.rows import LONGEST, LONGEST_L2, PIECE, Rows, chunks, content, prepared, squares
+from dist_scan.world.collectives import agree, barrier, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
 if TYPE_CHECKING:
@@ -39,10 +40,14 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
     A rank reads the shards that it serves to the others and those of its queries: features may lie on the ranks' own disks. Each rank
     then writes the neighbours of what it holds.
     """
-    n, world = features.num_rows, current()
+    n, world, num_neighbours = features.num_rows, current(), operator.index(num_neighbours)
     if not 1 <= num_neighbours < n:
         raise ValueError(f"{num_neighbours} neighbours of {n} rows; allowed: 1 to {n - 1}")
-    rows = prepared(features, metric == "cosine", view)
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric '{metric}'; allowed: {', '.join(get_args(Metric))}")
+    if chunk < 1 or queries < 1:
+        raise ValueError(f"chunks of {chunk} rows and {queries} queries a round; allowed: 1 or more")
+    rows = prepared(features, metric == "cosine", view, LONGEST_L2 if metric == "l2" else LONGEST)
     table = _table(Path(out), rows, num_neighbours, metric)
     missing = sorted(set.intersection(*gather_objects(set(table.missing_shards()))))
     rounds = _rounds(table, missing, rows.held, queries)
@@ -59,16 +64,22 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
 
 def _table(out: Path, rows: Rows, k: int, metric: str) -> NeighbourTable:
     """What lies in `out`, if it was asked for like this; else a new one, on every disk that has none."""
-    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view, "features": rows.content()}
-    for turn in (current().rank == 0, True):
+    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view, "features": content(rows.table, rows.view)}
+
+    def made(turn: bool) -> None:
         if turn and not (out / "table.json").exists():
             NeighbourTable.create(out, rows.num_rows, k, rows.table.num_shards, metric=metric, view=rows.view, features=asked["features"])
-        barrier()
-    table = NeighbourTable.open(out)
-    found = {name: table.facts.get(name) for name in asked}
-    if found != asked:
-        raise ValueError(f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
-    return table
+
+    def opened() -> NeighbourTable:
+        table = NeighbourTable.open(out)
+        found = {name: table.facts.get(name) for name in asked}
+        if found != asked:
+            raise ValueError(f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
+        return table
+
+    on_every_rank(lambda: made(current().rank == 0))
+    on_every_rank(lambda: made(True))
+    return on_every_rank(opened)
 
 
 def _rounds(table: NeighbourTable, missing: list[int], held: tuple[frozenset[int], ...], most: int) -> list[list[list[int]]]:

@@ -1,12 +1,13 @@
 """Rows as search wants them: on float16's grid and short enough that a float64 inner product is exact in any order.
 
 With values on multiples of 2^-24 and squared norms of at most 16, products are multiples of 2^-48 and partial sums stay below 2^5:
-53 bits hold them. Scores then do not depend on the number of ranks, on how rows are cut, or on the BLAS (PERFORMANCE.md 1).
+53 bits hold them. For l2 norms are at most 2: 2 q.r - |q|^2 - |r|^2 then stays below 2^5 too (at 4 it would reach 2^6). Scores then do not depend on the number of ranks, on how rows are cut, or on the BLAS (PERFORMANCE.md 1).
 """
 from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,13 @@ from dist_scan.world.collectives import broadcast_async, gather_objects
 from dist_scan.world.world import current
 
 LONGEST = 4.0
+LONGEST_L2 = 2.0
 PIECE = 8192  # rows in float64 at a time
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One view of a table, ready for exact products: unit rows, or rows times a power of two that brings the longest to a norm of 2 to 4.
+    """One view of a table, ready for exact products: unit rows, or rows times a power of two that brings the longest to a norm of 2 to 4 (l2: 1 to 2).
 
     In the second case what falls below float16's grid is lost, and scores are those of the scaled rows: times scale^-2 they are the table's.
     """
@@ -50,13 +52,6 @@ class Rows:
         """Rows start..stop-1, as read() but without an index."""
         return np.concatenate([self._ready(self.table.shard(s)[a:b, self.view]) for s, a, b in _pieces(self.table, start, stop)])
 
-    def content(self) -> str:
-        """16 hex digits over every number of this view, the same for any number of ranks. Collective: each rank reads the shards it serves."""
-        mine = {s: hashlib.sha256(np.ascontiguousarray(self.table.shard(s)[:, self.view])).digest()
-                for s, rank in enumerate(servers(self.held, self.table.num_shards)) if rank == current().rank}
-        every = {s: digest for part in gather_objects(mine) for s, digest in part.items()}
-        return hashlib.sha256(b"".join(every[s] for s in sorted(every))).hexdigest()[:16]
-
     def own(self) -> np.ndarray:
         """The rows this rank works on: an equal share when every rank can read every shard, else those of the shards it serves."""
         n, world = self.num_rows, current()
@@ -71,15 +66,33 @@ class Rows:
         return rows if self.scale == 1 else (rows.astype(np.float32) * np.float32(self.scale)).astype(np.float16)
 
 
-def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> Rows:
-    """A view of a table for search. Collective: each rank looks at the shards it serves.
+def content(table: FeatureTable, view: int) -> str:
+    """16 hex digits over every number of a view, the same for any number of ranks. Collective: each rank reads the shards it serves."""
+    mine = {s: hashlib.sha256(np.ascontiguousarray(table.shard(s)[:, view])).digest()
+            for s, rank in enumerate(servers(held_by_rank(table), table.num_shards)) if rank == current().rank}
+    every = {s: digest for part in gather_objects(mine) for s, digest in part.items()}
+    return hashlib.sha256(b"".join(every[s] for s in sorted(every))).hexdigest()[:16]
+
+
+def held_by_rank(table: FeatureTable) -> tuple[frozenset[int], ...]:
+    """The shards that each rank can read. Collective."""
+    return tuple(gather_objects(frozenset(range(table.num_shards)) - frozenset(table.missing_shards())))
+
+
+def check_view(table: FeatureTable, view: int) -> int:
+    """The view as an int. Raises ValueError for one that is not there."""
+    if not 0 <= view < table.num_views:
+        raise ValueError(f"view {view} of {table.path}; allowed: 0 to {table.num_views - 1}")
+    return operator.index(view)
+
+
+def prepared(table: FeatureTable, normalise: bool, view: int = 0, longest: float = LONGEST) -> Rows:
+    """A view of a table for search, its longest row brought to a norm of at most `longest`. Collective: each rank looks at the shards it serves.
 
     Raises ValueError on all ranks for a view or shard that is not there, naming rows that are no numbers, or of length zero when they must
     be normalised. Warns when rows are so much shorter than the longest that scaling costs them digits.
     """
-    if not 0 <= view < table.num_views:
-        raise ValueError(f"view {view} of {table.path}; allowed: 0 to {table.num_views - 1}")
-    held = tuple(gather_objects(frozenset(range(table.num_shards)) - frozenset(table.missing_shards())))
+    view, held = check_view(table, view), held_by_rank(table)
     serving = servers(held, table.num_shards)
     looked = [_look(table, int(s), view) for s in np.flatnonzero(np.array(serving) == current().rank)]
     bad, zero, lengths = (sorted(sum(gather_objects([x for one in looked for x in one[i]]), [])) for i in range(3))
@@ -88,7 +101,7 @@ def prepared(table: FeatureTable, normalise: bool, view: int = 0) -> Rows:
     if normalise and zero:
         raise ValueError(f"features of rows {zero[:8]} are all zero and have no direction; "
                          "use another metric (l2, inner_product), or look at these images")
-    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(LONGEST / max([2.0**-24, *lengths])))
+    scale = 1.0 if normalise else 2.0 ** math.floor(math.log2(longest / max([2.0**-24, *lengths])))
     if lengths and not normalise and current().rank == 0 and lengths[0] * scale < 2.0**-14 * math.sqrt(table.dim):
         warnings.warn(f"{table.path}: rows are of lengths {lengths[0]:.3g} to {lengths[-1]:.3g}; the shortest are searched on a coarser grid than they are "
                       f"kept on (multiples of {2.0**-24 / scale:.2g}). Leave the longest out, or search by cosine", stacklevel=3)

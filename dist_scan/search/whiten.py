@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dist_scan.data.tables import FeatureTable
 from dist_scan.progress import Stopped
-from dist_scan.world.collectives import agree, all_max, all_sum, barrier, broadcast, broadcast_object, gather_objects
+from dist_scan.search.rows import check_view, content
+from dist_scan.world.collectives import agree, all_max, all_sum, barrier, broadcast, broadcast_object, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
 CHUNK = 8192  # 2^13 products below 2^39 units each fit float64's 53 bits
@@ -51,11 +52,13 @@ class Whitening:
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """[n, D] of any float type to [n, dim] float32; over the rows it was made from the mean is 0 and the covariance 1.
 
-        A row's result depends on the row alone. Raises ValueError for rows of another width.
+        A row's result depends on the row alone. Raises ValueError for rows of another width, or that are no numbers.
         """
         if rows.ndim != 2 or rows.shape[1] != len(self.mean):
             raise ValueError(f"rows of shape {list(rows.shape)}; this whitening was made from rows of {len(self.mean)} features: "
                              f"give [n, {len(self.mean)}]")
+        if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
+            raise ValueError(f"rows {bad[:8].tolist()} to be whitened are NaN or Inf; look at what made them")
         device, axes = current().device, np.rint(self.components * (2 * GRID)) / GRID
         offset = (axes * (self.mean * self.scale)).sum(1)
         project, shrink = torch.from_numpy(axes.T).to(device), 1 / (2 * self.scale * np.sqrt(self.eigenvalues))
@@ -76,6 +79,8 @@ def whiten(rows: np.ndarray, dim: int) -> Whitening:
 
 def whiten_table(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
     """`whiten` for a view of a table; its shards are dealt over the ranks."""
+    view = check_view(table, view)
+
     def blocks() -> Iterator[np.ndarray]:
         for s in range(current().rank, table.num_shards, current().world_size):
             rows = table.shard(s)
@@ -87,15 +92,23 @@ def whitened(table: FeatureTable, whitening: Whitening, out: Path, view: int = 0
              stop: Callable[[], bool] = lambda: False) -> FeatureTable:
     """A new table [N, 1, dim] of a view's whitened rows, of unit length when `unit`. Collective; goes on from the shards that are there.
 
-    Raises ValueError when `out` was made by another whitening (or view, or unit): it stands for the rows it was made from.
+    Raises ValueError when `out` was made of other rows, or by another whitening (or view, or unit): it stands for what it was made from.
     """
-    world, by = current(), whitening.mark(view, unit)
-    if world.rank == 0 and not (Path(out) / "table.json").exists():
-        FeatureTable.create(out, table.num_rows, 1, len(whitening.eigenvalues), table.num_shards, whitening=by)
-    barrier()
-    made = FeatureTable.open(out)
-    if (found := made.facts.get("whitening")) != by:
-        raise ValueError(f"{out} holds rows of another whitening ({found}, asked for: {by}); give another folder, or remove it")
+    world, view = current(), check_view(table, view)
+    asked = {"whitening": whitening.mark(view, unit), "of": content(table, view), "num_rows": table.num_rows, "num_shards": table.num_shards}
+
+    def opened() -> FeatureTable:
+        made = FeatureTable.open(out)
+        if (found := {name: made.facts.get(name) for name in asked}) != asked:
+            raise ValueError(f"{out} holds other rows, or of another whitening ({found}, asked for: {asked}); give another folder, or remove it")
+        return made
+
+    def created() -> None:
+        if world.rank == 0 and not (Path(out) / "table.json").exists():
+            FeatureTable.create(out, table.num_rows, 1, len(whitening.eigenvalues), table.num_shards, whitening=asked["whitening"], of=asked["of"])
+
+    on_every_rank(created)
+    made = on_every_rank(opened)
     missing = broadcast_object(made.missing_shards())
     for turn in range(0, len(missing), world.world_size):
         if agree(stop()):
@@ -133,12 +146,15 @@ def _scale(blocks: Blocks) -> float:
     for rows in blocks():
         wide = np.asarray(rows, np.float64)
         bad += int((~np.isfinite(wide).all(1)).sum())
-        longest = max(longest, float(np.sqrt(np.nan_to_num((wide ** 2).sum(1)).max(initial=0))))
+        with np.errstate(over="ignore"):
+            longest = max(longest, float(np.sqrt(np.nan_to_num((wide ** 2).sum(1), posinf=np.inf).max(initial=0))))
     bad_by_rank = gather_objects(bad)
     if any(bad_by_rank):
         raise ValueError(f"rows to be whitened are NaN or Inf (how many on each rank: {bad_by_rank}); look at what made them")
     longest = float(all_max(torch.tensor(longest, dtype=torch.float64)))
-    return 2.0 ** math.floor(math.log2(4.0 / max(longest, 1e-30)))
+    if not 1e-30 < longest < 1e30:
+        raise ValueError(f"the longest of the rows to be whitened has a length of {longest:.3g}; allowed: 1e-30 to 1e30, scale them")
+    return 2.0 ** math.floor(math.log2(4.0 / longest))
 
 
 def _moments(blocks: Blocks, width: int, scale: float) -> tuple[int, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What ranks say to each other. Every function is the identity when alone, so no algorithm asks whether it is."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,20 @@ def gather_objects(value: Any) -> list[Any]:
     with TALK:
         dist.all_gather_object(out, value)
     return out
+
+
+def on_every_rank(work: Callable[[], Any]) -> Any:
+    """work() of this rank. Where it fails on one (ValueError, OSError), all raise ValueError with the first one's text: none is left waiting."""
+    value = problem = None
+    try:
+        value = work()
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+    if problems := [p for p in gather_objects(problem) if p is not None]:
+        raise ValueError(problems[0])
+    return value
 
 
 def agree(flag: bool) -> bool:

@@ -88,7 +88,8 @@ def _rank(work: Callable[[], int], rank: int, processes: int, port: int, parent:
         mistakes.put(str(error) if isinstance(error, ValueError) else f"{error.filename}: {error.strerror}") if named else traceback.print_exc()
         code = USER_MISTAKE if named else 1
     except BaseException:
-        traceback.print_exc()
+        if mistakes.empty():  # else a peer has said what was wrong, and this is its connection that closed
+            traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

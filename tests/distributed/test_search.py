@@ -1,6 +1,7 @@
 """Exact neighbours and k-means: equal to slow oracles, and to themselves on any number of ranks, with exact duplicates in the data."""
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
-from dist_scan.search.rows import unit_rows
+from dist_scan.search.rows import LONGEST_L2, prepared, unit_rows
 from tests.ranks import run_ranks
 
 
@@ -164,6 +165,41 @@ def test_a_row_that_coarsens_all_others_is_said(tmp_path):
     x[5] *= 1e6
     with pytest.warns(UserWarning, match="coarser grid"):
         mine_neighbours(table(x.astype(np.float16), tmp_path / "f"), tmp_path / "n", 5, metric="l2")
+
+
+def test_l2_is_exact_where_squared_distances_are_largest(tmp_path):
+    """Rows on opposite sides, told apart by the last bit only: at norms of 4 a squared distance needed 54 bits of a float64's 53."""
+    u, c = 2.0**-24, 3.5
+    t = table(np.array([[-c, 3 * u], *([c, j * u] for j in range(16))], np.float16), tmp_path / "f")
+    rows = prepared(t, False, longest=LONGEST_L2)
+    x = [[Fraction(float(v)) for v in r] for r in rows.read(np.arange(17))]
+    exact = [-sum((a - b) ** 2 for a, b in zip(x[0], r)) / Fraction(rows.scale) ** 2 for r in x[1:]]
+    want = sorted(range(16), key=lambda i: (-exact[i], i))
+    ids, scores = mine(tmp_path / "f", tmp_path / "n", 16, "l2", 5)
+    assert (ids[0] == np.array(want) + 1).all() and [Fraction(float(s)) for s in scores[0]] == [exact[i] for i in want]
+
+
+def test_settings_that_cannot_be_are_refused_by_name(tmp_path):
+    t = table(rows(), tmp_path / "f")
+    for how, told in (({"metric": "euclid"}, "metric 'euclid'; allowed: cosine"), ({"view": 1}, "view 1 of .*allowed: 0 to 0"), ({"chunk": 0}, "chunks of 0")):
+        with pytest.raises(ValueError, match=told):
+            mine_neighbours(t, tmp_path / "n", 5, **how)
+    nan = np.full((3, 24), np.nan)
+    for how, told in (({"init": "first"}, "init 'first'; allowed: kmeans"), ({"seed": 2**70}, "a seed of"), ({"restarts": 0}, "0 restarts"),
+                      ({"iterations": 0}, "0 iterations"), ({"start": nan}, "72 numbers NaN"), ({"start": [[1.0]]}, r"allowed: \[3, 24\]")):
+        with pytest.raises(ValueError, match=told):
+            kmeans(t, 3, **how)
+    mine_neighbours(t, tmp_path / "n", np.int64(5), view=np.int64(0))
+    assert mine_neighbours(t, tmp_path / "n", 5).missing_shards() == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "features", "num_rows": 401, "num_shards": 0, "num_views": 1, "dim": 24}',
+                                  '{"kind": "features", "num_rows": 401, "num_shards": 5, "num_views": 1}', "\\x00", '{"kind": "features", "num_rows": "401"}'])
+def test_a_damaged_list_of_facts_is_named(text, tmp_path):
+    table(rows(), tmp_path / "f")
+    (tmp_path / "f" / "table.json").write_text(text)
+    with pytest.raises(ValueError, match="f/table.json|holds a table of None"):
+        FeatureTable.open(tmp_path / "f")
 
 
 def test_bad_input_is_named_before_work(tmp_path):

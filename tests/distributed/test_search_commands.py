@@ -89,6 +89,7 @@ def test_bad_input_is_said_before_any_work(spoil, extra, told, tmp_path, capsys)
     (lambda p: np.save(p, np.zeros((4, 3, 2, 1), np.float32)), "allowed: floating point"),
     (lambda p: p.write_bytes(b"no npy at all"), "is no readable .npy"),
     (lambda p: p.write_bytes(b""), "is no readable .npy"),
+    (lambda p: (np.savez(p.with_suffix(".npz"), one=np.zeros((4, 3))), p.with_suffix(".npz").rename(p)), "it is an archive of ['one']"),
     (lambda p: None, "does not exist"),
 ])
 def test_files_that_hold_no_rows(content, told, tmp_path, capsys):
@@ -99,7 +100,8 @@ def test_files_that_hold_no_rows(content, told, tmp_path, capsys):
 
 @pytest.mark.parametrize("extra, told", [
     (("--k", "402"), "allowed: --k 1 to 401"), (("--k", "3", "--tolerance", "nan"), "a tolerance of 0 up to 1"),
-    (("--k", "3", "--tolerance", "-1"), "a tolerance of 0 up to 1"), (("--k", "3", "--seed", "-1"), "a seed of 0 or more"),
+    (("--k", "3", "--tolerance", "-1"), "a tolerance of 0 up to 1"), (("--k", "3", "--seed", "-1"), "a seed of 0 to 2^63 - 1"),
+    (("--k", "3", "--seed", "9" * 30), "a seed of 0 to 2^63 - 1"),
     (("--k", "3", "--view", "2"), "--view 0 to 0")])
 def test_what_kmeans_cannot_do_is_said_before_a_file_is_touched(extra, told, tmp_path, capsys):
     np.save(tmp_path / "x.npy", rows())
@@ -144,6 +146,57 @@ def test_another_npy_is_not_taken_for_the_first(tmp_path, capsys):
     assert main([*args, "--shards", "3"]) == 2 and "into other than 3 shards" in capsys.readouterr().err
     np.save(tmp_path / "x.npy", x[::-1])
     assert main(args) == 2 and "made from another file" in capsys.readouterr().err
+
+
+def test_a_table_that_lies_where_the_npy_would_go_is_left_alone(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", rows())
+    table(rows(seed=1), tmp_path / "out" / "features")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out" / "features").iterdir()}
+    assert main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out")]) == 2 and "was not made from" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out" / "features").iterdir()} == before
+
+
+def test_a_conversion_that_was_killed_goes_on(tmp_path):
+    np.save(tmp_path / "x.npy", rows())
+    args = ["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "3", "--shards", "5"]
+    assert main(args) == 0
+    features = tmp_path / "out" / "features"
+    kept = (features / "features-00001.npy").stat().st_mtime_ns
+    (features / "features-00003.npy").unlink()
+    assert main(args) == 0 and FeatureTable.open(features).missing_shards() == [] and (features / "features-00001.npy").stat().st_mtime_ns == kept
+    (features / "table.json").unlink()  # between its source.json and its table.json
+    assert main(args) == 0
+    (features / "source.json").write_text("{")
+    assert main(args) == 2
+
+
+def test_a_table_and_a_folder_that_cannot_be_are_one_line_from_two_processes(tmp_path):
+    table(rows(), tmp_path / "f")
+    (tmp_path / "file").write_text("in the way")
+    done = command("neighbours", tmp_path / "f", tmp_path / "file" / "out", "--k", 3, "--processes", 2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and f"error: {tmp_path / 'file'}" in done.stderr, done.stderr
+
+
+def test_a_view_of_several_by_hand(tmp_path):
+    x = rows()
+    np.save(tmp_path / "x.npy", np.stack([x[::-1], x], 1).astype(np.float32))
+    assert main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out"), "--k", "7", "--view", "1", "--merge"]) == 0
+    ids, scores = oracle(x, 7, "cosine")
+    assert (np.load(tmp_path / "out" / "ids.npy") == ids).all() and (np.load(tmp_path / "out" / "scores.npy") == scores).all()
+
+
+def test_a_view_that_is_too_small_for_float16_is_named(tmp_path, capsys):
+    x = np.stack([rows(), rows()], 1).astype(np.float32)
+    x[33, 1] = 1e-8
+    np.save(tmp_path / "x.npy", x)
+    assert main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out")]) == 2 and "rows [33] is smaller" in capsys.readouterr().err
+
+
+def test_fewer_rows_than_ranks(tmp_path):
+    np.save(tmp_path / "x.npy", rows(3, groups=()))
+    done = command("neighbours", tmp_path / "x.npy", tmp_path / "out", "--k", 2, "--processes", 4, "--merge")
+    assert done.returncode == 0, done.stderr
+    assert (np.load(tmp_path / "out" / "ids.npy") == oracle(rows(3, groups=()), 2, "cosine")[0]).all()
 
 
 def test_ranks_end_with_the_command_that_started_them(tmp_path):

@@ -92,8 +92,9 @@ def test_a_table_of_another_whitening_is_not_taken_up(tmp_path):
     one, other = table(x, tmp_path / "f"), table(x[::-1] * 2, tmp_path / "g")
     made = whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x)))
     assert (whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x))) == made).all()
-    with pytest.raises(ValueError, match="of another whitening"):
-        whitened(other, whiten_table(other, 8), tmp_path / "w")
+    for source, by in ((other, other), (other, one)):
+        with pytest.raises(ValueError, match="of another whitening"):
+            whitened(source, whiten_table(by, 8), tmp_path / "w")
 
 
 def test_rows_that_cannot_be_whitened_are_refused():
@@ -114,6 +115,11 @@ def test_rows_that_cannot_be_whitened_are_refused():
         whiten(broken, 6)
     with pytest.raises(ValueError, match=r"give \[n, 40\]"):
         whiten(x, 6).apply(x[:, :30])
+    with pytest.raises(ValueError, match=r"rows \[3\] to be whitened are NaN"):
+        whiten(x, 6).apply(broken)
+    for scale in (1e-200, 1e200):
+        with pytest.raises(ValueError, match="allowed: 1e-30 to 1e30, scale them"):
+            whiten(x.astype(np.float64) * scale, 6)
 
 
 def blobs(n=230, d=6, centres=9, seed=1):
