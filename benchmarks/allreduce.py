@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.rows import emit, spread
 
+CLUSTER = ["--sizes", "4K", "1M", "{gradient}"]  # the last is what a step of data-parallel training sends
 QUICK = ["--compare", "--sizes", "4K", "256K", "4M", "--rounds", "7"]
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -69,25 +70,24 @@ def report(by_rank: list[dict[int, list[tuple[float, float]]]]) -> None:
         emit(row | (spread(seconds[:, 0] / seconds[:, 1], "time_ratio") if seconds[:, 1].any() else {}))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The ranks of a job, or two processes of this machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", type=num_bytes, default=[num_bytes(s) for s in ("4K", "64K", "1M", "16M", "100M")])
     parser.add_argument("--processes", type=int, default=2, help="on this machine, when not started by srun or torchrun")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compare", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    from benchmarks.turns import Group, job_world
+
     if "RANK" in os.environ:
         from dist_scan.world.collectives import gather_objects
-        from dist_scan.world.world import close_world, open_world
 
-        world = open_world()
-        by_rank = gather_objects(timings(args.sizes, args.rounds, args.compare))
-        if world.rank == 0:
-            report(by_rank)
-        close_world()
+        with job_world() as world:
+            by_rank = gather_objects(timings(args.sizes, args.rounds, args.compare)) if world.world_size > 1 else []  # alone: nothing is sent
+            if world.rank == 0 and by_rank:
+                report(by_rank)
         return
-    from benchmarks.turns import Group
 
     group = Group(worker, args.processes, args.processes, args.sizes, args.rounds, args.compare)
     report(group.turn().values)

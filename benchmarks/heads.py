@@ -3,12 +3,14 @@
     python -m benchmarks.heads --compare        # beside: a loop over ten nn.Linear with the published softmax + BCE, and the bare products
     python -m benchmarks.heads --imagenet       # 100 epochs of 1.28M images, from timed steps (scaled down on a CPU)
 
+Under srun or torchrun (RANK is set) the ranks share --batch images of --dim features, and rank 0 prints one row.
 --compare runs all in turns; ratios are medians over rounds. `loss_only` is the loss and its gradient by given logits, without products.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 
@@ -19,11 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.rows import emit
+from benchmarks.turns import job_turns, job_world, typical
 from dist_scan.engine.precision import peak_memory, set_determinism
 from dist_scan.head_step import entropy_and_slope, means_of, open_head
 from dist_scan.losses import scan_heads_loss, scan_loss_released
 from dist_scan.models.layers import ClusterHeads
 
+CLUSTER = ["--clusters", "{clusters}", "--dim", "{dim}"]
 QUICK = ["--rounds", "3"]
 SIZES = ((1024, 200, 512), (1024, 1000, 512), (256, 1000, 2048))
 HEADS, WEIGHT = 10, 5.0
@@ -162,7 +167,40 @@ def imagenet(rounds: int, device: torch.device) -> None:
                       "peak_gpu_mib": round(peak_memory() / 2**20)}), flush=True)
 
 
-def main() -> None:
+class Loss(nn.Module):
+    """Ten heads and their loss, to be wrapped as the engine wraps a method."""
+
+    def __init__(self, dim: int, clusters: int):
+        super().__init__()
+        self.heads = ClusterHeads(dim, clusters, HEADS)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """[b, D] twice -> the sum of the heads' losses over the batch of all ranks."""
+        return scan_heads_loss(first, second, self.heads.weight, self.heads.bias, self.heads.sizes, WEIGHT).total.sum()
+
+
+def over_ranks(args: argparse.Namespace) -> None:
+    """Steps of all ranks of a job together: means over the whole batch, gradients averaged, no update. Raises ValueError for a batch
+    that does not divide."""
+    from dist_scan.world.world import wrap
+
+    with job_world() as world:
+        if args.batch % world.world_size:
+            raise ValueError(f"--batch {args.batch} does not divide over {world.world_size} ranks; allowed: a multiple of that")
+        model = wrap(Loss(args.dim, args.clusters).to(world.device))
+        first, second = (torch.randn(args.batch // world.world_size, args.dim, device=world.device) for _ in range(2))
+
+        def work() -> None:
+            model.zero_grad(set_to_none=True)
+            model(first, second).backward()
+
+        took = typical(job_turns(work, args.rounds))
+        if world.rank == 0:
+            emit({"row": "all ranks", "batch": args.batch, "clusters": args.clusters, "dim": args.dim, "world_size": world.world_size, "rounds": args.rounds, **took,
+                  "images_per_s": round(args.batch / took["wall_s"], 1)})
+
+
+def main(argv: list[str] | None = None) -> None:
     """Warm up, measure in turns."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true")
@@ -170,7 +208,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    parser.add_argument("--batch", type=int, default=4096, help="for the ranks of a job: images of all ranks together")
+    parser.add_argument("--clusters", type=int, default=1000, help="for the ranks of a job")
+    parser.add_argument("--dim", type=int, default=2048, help="for the ranks of a job")
+    args = parser.parse_args(argv)
+    if "RANK" in os.environ:
+        set_determinism()
+        over_ranks(args)
+        return
     if not (args.compare or args.imagenet):
         parser.error("give --compare or --imagenet")
     set_determinism()

@@ -6,20 +6,24 @@
 Unit rows around 3,000 centres. Both sides begin with the same centroids, take every row in every iteration (faiss by itself takes 256 rows a
 centroid) and have as many threads. A turn is `--iterations` rounds of assigning and averaging, ours with one more assignment at the end; an
 iteration is a turn by its number of assignments, so reading rows, and what else is done once, is in it. objective is the sum of squared
-distances to the nearest final centroid, by one routine for both.
+distances to the nearest final centroid, by one routine for both. Under srun or torchrun (RANK is set) the ranks share one table, in --folder,
+which all of them see, and rank 0 prints one row.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.turns import Group, Turn
+from benchmarks.rows import emit
+from benchmarks.turns import Group, Turn, job_turns, job_world, typical
 
+CLUSTER = ["--folder", "{folder}", "--rows", "{rows}", "--dim", "{dim}", "--clusters", "{clusters}"]
 QUICK = ["--rows", "20000", "--dim", "128", "--clusters", "300", "--iterations", "5", "--world-sizes", "1", "--rounds", "2"]
 
 
@@ -123,7 +127,24 @@ def measure(k: int, args: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
-def main() -> None:
+def over_ranks(k: int, args: argparse.Namespace) -> None:
+    """All ranks of the job cluster one table."""
+    from dist_scan.world.collectives import barrier
+
+    with job_world() as world:
+        path = args.folder / f"kmeans-{k}" / "features"
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, args.rows, args.dim)
+        barrier()
+        turns = job_turns(ours(path, k, args.iterations), args.rounds)
+        took, assignments = typical(turns), turns[-1].values[0][0]
+        if world.rank == 0:
+            emit({"row": "all ranks", "rows": args.rows, "dim": args.dim, "clusters": k, "world_size": world.world_size, "rounds": args.rounds, **took,
+                  "assignments": assignments, "rows_per_s": round(args.rows * assignments / took["wall_s"], 1)})
+
+
+def main(argv: list[str] | None = None) -> None:
     """Every k in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
@@ -134,9 +155,10 @@ def main() -> None:
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compare", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="for the ranks of a job: an empty folder that all nodes see")
+    args = parser.parse_args(argv)
     for k in args.clusters:
-        measure(k, args)
+        (over_ranks if "RANK" in os.environ else measure)(k, args)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,24 @@
 Unit rows around 2,000 centres. W processes share `--threads` threads; the time is that of all shards being mined and on disk. --compare
 times faiss.knn with its defaults on the same rows (float32, in memory, nothing written) and as many threads, turn by turn; ratios
 are medians over rounds. With --queries only so many rows are searched for, on both sides, and nothing is written.
+Under srun or torchrun (RANK is set) the ranks mine one table together, in --folder, which all of them see, and rank 0 prints one row.
 peak_mib is the largest rank's memory above what it had before, beside what docs/search.md's formula gives.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.turns import Group, Turn
+from benchmarks.rows import emit
+from benchmarks.turns import Group, Turn, job_turns, job_world, typical
 
+CLUSTER = ["--folder", "{folder}", "--sizes", "{rows}x{dim}", "--k", "{k}"]
 QUICK = ["--sizes", "20000x128", "--queries", "2048", "--world-sizes", "1"]
 SHARDS = 16
 
@@ -124,7 +128,23 @@ def measure(rows: int, dim: int, args: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
-def main() -> None:
+def over_ranks(rows: int, dim: int, args: argparse.Namespace) -> None:
+    """All ranks of the job mine one table; what counts is when the last of them is done and its shards are on disk."""
+    from dist_scan.world.collectives import barrier
+
+    with job_world() as world:
+        path = args.folder / "neighbours" / "features"
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, rows, dim)
+        barrier()
+        took = typical(job_turns(ours(path, args.k, rows), args.rounds))
+        if world.rank == 0:
+            emit({"row": "all ranks", "rows": rows, "dim": dim, "k": args.k, "world_size": world.world_size, "rounds": args.rounds, **took,
+                  "rows_per_s": round(rows / took["wall_s"], 1)})
+
+
+def main(argv: list[str] | None = None) -> None:
     """Every size in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["200000x128", "100000x512"], help="ROWSxDIM")
@@ -134,9 +154,10 @@ def main() -> None:
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compare", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="for the ranks of a job: an empty folder that all nodes see")
+    args = parser.parse_args(argv)
     for size in args.sizes:
-        measure(*map(int, size.split("x")), args)
+        (over_ranks if "RANK" in os.environ else measure)(*map(int, size.split("x")), args)
 
 
 if __name__ == "__main__":

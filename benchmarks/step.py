@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.rows import emit, spread
 
+CLUSTER = ["--model", "{model}", "--stem", "{stem}", "--width", "{width}", "--size", "{size}", "--batch", "{batch}", "--variants", "{precision}"]
 QUICK = ["--compare", "--steps", "16", "--batch", "16"]
 WARM_UP = 3
 
@@ -77,7 +78,7 @@ def build(args: argparse.Namespace, variant: str, device: torch.device):
     from dist_scan.world.world import current
 
     torch.manual_seed(0)
-    config, cls = BackboneConfig(name=args.model), kind_class("dist_scan.methods", "simclr")
+    config, cls = BackboneConfig(name=args.model, stem=args.stem, width=args.width), kind_class("dist_scan.methods", "simclr")
     backbone = build_backbone(config)
     method = cls(cls.Config(kind="simclr"), Given(num_images=args.batch, global_batch=args.batch * current().world_size, seed=0, total_steps=args.steps,
                                                   feature_dim=backbone.num_features, backbone=backbone, backbone_config=config))
@@ -184,24 +185,25 @@ def timers_s(steps: int = 2000) -> float:
     return best
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Each variant in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--stem", default="imagenet", help="of a ResNet: imagenet, cifar or stl")
+    parser.add_argument("--width", type=int, default=32, help="of resnet_small")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64, help="images of one rank")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--variants", nargs="+", choices=["fp32", "bf16", "channels_last", "compile"], default=["fp32"])
     parser.add_argument("--compare", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    from benchmarks.turns import job_world
     from dist_scan.engine.precision import set_determinism
-    from dist_scan.world.world import close_world, open_world
 
     set_determinism()
-    world = open_world()
-    for variant in args.variants:
-        measure(args, variant, world.device)
-    close_world()
+    with job_world() as world:
+        for variant in args.variants:
+            measure(args, variant, world.device)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Groups of processes that measure in turns: while one works the others sleep, so that what else the machine does hits all alike."""
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,44 @@ class Turn:
     cpu_s: float
     peak_mib: float
     values: list[Any]
+
+
+@contextlib.contextmanager
+def job_world() -> Iterator[Any]:
+    """The world of the ranks that srun or torchrun started (RANK is set); one that is open already stays so."""
+    from dist_scan.world.world import close_world, current, open_world
+
+    found = current().world_size > 1
+    yield current() if found else open_world()
+    if not found:
+        close_world()
+
+
+def job_turns(work: Work, rounds: int) -> list[Turn]:
+    """`work` on all ranks of the open world, `rounds` times after one to warm up; each time all begin together."""
+    from dist_scan.engine.precision import device_mark
+    from dist_scan.world.collectives import barrier, gather_objects
+    from dist_scan.world.world import current
+
+    mark, turns = device_mark(current().device), []
+    for _ in range(rounds + 1):
+        barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        value = work()
+        if mark is not None:
+            mark().synchronize()
+        mine = time.perf_counter() - wall, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, value
+        all_ranks = gather_objects(mine)
+        turns.append(Turn(max(a[0] for a in all_ranks), sum(a[1] for a in all_ranks), max(a[2] for a in all_ranks), [a[3] for a in all_ranks]))
+    return turns[1:]
+
+
+def typical(turns: list[Turn]) -> dict[str, float]:
+    """Fields of a row: medians over turns, and the rank that held most memory."""
+    import statistics
+
+    return {"wall_s": round(statistics.median(t.wall_s for t in turns), 4), "cpu_s": round(statistics.median(t.cpu_s for t in turns), 4),
+            "peak_host_mib": round(max(t.peak_mib for t in turns))}
 
 
 class Group:
