@@ -2,7 +2,8 @@
 those that fit this machine, one after another, and prints one table. --quick ends within 10 minutes on two cores (--minutes gives it more
 on a busy machine); what was cut off or left out for want of time is in the table too.
 
-A benchmark is a file here with a `main`. `QUICK = [...]` in it are its arguments for --quick, `NEEDS = "gpu"` what it cannot do without.
+A benchmark is a file here with a `main`. `QUICK = [...]` in it are its arguments for --quick, `NEEDS = "gpu"` what it cannot do without,
+`CLUSTER = [...]` its arguments over the ranks of a job, with {names} that launch/benchmark.py fills in from a config.
 """
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ class Benchmark:
     quick: list[str] | None
     needs: str
     compares: bool
+    cluster: list[str] | None = None
 
 
 def find(folder: Path = Path(__file__).parent) -> list[Benchmark]:
@@ -50,7 +52,8 @@ def read(path: Path) -> Benchmark | None:
     named = {t.id: node.value for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
     quick = ast.literal_eval(named["QUICK"]) if "QUICK" in named else None
     needs = ast.literal_eval(named["NEEDS"]) if "NEEDS" in named else ""
-    return Benchmark(path.stem, (ast.get_docstring(tree) or "-").splitlines()[0], quick, needs, '"--compare"' in text)
+    cluster = ast.literal_eval(named["CLUSTER"]) if "CLUSTER" in named else None
+    return Benchmark(path.stem, (ast.get_docstring(tree) or "-").splitlines()[0], quick, needs, '"--compare"' in text, cluster)
 
 
 def why_not(benchmark: Benchmark, quick: bool) -> str:

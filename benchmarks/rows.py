@@ -87,3 +87,7 @@ def spread(ratios: Sequence[float], name: str) -> dict[str, float | list[float]]
 
     low, middle, high = (round(float(q), 3) for q in np.quantile(np.asarray(ratios, float), (0.25, 0.5, 0.75)))
     return {name: middle, f"{name}_quartiles": [low, high]}
+
+
+if __name__ == "__main__":  # what a job of launch/benchmark.py writes down about its first node
+    print(json.dumps(facts(())))

@@ -36,11 +36,15 @@ def flag(key: str, value: str | int | bool) -> str:
 
 def srun(options: SlurmConfig) -> str:
     """The srun line of one start. Notices are blocked until the ranks' handlers stand: one that comes before would kill."""
+    return f'{step(options, label=True)} "${{block[@]}}" bash -c {shlex.quote(rank_line(options))} &'
+
+
+def step(options: SlurmConfig, **own: str | int | bool) -> str:
+    """srun and its options, for a step of the job; `own` options of this step are written with _ for -."""
     # cpus-per-task: since Slurm 22.05 srun no longer takes it from sbatch, and every rank would sit on one core
-    flags = {"kill-on-bad-exit": 1, "label": True, "cpus-per-task": options.cpus_per_task, "container-image": options.container,
-             "container-mounts": options.container_mounts} | options.srun
-    words = " ".join(flag(key, value) for key, value in flags.items() if value not in (None, False))
-    return f'srun {words} "${{block[@]}}" bash -c {shlex.quote(rank_line(options))} &'
+    flags = {"kill-on-bad-exit": 1} | {key.replace("_", "-"): value for key, value in own.items()} | {
+        "cpus-per-task": options.cpus_per_task, "container-image": options.container, "container-mounts": options.container_mounts} | options.srun
+    return " ".join(["srun", *(flag(key, value) for key, value in flags.items() if value not in (None, False))])
 
 
 def blocker(options: SlurmConfig) -> str:
@@ -51,12 +55,17 @@ def blocker(options: SlurmConfig) -> str:
 
 def rank_line(options: SlurmConfig) -> str:
     """What one task runs: Slurm's names for who it is become ours."""
-    return (f"export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={options.tasks_per_node}; "
-            f'exec "$PYTHON" -m {RUN} "$RUN"')
+    return f'{identity(options)}; exec "$PYTHON" -m {RUN} "$RUN"'
 
 
-def script(options: SlurmConfig, run_dir: Path, name: str, python: str, root: Path, relaunches: int) -> str:
-    """The whole batch script. `root` is the checkout, `python` the interpreter of the batch script (the ranks' unless options say)."""
+def identity(options: SlurmConfig) -> str:
+    """Who a task is."""
+    return f"export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={options.tasks_per_node}"
+
+
+def script(options: SlurmConfig, run_dir: Path, name: str, python: str, root: Path, relaunches: int, before: str = "", after: str = "") -> str:
+    """The whole batch script. `root` is the checkout, `python` the interpreter of the batch script (the ranks' unless options say).
+    `before`: lines between taking the run folder and the first start; `after`: a command for the script's end, however it ends."""
     q = shlex.quote
     recovery = f"{q(python)} {q(str(root / 'launch' / 'recovery.py'))}"
     setup = "\n".join(options.setup)
@@ -73,16 +82,13 @@ ask() {{ (trap '' USR2 TERM; exec {recovery} "$@"); }}  # a notice must not kill
 {blocker(options)}
 {lease()}
 {STEPS}
+{MEET}{f"{chr(10)}trap {q(after)} EXIT" if after else ""}{f"{chr(10)}{before}" if before else ""}
 start=0
 while :; do
   if [ -e "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
   until scontrol show job "$SLURM_JOB_ID" >/dev/null; do say "no answer from slurmctld, which srun needs; asked again in 10 s"; sleep 10; done
   mark=$(ask begin "$RUN") || exit 1
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-  MASTER_PORT=$(ask port)
-  export MASTER_ADDR=${{MASTER_ADDR:-$first}} MASTER_PORT
-  used=$((used + 1)); echo $used >"$steps"
+  meet
   say "start $start on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, $MASTER_ADDR:$MASTER_PORT"
   {srun(options)}
   step=$!
@@ -111,6 +117,17 @@ steps="$RUN/slurm/steps-$SLURM_JOB_ID" used=0
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -s "$steps" ]; then
   for ((i = $(cat "$steps"); i > 0 && used < 20; i--)); do timeout 20 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true && used=$((used + 1)); done
 fi
+""".strip()
+
+
+MEET = r"""
+meet() {  # where the ranks of one start find each other
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+  MASTER_PORT=$(ask port)
+  used=$((used + 1)); echo $used >"$steps"  # the step that comes
+  export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
+}
 """.strip()
 
 

@@ -1,6 +1,7 @@
 """What a run will do and cost, before it is submitted: images, steps, bytes on disk, memory per GPU, hours; every assumption is named."""
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 GPU_TFLOPS, CPU_TFLOPS = 60.0, 0.03  # sustained, per process: ResNet-50 in bf16 on one A100 (2,470 images/s forward and backward is 61); one x86 core
@@ -21,7 +22,7 @@ class Network(NamedTuple):
 def plan(run: Any, tflops: float | None, counts: dict[str, int] | None = None) -> str:
     """A table of stages and a line of sums. `tflops`: sustained TFLOP/s of one process; left out, an assumed one. `counts`: images
     of train and val where the sources cannot be read here."""
-    rows, sizes, nets = [], counts or _sizes(run), {}
+    rows, sizes, nets = [], counts or image_counts(run), {}
     rate = (tflops or (GPU_TFLOPS if _on_gpu(run) else CPU_TFLOPS)) * 1e12 * run.slurm.world_size
     disk = seconds = memory = 0.0
     for name, stage in run.stages.items():
@@ -42,6 +43,17 @@ def plan(run: Any, tflops: float | None, counts: dict[str, int] | None = None) -
             f"in all: {_bytes(disk)} on disk, at most {_bytes(memory)} per process, about {_hours(seconds)} of arithmetic\n{_assumed(run, tflops)}")
 
 
+def memory(run: Any) -> dict[str, int]:
+    """Bytes that each training on images is expected to hold on one process (on its GPU, where it has one)."""
+    nets: dict[str, Network | None] = {}
+    found = {}
+    for name, stage in run.stages.items():
+        nets[name] = _network(run, stage, nets)
+        if stage.kind == "train":
+            found[name] = int(_train(run, stage, 0, nets[name])["memory"])
+    return {name: size for name, size in found.items() if size}
+
+
 HEAD = ("stage", "images", "work", "disk", "memory", "time")
 
 
@@ -55,7 +67,8 @@ def _on_gpu(run: Any) -> bool:
     return run.slurm.gpus_per_node is not None
 
 
-def _sizes(run: Any) -> dict[str, int]:
+def image_counts(run: Any) -> dict[str, int]:
+    """Images of each split that the config gives, counted in its source."""
     from dist_scan.data.sources import open_source
 
     return {s: len(open_source(getattr(run.data, s))) for s in ("train", "val") if getattr(run.data, s) is not None}
@@ -72,8 +85,9 @@ def _network(run: Any, stage: Any, earlier: dict[str, Network | None]) -> Networ
     return None
 
 
+@cache
 def measure(config: Any, size: int) -> Network:
-    """Count on the meta device: no memory, no arithmetic."""
+    """One image of size x size pixels through the network that a config describes, on the meta device: no memory, no arithmetic."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

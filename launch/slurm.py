@@ -3,21 +3,20 @@
 Reads, validates, submits one job through submitit; the job relaunches and requeues itself (launch/batch.py).
     python launch/slurm.py --dry-run CONFIG ...     the batch script and the plan, nothing submitted
     python launch/slurm.py status|follow|cancel RUN
+    python launch/slurm.py --nodes 1,2,4 --benchmark [run,step,...] CONFIG ...     how it scales, on one page (docs/benchmarks.md)
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import shutil
-import subprocess
+import re
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/slurm.py` from a checkout
 
-from launch import batch, watch  # noqa: E402
+from launch import batch, submission, watch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER = ("setup", "sbatch", "srun")  # fields that flags give piece by piece
@@ -32,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in watch.COMMANDS:
             return watch.main(argv)
         args = arguments(argv)
+        if args.benchmark:
+            from launch import benchmark
+
+            return benchmark.main(args, read, counts(args.images))
         run = read(args)
         text = batch.script(run.slurm, run.run_dir.resolve(), run.name, sys.executable, ROOT, run.runtime.relaunches)
         if args.dry_run:
@@ -62,8 +65,22 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tflops", type=float, help="sustained TFLOP/s of one process, for the plan's hours")
     parser.add_argument("--images", metavar="TRAIN[,VAL]", help="how many images, for the plan, where they cannot be counted here (implies --no-data-check)")
     parser.add_argument("--follow", action="store_true", help="show the run's progress until it ends")
+    parser.add_argument("--profile", action="store_true", help="look at the first 300 steps of each training: a trace, and what it waits for in words")
     parser.add_argument("--no-data-check", action="store_true", help="do not look at the images first (they lie where only the nodes see them)")
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument("--benchmark", metavar="NAMES", help="one short job for each number in --nodes 1,2,4, then one page of how it scales: `run` (the default: the "
+                                                             "config's own stages, trainings cut short) and names of benchmarks that work over nodes, with commas")
+    parser.add_argument("--steps", type=int, default=300, help="with --benchmark: steps of each training (default %(default)s)")
+    parser.add_argument("--weak", action="store_true", help="with --benchmark: batches grow with the nodes; the config's are those of the fewest")
+    parser.add_argument("--at-once", action="store_true", help="with --benchmark: let the jobs run beside each other")
+    return parser.parse_intermixed_args(named(argv))
+
+
+def named(argv: list[str]) -> list[str]:
+    """`--benchmark CONFIG` means `--benchmark run CONFIG`: what stands after it are names unless it looks like something else."""
+    at = argv.index("--benchmark") if "--benchmark" in argv else len(argv)
+    after = "".join(argv[at + 1:at + 2])
+    plain = re.fullmatch(r"[A-Za-z_,]+", after) and not Path(after).exists()
+    return argv if at == len(argv) or plain else [*argv[:at + 1], "run", *argv[at + 1:]]
 
 
 def read(args: argparse.Namespace):
@@ -74,13 +91,15 @@ def read(args: argparse.Namespace):
 
     given = {name: getattr(args, name) for name in SlurmConfig.model_fields if name not in OTHER and getattr(args, name) is not None}
     # a number stays a number (nodes), what sbatch reads as text stays text (time 30, mem 4000)
+    if "," in str(given.get("nodes")):
+        raise ConfigError(f"--nodes {given['nodes']}: a run takes one number; several go with --benchmark")
     flags = [f"slurm.{k}={v if 'int' in str(SlurmConfig.model_fields[k].annotation) else json.dumps(v)}" for k, v in given.items()]
     if args.setup:
         flags.append(f"slurm.setup={json.dumps(args.setup)}")
     for text in args.sbatch:
         key, equals, value = text.lstrip("-").partition("=")
         flags.append(f"slurm.sbatch.{key}={json.dumps(value) if equals else 'true'}")
-    run = load(args.config, [*args.overrides, *flags])
+    run = load(args.config, [*["runtime.profile=300"] * args.profile, *args.overrides, *flags])
     for name, stage in run.stages.items():
         try:
             stage.check_ranks(name, run.slurm.world_size)
@@ -107,69 +126,14 @@ def counts(text: str | None) -> dict[str, int] | None:
 
 
 def submit(run, text: str, follow: bool) -> int:
-    """Write RUN/config.yaml and hand the script to Slurm. Refuses a run folder that a job or a local run holds."""
-    from dist_scan.artefacts import write_json, write_text
-    from dist_scan.config import dump
-    from dist_scan.settings import ConfigError
-
-    if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch was not found: this machine is no Slurm login node. Run here with: python launch/local.py CONFIG, "
-                          "or try a Slurm at home: python tests/slurm/cluster.py up")
-    run_dir = run.run_dir.resolve()
-    refuse_second(run_dir)
-    (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
-    placed = run.model_copy(update={"runtime": run.runtime.model_copy(update={"run_dir": str(run_dir)})})  # wherever the job is started from
-    write_text(run_dir / "config.yaml", dump(placed))
-    job_id = send(run_dir, text)
-    write_json(run_dir / "slurm" / "job.json", {"job_id": job_id, "name": run.name, "nodes": run.slurm.nodes, "world_size": run.slurm.world_size,
-                                                "submitted": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    """One run, one job; told in a few lines."""
+    job_id, run_dir = submission.place(run, text), run.run_dir.resolve()
     here = os.path.relpath(sys.argv[0])
     print(f"submitted job {job_id}: {run.name}, {run.slurm.nodes} nodes x {run.slurm.tasks_per_node}\n"
           f"  run folder  {run_dir}\n  job's log   {run_dir}/slurm/{job_id}.out\n  progress    {run_dir}/logs/run.log\n"
           f"  follow      python {here} follow {run_dir}\n  status      python {here} status {run_dir}\n"
           f"  cancel      python {here} cancel {run_dir}\n  resume      the same command again")
     return watch.follow(run_dir) if follow else 0
-
-
-def refuse_second(run_dir: Path) -> None:
-    """Raises ConfigError naming the job or the process that holds the run folder."""
-    from dist_scan.settings import ConfigError
-
-    try:
-        job = watch.live_job(run_dir)
-    except watch.NoAnswer as error:
-        raise ConfigError(f"{error}; a job may hold '{run_dir}', so nothing was submitted") from None
-    if job is not None:
-        raise ConfigError(f"the run folder '{run_dir}' belongs to job {job['job_id']}, which is {job['state'].lower()}; "
-                          f"wait for it, cancel it (scancel {job['job_id']}), or give this run another name with name=OTHER")
-    if (run_dir / "lock").exists():
-        from launch.local import take_lease
-
-        take_lease(run_dir).close()
-
-
-def send(run_dir: Path, text: str) -> str:
-    """Submit through submitit; returns the job's id. Raises ConfigError with what sbatch said."""
-    import submitit
-    from dist_scan.settings import ConfigError
-
-    class Executor(submitit.SlurmExecutor):
-        """submitit's submission with our own batch text: its signal handler, its pickled call and its requeueing are not used."""
-
-        def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return text
-
-    try:
-        return Executor(folder=run_dir / "slurm").submit(_never, str(run_dir)).job_id
-    except submitit.core.utils.FailedJobError as error:
-        raise ConfigError(f"Slurm refused the job: {error}") from None
-    except subprocess.CalledProcessError as error:
-        raise ConfigError(f"Slurm refused the job: {error.stderr or error}") from None
-
-
-def _never(run_dir: str) -> None:
-    """What submitit pickles: the run folder's path and nothing else. The batch text starts the run, this is never called."""
-    raise RuntimeError(f"started through submitit's pickle; start it with launch/slurm.py ({run_dir})")
 
 
 if __name__ == "__main__":

@@ -10,20 +10,30 @@ import time
 from pathlib import Path
 
 COMMANDS = ("status", "follow", "cancel")
+BENCHMARK = "benchmark.json"  # in the folder of a benchmark, which holds a run folder for each number of nodes
 
 
 def main(argv: list[str]) -> int:
-    """status|follow|cancel RUN. Raises ConfigError when there is no such run."""
+    """status|follow|cancel RUN, or the folder of a benchmark. Raises ConfigError when there is no such run."""
     from dist_scan.settings import ConfigError
 
-    if len(argv) != 2 or not (Path(argv[1]) / "config.yaml").is_file():
+    found = run_dirs(Path(argv[1])) if len(argv) == 2 else []
+    if not found:
         what = f"'{argv[1]}' is no run folder (no config.yaml)" if len(argv) == 2 else "expected one run folder"
         raise ConfigError(f"{argv[0]}: {what}; usage: launch/slurm.py {argv[0]} runs/NAME")
-    run_dir = Path(argv[1])
     if argv[0] == "status":
-        print(status(run_dir))
+        print("\n\n".join(status(run_dir) for run_dir in found))
         return 0
-    return follow(run_dir) if argv[0] == "follow" else cancel(run_dir)
+    if argv[0] == "follow":
+        return follow_all(found)
+    return min([cancel(run_dir) for run_dir in reversed(found)])  # the last first: the end of one is what the next waits for
+
+
+def run_dirs(folder: Path) -> list[Path]:
+    """The folder itself when it is a run's; those of a benchmark, fewest nodes first."""
+    if (folder / BENCHMARK).is_file():
+        return sorted((p.parent for p in folder.glob("nodes-*/config.yaml")), key=lambda p: int(p.name.removeprefix("nodes-")))
+    return [folder] if (folder / "config.yaml").is_file() else []
 
 
 class NoAnswer(RuntimeError):
@@ -126,6 +136,16 @@ def follow(run_dir: Path) -> int:
     _copy(log, at)
     print(status(run_dir))
     return 0 if (run_dir / "DONE").exists() else 1
+
+
+def follow_all(run_dirs: list[Path]) -> int:
+    """One after another. Returns the first code that is not 0; Ctrl-C ends it all."""
+    codes = []
+    for run_dir in run_dirs:
+        codes.append(follow(run_dir))
+        if codes[-1] == 130:
+            return 130
+    return next((code for code in codes if code), 0)
 
 
 def _copy(log: Path, at: int) -> int:

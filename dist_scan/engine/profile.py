@@ -122,7 +122,8 @@ class Timing:
 
     def facts(self) -> dict[str, Any]:
         """What timing.json holds; all of it since the last start of the stage."""
-        facts: dict[str, Any] = {"steps": self.counted, "first_step_s": round(self.first_step_s, 3), "profiled": bool(self.profile)}
+        facts: dict[str, Any] = {"steps": self.counted, "first_step_s": round(self.first_step_s, 3), "profiled": bool(self.profile),
+                                 "setting": dataclasses.asdict(self.setting)}
         if self.counted:
             whole = judge(self.total, self.counted, self.setting)
             facts |= {"images_per_s": round(self.setting.global_batch * self.counted / float(self.total.sum(1).mean()), 1),

@@ -32,6 +32,13 @@ def test_the_imagenet_plan():
     assert hours[1] >= 1.8 * hours[0] > 0
 
 
+def test_memory_of_a_training_is_the_plans_and_falls_with_the_ranks():
+    found = [plan.memory(load(CONFIG, [f"slurm.nodes={n}", "slurm.gpus_per_node=8"])) for n in (1, 4)]
+    assert found[0].keys() == {"pretext", "selflabelling"} and all(found[0][name] > found[1][name] > 0 for name in found[0])
+    net = plan.measure(BackboneConfig(name="resnet50"), 224)
+    assert found[0]["pretext"] == net.parameters * 12 + net.kept * 32 * 2 * 2 + 65536 * 128 * 4
+
+
 def test_dry_run_submits_nothing_and_says_all(capsys, tmp_path):
     assert slurm.main(["--dry-run", "--nodes", "2", "--gpus-per-node", "4", "--time", "60", "--sbatch", "exclusive", "--setup", "module load x",
                        "--images", "1281167,50000", CONFIG, f"runtime.run_dir={tmp_path}/r"]) == 0
