@@ -26,12 +26,11 @@ Read = Callable[[argparse.Namespace], Any]
 def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) -> int:
     """Returns the exit code. `read` validates one run (launch/slurm.py), `counts`: how many images, where that was said. Raises ConfigError."""
     from dist_scan.config import load
-    from launch.plan import image_counts
 
     wanted, numbers = names(args.benchmark), node_counts(args.nodes)
     check(args, numbers)
     base = load(args.config, args.overrides)
-    sizes = counts or ({} if args.no_data_check else image_counts(base))
+    sizes = counts or ({} if args.no_data_check else count(base))
     runs = plan(args, read, base, numbers, sizes)
     folder, suite = runs[0].run_dir.parent, commands(wanted, runs, sizes)
     if args.dry_run:
@@ -53,6 +52,17 @@ def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) ->
         print(f"{run.slurm.nodes} nodes: job {previous}, {run.run_dir}")
     print(f"page, drawn anew as each job ends: {folder / 'scaling.html'}")
     return follow(folder) if args.follow else 0
+
+
+def count(run: Any) -> dict[str, int]:
+    """Images of each split. Raises ConfigError with the way out where they cannot be seen from here."""
+    from dist_scan.settings import ConfigError
+    from launch.plan import image_counts
+
+    try:
+        return image_counts(run)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nWhere only the nodes see the images say how many there are: --images 1281167,50000") from None
 
 
 def names(said: str) -> list[str]:

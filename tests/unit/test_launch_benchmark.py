@@ -33,7 +33,8 @@ def test_the_words_after_benchmark_are_names_or_the_config():
 @pytest.mark.parametrize(("words", "said"), [
     (["--nodes", "1,2", QUICK], "a run takes one number"), (["--nodes", "1,2", "--benchmark", "stepp", QUICK], "'stepp' cannot be measured over nodes; there are: run, "),
     (["--nodes", "1,1", "--benchmark", QUICK], "each once"), (["--benchmark", QUICK], "--nodes 1,2,4"), (["--nodes", "1,3", "--benchmark", QUICK], "does not divide over 3"),
-    (["--nodes", "2,3", "--weak", "--benchmark", QUICK], "3 is no multiple of 2"), (["--nodes", "1,2", "--steps", "1", "--benchmark", QUICK], "2 and more")])
+    (["--nodes", "2,3", "--weak", "--benchmark", QUICK], "3 is no multiple of 2"), (["--nodes", "1,2", "--steps", "1", "--benchmark", QUICK], "2 and more"),
+    (["--nodes", "1,2", "--benchmark", QUICK, "data.train.source=/nowhere/at/all"], "--images 1281167,50000")])
 def test_mistakes_are_told_before_anything_is_submitted(capsys, words, said, tmp_path):
     assert slurm.main([*words, f"runtime.run_dir={tmp_path}/b"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "b").exists()
