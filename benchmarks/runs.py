@@ -58,8 +58,8 @@ def training(timing: Mapping[str, Any]) -> dict[str, Any]:
 def problems(run_dir: Path) -> list[str]:
     """Why figures of this folder are missing, in words; [] when all are there."""
     found = [f"{path.stem}: {_last_line(path) or 'no word of why'}" for path in sorted(run_dir.glob("rows/*.err")) if not path.with_suffix(".jsonl").exists()]
-    if not run_dir.is_dir():
-        return ["not submitted, or not begun"]
+    if not (run_dir / "lock").exists():  # the first thing that a job takes
+        return ["not submitted" if not (run_dir / "slurm").is_dir() else "its job has not begun"]
     if (run_dir / "DONE").exists():
         return found
     for marker, text in MARKERS.items():
@@ -67,7 +67,7 @@ def problems(run_dir: Path) -> list[str]:
             return [*found, text + _last_line(run_dir / marker)]
     faults = _last_line(run_dir / "logs" / "faults.jsonl")
     why = f"; the last fault: {json.loads(faults).get('fault')}" if faults else ""
-    return [*found, f"not finished{why}"]
+    return [*found, f"not finished yet{why}"]
 
 
 def _mib(count: int | None) -> int | None:

@@ -95,6 +95,7 @@ def left(folder: Path, nodes: int, per_image: dict[str, float], late_s: float = 
     (run_dir / "config.yaml").write_text("name: x\n")
     (run_dir / "plan.json").write_text(json.dumps({"pretext": 9 * 2**30}))
     (run_dir / "DONE").write_text("now")
+    (run_dir / "lock").write_text("job 7")
     return run_dir
 
 
@@ -134,7 +135,7 @@ def test_the_page_and_the_json_hold_all_and_name_what_is_missing(tmp_path):
     assert problems(tmp_path / "nodes-1") == [] and problems(tmp_path / "nodes-2") == ["step: MemoryError: all of it"]
     assert draw(tmp_path) == len(collect(tmp_path)) == 6
     text, facts = (tmp_path / "scaling.html").read_text(), json.loads((tmp_path / "scaling.json").read_text())
-    for words in ("trainings", "other stages", "data wait", "8,192 MiB", "9,216 MiB", "ended by a mistake in its settings: no such &lt;images&gt;", "not submitted, or not begun",
+    for words in ("trainings", "other stages", "data wait", "8,192 MiB", "9,216 MiB", "ended by a mistake in its settings: no such &lt;images&gt;", "8 nodes: not submitted",
                   "MemoryError", "--nodes 1,2,4,8 --benchmark run,step", "all-reduce is", "1 node: "):
         assert words in text, words
     assert "http" not in text and facts["missing"].keys() == {"2", "4", "8"}
