@@ -29,7 +29,7 @@ from dist_scan.losses import scan_heads_loss, scan_loss_released
 from dist_scan.models.layers import ClusterHeads
 
 CLUSTER = ["--clusters", "{clusters}", "--dim", "{dim}"]
-QUICK = ["--rounds", "3"]
+QUICK = ["--compare", "--rounds", "3"]
 SIZES = ((1024, 200, 512), (1024, 1000, 512), (256, 1000, 2048))
 HEADS, WEIGHT = 10, 5.0
 IMAGENET = {"images": 1_281_167, "epochs": 100, "batch": 4096, "clusters": 1000, "dim": 2048}

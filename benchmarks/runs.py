@@ -18,8 +18,7 @@ MARKERS = {"MISTAKE": "ended by a mistake in its settings: ", "STOPPED": "stoppe
 
 
 def stage_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """A row per finished stage of the run, in the order in which they ended. The building of .beton files is shared between runs and left out."""
-    job = _json(run_dir / "slurm" / "job.json") or {}
+    """A row per finished stage of the run in a folder nodes-N, in the order in which they ended. The building of .beton files is shared between runs and left out."""
     where = {k: v for k, v in (_json(run_dir / "facts.json") or {}).items() if k not in ("benchmark", "configuration", "load")}
     planned = _json(run_dir / "plan.json") or {}
     newest: dict[str, Path] = {}
@@ -30,7 +29,7 @@ def stage_rows(run_dir: Path) -> list[dict[str, Any]]:
         manifest = _json(path)
         if manifest is None or manifest["kind"] == "beton":
             continue
-        common = where | {"nodes": job.get("nodes", 1), "world_size": manifest["world_size"], "kind": manifest["kind"], "wall_s": manifest["seconds"],
+        common = where | {"nodes": int(run_dir.name.removeprefix("nodes-")), "world_size": manifest["world_size"], "kind": manifest["kind"], "wall_s": manifest["seconds"],
                           "peak_host_mib": _mib(manifest.get("peak_host_bytes")), "peak_gpu_mib": _mib(manifest.get("peak_gpu_bytes"))} | (
                               {"planned_mib": _mib(planned[name])} if name in planned else {})
         timing = _json(path.with_name("timing.json"))
@@ -65,8 +64,8 @@ def problems(run_dir: Path) -> list[str]:
     for marker, text in MARKERS.items():
         if (run_dir / marker).is_file():
             return [*found, text + _last_line(run_dir / marker)]
-    faults = _last_line(run_dir / "logs" / "faults.jsonl")
-    why = f"; the last fault: {json.loads(faults).get('fault')}" if faults else ""
+    fault = _parsed(_last_line(run_dir / "logs" / "faults.jsonl"))
+    why = f"; the last fault: {fault['fault']}" if fault else ""
     return [*found, f"not finished yet{why}"]
 
 
@@ -84,6 +83,14 @@ def _last_line(path: Path) -> str:
 def _json(path: Path) -> Any:
     """None for what is not there or torn."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return _parsed(path.read_text())
+    except OSError:
+        return None
+
+
+def _parsed(text: str) -> Any:
+    """None for what is torn."""
+    try:
+        return json.loads(text)
+    except ValueError:
         return None

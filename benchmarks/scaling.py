@@ -73,7 +73,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run_dirs(folder: Path) -> list[Path]:
-    return sorted((p for p in Path(folder).glob("nodes-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("nodes-")))
+    return sorted((p for p in Path(folder).glob("nodes-*") if p.is_dir() and p.name.removeprefix("nodes-").isdigit()), key=lambda p: int(p.name.removeprefix("nodes-")))
 
 
 def missing(folder: Path) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,8 +57,6 @@ def job_turns(work: Work, rounds: int) -> list[Turn]:
 
 def typical(turns: list[Turn]) -> dict[str, float]:
     """Fields of a row: medians over turns, and the rank that held most memory."""
-    import statistics
-
     return {"wall_s": round(statistics.median(t.wall_s for t in turns), 4), "cpu_s": round(statistics.median(t.cpu_s for t in turns), 4),
             "peak_host_mib": round(max(t.peak_mib for t in turns))}
 

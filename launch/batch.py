@@ -114,6 +114,7 @@ STEPS = r"""
 # A node that died and is back is told a minute late how steps ended that it missed, and a job that was queued again would have steps of the
 # same numbers: slurmctld (22.05) then ends the new ranks. The old numbers are used up by steps that do nothing.
 steps="$RUN/slurm/steps-$SLURM_JOB_ID" used=0
+one_more_step() { used=$((used + 1)); echo $used >"$steps"; }  # before every srun
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -s "$steps" ]; then
   for ((i = $(cat "$steps"); i > 0 && used < 20; i--)); do timeout 20 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true && used=$((used + 1)); done
 fi
@@ -125,7 +126,7 @@ meet() {  # where the ranks of one start find each other
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
   MASTER_PORT=$(ask port)
-  used=$((used + 1)); echo $used >"$steps"  # the step that comes
+  one_more_step
   export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 }
 """.strip()

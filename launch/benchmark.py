@@ -20,6 +20,7 @@ from launch import batch, submission, watch
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "run"  # the config's own stages
 MOST_ROWS = 200_000  # of the made-up features that neighbours and kmeans are timed on
+HARDWARE = ("gpus_per_node", "processes_per_node", "cpus_per_task", "partition", "constraint")  # of a job, besides its number of nodes
 Read = Callable[[argparse.Namespace], Any]
 
 
@@ -196,6 +197,7 @@ def measured(run: Any, wanted: Sequence[str]) -> bool:
     if (run.run_dir / "config.yaml").is_file():
         before = load(run.run_dir / "config.yaml")
         changed = [part for part in ("data", "stages", "seed") if getattr(before, part) != getattr(run, part)]
+        changed += [f"slurm.{part}" for part in HARDWARE if getattr(before.slurm, part) != getattr(run.slurm, part)]
         if changed:
             raise ConfigError(f"'{run.run_dir}' holds a benchmark with other {' and '.join(changed)}, and one page cannot show both; "
                               "give this one another folder with runtime.run_dir=PATH")
@@ -205,8 +207,8 @@ def measured(run: Any, wanted: Sequence[str]) -> bool:
 def text(run: Any, suite: Sequence[Sequence[str]], with_run: bool, folder: Path) -> str:
     """The batch script of one number of nodes."""
     python = run.slurm.python or sys.executable
-    draw = (f'{_alone(run.slurm)} "$PYTHON" -m benchmarks.scaling {shlex.quote(str(folder))} || '
-            f'say "the page could not be drawn here; draw it with: {python} -m benchmarks.scaling {folder}"')
+    command = f"-m benchmarks.scaling {shlex.quote(str(folder))}"
+    draw = f'one_more_step; {_alone(run.slurm)} "$PYTHON" {command} || say {shlex.quote(f"the page could not be drawn here; draw it with: {python} {command}")}'
     return batch.script(run.slurm, run.run_dir, f"{run.name}-{run.slurm.nodes}", sys.executable, ROOT, run.runtime.relaunches, _before(run.slurm, suite, with_run), draw)
 
 
@@ -218,8 +220,11 @@ def _before(options: Any, suite: Sequence[Sequence[str]], with_run: bool) -> str
     """What the job does before the run: write down what the machine is, then the benchmarks; a requeued job keeps the rows it has."""
     ranks = shlex.quote(f'{batch.identity(options)}; exec "$PYTHON" -m "benchmarks.$0" "$@"')
     return f"""
-mkdir -p "$RUN/rows" "$RUN/work"
-[ -s "$RUN/facts.json" ] || {{ {_alone(options)} "$PYTHON" -m benchmarks.rows >"$RUN/facts.part" && mv "$RUN/facts.part" "$RUN/facts.json"; }}
+rm -rf "$RUN/work"; mkdir -p "$RUN/rows" "$RUN/work"  # a start that was cut off may have left half a table
+[ -s "$RUN/facts.json" ] || {{
+  one_more_step
+  if {_alone(options)} "$PYTHON" -m benchmarks.rows >"$RUN/facts.part"; then mv "$RUN/facts.part" "$RUN/facts.json"; else say "the page will not say what machine this is"; fi
+}}
 measure() {{  # its rows into the run folder; one that fails is said, and ends nothing
   [ -e "$RUN/rows/$1.jsonl" ] && return
   meet; say "benchmark $*"

@@ -79,7 +79,7 @@ def named(argv: list[str]) -> list[str]:
     """`--benchmark CONFIG` means `--benchmark run CONFIG`: what stands after it are names unless it looks like something else."""
     at = argv.index("--benchmark") if "--benchmark" in argv else len(argv)
     after = "".join(argv[at + 1:at + 2])
-    plain = re.fullmatch(r"[A-Za-z_,]+", after) and not Path(after).exists()
+    plain = re.fullmatch(r"[A-Za-z0-9_,]+", after) and not Path(after).exists()
     return argv if at == len(argv) or plain else [*argv[:at + 1], "run", *argv[at + 1:]]
 
 

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
 def run_dirs(folder: Path) -> list[Path]:
     """The folder itself when it is a run's; those of a benchmark, fewest nodes first."""
     if (folder / BENCHMARK).is_file():
-        return sorted((p.parent for p in folder.glob("nodes-*/config.yaml")), key=lambda p: int(p.name.removeprefix("nodes-")))
+        return sorted((p.parent for p in folder.glob("nodes-[0-9]*/config.yaml")), key=lambda p: int(p.name.removeprefix("nodes-")))
     return [folder] if (folder / "config.yaml").is_file() else []
 
 
