@@ -71,6 +71,29 @@ def test_every_number_of_nodes_gets_a_job_of_its_own(capsys, tmp_path):
     assert '>"$RUN/DONE"; exit 0' in alone and subprocess.run(["bash", "-n"], input=alone, text=True).returncode == 0
 
 
+def test_every_srun_of_a_benchmark_job_is_counted(tmp_path):
+    """A job that is queued again must begin behind all its old steps, also those that only measured (launch/batch.py). Rows of what failed
+    are measured again, others are kept."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, line in {"srun": f'echo x >>{tmp_path}/sruns; [ "${{@: -1}}" = broken ] && exit 3; echo "{{}}"', "scontrol": "true", "flock": "true", "env": "true"}.items():
+        tools.joinpath(name).write_text(f"#!/bin/bash\n{line}\n")
+        tools.joinpath(name).chmod(0o755)
+    run = load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1"])
+    script = benchmark.text(run, [["step", "x"], ["heads", "broken"]], False, tmp_path / "it's $HOME")
+    folder = tmp_path / "nodes-1"
+    (folder / "slurm").mkdir(parents=True)
+    for again in (False, True):
+        (folder / "work" / "half").mkdir(parents=True)
+        (tmp_path / "sruns").unlink(missing_ok=True)
+        said = subprocess.run(["bash"], input=script.replace("python", "true"), text=True, capture_output=True, timeout=60,
+                              env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"})
+        assert said.returncode == 0 and "benchmark heads: failed" in said.stdout, said
+        assert int((folder / "slurm" / "steps-7").read_text()) == len((tmp_path / "sruns").read_text().split()) == (2 if again else 4)
+        assert [p.name for p in sorted((folder / "rows").glob("*.jsonl"))] == ["step.jsonl"] and (folder / "DONE").exists() and not (folder / "work").exists()
+        assert json.loads((folder / "facts.json").read_text()) == {}
+
+
 def left(folder: Path, nodes: int, per_image: dict[str, float], late_s: float = 0.0) -> Path:
     """A run folder as a job on so many nodes leaves it: 300 steps of 256 images, the last rank later than the others."""
     run_dir, seconds = folder / f"nodes-{nodes}", np.zeros((nodes, len(NAMES)))
@@ -154,5 +177,7 @@ def test_figures_of_other_settings_are_not_mixed_in(tmp_path):
     assert not benchmark.measured(run, ["run"])
     (tmp_path / "nodes-1" / "DONE").write_text("now")
     assert benchmark.measured(run, ["run"]) and not benchmark.measured(run, ["run", "step"])
+    with pytest.raises(ConfigError, match="other slurm.cpus_per_task"):
+        benchmark.measured(load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1", "slurm.cpus_per_task=8"]), ["run"])
     with pytest.raises(ConfigError, match="other stages"):
         benchmark.measured(load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1", "stages.pretext.epochs=3"]), ["run"])
