@@ -79,11 +79,12 @@ def ours(path: Path, size: int, views: int) -> tuple[Callable[[int], None], floa
 def over_ranks(args: argparse.Namespace) -> None:
     """Every rank of the job cuts its share of the images of one file in --folder, on all its cores."""
     from dist_scan.world.collectives import barrier
+    from dist_scan.world.world import cores
 
     config = DataConfig(train=SplitConfig(source=args.source, limit=args.images), stored=args.stored[0], resolution=args.resolution[0], size=args.size)
     path = args.folder / "loader.beton"
     with job_world() as world:
-        workers = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+        workers = cores(world)
         if world.rank == 0:
             args.folder.mkdir(parents=True, exist_ok=True)
             write_beton(open_source(config.train), path, config, workers, show=False)

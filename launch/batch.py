@@ -60,7 +60,8 @@ def rank_line(options: SlurmConfig) -> str:
 
 def identity(options: SlurmConfig) -> str:
     """Who a task is."""
-    return f"export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={options.tasks_per_node}"
+    cores = f" CORES_PER_RANK={options.cpus_per_task}" if options.cpus_per_task else ""
+    return f"export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={options.tasks_per_node}{cores}"
 
 
 def script(options: SlurmConfig, run_dir: Path, name: str, python: str, root: Path, relaunches: int, before: str = "", after: str = "") -> str:

@@ -21,7 +21,7 @@ from dist_scan.engine.verdict import Setting, Verdict, judge, summary_lines, tab
 from dist_scan.methods.base import Method
 from dist_scan.sections import NAMES, Clock, use_clock
 from dist_scan.world.collectives import all_rows, gather_objects
-from dist_scan.world.world import World, current
+from dist_scan.world.world import World, cores, current
 
 EVERY = 50  # steps between two rows; each costs one small gather
 TRACED = 10  # steps in a trace; tracing slows what it looks at, so they are left out of the figures
@@ -31,9 +31,9 @@ FILE = "timing.json"
 
 def setting_of(run: RunConfig, world: World, global_batch: int, on_features: bool) -> Setting:
     """What the verdict on a training of this run needs to know."""
-    cores = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+    most = cores(world)
     data = ("", 0, 0) if on_features else (run.data.stored, run.data.resolution, run.data.size)
-    return Setting(global_batch, world.world_size, world.device.type, cores, min(run.runtime.workers or cores, cores), *data)
+    return Setting(global_batch, world.world_size, world.device.type, most, min(run.runtime.workers or most, most), *data)
 
 
 class Timing:

@@ -33,6 +33,14 @@ def current() -> World:
     return _current
 
 
+def cores(world: World) -> int:
+    """Cores for this rank's threads. Slurm binds a task to its own when it was told how many (the launcher says so in CORES_PER_RANK):
+    to divide those by the ranks of the node once more would leave one loader thread of twelve. Elsewhere the ranks here share all."""
+    mine = len(os.sched_getaffinity(0))
+    told = int(os.environ.get("CORES_PER_RANK", 0))
+    return min(told, mine) if told else max(1, mine // world.local_world_size)
+
+
 def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

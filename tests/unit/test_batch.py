@@ -39,6 +39,22 @@ def test_the_script_is_shell_whatever_the_names_hold():
     assert "ask decide \"$RUN\" \"$mark\" $start 7" in text
 
 
+def test_a_rank_has_the_cores_that_slurm_gave_it_or_its_part_of_all(monkeypatch):
+    """Bound to 12 cores by srun, a rank of eight must not take a further eighth of them."""
+    from dist_scan.world.world import World, cores
+
+    said = subprocess.run(["bash", "-c", f"{batch.identity(SlurmConfig(gpus_per_node=8, cpus_per_task=12))}; echo $LOCAL_WORLD_SIZE $CORES_PER_RANK"],
+                          capture_output=True, text=True, env={"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"})
+    assert said.stdout == "8 12\n" and "CORES" not in batch.identity(SlurmConfig(gpus_per_node=8))
+    place = World(local_world_size=8)
+    for bound, told, expected in ((12, "12", 12), (96, None, 12), (96, "12", 12), (4, "12", 4), (3, None, 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, bound=bound: set(range(bound)))
+        monkeypatch.delenv("CORES_PER_RANK", raising=False)
+        if told:
+            monkeypatch.setenv("CORES_PER_RANK", told)
+        assert cores(place) == expected
+
+
 @pytest.mark.parametrize(("field", "value"), [("time", "two days"), ("nodes", 0), ("setup", ("a\nb",)), ("partition", " "), ("nodez", 1),
                                              ("sbatch", {"array": "1-2"}), ("sbatch", {"gpus_per": 1}), ("srun", {"a": "b\nc"}), ("time", "2")])
 def test_bad_settings_are_refused(field, value):
