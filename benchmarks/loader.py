@@ -4,7 +4,8 @@
     python -m benchmarks.loader FOLDER_OF_IMAGES --compare --views 1 2 --resolution 224 256 384 --stored jpeg raw original
     srun ... python -m benchmarks.loader SOURCE --folder SHARED     # all ranks of a job, each with all its cores: images/s together
 
---compare runs torchvision's PIL pipeline on the same stored JPEGs, interleaved with ours; `speedup` is the median over rounds.
+--compare runs torchvision's PIL pipeline in turns with ours, on the same stored JPEGs (`speedup`: median over rounds) and on the source's own
+files (`speedup_to_source`), as one would without storing anything. Files lie in memory for both: no disk is measured.
 """
 from __future__ import annotations
 
@@ -32,14 +33,17 @@ NEEDS = "data:imagenet-samples"
 QUICK = ["--rounds", "3"]
 
 
-def peer(path: Path, size: int, views: int) -> Callable[[int], None]:
-    """torchvision on Pillow, from the JPEGs that lie in a .beton."""
+def stored_files(path: Path) -> list[bytes]:
+    """The JPEGs that lie in a .beton."""
+    tables, data = check_beton(path), path.read_bytes()
+    return [data[s:s + n] for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())]
+
+
+def peer(files: list[bytes], size: int, views: int) -> Callable[[int], None]:
+    """torchvision's ImageFolder and DataLoader but for the reading: Pillow and torchvision's transforms, from files in memory."""
     from PIL import Image
     from torchvision import transforms as T
 
-    tables = check_beton(path)
-    data = path.read_bytes()
-    files = [data[s:s + n] for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())]
     cut = T.Compose([T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomHorizontalFlip(), T.PILToTensor()])
 
     class Views(torch.utils.data.Dataset):
@@ -114,7 +118,9 @@ def measure(args: argparse.Namespace, resolution: int, views: int) -> None:
             if kind in args.stored:
                 rows[kind], first[kind] = ours(path, args.size, views)
         if args.compare:
-            rows["torchvision"] = peer(Path(folder) / "jpeg.beton", args.size, views)
+            source = open_source(SplitConfig(source=args.source))
+            rows["torchvision"] = peer(stored_files(Path(folder) / "jpeg.beton"), args.size, views)
+            rows["torchvision on the source"] = peer([image.data for image in source.read(range(len(source)))], args.size, views)
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for epoch in range(args.rounds + 1):
             for name, run in rows.items():
@@ -129,6 +135,7 @@ def measure(args: argparse.Namespace, resolution: int, views: int) -> None:
             row["first_batch_s"] = round(first[name], 2)
         if args.compare:
             row |= spread(np.array(seconds["torchvision"][1:]) / times, "speedup")
+            row |= spread(np.array(seconds["torchvision on the source"][1:]) / times, "speedup_to_source")
         emit(row)
 
 

@@ -41,6 +41,8 @@ def _slurm_rank() -> bool:
     nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"),
                LOCAL_WORLD_SIZE=str(int(env["SLURM_NTASKS"]) // nodes))
+    if "SLURM_CPUS_PER_TASK" in env:
+        env.setdefault("CORES_PER_RANK", env["SLURM_CPUS_PER_TASK"])
     env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(20000 + (7 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % 12000))
     return True
