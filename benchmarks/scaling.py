@@ -26,10 +26,11 @@ STYLE = """:root{--page:#f7f6f3;--card:#fff;--ink:#22262a;--soft:#6a7076;--line:
 @media(prefers-color-scheme:dark){:root{--page:#14171a;--card:#1c2024;--ink:#e4e6e8;--soft:#99a1a8;--line:#2d3338;--accent:#5fb9b6}}
 body{margin:0 auto;max-width:1040px;padding:36px 24px;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
 .soft{color:var(--soft);font-size:13.5px}.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin:14px 0;
-display:grid;grid-template-columns:300px 1fr;gap:26px;overflow-x:auto}@media(max-width:700px){.card{grid-template-columns:1fr}}
+display:grid;grid-template-columns:300px minmax(0,1fr);gap:12px 26px}.card>*{min-width:0;overflow-x:auto}
+@media(max-width:700px){.card{grid-template-columns:minmax(0,1fr)}}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th{font-weight:500;font-size:12.5px;color:var(--soft)}
-th,td{text-align:right;padding:6px 10px;border-top:1px solid var(--line);white-space:nowrap}th{border:0}td:first-child,th:first-child{text-align:left}
-.wide{grid-column:1/-1}p{margin:8px 0 0}
+th,td{text-align:right;padding:6px 8px;border-top:1px solid var(--line);white-space:nowrap}th{border:0}td:first-child,th:first-child{text-align:left}
+.wide{grid-column:1/-1}p{margin:4px 0 0}
 h1{font-size:30px;margin:0 0 4px}h2{font-size:19px;margin:34px 0 2px}svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}"""
 
 
@@ -118,30 +119,31 @@ def _curve(benchmark: str, identity: tuple, by_nodes: Mapping[int, Mapping[str, 
 
 def chart(curve: Curve) -> str:
     """Speed-up over nodes against the dashed line of what would be linear (or flat), as SVG."""
-    width, height, left, bottom = 300, 190, 34, 26
+    width, height, left, top, bottom = 300, 190, 34, 24, 26
     most_x = max(p.nodes for p in curve.points)
     most_y = max(1.0 if curve.flat else float(most_x), *(p.speedup for p in curve.points)) * 1.05
 
     def at(x: float, y: float) -> str:
-        return f"{left + (width - left - 10) * x / most_x:.1f},{height - bottom - (height - bottom - 10) * y / most_y:.1f}"
+        return f"{left + (width - left - 10) * x / most_x:.1f},{height - bottom - (height - bottom - top) * y / most_y:.1f}"
 
     ideal = [(0, 1), (most_x, 1)] if curve.flat else [(0, 0), (most_x, most_x)]
     marks = "".join('<circle cx="{}" cy="{}" r="3.5" fill="var(--accent)"/>'.format(*at(p.nodes, p.speedup).split(",")) for p in curve.points)
     ticks = "".join('<text x="{}" y="{}" text-anchor="middle">{}</text>'.format(at(p.nodes, 0).split(",")[0], height - 10, p.nodes) for p in curve.points)
     side = "".join('<text x="{}" y="{}" text-anchor="end">{:g}</text>'.format(left - 6, float(at(0, y).split(",")[1]) + 4, y)
                    for y in ([1] if curve.flat else sorted({p.nodes for p in curve.points})))
+    titles = f'<text x="0" y="12">{"rate over that of the fewest" if curve.flat else "speed-up"}</text><text x="0" y="{height - 10}">nodes</text>'
     line = " ".join(at(p.nodes, p.speedup) for p in curve.points)
     return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="speed-up by nodes"><polyline points="{at(0, 0)} {at(most_x, 0)}" '
             f'fill="none" stroke="var(--line)"/><polyline points="{" ".join(at(*p) for p in ideal)}" fill="none" stroke="var(--soft)" '
-            f'stroke-dasharray="4 4"/><polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>{marks}{ticks}{side}</svg>')
+            f'stroke-dasharray="4 4"/><polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>{marks}{ticks}{side}{titles}</svg>')
 
 
 def worst(row: Mapping[str, Any]) -> str:
-    """'rank 3 on n7, 12 % behind' when the row says so."""
+    """'4 nodes: rank 3 on n7, 12% behind the median' when the row says so."""
     if row.get("worst_rank") is None:
-        return "-"
+        return ""
     where = f" on {row['worst_host']}" if row.get("worst_host") else ""
-    return f"rank {row['worst_rank']}{where}, {100 * row.get('worst_behind', 0):.0f} % behind"
+    return f"{row['nodes']} node{'s' * (row['nodes'] > 1)}: rank {row['worst_rank']}{where}, {row.get('worst_behind', 0):.0%} behind the median"
 
 
 def lost(curve: Curve) -> str:
@@ -163,14 +165,13 @@ def _rates(curve: Curve) -> str:
     seconds = curve.unit == "runs_per_s"
     extra = {"host memory": "peak_host_mib", "GPU memory": "peak_gpu_mib", "planned": "planned_mib", "first step": "first_step_s"}
     shown = {head: key for head, key in extra.items() if any(p.row.get(key) for p in curve.points)}
-    ranked = any(p.row.get("worst_rank") is not None for p in curve.points)
     lines = []
     for p in curve.points:
         rate = f"{1 / p.rate:,.4g}" if seconds else f"{p.rate:,.4g}" if p.rate < 1000 else f"{p.rate:,.0f}"
         cells = [str(p.nodes), rate, "-" if curve.flat else f"{p.speedup:.2f}", f"{p.efficiency:.0%}"]
         cells += ["-" if p.row.get(key) is None else f"{p.row[key]:,} MiB" if key.endswith("mib") else f"{p.row[key]:.1f} s" for key in shown.values()]
-        lines.append(cells + ([worst(p.row)] if ranked else []))
-    heads = ["nodes", "seconds" if seconds else curve.unit.replace("_", " "), "speed-up", "efficiency", *shown, *(["worst rank"] if ranked else [])]
+        lines.append(cells)
+    heads = ["nodes", "seconds" if seconds else curve.unit.replace("_", " "), "speed-up", "efficiency", *shown]
     return "<table>" + _line(heads, "th") + "".join(_line(cells, "td") for cells in lines) + "</table>"
 
 
@@ -182,7 +183,7 @@ def _sections(curve: Curve) -> str:
     names = [name for name in ORDER if any(p.row["sections"].get(name, 0) >= 0.005 for p in timed)]
     rows = [[str(p.nodes), *(f"{p.row['sections'].get(name, 0):.1%}" for name in names),
              f"{sum(share for name, share in p.row['sections'].items() if name not in names):.1%}"] for p in timed]
-    heads = ["nodes", *(name.replace("_", " ") for name in names), "rest"]
+    heads = ["nodes", *(name.replace("_", "-" if name == "all_reduce" else " ") for name in names), "rest"]
     return '<div class="wide"><table>' + _line(heads, "th") + "".join(_line(cells, "td") for cells in rows) + "</table></div>"
 
 
@@ -190,7 +191,8 @@ ORDER = ("data_wait", "copy", "augmentation", "forward", "backward", "all_reduce
 
 
 def _words(curve: Curve) -> str:
-    said = [lost(curve), *(f"{p.nodes} node{'s' * (p.nodes > 1)}: {p.row['verdict']}" for p in curve.points if p.row.get("verdict"))]
+    slow = "; ".join(filter(None, (worst(p.row) for p in curve.points)))
+    said = [lost(curve), f"The rank whose own work takes longest: {slow}." if slow else "", *(f"{p.nodes} node{'s' * (p.nodes > 1)}: {p.row['verdict']}" for p in curve.points if p.row.get("verdict"))]
     return "".join(f'<p class="wide">{html.escape(text)}</p>' for text in said if text)
 
 

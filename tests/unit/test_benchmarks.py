@@ -80,7 +80,7 @@ def test_the_page_stands_alone_names_the_worst_rank_and_escapes(tmp_path):
     (tmp_path / "array" / "2" / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + 'noise\n{"torn": ')
     assert len(collect(tmp_path)) == 3 and draw(tmp_path, tmp_path / "page.html") == 3
     text = (tmp_path / "page.html").read_text()
-    assert "rank 3 on &lt;n7&gt;, 12 % behind" in text and "100%" in text and "<svg" in text and "http" not in text
+    assert "4 nodes: rank 3 on &lt;n7&gt;, 12% behind the median" in text and "100%" in text and "<svg" in text and "http" not in text
     HTMLParser().feed(text)
     with pytest.raises(ValueError, match="no rows to draw"):
         page([{"benchmark": "x", "nodes": 1}])
