@@ -38,6 +38,8 @@ class Progress:
         self.live = self.stream.isatty()
         self.started = time.monotonic()
         self.first, self.next_print, self.next_copy, self.note = done, 0.0, 0.0, ""
+        self.printed: int | None = None
+        self.copied: int | None = None
 
     def __enter__(self) -> "Progress":
         if self.watch is not None:
@@ -74,13 +76,16 @@ class Progress:
         return f"{self.name}: {self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.3g}/s, {rest}{'  ' + self.note if self.note else ''}"
 
     def _print(self, last: bool = False) -> None:
+        """A live line is written over; a plain one stands, so the last is not said again when the one before it said as much."""
         if not self.enabled:
             return
-        end = "\n" if last or not self.live else ""
-        line = self.line()
-        self.stream.write(("\r\x1b[K" if self.live else "") + line + end)
+        line, now = self.line(), time.monotonic()
+        if self.live:
+            self.stream.write("\r\x1b[K" + line + "\n" * last)
+        elif self.printed != self.done:
+            self.stream.write(line + "\n")
+            self.printed = self.done
         self.stream.flush()
-        now = time.monotonic()
-        if self.copy_to is not None and (last or now >= self.next_copy):
-            self.next_copy = now + 10.0
+        if self.copy_to is not None and self.copied != self.done and (last or now >= self.next_copy):
+            self.next_copy, self.copied = now + 10.0, self.done
             self.copy_to.write(time.strftime("%H:%M:%S ") + line + "\n")

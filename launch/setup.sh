@@ -37,9 +37,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/python ] || { echo "setup: making .venv, and fetching uv, which installs the rest"; "$python" -m venv .venv; }
 .venv/bin/python -m pip install -q --disable-pip-version-check uv
-echo "setup: installing dist_scan and what it needs into .venv (several GB the first time)"
+echo "setup: installing dist_scan and what it needs into .venv (8 GB of disk the first time)"
 VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q -e '.[test]'
 touch .venv/.ready
 echo "setup: done"

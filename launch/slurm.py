@@ -85,6 +85,7 @@ def named(argv: list[str]) -> list[str]:
 
 def read(args: argparse.Namespace):
     """The validated RunConfig with the flags in its `slurm:` block. Raises ConfigError; looks at the data unless told not to."""
+    print(f"reading {args.config}" + " and looking at its images" * (not args.no_data_check and not args.images), file=sys.stderr, flush=True)  # seconds of imports
     from dist_scan.config import load
     from dist_scan.pipeline import preflight
     from dist_scan.settings import ConfigError, SlurmConfig

@@ -1,6 +1,7 @@
 """Embedding a set of images: every image becomes V rows of a feature table, shard by shard, by all ranks."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,3 +62,12 @@ def checked(network: nn.Module) -> nn.Module:
     if agree(bool(bad)):
         raise ValueError(f"the backbone has weights that are no numbers ({', '.join(bad[:3])}); train it again with a lower learning rate")
     return network
+
+
+def digest(network: nn.Module) -> str:
+    """sha256 over a network's weights and statistics: two with the same embed the same."""
+    found = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.dim() else str(value.item()).encode())
+    return found.hexdigest()

@@ -237,12 +237,12 @@ class TrainStage(Stage):
         return held_out_images(loader, recipes[0], anchors, ids, c.world)
 
     def _embed(self, network: torch.nn.Module, recipe: str | int = "center", num_shards: int = 16, name: str = "embed") -> FeatureTable:
-        """For methods whose whole-set moment needs features of every image: made afresh at each call. recipe: a name, or which of the
-        stage's own."""
+        """For methods whose whole-set moment needs features of every image: made afresh at each call, but for the shards that a start
+        which was asked to leave has made of the same weights. recipe: a name, or which of the stage's own."""
         import shutil
 
-        from dist_scan.artefacts import WORK
-        from dist_scan.engine.embed import embed_images
+        from dist_scan.artefacts import WORK, fingerprint, write_text
+        from dist_scan.engine.embed import digest, embed_images
         from dist_scan.engine.images import open_images
         from dist_scan.stages.beton import beton_path
 
@@ -250,7 +250,11 @@ class TrainStage(Stage):
         chosen = RecipeConfig(name=recipe) if isinstance(recipe, str) else self._recipes()[recipe]
         folder = c.out / WORK / name
         if c.world.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            mark, made_of = fingerprint(chosen.model_dump(mode="json"), num_shards, digest(network)), folder / "made_of"
+            if not made_of.exists() or made_of.read_text() != mark:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                write_text(made_of, mark)
         barrier()
         loader, recipes = open_images(beton_path(c.inputs["images"]), (chosen,), 256, c.run, c.world)
         return embed_images(network, loader, recipes, folder, network.num_features, num_shards, c.run.seed, c.world, c.stop,

@@ -15,9 +15,9 @@ STOPPED = 128 + 12
 STAGES = PRETEXT + LONG
 
 
-def shards(run: Run, stage: str) -> dict[str, int]:
+def shards(run: Run, stage: str, inside: str = ".") -> dict[str, int]:
     """The finished shards of a stage's table, each with the moment it was written."""
-    return {p.name: p.stat().st_mtime_ns for p in run.folder.glob(f"stages/{stage}/*/*-[0-9]*.npy") if not p.name.startswith(".tmp")}
+    return {p.name: p.stat().st_mtime_ns for p in run.folder.glob(f"stages/{stage}/*/{inside}/*-[0-9]*.npy") if not p.name.startswith(".tmp")}
 
 
 def tables(done: Ended) -> dict[str, bytes]:
@@ -34,9 +34,10 @@ def test_row_12_asked_to_leave_inside_begin_epoch_embed_and_kmeans(tmp_path):
 
     run = Run(tmp_path / "asked", STAGES)
     assert run(step, **more, faults=[{"kind": "signal", "rank": 1, "at": "shard", "step": 4}]).code == STOPPED  # the second epoch's begin_epoch
-    assert run(step, **more, faults=[{"kind": "signal", "rank": 1, "at": "shard", "step": 4}]).code == STOPPED  # 3 of that again, then the embed stage
+    assert len(shards(run, "pretext", "work/embed")) == 4, "of six: the round in which it was asked is finished"
+    assert run(step, **more, faults=[{"kind": "signal", "rank": 1, "at": "shard", "step": 2}]).code == STOPPED  # one left of that, then the embed stage
     embedded = shards(run, "features")
-    assert len(embedded) == 4, "of six: the round in which it was asked is finished"
+    assert len(embedded) == 4, "of six; fewer, if shards of begin_epoch had been made again"
     assert run(step, **more, faults=[{"kind": "signal", "rank": 0, "at": "iteration", "step": 1}]).code == STOPPED
     assert embedded.items() <= shards(run, "features").items(), "a finished shard was made again"
     done = run(step, **more)
