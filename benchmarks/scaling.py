@@ -97,13 +97,14 @@ def rate_of(row: Mapping[str, Any]) -> tuple[float, str] | None:
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """Rows that differ only in the number of nodes, as curves. Of two equal ones the later date counts."""
+    """Rows that differ only in the number of nodes, as curves: by benchmark, then in the order in which they were measured. Of two equal ones
+    the later date counts."""
     groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda r: str(r.get("date", ""))):
         if rate_of(row) is not None:
             key = (row["benchmark"], tuple((k, row[k]) for k in IDENTITY if k in row))
             groups.setdefault(key, {})[int(row["nodes"])] = row
-    return [_curve(key[0], key[1], by_nodes) for key, by_nodes in sorted(groups.items(), key=lambda g: (g[0][0] not in FIRST, str(g[0])))]
+    return [_curve(key[0], key[1], by_nodes) for key, by_nodes in sorted(groups.items(), key=lambda g: (g[0][0] not in FIRST, g[0][0]))]
 
 
 def _curve(benchmark: str, identity: tuple, by_nodes: Mapping[int, Mapping[str, Any]]) -> Curve:
@@ -114,7 +115,15 @@ def _curve(benchmark: str, identity: tuple, by_nodes: Mapping[int, Mapping[str, 
         rate = rate_of(row)[0]
         speedup = rate / base * (1 if unit in FLAT else fewest)
         points.append(Point(nodes, rate, speedup, speedup if unit in FLAT else speedup / nodes, row))
-    return Curve(benchmark, ", ".join(str(v) if k == "row" else f"{k} {v}" for k, v in identity), unit, unit in FLAT, tuple(points))
+    return Curve(benchmark, ", ".join(size(v) if k == "row" else f"{k} {v}" for k, v in identity), unit, unit in FLAT, tuple(points))
+
+
+def size(row: str | int) -> str:
+    """A row's name; a number is a message's size in bytes."""
+    if isinstance(row, str):
+        return row
+    power = min(max(row.bit_length() - 1, 0) // 10, 3)
+    return f"{row / 2 ** (10 * power):.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def chart(curve: Curve) -> str:
@@ -167,11 +176,11 @@ def _rates(curve: Curve) -> str:
     shown = {head: key for head, key in extra.items() if any(p.row.get(key) for p in curve.points)}
     lines = []
     for p in curve.points:
-        rate = f"{1 / p.rate:,.4g}" if seconds else f"{p.rate:,.4g}" if p.rate < 1000 else f"{p.rate:,.0f}"
-        cells = [str(p.nodes), rate, "-" if curve.flat else f"{p.speedup:.2f}", f"{p.efficiency:.0%}"]
+        rate = 1 / p.rate if seconds else p.rate / 1e6 if curve.unit == "bytes_per_s" else p.rate
+        cells = [str(p.nodes), f"{rate:,.4g}" if rate < 1000 else f"{rate:,.0f}", "-" if curve.flat else f"{p.speedup:.2f}", f"{p.efficiency:.0%}"]
         cells += ["-" if p.row.get(key) is None else f"{p.row[key]:,} MiB" if key.endswith("mib") else f"{p.row[key]:.1f} s" for key in shown.values()]
         lines.append(cells)
-    heads = ["nodes", "seconds" if seconds else curve.unit.replace("_", " "), "speed-up", "efficiency", *shown]
+    heads = ["nodes", "seconds" if seconds else curve.unit.replace("_", " ").replace("bytes", "MB"), "speed-up", "efficiency", *shown]
     return "<table>" + _line(heads, "th") + "".join(_line(cells, "td") for cells in lines) + "</table>"
 
 
@@ -215,7 +224,8 @@ def page(rows: Sequence[Mapping[str, Any]], title: str = "Scaling", absent: Mapp
     for i, curve in enumerate(drawn):
         if i == 0 or drawn[i - 1].benchmark != curve.benchmark:
             body.append(f"<h2>{html.escape(curve.benchmark)}</h2>")
-        body.append(f'<div class="soft">{html.escape(curve.label)}</div><div class="card"><div>{chart(curve)}</div><div>{_rates(curve)}</div>'
+        drawing = f"<div>{chart(curve)}</div><div>" if len(curve.points) > 1 else '<div class="wide">'
+        body.append(f'<div class="soft">{html.escape(curve.label)}</div><div class="card">{drawing}{_rates(curve)}</div>'
                     f"{_sections(curve)}{_words(curve)}</div>")
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"

@@ -68,7 +68,12 @@ def test_scaling_is_counted_from_the_fewest_nodes():
     (curve,) = curves([row(4, 3000), row(2, 1800), row(2, 1, date="2025")])
     assert [(p.nodes, p.speedup, p.efficiency) for p in curve.points] == [(2, 2.0, 1.0), (4, pytest.approx(3000 / 900), pytest.approx(3000 / 3600))]
     (flat,) = curves([{"benchmark": "allreduce", "row": 4096, "nodes": n, "bytes_per_s": r} for n, r in ((1, 100), (4, 80))])
-    assert flat.flat and flat.points[1].efficiency == 0.8
+    assert flat.flat and flat.points[1].efficiency == 0.8 and flat.label == "4 KiB"
+    sizes = (4096, 78496, 2**20, 3)
+    several = curves([{"benchmark": "allreduce", "row": n, "nodes": 2, "bytes_per_s": 2.5e9} for n in sizes])
+    assert [c.label for c in several] == ["4 KiB", "76.66 KiB", "1 MiB", "3 bytes"], "in the order in which they were measured"
+    alone = page([{"benchmark": "allreduce", "row": 4096, "nodes": 2, "bytes_per_s": 2.5e9}])
+    assert "MB per s" in alone and "2,500" in alone and "<svg" not in alone, "one point is no curve"
     (seconds,) = curves([{"benchmark": "kmeans", "row": "a", "nodes": n, "wall_s": s} for n, s in ((1, 8.0), (2, 5.0))])
     assert seconds.points[1].speedup == 1.6
 
