@@ -28,7 +28,7 @@ from dist_scan.engine.stop import Stop
 from dist_scan.pipeline import Pipeline
 from dist_scan.world.world import current
 
-QUICK = ["--seeds", "1", "--views", "1", "2", "--epochs", "2", "data.train.limit=300", "stages.pretext.epochs=1", "stages.pretext.network.width=8"]
+QUICK = ["--seeds", "1", "--views", "1", "2", "--epochs", "2", "--batch", "60", "data.train.limit=300", "stages.pretext.epochs=1", "stages.pretext.network.width=8"]
 KEPT = ("pretext", "features", "neighbours")  # of the config; the rest is ours
 SCORES = ("acc", "nmi", "ari", "consensus_acc", "mean_head_acc", "held_out_loss")
 
@@ -121,8 +121,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--heads", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dir", help="where the runs are kept: the same command goes on there when it was stopped (default: nothing is kept)")
