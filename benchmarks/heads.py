@@ -9,10 +9,10 @@ Under srun or torchrun (RANK is set) the ranks share --batch images of --dim fea
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.rows import emit
 from benchmarks.turns import job_turns, job_world, typical
 from dist_scan.engine.precision import peak_memory, set_determinism
-from dist_scan.head_step import entropy_and_slope, means_of, open_head
+from dist_scan.head_loops import LoopHead
+from dist_scan.head_step import entropy_and_slope, means_of
 from dist_scan.losses import scan_heads_loss, scan_loss_released
 from dist_scan.models.layers import ClusterHeads
 
@@ -66,23 +67,29 @@ def steps(batch: int, clusters: int, dim: int, device: torch.device) -> tuple[di
     return {"ours": ours, "published_loop": published, "bare_products": bare}, held
 
 
-def losses(batch: int, clusters: int, device: torch.device) -> dict[str, Run]:
-    """Loss and gradient by the logits of one head, HEADS times."""
+def losses(batch: int, clusters: int, device: torch.device) -> tuple[dict[str, Run], Run]:
+    """Loss and gradient by the logits of one head; and what is done before each run: ours takes the logits' place."""
     given = torch.randn(2, batch, clusters, device=device) * 3
-    work = torch.empty_like(given)
+    work, bias = torch.empty_like(given).view(2 * batch, clusters), torch.zeros(clusters, device=device)
+
+    def before() -> None:
+        work.copy_(given.view(2 * batch, clusters))
 
     def ours() -> None:
-        for _ in range(HEADS):
-            head = open_head(work.copy_(given).view(2 * batch, clusters), batch, lambda rows: (given[0, rows], given[1, rows]))
-            means, _ = means_of([head.anchor_sum()], batch)
-            head.to_gradients_(entropy_and_slope(means[0], WEIGHT)[1])
+        if device.type == "cpu":
+            head: Any = LoopHead(work, bias, batch, lambda rows: (given[0, rows], given[1, rows]))
+        else:
+            from dist_scan.head_kernel import KernelHead
+
+            head = KernelHead(work, batch)
+        means, count = means_of([head.anchor_sum()], batch)
+        head.to_gradients_(entropy_and_slope(means[0], WEIGHT)[1], 1 / count)
 
     def published() -> None:
-        for _ in range(HEADS):
-            a, n = (x[None].detach().requires_grad_() for x in given)
-            scan_loss_released(a, n, WEIGHT).total.sum().backward()
+        a, n = (x[None].detach().requires_grad_() for x in given)
+        scan_loss_released(a, n, WEIGHT).total.sum().backward()
 
-    return {"ours": ours, "published_loop": published}
+    return {"ours": ours, "published_loop": published}, before
 
 
 def clock(device: torch.device) -> float:
@@ -93,11 +100,12 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Seconds [rounds] of each, in turns; the first round warms up."""
+def timed(runs: dict[str, Run], rounds: int, device: torch.device, before: Run = lambda: None) -> dict[str, np.ndarray]:
+    """Seconds [rounds] of each, in turns; the first round warms up. What is done `before` each is not counted."""
     out: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
+            before()
             began = clock(device)
             run()
             out[name].append(clock(device) - began)
@@ -143,14 +151,15 @@ def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> No
     (runs, held), name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
     seconds = timed(runs, rounds, device)
     for row, values in seconds.items():
-        print(json.dumps({"row": row, **name, "ms": round(1000 * float(np.median(values)), 1),
+        emit({"row": row, **name, "ms": round(1000 * float(np.median(values)), 1),
                           "ratio_to_loop": round(float(np.median(values / seconds["published_loop"])), 3),
                           "ratio_to_bare": round(float(np.median(values / seconds["bare_products"])), 3),
-                          "peak_mib": memory(runs[row], *held[row]) if row in held else None}), flush=True)
-    alone = timed(losses(batch, clusters, device), rounds, device)
-    print(json.dumps({"row": "loss_only", **name, "ms": round(1000 * float(np.median(alone["ours"])), 1),
+                          "peak_mib": memory(runs[row], *held[row]) if row in held else None})
+    alone_runs, before = losses(batch, clusters, device)
+    alone = timed(alone_runs, HEADS * rounds, device, before)
+    emit({"row": "loss_only", **name, "ms": round(1000 * float(np.median(alone["ours"])), 1),
                       "published_ms": round(1000 * float(np.median(alone["published_loop"])), 1),
-                      "times_cheaper": round(float(np.median(alone["published_loop"] / alone["ours"])), 2)}), flush=True)
+                      "times_cheaper": round(float(np.median(alone["published_loop"] / alone["ours"])), 2)})
 
 
 def imagenet(rounds: int, device: torch.device) -> None:
@@ -160,11 +169,11 @@ def imagenet(rounds: int, device: torch.device) -> None:
     count = IMAGENET["images"] // IMAGENET["batch"] * IMAGENET["epochs"]
     flop = 8 * IMAGENET["batch"] * HEADS * IMAGENET["clusters"] * IMAGENET["dim"]  # two views; a product there and one back, 2 a number
     hours = {f"{name}_hours": round(float(np.median(values)) * scale * count / 3600, 3) for name, values in seconds.items()}
-    print(json.dumps({"row": "imagenet", **IMAGENET, "heads": HEADS, "steps": count, "device": str(device), "rounds": rounds,
+    emit({"row": "imagenet", **IMAGENET, "heads": HEADS, "steps": count, "device": str(device), "rounds": rounds,
                       "formula": f"median step of batch / {scale}, x {scale} x steps; products alone: 8 x batch x heads x clusters x dim x steps",
                       **hours, "products_pflop": round(flop * count / 1e15, 2),
                       "gflop_per_s": round(flop / scale / 1e9 / float(np.median(seconds["bare_products"])), 1),
-                      "peak_gpu_mib": round(peak_memory() / 2**20)}), flush=True)
+                      "peak_gpu_mib": round(peak_memory() / 2**20)})
 
 
 class Loss(nn.Module):

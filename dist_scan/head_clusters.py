@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_scan.head_step import Back, Heads, entropy_and_slope, groups, head_slices
+from dist_scan.head_products import Back, Rows, head_slices
+from dist_scan.head_step import Heads, entropy_and_slope, groups
 from dist_scan.world.collectives import all_max, all_sum
 from dist_scan.world.world import current
 
@@ -54,16 +55,16 @@ class ScanClusters(Heads):
         if any(ctx.needs_input_grad[:2]):
             raise ValueError("heads whose clusters are dealt over ranks train on fixed features; share the batch to train the network too")
         with torch.autocast(weight.device.type, enabled=False):
-            x, own = torch.cat([anchors, neighbours]).to(weight.dtype), head_slices(own_sizes)
+            x, own = Rows(anchors, neighbours, weight.dtype, apart=max(own_sizes) <= len(anchors)), head_slices(own_sizes)
             back, consistency, entropy = Back(x, weight, bias, own_sizes, False), [], []
             for group in groups([-(-c // current().world_size) for c in sizes]):  # by what the fullest rank has: all send the same messages
-                logits = [torch.addmm(bias[own[h]], x, weight[own[h]].T) for h, _ in group]
+                logits = [x.logits(weight[own[h]], bias[own[h]]) for h, _ in group]
                 values = over_clusters_(logits, entropy_weight)
                 for (h, _), each in zip(group, logits):
                     back.take(h, each)
                 consistency.append(values[0])
                 entropy.append(values[1])
-        Heads.keep(ctx, own_sizes, weight.new_ones(()) / len(anchors), None, back.dweight, back.dbias)
+        Heads.keep(ctx, own_sizes, back, weight.new_ones(()) / len(anchors))
         consistency, entropy = torch.cat(consistency), torch.cat(entropy)
         ctx.mark_non_differentiable(consistency, entropy)
         return consistency - entropy_weight * entropy, consistency, entropy

@@ -49,8 +49,8 @@ def _column_sums(logits, top_of, total_of, sums, b, C, PER_SUM: tl.constexpr, RO
 
 
 @triton.jit
-def _gradients(logits, slope_of, top_of, total_of, nll_of, b, C, BLOCK: tl.constexpr):
-    """A pair's logits become its gradients: by n q - r, by a p (slope - <p, slope>) + p - r, r the softmax of a + n."""
+def _gradients(logits, slope_of, scale_of, top_of, total_of, nll_of, b, C, BLOCK: tl.constexpr):
+    """A pair's logits become `scale` times its gradients: by n q - r, by a p (slope - <p, slope>) + p - r, r the softmax of a + n."""
     row = tl.program_id(0).to(tl.int64)
     anchor, neighbour = logits + row * C, logits + (b + row) * C
     a_top, n_top = tl.load(top_of + row), tl.load(top_of + b + row)
@@ -67,6 +67,7 @@ def _gradients(logits, slope_of, top_of, total_of, nll_of, b, C, BLOCK: tl.const
         total = total * tl.exp(top - new) + tl.sum(tl.exp(a + n - new), 0)
         own += tl.sum(tl.exp(a) / a_total * slope, 0)
         top = new
+    scale = tl.load(scale_of)
     tl.store(nll_of + row, tl.log(a_total) + tl.log(n_total) - tl.log(total) - top)
     for start in range(0, C, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -74,12 +75,14 @@ def _gradients(logits, slope_of, top_of, total_of, nll_of, b, C, BLOCK: tl.const
         n = tl.load(neighbour + at, mask=at < C, other=-float("inf")) - n_top
         slope = tl.load(slope_of + at, mask=at < C, other=0.0)
         r = tl.exp(a + n - top) / total
-        tl.store(neighbour + at, tl.exp(n) / n_total - r, mask=at < C)
-        tl.store(anchor + at, tl.exp(a) / a_total * (slope - own + 1.0) - r, mask=at < C)
+        tl.store(neighbour + at, (tl.exp(n) / n_total - r) * scale, mask=at < C)
+        tl.store(anchor + at, (tl.exp(a) / a_total * (slope - own + 1.0) - r) * scale, mask=at < C)
 
 
 class KernelHead:
     """One head's logits [2b, C], contiguous float32, which the kernels work on in place. See head_step.TorchHead."""
+
+    dbias = None
 
     def __init__(self, logits: Tensor, b: int):
         if logits.dtype != torch.float32 or not logits.is_contiguous() or len(logits) != 2 * b:
@@ -99,9 +102,9 @@ class KernelHead:
                 self.logits, self.top, self.total, sums, self.b, self.clusters, PER_SUM=ROWS_PER_SUM, ROWS=ROWS, BLOCK=COLUMNS)
         return sums.sum(0)
 
-    def to_gradients_(self, slope: Tensor) -> Tensor:
-        """The logits become the gradients by them of sum(-log<p, q>) + <slope, sum p>; returns the sum of -log<p, q>."""
+    def to_gradients_(self, slope: Tensor, scale: Tensor) -> Tensor:
+        """The logits become scale times the gradients by them of sum(-log<p, q>) + <slope, sum p>; returns the sum of -log<p, q>."""
         nll = self.logits.new_empty(self.b)
         if self.b:
-            _gradients[(self.b,)](self.logits, slope.contiguous(), self.top, self.total, nll, self.b, self.clusters, BLOCK=self.block)
+            _gradients[(self.b,)](self.logits, slope.contiguous(), scale, self.top, self.total, nll, self.b, self.clusters, BLOCK=self.block)
         return nll.sum()

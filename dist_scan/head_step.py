@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_scan.head_products import Back, LogitsOf, Rows, head_slices
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
@@ -31,19 +31,20 @@ def all_means(p_heads: Sequence[Tensor], whole_batch: bool = False) -> tuple[lis
 
 def means_of(sums: Sequence[Tensor], rows: int, whole_batch: bool = False) -> tuple[list[Tensor], Tensor]:
     """`all_means` from each head's sum [C] over this rank's rows."""
-    own = torch.cat([sums[0].new_full((1,), rows), *sums])
-    count, *sums = (own if whole_batch else all_sum(own)).split([1, *map(len, sums)])
+    count = sums[0].new_full((1,), rows)
+    if not whole_batch:
+        count, *sums = all_sum(torch.cat([count, *sums])).split([1, *map(len, sums)])
     return [total / count for total in sums], count[0]
 
 
 def entropy_and_slope(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """Of a mean probability [C]: its entropy, and the slope [C] of -weight * entropy; flat where it is clamped."""
-    log_mean = mean.clamp(min=SMALLEST).log()
-    slope = torch.where(mean >= SMALLEST, log_mean + 1, torch.zeros_like(mean)) * weight
-    return -(mean.clamp(min=SMALLEST) * log_mean).sum(), slope
+    clamped = mean.clamp(min=SMALLEST)
+    log_mean = clamped.log()
+    return -torch.dot(clamped, log_mean), (log_mean + 1).mul_(weight).mul_(mean >= SMALLEST)
 
 
-def to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+def to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: LogitsOf) -> Tensor:
     """Probabilities [b, C] of one head become, in place, the gradients by the logits of sum(-log<p, q>) + <slope, sum p>.
 
     By n: q - r; by a: p - r + p (slope - <p, slope>), with r = p q / <p, q>. Returns the sum of -log<p, q>. logits_of(rows) are
@@ -57,7 +58,7 @@ def to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: Callable[[Tens
         s = r.sum(1, keepdim=True)
         low = (s[:, 0] < SMALL).nonzero()[:, 0]
         if len(low):
-            r[low], nll = _from_logits(*logits_of(low + start))
+            r[low], nll = from_logits(*logits_of(low + start))
             r_scale = s.clone()
             r_scale[low] = 1
             total -= s.index_fill(0, low, 1).log().sum() - nll
@@ -71,7 +72,7 @@ def to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: Callable[[Tens
     return total
 
 
-def _from_logits(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+def from_logits(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """(r [b, C], the sum of -log<p, q>) of logits of any size."""
     a, n = a - a.amax(1, keepdim=True), n - n.amax(1, keepdim=True)  # centred: the three LSEs below do not cancel
     both = a + n
@@ -80,27 +81,37 @@ def _from_logits(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TorchHead:
-    """One head's logits [2b, C], anchors above neighbours, worked on in place. On a GPU there is head_kernel.KernelHead."""
+    """One head's logits [2b, C], anchors above neighbours, worked on in place. Faster: head_loops.LoopHead on a CPU, head_kernel.KernelHead on a GPU."""
 
-    def __init__(self, logits: Tensor, b: int, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]):
-        self.p, self.b, self.logits_of = torch.softmax(logits, 1, out=logits), b, logits_of
+    dbias: Tensor | None = None
+    """[C], where making the gradients has made their sum over rows too."""
+
+    def __init__(self, logits: Tensor, b: int, logits_of: LogitsOf):
+        self.logits, self.b, self.logits_of = torch.softmax(logits, 1, out=logits), b, logits_of
 
     def anchor_sum(self) -> Tensor:
         """[C]: the sum of the anchors' probabilities."""
-        return self.p[:self.b].sum(0)
+        return self.logits[:self.b].sum(0)
 
-    def to_gradients_(self, slope: Tensor) -> Tensor:
-        """The logits become the gradients by them; see the function of this name."""
-        return to_gradients_(self.p[:self.b], self.p[self.b:], slope, self.logits_of)
+    def to_gradients_(self, slope: Tensor, scale: Tensor) -> Tensor:
+        """The logits become scale times the gradients by them; see the function of this name, also for what is returned."""
+        nll = to_gradients_(self.logits[:self.b], self.logits[self.b:], slope, self.logits_of)
+        self.logits.mul_(scale)
+        return nll
 
 
-def open_head(logits: Tensor, b: int, logits_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
-    """What takes one head's logits [2b, C] to their gradients: Triton's kernels in float32 on a GPU, PyTorch elsewhere."""
-    if logits.device.type == "cuda" and logits.dtype == torch.float32 and TRITON:
+def open_head(x: Rows, weight: Tensor, bias: Tensor) -> Any:
+    """What takes one head's logits to their gradients: in float32 Triton's kernels on a GPU and compiled loops on a CPU, PyTorch for the rest."""
+    narrow, device = weight.dtype == torch.float32, weight.device.type
+    if narrow and device == "cpu":
+        from dist_scan.head_loops import LoopHead
+
+        return LoopHead(x.logits(weight), bias, x.b, x.again(weight, bias))
+    if narrow and device == "cuda" and TRITON:
         from dist_scan.head_kernel import KernelHead
 
-        return KernelHead(logits, b)
-    return TorchHead(logits, b, logits_of)
+        return KernelHead(x.logits(weight, bias), x.b)
+    return TorchHead(x.logits(weight, bias), x.b, x.again(weight, bias))
 
 
 class Scan(torch.autograd.Function):
@@ -129,9 +140,9 @@ class Heads(torch.autograd.Function):
     """Linear heads whose forward has made the gradients of their loss: backward scales them and hands them on, without a copy."""
 
     @staticmethod
-    def keep(ctx, sizes, scale, dx_HXD, dweight, dbias):
+    def keep(ctx, sizes, back, scale=1.0):
         """For backward: gradients of each head's sum over rows by features (or None), weight and bias; scale makes the sum the loss."""
-        ctx.sizes, ctx.scale, ctx.made = sizes, scale, (dx_HXD, dweight, dbias)
+        ctx.sizes, ctx.scale, ctx.made = sizes, scale, (back.dx, back.dweight, back.dbias)
 
     @staticmethod
     def handed_on(ctx, grad_H):
@@ -140,9 +151,10 @@ class Heads(torch.autograd.Function):
             raise RuntimeError("a loss of heads hands its gradient on once and keeps no copy; run forward again")
         (dx, dweight, dbias), ctx.made = ctx.made, None
         grad = grad_H * ctx.scale
-        for h, at in enumerate(head_slices(ctx.sizes)):
-            dweight[at].mul_(grad[h])
-            dbias[at].mul_(grad[h])
+        if grad.device.type != "cpu" or not bool((grad == 1).all()):  # as nearly always: spares a pass over the gradient (a GPU would have to be asked)
+            for h, at in enumerate(head_slices(ctx.sizes)):
+                dweight[at].mul_(grad[h])
+                dbias[at].mul_(grad[h])
         return None if dx is None else torch.tensordot(grad, dx, 1), dweight, dbias
 
 
@@ -152,21 +164,21 @@ class ScanHeads(Heads):
     @staticmethod
     def forward(ctx, anchors, neighbours, weight, bias, sizes, entropy_weight, whole_batch):
         with torch.autocast(weight.device.type, enabled=False):
-            x, b = torch.cat([anchors, neighbours]).to(weight.dtype), len(anchors)
+            b, alone = len(anchors), whole_batch or current().world_size == 1
+            x = Rows(anchors, neighbours, weight.dtype, apart=max(sizes) <= b)
             back = Back(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
             consistency, entropy = [], []
-            for group in groups(sizes, alone=whole_batch):
-                logits = [torch.addmm(bias[at], x, weight[at].T) for _, at in group]
-                again = [lambda rows, at=at: tuple(torch.addmm(bias[at], x[rows + k], weight[at].T) for k in (0, b)) for _, at in group]
-                opened = [open_head(each, b, logits_of) for each, logits_of in zip(logits, again)]
-                means, count = means_of([head.anchor_sum() for head in opened], b, whole_batch)
-                for (h, _), each, head, mean in zip(group, logits, opened, means):
+            for group in groups(sizes, alone):
+                heads = [open_head(x, weight[at], bias[at]) for _, at in group]
+                means, count = means_of([head.anchor_sum() for head in heads], b, alone)
+                scale = (1 if alone else current().world_size) / count
+                for (h, _), head, mean in zip(group, heads, means):
                     value, slope = entropy_and_slope(mean, entropy_weight)
-                    consistency.append(head.to_gradients_(slope))
+                    consistency.append(head.to_gradients_(slope, scale))
                     entropy.append(value)
-                    back.take(h, each)
-        scale = (1 if whole_batch else current().world_size) / count
-        Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
+                    back.take(h, head.logits, head.dbias)
+                del heads, head  # the next group's logits take their place
+        Heads.keep(ctx, sizes, back)
         ctx.dtype = anchors.dtype
         consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropy)
         ctx.mark_non_differentiable(consistency, entropy)
@@ -180,42 +192,24 @@ class ScanHeads(Heads):
         return danchors, dneighbours, dweight, dbias, None, None, None
 
 
-class Back:
-    """The products back, head by head: gradients by weight [S, D], bias [S] and, when wanted, each head's by the features [H, X, D]."""
-
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, sizes: Sequence[int], features_too: bool):
-        self.x, self.weight, self.at = x, weight, head_slices(sizes)
-        self.dweight, self.dbias = torch.empty_like(weight), torch.empty_like(bias)
-        self.dx = x.new_empty(len(sizes), *x.shape) if features_too else None
-
-    def take(self, head: int, dlogits: Tensor) -> None:
-        """A head's gradient by its logits [X, C]."""
-        at = self.at[head]
-        torch.mm(dlogits.T, self.x, out=self.dweight[at])
-        torch.sum(dlogits, 0, out=self.dbias[at])
-        if self.dx is not None:
-            torch.mm(dlogits, self.weight[at], out=self.dx[head])
-
-
 class TemiHeads(Heads):
     """TEMI on features: student heads meet the teacher's probabilities of the other view (see losses.temi_heads_loss)."""
 
     @staticmethod
     def forward(ctx, first, second, weight, bias, sizes, teacher_log_p, marginals, pair_weights, beta, temperature):
         with torch.autocast(weight.device.type, enabled=False):
-            x, b = torch.cat([first, second]).to(weight.dtype), len(first)
+            x, b = Rows(first, second, weight.dtype, apart=max(sizes) <= len(first)), len(first)
             back = Back(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
-            count = all_sum(x.new_full((), b))
+            scale = current().world_size / all_sum(weight.new_full((), b))
             row_weights, pmi = torch.cat([pair_weights, pair_weights])[:, None] / 2, []
             for h, at in enumerate(head_slices(sizes)):
-                log_s = torch.log_softmax(torch.addmm(bias[at], x, weight[at].T).div_(temperature), 1)
+                log_s = torch.log_softmax(x.logits(weight[at], bias[at]).div_(temperature), 1)
                 r = teacher_log_p[h].roll(b, 0).add_(log_s).mul_(beta).sub_(marginals[h].log())  # each row meets the other view's
                 lse = torch.logsumexp(r, 1, keepdim=True)
                 pmi.append((row_weights * lse).sum())
                 r.sub_(lse).exp_()
-                back.take(h, log_s.exp_().sub_(r).mul_(row_weights * (beta / temperature)))
-        scale = current().world_size / count
-        Heads.keep(ctx, sizes, scale, back.dx, back.dweight, back.dbias)
+                back.take(h, log_s.exp_().sub_(r).mul_(row_weights * (scale * beta / temperature)))
+        Heads.keep(ctx, sizes, back)
         ctx.dtype = first.dtype
         return -torch.stack(pmi) * scale
 
@@ -225,12 +219,6 @@ class TemiHeads(Heads):
         dx, dweight, dbias = Heads.handed_on(ctx, grad)
         dfirst, dsecond = (None, None) if dx is None else dx.to(ctx.dtype).chunk(2)
         return dfirst, dsecond, dweight, dbias, *([None] * 6)
-
-
-def head_slices(sizes: Sequence[int]) -> list[slice]:
-    """Rows of each head in the weight."""
-    ends = list(accumulate(sizes))
-    return [slice(end - size, end) for end, size in zip(ends, sizes)]
 
 
 def groups(sizes: Sequence[int], alone: bool = False) -> Iterator[list[tuple[int, slice]]]:

@@ -56,6 +56,18 @@ def preflight(run: RunConfig) -> dict[str, str]:
     return marks
 
 
+def notes(run: RunConfig) -> list[str]:
+    """What is allowed but seldom meant, each once: pictures stored in another size than the network looks at."""
+    from dist_scan.data.augment import misfit
+
+    data = run.data
+    found: dict[str, str] = {}
+    for name, stage in run.stages.items():
+        for recipe in stage.recipes_seen():
+            found.setdefault(misfit(recipe, data.size, data.stored, data.resolution), name)
+    return [f"stages.{name}: {text}" for text, name in found.items() if text]
+
+
 def fingerprints(run: RunConfig, data_marks: Mapping[str, str]) -> dict[str, str]:
     """Each stage's meaning: its kind, version and settings, the seed, and what its inputs mean. `runtime:` is no part of it."""
     marks: dict[str, str] = {}
@@ -90,6 +102,8 @@ class Pipeline:
         """Every stage, in order. Raises Stopped between or inside stages; the same call goes on."""
         marks = self._told(lambda: fingerprints(self.run_config, preflight(self.run_config)))
         stages = all_stages(self.run_config)
+        for text in notes(self.run_config):
+            self.say(f"warning: {text}")
         for name, config in stages.items():
             self.stop.check()
             self.done[name] = self._stage(name, config, marks[name])

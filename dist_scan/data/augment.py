@@ -190,3 +190,18 @@ def build_recipe(config: RecipeConfig, size: int, mean: tuple[float, ...], std: 
     hole = config.cutout if config.cutout is not None else int(np.interp(size, (32, 96, 224), (16, 32, 75)))
     crop = CropSpec(look.crop, size, scale=look.scale, resize=resize, flip=look.flip)
     return Recipe(look, crop, mean, std, config.colour == "fused", hole)
+
+
+def misfit(config: RecipeConfig, size: int, stored: str, resolution: int) -> str:
+    """What views of images stored like this (see DataConfig) show that is seldom meant, and the way out; '' when the numbers fit."""
+    crop, look = build_recipe(config, size, (0.0,) * 3, (1.0,) * 3).crop, LOOKS[config.name]
+    fits = round(crop.size * 256 / 224)
+    if look.share or (stored == "original" and (look.crop == "random_resized" or crop.resize)):
+        return ""
+    if stored == "original" or (crop.resize is None and look.crop != "random_resized" and resolution > fits):
+        seen = "whatever their size" if stored == "original" else f"of {resolution} px: {(crop.size / resolution) ** 2:.0%} of a square image"
+        way = f"data.resolution: {fits}" if stored != "original" else f"data.stored: jpeg and data.resolution: {fits}"
+        return f"recipe '{config.name}' cuts {crop.size} x {crop.size} px out of the stored images, {seen}. To see them whole give {way}"
+    if resolution < crop.size:
+        return f"recipe '{config.name}' enlarges images stored with a shorter side of {resolution} px to {crop.size}. Give data.resolution: {fits}, or a smaller data.size"
+    return ""

@@ -14,7 +14,7 @@ import numpy as np
 from dist_scan.evaluate import figures
 from dist_scan.progress import duration
 
-NAMES = {"kmeans_pixels": "k-means on pixels", "kmeans_features": "k-means on features", "scan": "SCAN heads", "selflabel": "Self-labelled"}
+NAMES = {"kmeans_pixels": "k-means on pixels", "kmeans_features": "k-means on features", "scan": "SCAN heads", "consensus": "SCAN consensus", "selflabel": "Self-labelled"}
 SCORES = {"acc": "ACC", "top5": "Top-5", "nmi": "NMI", "ari": "ARI", "ami": "AMI", "purity": "Purity", "many_to_one": "Many-to-one"}
 MAX_CLUSTERS, MAX_ANCHORS, MAX_CURVES, IMAGE_BYTES = 100, 24, 9, 14_000_000
 """What one page holds; the page says what was left out. With 1000 clusters of 96 px pictures it stays under 20 MB."""

@@ -65,6 +65,11 @@ class StageConfig(Strict):
     def check_ranks(self, name: str, world_size: int) -> None:
         """Raise ValueError when this stage cannot run on so many ranks (before any work; a launcher asks)."""
 
+    def recipes_seen(self) -> tuple[Any, ...]:
+        """The recipes by which this stage looks at images (RecipeConfig)."""
+        found = (getattr(self, "recipe", None),) if getattr(self, "images", None) else ()
+        return tuple(recipe for recipe in found if recipe is not None)
+
     def images_split(self, earlier: Mapping[str, Any]) -> str | None:
         """train or val: which images this stage's rows are, found through what it refers to."""
         own = getattr(self, "images", None)

@@ -62,4 +62,6 @@ class EmbedStage(Stage):
         sample = recipes[0](torch.zeros(1, recipes[0].crop.size, recipes[0].crop.size, 3, dtype=torch.uint8), [0], seed=0, epoch=0, view=0)
         with torch.inference_mode():
             dim = network.eval()(sample).shape[1]
+        c.say(f"{c.name}: {loader.num_images:,} images x {config.views} view{'s' * (config.views > 1)} x {dim} in float16: "
+              f"{loader.num_images * config.views * dim * 2 / 2**30:.3g} GiB in {config.num_shards} shards")
         embed_images(network, loader, recipes, c.out, dim, config.num_shards, c.run.seed, c.world, c.stop, config.precision, c.name)

@@ -74,6 +74,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"{where}: give exactly one of network (fresh), backbone and model (a stage's name)")
         if self.features is not None and self.recipes:
             raise ValueError(f"{where}.recipes: cached features are not augmented; set the recipe in the embed stage '{self.features}', or give images")
+        if self.images is not None and self.held_out_features is not None:
+            raise ValueError(f"{where}.held_out_features: a method that trains on images chooses on images too; give held_out_images, or held_out_share alone")
         missing = [need for need in method.needs if getattr(self, need) is None]
         if missing or (self.model is not None and "model" not in method.needs):
             raise ValueError(f"{where}: method '{self.method.kind}' " + (f"needs {' and '.join(f'`{m}:`' for m in missing)}" if missing else
@@ -87,6 +89,11 @@ class TrainConfig(StageConfig):
         mined = getattr(earlier.get(self.neighbours), "num_neighbours", None)
         if mined is not None and self.num_neighbours is not None and self.num_neighbours > mined:
             raise ValueError(f"{where}.num_neighbours: {self.num_neighbours}, but stage '{self.neighbours}' mines {mined}; lower it")
+
+    def recipes_seen(self) -> tuple[RecipeConfig, ...]:
+        """The stage's, else the method's own; none on features."""
+        names = kind_class("dist_scan.methods", self.method.kind).recipes_for(self.method)
+        return () if self.images is None else self.recipes or tuple(RecipeConfig(name=n) for n in names)
 
     def check_ranks(self, name: str, world_size: int) -> None:
         """Batches divide over the ranks, and the method can train on what a rank gets."""
@@ -155,7 +162,7 @@ class TrainStage(Stage):
         c, config = self.context, self.config
         self.neighbours = NeighbourTable.open(c.inputs["neighbours"]) if config.neighbours else None
         self.table = FeatureTable.open(c.inputs["features"]) if config.features else None
-        recipes = self._recipes()
+        recipes = config.recipes_seen()
         if self.table is None:
             per_rank = config.global_batch // c.world.world_size * (2 if self.neighbours else 1)
             loader, built = open_images(beton_path(c.inputs["images"]), recipes, max(per_rank, 1), c.run, c.world)
@@ -190,11 +197,6 @@ class TrainStage(Stage):
         c.say(f"{c.name}: bank of {table.num_rows:,} images x {table.num_views} views x {table.dim} ({size / 2**30:.3f} GiB) read from "
               f"{dict(device='GPU memory', host='host memory', mapped='the mapped files')[place]} ({why})")
         return place
-
-    def _recipes(self) -> tuple[RecipeConfig, ...]:
-        """The stage's, else the method's own."""
-        method = self.config.method
-        return self.config.recipes or tuple(RecipeConfig(name=n) for n in kind_class("dist_scan.methods", method.kind).recipes_for(method))
 
     def _method(self) -> Method:
         """The method with its network, the same on every rank."""
@@ -247,7 +249,7 @@ class TrainStage(Stage):
         from dist_scan.stages.beton import beton_path
 
         c = self.context
-        chosen = RecipeConfig(name=recipe) if isinstance(recipe, str) else self._recipes()[recipe]
+        chosen = RecipeConfig(name=recipe) if isinstance(recipe, str) else self.config.recipes_seen()[recipe]
         folder = c.out / WORK / name
         if c.world.rank == 0:
             mark, made_of = fingerprint(chosen.model_dump(mode="json"), num_shards, digest(network)), folder / "made_of"

@@ -18,14 +18,14 @@ def step(kind: str, sizes: tuple[int, ...]):
     from dist_scan.world.collectives import all_mean, gather_rows
     from dist_scan.world.world import current
 
-    world, gen = current(), torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64)  # noqa: E731
+    world, gen, dtype = current(), torch.Generator().manual_seed(0), torch.float64 if kind in ("scan", "temi") else torch.float32
+    draw = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)  # noqa: E731
     ends = np.cumsum([0, *PARTS[world.world_size]])
     mine = slice(ends[world.rank], ends[world.rank + 1])
     first, second, weight, bias = draw(B, DIM), draw(B, DIM), draw(sum(sizes), DIM), draw(sum(sizes))
     log_p = [draw(2, B, c).log_softmax(2)[:, mine].flatten(0, 1) for c in sizes]
     leaves = [x.clone().requires_grad_() for x in (first[mine], second[mine], weight, bias)]
-    if kind == "scan":
+    if kind.startswith("scan"):
         loss = scan_heads_loss(*leaves, sizes, 5.0).total
     else:
         loss = temi_heads_loss(*leaves, sizes, log_p, all_means([x.exp() for x in log_p])[0], 0.6, 0.5)
@@ -43,3 +43,13 @@ def test_uneven_ranks_equal_one(kind, world_size):
     for rank in run_ranks(step, world_size, kind, sizes):
         for got, want in zip(rank, alone, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_in_float32_by_compiled_loops_too(world_size):
+    sizes = (70, 70, 90)
+    exact, alone = step("scan", sizes), step("scan float32", sizes)
+    for rank in [alone, *run_ranks(step, world_size, "scan float32", sizes)]:
+        for got, want in zip(rank, exact, strict=True):
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)

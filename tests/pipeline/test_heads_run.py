@@ -64,7 +64,11 @@ def config(tmp_path, *overrides):
 def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path):
     run = config(tmp_path)
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    folders = Pipeline(run, current(), Stop(), lambda text: None).run()
+    said: list[str] = []
+    folders = Pipeline(run, current(), Stop(), said.append).run()
+    assert "pixels: 300 images x 1 view x 192 in float16: 0.000107 GiB in 2 shards" in said
+    assert sum("bank of 300 images x 1 views x 192" in line and "read from host memory" in line for line in said) == 2
+    assert not [line for line in said if line.startswith("warning")]
     facts = json.loads((tmp_path / "run" / "report.json").read_text())
     rows = facts["heads"]["heads"]
     assert [r["num_clusters"] for r in rows] == [10] * 3 + [20] * 3 and sum(r["chosen"] for r in rows) == 2
@@ -83,6 +87,8 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path):
     ("stages.heads.method.num_clusters=1", "at least 2"),
     ("stages.heads.method.num_clusters=[10, 1]", "at least 2"),
     ("stages.heads.method.num_clusters=[]", "at least 2"),
+    ("stages.heads={kind: train, images: train, network: {name: pixels}, neighbours: neighbours, method: {kind: scan, num_clusters: 10, normalise: l2},"
+     " optimizer: {lr: 1.0}, epochs: 1, global_batch: 100, held_out_share: 0.3, held_out_features: pixels}", "chooses on images too; give held_out_images"),
 ])
 def test_what_does_not_fit_is_refused_before_any_work(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):

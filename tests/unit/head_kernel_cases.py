@@ -18,7 +18,7 @@ def done(head, weight: float = 5.0):
     """(anchor sum [C], the sum of -log<p, q>) of a head whose logits become gradients; the slope from the anchor sum, as in a step."""
     total = head.anchor_sum()
     slope = head_step.entropy_and_slope(total / max(1, head.b), weight)[1]
-    return total, head.to_gradients_(slope)
+    return total, head.to_gradients_(slope, torch.tensor(0.75, dtype=total.dtype))
 
 
 @pytest.mark.parametrize("scale", [1, 30, 300])
@@ -47,7 +47,7 @@ def test_a_step_with_the_kernels_is_a_step_without(monkeypatch):
         return [*terms, *(x.grad for x in leaves)]
 
     wanted, opened = step(), []
-    monkeypatch.setattr(head_step, "open_head", lambda each, b, logits_of: opened.append(b) or kernel.KernelHead(each, b))
+    monkeypatch.setattr(head_step, "open_head", lambda x, weight, bias: opened.append(x.b) or kernel.KernelHead(x.logits(weight, bias), x.b))
     for got, want in zip(step(), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert opened == [9, 9, 9]

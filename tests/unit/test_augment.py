@@ -263,3 +263,23 @@ def test_a_turn_is_counter_clockwise():
 
     picture = torch.arange(25.).view(1, 1, 5, 5)
     torch.testing.assert_close(warp.turn(picture, np.array([90.0])), torch.rot90(picture, 1, (2, 3)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings, size, stored, resolution, words", [
+    ({"name": "center"}, 32, "raw", 256, ["cuts 32 x 32 px", "of 256 px: 2% of a square image", "data.resolution: 37"]),
+    ({"name": "randaugment"}, 96, "jpeg", 128, ["cuts 96 x 96 px", "56%", "data.resolution: 110"]),
+    ({"name": "crop"}, 64, "original", 256, ["cuts 64 x 64 px", "whatever their size", "data.stored: jpeg and data.resolution: 73"]),
+    ({"name": "center"}, 224, "raw", 128, ["enlarges", "128 px to 224", "data.resolution: 256"]),
+    ({"name": "simclr"}, 64, "raw", 32, ["enlarges", "32 px to 64"]),
+    ({"name": "center"}, 32, "raw", 32, []), ({"name": "center"}, 32, "raw", 37, []), ({"name": "center"}, 224, "jpeg", 512, []),
+    ({"name": "simclr"}, 32, "raw", 256, []), ({"name": "whole"}, 32, "raw", 256, []), ({"name": "mmdc"}, 64, "jpeg", 96, []),
+    ({"name": "center"}, 224, "original", 256, []), ({"name": "dcv2", "size": 96}, 224, "jpeg", 256, [])])
+def test_sizes_that_do_not_fit_are_told_with_the_way_out(settings, size, stored, resolution, words):
+    text = augment.misfit(RecipeConfig(**settings), size, stored, resolution)
+    assert bool(text) == bool(words) and all(word in text for word in words), text
+
+
+def test_the_way_out_fits():
+    for name in ("center", "randaugment", "simclr"):
+        for size in (16, 96, 224):
+            assert not augment.misfit(RecipeConfig(name=name), size, "raw", round(size * 256 / 224))

@@ -99,6 +99,20 @@ def test_shipped_configs_load_and_survive_a_round_trip(path):
     assert validate(read_yaml(dump(run))) == run
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_look_at_whole_images(path):
+    from dist_scan.pipeline import notes
+
+    assert notes(load(path)) == []
+
+
+def test_a_size_that_does_not_fit_is_said_once_by_the_first_stage_that_meets_it():
+    from dist_scan.pipeline import notes
+
+    found = notes(load(QUICK, ["data.resolution=256"]))
+    assert [text.split(":")[0] for text in found] == ["stages.pretext", "stages.pixels", "stages.selflabelling"] and all("2% of a square image" in text for text in found)
+
+
 def test_settings_are_frozen():
     with pytest.raises(Exception, match="frozen"):
         load(QUICK).seed = 3

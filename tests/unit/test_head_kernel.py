@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from dist_scan.head_step import TorchHead, open_head
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be checked here")
 CASES = Path(__file__).with_name("head_kernel_cases.py")
@@ -22,10 +19,6 @@ def test_the_interpreter_gives_what_pytorch_gives():
     assert found.returncode == 0 and "12 passed" in found.stdout, found.stdout[-5000:] + found.stderr[-2000:]
 
 
-def test_on_the_cpu_nothing_changes():
-    assert isinstance(open_head(torch.zeros(4, 3), 2, lambda rows: (rows, rows)), TorchHead)
-
-
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -35,7 +28,7 @@ pointers = lambda *names: dict.fromkeys(names, "*fp32")
 sources = [
     (k._row_stats, pointers("logits", "top_of", "total_of") | {"C": "i32"}, {"BLOCK": 1024}),
     (k._column_sums, pointers("logits", "top_of", "total_of", "sums") | {"b": "i32", "C": "i32"}, {"PER_SUM": 512, "ROWS": 16, "BLOCK": 128}),
-    (k._gradients, pointers("logits", "slope_of", "top_of", "total_of", "nll_of") | {"b": "i32", "C": "i32"}, {"BLOCK": 1024})]
+    (k._gradients, pointers("logits", "slope_of", "scale_of", "top_of", "total_of", "nll_of") | {"b": "i32", "C": "i32"}, {"BLOCK": 1024})]
 for architecture in (80, 90):
     for fn, signature, constants in sources:
         signature = {name: signature.get(name, "constexpr") for name in fn.arg_names}

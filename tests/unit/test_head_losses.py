@@ -4,7 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_scan.head_step import head_slices, to_gradients_
+from dist_scan.head_products import head_slices
+from dist_scan.head_step import to_gradients_
 from dist_scan.losses import scan_heads_loss, temi_heads_loss
 from tests.reference import losses as reference
 

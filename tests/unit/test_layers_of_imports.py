@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVEL = {"launch": 10, "commands": 9, "run": 9, "finished": 8, "pipeline": 8, "stages": 7, "engine": 6, "evaluate": 6, "methods": 5, "models": 4, "losses": 4, "head_step": 4, "head_clusters": 4, "head_kernel": 4,
+LEVEL = {"launch": 10, "commands": 9, "run": 9, "finished": 8, "pipeline": 8, "stages": 7, "engine": 6, "evaluate": 6, "methods": 5, "models": 4, "losses": 4, "head_step": 4, "head_clusters": 4, "head_kernel": 4, "head_loops": 4, "head_products": 4,
          "banks": 4, "search": 4, "data": 4, "world": 2, "artefacts": 2, "progress": 2, "sections": 0, "compiled": 0, "config": 1, "settings": 0}
 DOORS = {"faiss": ("dist_scan/search/index.py",), "ffcv": ("dist_scan/data/beton/",), "submitit": ("launch/",), "triton": ("dist_scan/head_kernel.py",),
          "torch.distributed": ("dist_scan/world/",), "torch.nn.parallel": ("dist_scan/world/",)}

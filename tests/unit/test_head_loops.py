@@ -1,0 +1,132 @@
+"""The compiled loops of the head step against the PyTorch form in float64, at logits that underflow; with any number of threads the same bits."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_scan.head_loops import ROWS, LoopHead
+from dist_scan.head_products import Rows, Spare
+from dist_scan.head_step import TorchHead, entropy_and_slope, open_head
+
+SCALE = 0.75
+
+
+def given(b: int, clusters: int, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits without their bias, bias) in whole eighths: their sum is exact."""
+    gen = torch.Generator().manual_seed(b)
+    eighths = lambda *shape: (torch.randn(*shape, generator=gen) * size * 8).round() / 8  # noqa: E731
+    return eighths(2 * b, clusters), eighths(clusters)
+
+
+def done(head, weight: float = 5.0):
+    """(anchor sum, the sum of -log<p, q>, gradients, their sum over rows); the slope from the anchor sum, as in a step."""
+    total = head.anchor_sum().clone()
+    slope = entropy_and_slope(total / max(1, head.b), weight)[1]
+    nll = head.to_gradients_(slope, torch.tensor(SCALE, dtype=total.dtype))
+    return total, nll, head.logits, head.logits.sum(0) if head.dbias is None else head.dbias
+
+
+def loops(b: int, clusters: int, size: float) -> LoopHead:
+    logits, bias = given(b, clusters, size)
+    whole = logits + bias
+    return LoopHead(logits, bias, b, lambda rows: (whole[rows], whole[rows + b]))
+
+
+@pytest.mark.parametrize("size", [1, 30, 300])
+@pytest.mark.parametrize("b, clusters", [(5, 7), (ROWS + 3, 130), (2 * ROWS, 1000), (3, 1)])
+def test_the_loops_are_the_torch_form(b, clusters, size):
+    logits, bias = given(b, clusters, size)
+    whole = (logits + bias).double()
+    wanted = done(TorchHead(whole.clone(), b, lambda rows: (whole[rows], whole[rows + b])))
+    found = done(loops(b, clusters, size))
+    for name, got, want in zip(("anchor sum", "nll", "gradients"), found, wanted):
+        atol = 4e-5 if name == "gradients" else 1e-5  # slopes reach -87, of which float32 keeps 4e-6: anchors' gradients are differences of such numbers
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    rows = found[2].double()
+    assert ((found[3] - rows.sum(0)).abs() <= 1e-6 * rows.abs().sum(0) + 1e-9).all(), "dbias is the gradients' sum, as float32 adds up"
+    assert clusters == 1 or float(found[2].abs().max()) > 0.1
+
+
+def testexponentials_are_right_to_two_units_and_reach_no_infinity():
+    import numpy as np
+
+    from dist_scan.head_loops import exponentials
+
+    x = np.concatenate([-np.linspace(0, 87, 200_001), [-88.0, -200.0, -np.inf, np.nan]]).astype(np.float32)
+    found, wanted = x.copy(), np.exp(x[:-4].astype(np.float64))
+    exponentials(found, np.float32(0))
+    assert float(np.abs(found[:-4] / wanted - 1).max()) < 2.5e-7 and found[0] == 1
+    assert (found[-4:-1] < 2e-38).all() and np.isnan(found[-1])
+
+
+def test_threads_change_no_bit(monkeypatch):
+    alone = done(loops(5 * ROWS + 1, 33, 30))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for one, three in zip(alone, done(loops(5 * ROWS + 1, 33, 30)), strict=True):
+        assert torch.equal(one, three)
+
+
+def test_no_number_stays_no_number_and_no_row_is_no_work():
+    for place, value in (((1, 2), float("nan")), ((6, 0), float("nan")), ((0, 0), float("inf")), ((1, 2), -float("nan"))):
+        logits, bias = given(4, 6, 1)
+        logits[place] = value
+        total, nll, gradients, dbias = done(LoopHead(logits, bias, 4, lambda rows: (logits[rows], logits[rows + 4])))
+        assert torch.isnan(nll) and torch.isnan(gradients[place[0]]).all() and torch.isnan(dbias).all()
+        assert torch.isnan(total).all() == (place[0] < 4)
+    total, nll, _, dbias = done(LoopHead(torch.empty(0, 6), torch.zeros(6), 0, lambda rows: (rows, rows)))
+    assert total.tolist() == dbias.tolist() == [0.0] * 6 and nll == 0
+
+
+def test_what_the_loops_cannot_read_is_refused_and_goes_to_pytorch():
+    for bad in (given(4, 6, 1)[0].double(), torch.zeros(6, 8).T, given(5, 6, 1)[0]):
+        with pytest.raises(ValueError, match="contiguous float32"):
+            LoopHead(bad, torch.zeros(6), 4, lambda rows: (rows, rows))
+    views, weight, bias = torch.randn(2, 4, 3), torch.randn(5, 3), torch.randn(5)
+    for kind, head in ((torch.float32, LoopHead), (torch.float64, TorchHead)):
+        assert isinstance(open_head(Rows(*views, kind, apart=True), weight.to(kind), bias.to(kind)), head)
+
+
+@pytest.mark.parametrize("b", [0, 3])
+def test_rows_apart_are_rows_together(b):
+    first, second, weight, bias, dlogits = (torch.randn(*shape, dtype=torch.float64) for shape in ((b, 4), (b, 4), (5, 4), (5,), (2 * b, 5)))
+    x, out = torch.cat([first, second]), [torch.full((5, 4), torch.nan, dtype=torch.float64) for _ in range(2)]
+    for apart in (False, True):
+        rows = Rows(first, second, torch.float64, apart)
+        torch.testing.assert_close(rows.logits(weight), x @ weight.T)
+        torch.testing.assert_close(rows.logits(weight, bias), x @ weight.T + bias)
+        rows.weight_gradient(dlogits, out[apart])
+        torch.testing.assert_close(out[apart], dlogits.T @ x)
+        at = torch.arange(b)[1:]
+        for got, view in zip(rows.again(weight, bias)(at), (first, second), strict=True):
+            torch.testing.assert_close(got, view[at] @ weight.T + bias)
+
+
+def test_spare_memory_is_never_lent_twice_at_once():
+    spare, like = Spare(), torch.zeros(6, 3)
+    first = spare.like(like)
+    place, part = first.data_ptr(), first[2:3]
+    assert spare.like(like).data_ptr() != place
+    del first
+    assert spare.like(like).data_ptr() != place, "a view of it is alive"
+    leaf = torch.zeros(1, 3, requires_grad=True)
+    leaf.grad = part
+    del part
+    assert spare.like(like).data_ptr() != place, "it is somebody's gradient"
+    leaf.grad = None
+    again = spare.like(like)
+    assert again.data_ptr() == place and again.shape == like.shape and again.dtype == like.dtype
+    del again
+    other = spare.like(torch.zeros(6, 3, dtype=torch.float64))
+    assert other.dtype == torch.float64 and other.shape == (6, 3)
+
+
+def test_a_gradient_that_is_kept_is_not_written_into_by_the_next_step():
+    from dist_scan.losses import scan_heads_loss
+
+    weight, bias, kept = torch.randn(10, 3, requires_grad=True), torch.zeros(10, requires_grad=True), []
+    for seed in range(3):
+        views = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(seed))
+        scan_heads_loss(*views, weight, bias, (5, 5), 5.0).total.sum().backward()
+        kept.append((weight.grad, weight.grad.clone()))
+        weight.grad = None
+    assert all(torch.equal(grad, copy) for grad, copy in kept) and not torch.equal(kept[0][0], kept[1][0])
