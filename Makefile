@@ -21,7 +21,7 @@ quickstart: .venv/.ready
 	@$(PY) launch/local.py configs/quickstart.yaml
 
 compare: .venv/.ready
-	@$(PY) -m dist_scan compare configs/compare_digits.yaml
+	@$(PY) -m dist_scan compare --at-once 2 configs/compare_digits.yaml
 
 # The live cluster's tests come after the others: beside them, on two cores, every collective of either waits for turns (32 minutes, not 25).
 test: .venv/.ready
