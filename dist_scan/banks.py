@@ -60,8 +60,9 @@ class Bank:
             raise ValueError(f"bank index {int(index.min())}..{int(index.max())}: allowed 0..{self.num_rows - 1}")
         return torch.searchsorted(self.starts, index, right=True) - 1
 
-    def write(self, index: Tensor, rows: Tensor) -> None:
-        """Set rows [b, *shape] at index [b]; every rank brings its own, also none. Collective. The last of equal indices wins."""
+    def write(self, index: Tensor, rows: Tensor, column: int | None = None) -> None:
+        """Set rows [b, *shape] at index [b], or with `column` only that entry of each; every rank brings its own, also none. Collective.
+        The last of equal indices wins."""
         index = gather_rows(index.cpu().long())
         rows = gather_rows(rows.detach().to(self.device, self.dtype))
         shard_of = self._shard_of(index)
@@ -69,7 +70,8 @@ class Bank:
             at = (shard_of == s).nonzero()[:, 0]
             for_each = dict(zip((index[at] - self.starts[s]).tolist(), at.tolist()))  # a scatter of equal indices has no order
             if for_each:
-                mine[torch.tensor(list(for_each), device=self.device)] = rows[torch.tensor(list(for_each.values()), device=self.device)]
+                place = mine if column is None else mine[:, column]
+                place[torch.tensor(list(for_each), device=self.device)] = rows[torch.tensor(list(for_each.values()), device=self.device)]
 
     def read(self, index: Tensor) -> Tensor:
         """Rows [b, *shape] at index [b], wherever they live. Collective; ranks may ask for different numbers."""

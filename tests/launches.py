@@ -1,11 +1,14 @@
 """Start the product as a user does: launch/local.py as a process, with a quickstart made small."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.ranks import CONTEXT
@@ -28,29 +31,61 @@ def command(run_dir: Path, *overrides: str, config: str = "quickstart", processe
     return [*LOCAL, str(ROOT / "configs" / f"{config}.yaml"), "--processes", str(processes), f"runtime.run_dir={run_dir}", *small, *overrides]
 
 
+class Started:
+    """A launcher that is running, forked like the rest: for tests that watch it, ask it to leave, or kill it."""
+
+    def __init__(self, words: list[str], folder: Path, **variables: str):
+        self.words, self.out = words, folder / f"said-{len(list(folder.glob('said-*.txt')))}.txt"
+        self.out.touch()
+        self.process = CONTEXT.Process(target=_launcher, args=(words[2:], self.out, folder, variables))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_until(self, true: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Return once it is so. Fails when the launcher ends, or takes too long, before."""
+        end = time.monotonic() + timeout_s
+        while not true():
+            assert self.process.exitcode is None and time.monotonic() < end, f"{self.words}: ended {self.process.exitcode}\n{self.out.read_text()}"
+            time.sleep(0.02)
+
+    def wait_for_line(self, beginning: str) -> None:
+        """Return once it has said a line that begins so."""
+        self.wait_until(lambda: any(line.startswith(beginning) for line in self.out.read_text().splitlines()))
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """kill -9 for its process group; waits for the launcher's end. Returns its exit code: -9, unless it had ended before."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.join()
+        return self.process.exitcode
+
+    def end(self, timeout_s: float = 240) -> subprocess.CompletedProcess:
+        """Wait for its end; its exit code, and all it said."""
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"{self.words} did not end in {timeout_s} s:\n{self.out.read_text()}")
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, self.out.read_text())
+
+
 def run(run_dir: Path, *overrides: str, config: str = "quickstart", processes: int = 1, timeout_s: float = 240, from_nothing: bool = False):
     """Run to the end; returns the finished process with its output as text. Unless it starts from nothing, as a user's does, it is forked from
     a process that has imported everything: launch/local.py's main as the launcher, its ranks below it, without ten seconds of imports."""
     if not from_nothing:
-        return _forked(command(run_dir, *overrides, config=config, processes=processes), run_dir.parent, timeout_s)
+        return Started(command(run_dir, *overrides, config=config, processes=processes), run_dir.parent).end(timeout_s)
     return subprocess.run(command(run_dir, *overrides, config=config, processes=processes), env=environment(), timeout=timeout_s,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=run_dir.parent)
 
 
-def _forked(words: list[str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess:
-    out = folder / f"said-{len(list(folder.glob('said-*.txt')))}.txt"
-    launcher = CONTEXT.Process(target=_launcher, args=(words[2:], out, folder))
-    launcher.start()
-    launcher.join(timeout_s)
-    if launcher.exitcode is None:
-        launcher.kill()
-        launcher.join()
-        raise TimeoutError(f"{words} did not end in {timeout_s} s:\n{out.read_text()}")
-    return subprocess.CompletedProcess(words, launcher.exitcode, out.read_text())
-
-
-def _launcher(arguments: list[str], out: Path, folder: Path) -> None:
-    enter(out)
+def _launcher(arguments: list[str], out: Path, folder: Path, variables: dict[str, str]) -> None:
+    enter(out, **variables)
     os.chdir(folder)
     from launch import local
 

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file, as configs/compare_digits.yaml")
     parser.add_argument("--out", help="the folder of its runs, table and page (default runs/<name>)")
     parser.add_argument("--processes", type=int, default=1, help="of each run (default 1)")
+    parser.add_argument("--at-once", type=int, default=1, help="how many runs at a time share the cores (default 1); what they say goes to RUN/said.txt")
     parser.add_argument("overrides", nargs="*", help="dotted.path=value of the comparison, as in seeds=[0]")
 
 
@@ -67,19 +71,17 @@ def main(args: argparse.Namespace) -> int:
     path = Path(args.config)
     comparison = read_comparison(path, args.overrides)
     out = Path(args.out or Path("runs") / comparison.name)
+    if args.at_once < 1 or args.processes < 1:
+        raise ConfigError(f"--at-once {args.at_once}, --processes {args.processes}; allowed: 1 or more")
     runs = planned(comparison, path.parent, out)
     same_data(runs)
-    for number, (key, run) in enumerate(runs.items(), 1):
+    for number, run in enumerate(runs.values(), 1):
         if finished(run):
             print(f"[{number}/{len(runs)}] {run.run_dir}: done before, skipped", flush=True)
-            continue
-        print(f"[{number}/{len(runs)}] {run.run_dir}", flush=True)
-        write_text(_made(run.run_dir) / "wanted.yaml", dump(run))
-        code = start(run.run_dir, args.processes)
-        if code:
-            print(f"{run.run_dir}: ended with {code}; the same command goes on", file=sys.stderr)
-            return code
-        publish(comparison, runs, out)
+    missing = {f"[{number}/{len(runs)}] {run.run_dir}": run for number, run in enumerate(runs.values(), 1) if not finished(run)}
+    code = Runs(args.processes, args.at_once, data_is_there=len(missing) < len(runs)).all(missing, lambda: publish(comparison, runs, out))
+    if code:
+        return code
     print("\n" + publish(comparison, runs, out) + f"\ncomparison: {out / 'compare.html'}")
     return 0
 
@@ -135,16 +137,63 @@ def finished(run: RunConfig) -> bool:
     return done.is_file() and settings.is_file() and settings.read_text() == dump(run)
 
 
-def start(run_dir: Path, processes: int) -> int:
-    """One run through launch/local.py, to its end; notices are passed on. Returns its exit code."""
-    child = subprocess.Popen([sys.executable, str(LOCAL), str(run_dir / "wanted.yaml"), "--processes", str(processes)], start_new_session=True)
-    before = {number: signal.signal(number, lambda n, frame: child.send_signal(n)) for number in NOTICE}
-    try:
-        code = child.wait()
-        return code if code >= 0 else 128 - code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class Runs:
+    """Runs through launch/local.py, at most `at_once` at a time; the first alone when it has the data to build that all share. Each gets its
+    part of the cores; a notice to this process is passed on, and when a run fails the others are asked to save and leave."""
+
+    def __init__(self, processes: int, at_once: int, data_is_there: bool = False):
+        self.processes, self.at_once, self.code = processes, at_once, 0
+        self.room = at_once if data_is_there else 1
+        self.running: dict[subprocess.Popen, tuple[str, Path]] = {}
+        self.threads = max(1, len(os.sched_getaffinity(0)) // (processes * at_once))
+
+    def all(self, missing: dict[str, RunConfig], ended: Callable[[], object]) -> int:
+        """Every run to its end, in order, `ended` after each that is done. Returns 0, or the exit code of the first that failed."""
+        waiting = list(missing.items())
+        before = {number: signal.signal(number, lambda n, frame: self._tell(n)) for number in NOTICE}
+        try:
+            while self.running or (waiting and not self.code):
+                while waiting and not self.code and len(self.running) < self.room:
+                    self._start(*waiting.pop(0))
+                self._look(ended)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self.code
+
+    def _start(self, title: str, run: RunConfig) -> None:
+        print(title, flush=True)
+        write_text(_made(run.run_dir) / "wanted.yaml", dump(run))
+        said = open(run.run_dir / "said.txt", "ab") if self.at_once > 1 else None
+        line = [sys.executable, str(LOCAL), str(run.run_dir / "wanted.yaml"), "--processes", str(self.processes)]
+        child = subprocess.Popen(line, start_new_session=True, stdout=said, stderr=said and subprocess.STDOUT,
+                                 env={"OMP_NUM_THREADS": str(self.threads)} | os.environ)
+        self.running[child] = title, run.run_dir
+        if said:
+            said.close()
+
+    def _tell(self, number: int) -> None:
+        """Pass a notice on; nothing is started after it."""
+        self.code = self.code or 128 + number
+        for child in self.running:
+            child.send_signal(number)
+
+    def _look(self, ended: Callable[[], object]) -> None:
+        time.sleep(0.1)
+        for child in [c for c in self.running if c.poll() is not None]:
+            title, folder = self.running.pop(child)
+            code = child.returncode if child.returncode >= 0 else 128 - child.returncode
+            if code == 0:
+                if self.at_once > 1:
+                    print(f"{title}: done", flush=True)
+                self.room = self.at_once
+                ended()
+                continue
+            last = (folder / "said.txt").read_text(errors="replace").splitlines()[-20:] if self.at_once > 1 else []
+            print("\n".join([*last, f"{folder}: ended with {code}; the same command goes on"]), file=sys.stderr)
+            if not self.code:
+                self._tell(signal.SIGTERM)
+                self.code = code
 
 
 def publish(comparison: ComparisonConfig, runs: dict[tuple[str, int], RunConfig], out: Path) -> str:

@@ -35,3 +35,8 @@ class Assignments:
             raise ValueError(f"{path}: holds no assignments.npz; give a kmeans or assign stage")
         with np.load(file) as parts:
             return cls(parts["cluster"], int(parts["num_clusters"]), parts.get("probability"), parts.get("top"))
+
+
+def save_history(path: Path, epochs: np.ndarray, cluster: np.ndarray) -> None:
+    """Write into a folder the clusters [N, E] of every image at the start of each of `epochs` [E] (-1: none), for evaluation."""
+    write_atomic(Path(path) / "history.npz", lambda f: np.savez_compressed(f, epoch=np.asarray(epochs), cluster=cluster.T.astype(np.int32)))

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.artefacts import write_atomic
 from dist_scan.banks import Bank
-from dist_scan.data.assignments import Assignments
+from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.hashing import keyed
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
@@ -164,8 +163,7 @@ class DeepCluster(Method):
         save_backbone(out, self.backbone, self.given.backbone_config)
         Assignments(self.targets.clamp(min=0).numpy(), max(int(self.used), 1)).save(out)
         if self.kept is not None:
-            epochs = np.arange(self.kept.shape[1]) * self.config.reassign
-            write_atomic(out / "history.npz", lambda f: np.savez_compressed(f, epoch=epochs, cluster=self.kept.numpy().T))
+            save_history(out, np.arange(self.kept.shape[1]) * self.config.reassign, self.kept.numpy())
 
 
 def seed_of(*keys: int) -> int:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_scan.banks import Bank
-from dist_scan.data.assignments import Assignments
+from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
@@ -47,6 +47,8 @@ class DeepClusterV2Config(NetworkConfig):
     """Of spherical k-means, from random images."""
     small_crops: int = Field(default=0, ge=0)
     """Views beside the two that are remembered; they are trained on the same targets."""
+    track: bool = False
+    """Publish every clustering of the first head, not only the last one (4 bytes an image each), for evaluation."""
 
 
 class DeepClusterV2(Method):
@@ -56,6 +58,7 @@ class DeepClusterV2(Method):
     Config = DeepClusterV2Config
     recipes = ("dcv2", "dcv2")
     needs = ("images",)
+    publishes = ("backbone", "clusters")
 
     def __init__(self, config: DeepClusterV2Config, given: Given):
         super().__init__(config, given)
@@ -65,6 +68,8 @@ class DeepClusterV2(Method):
         self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
         self.projections = Bank(given.num_images, (REMEMBERED, config.projection_dim))
         self.assignment = Bank(given.num_images, (config.num_heads,), torch.int32, fill=-1)
+        self.history = Bank(given.num_images, (given.epochs,), torch.int32, fill=-1) if config.track else None
+        self.kept: Tensor | None = None
         self.targets = torch.full((given.num_images, config.num_heads), -1)  # the whole bank, on every rank: read again after a resume
 
     @classmethod
@@ -73,7 +78,7 @@ class DeepClusterV2(Method):
         return cls.recipes + cls.recipes[:1] * config.small_crops
 
     def banks(self) -> dict[str, Bank]:
-        return {"projections": self.projections, "assignment": self.assignment}
+        return {"projections": self.projections, "assignment": self.assignment} | ({"history": self.history} if self.history else {})
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
         """Cluster the bank once for each head; head h looks at view h mod 2."""
@@ -87,6 +92,8 @@ class DeepClusterV2(Method):
         with torch.no_grad():
             self.prototypes.copy_(torch.from_numpy(np.stack([f.centroids for f in found])))
         self.assignment.fill(torch.from_numpy(assignment))
+        if self.history is not None:
+            self.history.fill(torch.from_numpy(assignment[:, 0]), epoch)
         nmi = [mutual_information(a, b) for a, b in zip(before.T, assignment.T)] if epoch else [float("nan")]
         self.facts.copy_(torch.tensor([np.mean(nmi), sum(int((f.sizes == 0).sum()) for f in found), sum(f.num_empty for f in found)]))
         return [self.prototypes]
@@ -132,11 +139,14 @@ class DeepClusterV2(Method):
 
     def collect(self) -> None:
         self.targets = self.assignment.whole().long()
+        self.kept = self.history.whole() if self.history is not None else None
 
     def publish(self, out: Path) -> None:
         """The backbone and projector, and the first head's last assignment."""
         save_backbone(out, self.backbone, self.given.backbone_config, self.projector)
         Assignments(self.targets[:, 0].numpy(), self.config.num_clusters).save(out)
+        if self.kept is not None:
+            save_history(out, np.arange(self.kept.shape[1]), self.kept.numpy())
 
 
 class Projected(nn.Module):

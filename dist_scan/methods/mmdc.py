@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_scan.banks import Bank
+from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch
+from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
@@ -51,6 +54,9 @@ class MMDCConfig(NetworkConfig):
     """Epoch of the stage (counted from 0) from which targets are renewed by k-means on all outputs at the start of each round, instead
     of being permuted in the batch; null: never."""
     refine_restarts: int = Field(default=10, ge=1)
+    track: bool = False
+    """Publish the nearest mean of every image in each round, not only the model (4 bytes an image each), for evaluation. It costs no pass: the
+    outputs are those that targets are matched to, so images met late in an epoch are seen by a network that has learned more."""
 
     @model_validator(mode="after")
     def _fit(self) -> MMDCConfig:
@@ -81,7 +87,7 @@ class MMDC(Method):
     Config = MMDCConfig
     recipes = ("mmdc_center", "mmdc", "mmdc_rotation")
     needs = ("images",)
-    publishes = ("backbone", "model")
+    publishes = ("backbone", "model", "clusters")
 
     @classmethod
     def recipes_for(cls, config: MMDCConfig) -> tuple[str, ...]:
@@ -96,6 +102,14 @@ class MMDC(Method):
         self.rotation_head = small_linear(given.feature_dim, 4) if config.rotation else None
         self.target_id = Bank(given.num_images, dtype=torch.int64)
         self.target_id.fill(torch.arange(given.num_images))
+        self.history = Bank(given.num_images, (-(-given.epochs // self.epochs_a_round),), torch.int32, fill=-1) if config.track else None
+        self.kept: Tensor | None = None
+        self.last_ids = torch.arange(given.num_images)  # the whole bank; on every rank after collect()
+
+    @property
+    def epochs_a_round(self) -> int:
+        """One of codes, and one of rotations if there are any."""
+        return 2 if self.config.rotation else 1
 
     def rotates(self, epoch: int) -> bool:
         """Whether this epoch is one of rotations."""
@@ -118,7 +132,18 @@ class MMDC(Method):
             found = kmeans(outputs, k, iterations=300, restarts=self.config.refine_restarts, seed=self.given.seed + 1000 * epoch)
             previous = self.codes.component(self.target_id.whole().numpy())
             self.target_id.fill(n + torch.from_numpy(align(found.assignment, previous, k)))
+            if self.history is not None:
+                self._track_table(outputs, epoch)
         return ()
+
+    def _track_table(self, outputs: FeatureTable, epoch: int) -> None:
+        for s, mine in self.history.shards.items():
+            rows = np.arange(int(self.history.starts[s]), int(self.history.starts[s + 1]))
+            mine[:, epoch // self.epochs_a_round] = self.nearest_mean(torch.from_numpy(outputs.rows(rows, 0)))
+
+    def nearest_mean(self, outputs: Tensor) -> Tensor:
+        """Which mean lies closest to each output [b, dim] of unit length: [b] int32, on the CPU."""
+        return torch.from_numpy((outputs.double().cpu().numpy() @ self.codes.means.T).argmax(1).astype(np.int32))
 
     def forward(self, batch: Batch) -> Step:
         return self._rotation_step(batch) if self.rotates(batch.epoch) else self._code_step(batch)
@@ -135,19 +160,24 @@ class MMDC(Method):
         """Mean squared error over batch and dimensions (the squared distance over dim) of the strong view's outputs to their targets."""
         ids, metrics, keep = self.target_id.read(batch.index), {}, {}
         if not self.refines(batch.epoch):
-            matched = self._match(batch.views[0], ids)
+            outputs = self._weak_outputs(batch.views[0])
+            matched = self._match(outputs, ids)
             moved = self.codes.component(ids.numpy()) != self.codes.component(matched.numpy())
-            ids, metrics, keep = matched, {"targets_moved": torch.tensor(moved.mean())}, {"target_id": matched}
+            ids, metrics, keep = matched, {"targets_moved": torch.tensor(moved.mean())}, {"target_id": matched, "nearest": self.nearest_mean(outputs)}
         outputs = self.network(batch.views[-1])
         loss = F.mse_loss(outputs, self._places(ids).to(outputs))
         return Step(loss + _idle(self.rotation_head), metrics, keep)
 
     @torch.no_grad()
-    def _match(self, weak: Tensor, ids: Tensor) -> Tensor:
-        """This rank's new ids [b]: a permutation inside blocks of the global batch, by the outputs in eval mode."""
+    def _weak_outputs(self, weak: Tensor) -> Tensor:
+        """[b, dim], in eval mode."""
         self.network.eval()
         outputs = self.network(weak)
         self.network.train()
+        return outputs
+
+    def _match(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """This rank's new ids [b]: a permutation inside blocks of the global batch, by the outputs [b, dim] in eval mode."""
         start = len(ids) * current().rank
         everyone, outputs = gather_rows(ids), gather_rows(outputs)
         own = range(start, start + len(ids))
@@ -162,18 +192,24 @@ class MMDC(Method):
         """Targets move for good once the update is made."""
         if step.keep:
             self.target_id.write(batch.index, step.keep["target_id"])
+            if self.history is not None:
+                self.history.write(batch.index, step.keep["nearest"], batch.epoch // self.epochs_a_round)
 
     def banks(self) -> dict[str, Bank]:
-        return {"target_id": self.target_id}
+        return {"target_id": self.target_id} | ({"history": self.history} if self.history else {})
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """No weight decay on biases and batch norm, as released."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [ParameterGroup([p for p in parameters if p.ndim > 1]), ParameterGroup([p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
 
+    def collect(self) -> None:
+        self.last_ids = self.target_id.whole()
+        self.kept = self.history.whole() if self.history is not None else None
+
     def publish(self, out: Path) -> None:
-        """A cluster model whose largest logit is the nearest mean (the product with unit means; logits are not of unit length), and the
-        backbone."""
+        """A cluster model whose largest logit is the nearest mean (the product with unit means; logits are not of unit length), the
+        backbone, and the components of the last targets."""
         means = torch.from_numpy(self.codes.means).to(self.network.head.weight)
         head = nn.Linear(self.given.feature_dim, self.config.num_clusters).to(means)
         with torch.no_grad():
@@ -182,6 +218,10 @@ class MMDC(Method):
         norm = FeatureNorm("none", self.given.feature_dim)
         save_cluster_model(out, ClusterModel(self.network.backbone, norm, head, self.given.backbone_config))
         save_backbone(out, self.network.backbone, self.given.backbone_config)
+        Assignments(self.codes.component(self.last_ids.numpy()), self.config.num_clusters).save(out)
+        if self.kept is not None:
+            epochs = np.arange(self.kept.shape[1]) * self.epochs_a_round + int(self.config.rotation_first)
+            save_history(out, epochs, self.kept.numpy())
 
 
 def small_linear(in_dim: int, out_dim: int) -> nn.Linear:

@@ -14,13 +14,17 @@ HIDDEN = 4096
 
 
 class DeepNet(nn.Module):
-    """images [B, channels, S, S] -> features [B, 4096] before the ReLU. Made for 224 px; other sizes are pooled to the same grid."""
+    """images [B, channels, S, S] -> features [B, 4096] before the ReLU. Made for 224 px; other sizes are pooled to the same grid.
+
+    Raises ValueError for images so small that nothing is left after the pools.
+    """
 
     ends_before_relu: ClassVar[bool] = True
     num_features = HIDDEN
 
-    def __init__(self, layers: dict[str, nn.Module], channels: int, grid: int, first_dropout: bool):
+    def __init__(self, layers: dict[str, nn.Module], channels: int, grid: int, first_dropout: bool, smallest: int):
         super().__init__()
+        self.smallest = smallest
         self.features = nn.Sequential()
         for name, layer in layers.items():
             self.features.add_module(name, layer)
@@ -31,6 +35,9 @@ class DeepNet(nn.Module):
             initialise(module)
 
     def forward(self, images: Tensor) -> Tensor:
+        if min(images.shape[2:]) < self.smallest:
+            raise ValueError(f"images of {min(images.shape[2:])} px are too small for this network; allowed: {self.smallest} px or more (it was made for "
+                             "224). Raise data.size, or take resnet18 with stem: cifar")
         return self.hidden(self.pool(self.features(images)).flatten(1))
 
 
@@ -52,7 +59,7 @@ def alexnet_bn(channels: int = 3) -> DeepNet:
     """96-256-384-384-256 with batch norm in the place of local response normalisation; 9216 numbers enter the first linear layer."""
     return DeepNet({"conv1": _convolution(channels, 96, 11, 4, 2), "pool1": nn.MaxPool2d(3, 2), "conv2": _convolution(96, 256, 5, 1, 2),
                     "pool2": nn.MaxPool2d(3, 2), "conv3": _convolution(256, 384, 3), "conv4": _convolution(384, 384, 3),
-                    "conv5": _convolution(384, 256, 3), "pool5": nn.MaxPool2d(3, 2)}, 256, 6, first_dropout=True)
+                    "conv5": _convolution(384, 256, 3), "pool5": nn.MaxPool2d(3, 2)}, 256, 6, first_dropout=True, smallest=63)
 
 
 def vgg16_deep(channels: int = 3) -> DeepNet:
@@ -65,4 +72,4 @@ def vgg16_deep(channels: int = 3) -> DeepNet:
             layers[f"conv{number}"] = _convolution(before, width, 3)
             before = width
         layers[f"pool{block}"] = nn.MaxPool2d(2)
-    return DeepNet(layers, 512, 7, first_dropout=False)
+    return DeepNet(layers, 512, 7, first_dropout=False, smallest=32)

@@ -83,7 +83,9 @@ class EvaluateStage(Stage):
             return {}
         with np.load(path) as kept:
             epochs, clusters = kept["epoch"], kept["cluster"]
-        tables = (contingency(c[c >= 0], labels[c >= 0], int(c.max()) + 1, int(labels.max()) + 1) for c in clusters if (c >= 0).any())
+        held = (clusters >= 0).any(1)
+        epochs, clusters = epochs[held], clusters[held]
+        tables = (contingency(c[c >= 0], labels[c >= 0], int(c.max()) + 1, int(labels.max()) + 1) for c in clusters)
         return {"history": {"epoch": epochs.tolist(), "nmi": [nmi(t, "geometric") for t in tables], "nmi_variant": "geometric"}}
 
     def _neighbour_purity(self, labels: np.ndarray) -> dict[str, float] | None:

@@ -139,6 +139,24 @@ def test_what_is_published(tmp_path):
     assert load_backbone(tmp_path / "out")[0].num_features == 16
 
 
+def test_v2_tracks_the_first_head_and_publishes_clusters(tmp_path):
+    from dist_scan.data.assignments import Assignments
+
+    method, embed = make(CASES["v2"] | dict(track=True), tmp_path)
+    assert "clusters" in method.publishes and "history" in method.banks()
+    seen = []
+    for epoch in range(2):
+        method.begin_epoch(epoch, embed)
+        seen.append(method.assignment.whole().numpy()[:, 0])
+    method.float().collect()
+    (tmp_path / "out").mkdir()
+    method.publish(tmp_path / "out")
+    with np.load(tmp_path / "out" / "history.npz") as history:
+        np.testing.assert_array_equal(history["cluster"], seen)
+        assert history["epoch"].tolist() == [0, 1]
+    np.testing.assert_array_equal(Assignments.load(tmp_path / "out").cluster, seen[-1])
+
+
 def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path):
     from dist_scan.data.batch import Batch
 

@@ -16,7 +16,8 @@ CASES = {
     "small blocks": dict(matching_block=10),
     "spread": dict(matching_block=16, sigma=0.05, means="random", code_dim=5),
     "rotation": dict(matching_block=24, rotation=True),
-    "refined": dict(matching_block=24, refine_from=0, refine_restarts=2),
+    "refined": dict(matching_block=24, refine_from=0, refine_restarts=2, track=True),
+    "tracked": dict(matching_block=24, track=True, rotation=True),
 }
 
 
@@ -29,7 +30,7 @@ def make(name: str):
     torch.manual_seed(0)
     config = BackboneConfig(name="vgg_small", width=2)
     backbone = build_backbone(config)
-    given = Given(num_images=N, global_batch=B, seed=3, total_steps=STEPS, feature_dim=backbone.num_features, backbone=backbone, backbone_config=config)
+    given = Given(num_images=N, global_batch=B, seed=3, total_steps=STEPS, epochs=STEPS, feature_dim=backbone.num_features, backbone=backbone, backbone_config=config)
     return MMDC(MMDCConfig(num_clusters=4, **{"rotation": False, **CASES[name]}), given).double()
 
 
@@ -81,9 +82,10 @@ def train(name: str, folder=None):
         method.end_step(batch, step)
         sync_running_stats(method)
         optimizer.zero_grad()
+    history = method.history.whole().numpy() if method.history is not None else np.zeros((N, 0))
     state = method.target_id.state()  # as plain numbers: a tensor sent between processes dies with its sender
     state["shards"] = {s: t.tolist() for s, t in state["shards"].items()}
-    return losses, first, {k: v.numpy() for k, v in method.state_dict().items()}, method.target_id.whole().numpy(), state
+    return losses, first, {k: v.numpy() for k, v in method.state_dict().items()}, method.target_id.whole().numpy(), state, history
 
 
 @cache
@@ -109,7 +111,7 @@ def test_ranks_equal_one(name, tmp_path):
                 assert rank[part].keys() == alone[part].keys()
                 for key, expected in alone[part].items():
                     close(rank[part][key], expected, key)
-            assert np.array_equal(rank[3], alone[3])
+            assert np.array_equal(rank[3], alone[3]) and np.array_equal(rank[5], alone[5])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -183,6 +185,39 @@ def test_target_ids_survive_another_number_of_ranks():
     states = [r[4] for r in results]
     assert load_whole(states) == results[0][3].tolist()
     assert run_ranks(load_whole, 2, states) == [results[0][3].tolist()] * 2
+
+
+def test_a_tracked_round_holds_the_nearest_mean_of_what_was_matched(tmp_path):
+    """A round of two epochs has one column: the clusters of the batch of its epoch of codes; images it did not meet have none."""
+    from dist_scan.data.batch import Batch
+
+    history = trained(1, "tracked")[0][5]
+    assert history.shape == (N, STEPS // 2) and [(column >= 0).sum() for column in history.T] == [B, B]
+    method, rows, x = make("tracked"), torch.arange(5, 5 + B), images(3, B)
+    with torch.no_grad():
+        method.network.head.weight.normal_()
+    step = method.train()(Batch(rows, (x, x), 2, 0))
+    method.end_step(Batch(rows, (x, x), 2, 0), step)
+    outputs = method.eval().network(x).detach().numpy()
+    nearest = np.linalg.norm(outputs[:, None] - method.codes.means[None], axis=2).argmin(1)
+    kept = method.history.whole().numpy()
+    assert len(set(nearest)) > 1 and np.array_equal(kept[5:5 + B, 1], nearest)
+    assert (kept[:, 0] == -1).all() and (np.delete(kept[:, 1], range(5, 5 + B)) == -1).all()
+
+
+def test_what_was_tracked_is_published_beside_the_last_targets(tmp_path):
+    from dist_scan.data.assignments import Assignments
+
+    method, embed = make("refined"), embed_with(tmp_path / "table")
+    method.begin_epoch(2, embed)
+    outputs = embed(method.network, 0).rows(np.arange(N), 0)
+    method.float().collect()
+    method.publish(tmp_path)
+    with np.load(tmp_path / "history.npz") as kept:
+        assert kept["epoch"].tolist() == [0, 1, 2, 3] and (kept["cluster"][[0, 1, 3]] == -1).all()
+        assert np.array_equal(kept["cluster"][2], outputs.argmax(1)), "of refinement: the nearest mean of what k-means saw"
+    found = Assignments.load(tmp_path)
+    assert found.num_clusters == 4 and np.array_equal(found.cluster, method.codes.component(method.target_id.whole().numpy()))
 
 
 def test_what_is_published_assigns_to_the_nearest_mean(tmp_path):

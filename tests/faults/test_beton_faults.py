@@ -125,21 +125,33 @@ def test_every_rotted_sample_raises_with_its_row_and_name(good, tmp_path):
         check_beton(loader.path, whole=True)
 
 
-def test_a_file_cut_after_it_was_opened_raises_and_does_not_kill(good, tmp_path):
-    path = copied(good, tmp_path, lambda data: data)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> list[Path]:
+    """A raw and a jpeg file for one process to read: an import of ffcv costs as much as many tests."""
+    root = tmp_path_factory.mktemp("both")
+    source = folder(root / "images", 12)
+    return [build(source, root / f"{stored}.beton", stored=stored) for stored in ("raw", "jpeg")]
+
+
+def test_a_file_cut_after_it_was_opened_raises_and_does_not_kill(both, tmp_path):
+    paths = []
+    for good in both:
+        (tmp_path / good.stem).mkdir()
+        paths.append(str(copied(good, tmp_path / good.stem, lambda data: data)))
     code = f"""
 import os, numpy as np
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.crops import CropSpec
-loader = BetonLoader({str(path)!r}, (CropSpec('center', 32),), seed=0, batch_size=4, workers=2)
-os.truncate({str(path)!r}, 9000)
-try:
-    list(loader.batches(np.arange(12), 0))
-except ValueError as error:
-    print(error)
+for path in {paths!r}:
+    loader = BetonLoader(path, (CropSpec('center', 32),), seed=0, batch_size=4, workers=2)
+    os.truncate(path, 9000)
+    try:
+        list(loader.batches(np.arange(12), 0))
+    except ValueError as error:
+        print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "cannot be read" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("cannot be read") == 2, done.stdout + done.stderr
 
 
 def command(source: Path, out: Path, *more: str) -> list[str]:
@@ -218,6 +230,12 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def test_the_stock_reader_reads_it(good):
-    code = f"from ffcv.reader import Reader; r = Reader({str(good)!r}); print(r.num_samples, *r.field_names, len(r.alloc_table))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100).stdout.split() == ["12", "image", "label", "index", "12"]
+def test_the_stock_reader_reads_it(both):
+    code = f"""
+from ffcv.reader import Reader
+for path in {[str(path) for path in both]!r}:
+    reader = Reader(path)
+    print(reader.num_samples, *reader.field_names, len(reader.alloc_table))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines() == ["12 image label index 12"] * 2, done.stderr

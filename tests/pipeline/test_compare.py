@@ -21,7 +21,8 @@ seeds: [0]
 members:
   plain: {config: pixels.yaml}
   unit: {config: pixels.yaml, overrides: [stages.clusters.normalise=true]}
-rows: {k-means: plain.found, on unit rows: unit.found}
+  more: {config: pixels.yaml, overrides: [stages.clusters.num_clusters=12]}
+rows: {k-means: plain.found, on unit rows: unit.found, of 12: more.found}
 baseline: k-means
 """
 
@@ -34,11 +35,12 @@ def compare(folder, *arguments):
 def test_it_runs_what_is_missing_and_writes_one_table(tmp_path):
     (tmp_path / "pixels.yaml").write_text(PIXELS)
     (tmp_path / "tiny.yaml").write_text(COMPARE)
-    first = compare(tmp_path)
+    first = compare(tmp_path, "--at-once", "2")
     assert first.returncode == 0, first.stdout
+    assert "ACC" in (tmp_path / "out" / "more-seed0" / "said.txt").read_text()
     table = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert table["num_images"] == 200
-    for name, member in (("k-means", "plain"), ("on unit rows", "unit")):
+    for name, member in (("k-means", "plain"), ("on unit rows", "unit"), ("of 12", "more")):
         own = json.loads((tmp_path / "out" / f"{member}-seed0" / "report.json").read_text())["found"]
         assert table["rows"][name]["0"] == own and 0.3 < own["acc"] < 1
     assert table["rows"]["k-means"] != table["rows"]["on unit rows"]
@@ -49,7 +51,7 @@ def test_it_runs_what_is_missing_and_writes_one_table(tmp_path):
     again = compare(tmp_path)
     assert again.returncode == 0, again.stdout
     lines = again.stdout.splitlines()
-    assert lines[0].endswith("plain-seed0: done before, skipped") and lines[1].endswith("unit-seed0")
+    assert [line.rpartition("/")[2] for line in lines[:3]] == ["plain-seed0: done before, skipped", "more-seed0: done before, skipped", "unit-seed0"]
     assert "starts" not in again.stdout and (tmp_path / "out" / "compare.json").read_bytes() == before
 
 

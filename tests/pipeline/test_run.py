@@ -12,7 +12,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from tests.launches import command, environment, report, run
+from dist_scan.config import load
+from tests.launches import ROOT, Started, command, environment, report, run
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +75,14 @@ def assert_a_flipped_bit_is_noticed(folder):
 
 
 def test_killed_three_times_the_same_command_ends_with_the_same_report(undisturbed, tmp_path):
-    rng, folder = random.Random(0), tmp_path / "run"
+    rng, folder, codes = random.Random(0), tmp_path / "run", []
     for _ in range(3):
-        process = subprocess.Popen(command(folder, "runtime.checkpoint_s=1"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, start_new_session=True)
-        wait_for = rng.choice(["pretext: starts", "neighbours: starts", "heads: starts", "selflabelling: starts"])
-        for line in process.stdout:
-            if line.startswith(wait_for):
-                break
-        time.sleep(rng.uniform(0, 5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        launcher = Started(command(folder, "runtime.checkpoint_s=1"), tmp_path)
+        wait_for = rng.choice(["pretext: ", "neighbours: ", "heads: ", "selflabelling: "])  # starts, goes on, or was done before
+        launcher.wait_for_line(wait_for)
+        time.sleep(rng.uniform(0, 1.5))
+        codes.append(launcher.kill())
+    assert codes.count(-signal.SIGKILL) >= 2, "killed, not ended"
     last = run(folder, "runtime.checkpoint_s=1")
     assert last.returncode == 0, last.stdout
     assert report(folder) == report(undisturbed[0])
@@ -92,21 +90,19 @@ def test_killed_three_times_the_same_command_ends_with_the_same_report(undisturb
 
 def test_asked_to_stop_it_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder, processes=2), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if line.startswith("pretext: starts"):
-            break
-    while not (folder / "logs" / "pretext.metrics.jsonl").exists() or not (folder / "logs" / "pretext.metrics.jsonl").stat().st_size:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM and "everything is saved" in rest and (folder / "STOPPED").exists()
+    launcher, metrics = Started(command(folder, processes=2), tmp_path), folder / "logs" / "pretext.metrics.jsonl"
+    launcher.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    launcher.send_signal(signal.SIGTERM)
+    asked = launcher.end(60)
+    assert asked.returncode == 128 + signal.SIGTERM and "everything is saved" in asked.stdout and (folder / "STOPPED").exists()
     assert list(folder.glob("stages/pretext/*/work/checkpoints/step-*"))
     again = run(folder, processes=2)
     assert again.returncode == 0 and "pretext: goes on" in again.stdout
 
 
-WHOLE_PRETEXT = ["data.train.limit=", "stages.pretext.epochs=2", "stages.pretext.network.width=32", "stages.pretext.global_batch=128"]
+WHOLE_PRETEXT = ["data.train.limit=", "stages.pretext.epochs=2", "stages.pretext.steps_per_epoch=10", "stages.pretext.network.width=32",
+                 "stages.pretext.global_batch=128"]
+NOTHING_ELSE = [f"stages.{name}=" for name in load(ROOT / "configs" / "quickstart.yaml").stages if name != "pretext"]
 
 
 @pytest.mark.parametrize(("within", "overrides"), [(1e-9, ["stages.pretext.epochs=6", "stages.pretext.precision=fp64"]), (1e-5, WHOLE_PRETEXT)])
@@ -114,29 +110,27 @@ def test_two_processes_see_the_same_images_and_the_same_losses(tmp_path, within,
     """A small pretext in float64, and the first 20 steps of the quickstart's own in float32."""
     from dist_scan.engine.log import read_rows
 
-    losses = {}
+    losses, betons = {}, {}
     for processes in (1, 2):
         folder = tmp_path / f"run{processes}"
-        done = run(folder, *overrides, processes=processes)
+        done = run(folder, *overrides, *NOTHING_ELSE, processes=processes)
         assert done.returncode == 0, done.stdout
+        betons[processes] = next(folder.glob("stages/beton_train/*/*.beton")).read_bytes()
         losses[processes] = [r["loss"] for r in read_rows(folder / "logs" / "pretext.metrics.jsonl") if "loss" in r][:20]
     assert len(losses[1]) == 20 and losses[1][0] != losses[1][19]
     assert max(abs(a - b) for a, b in zip(losses[1], losses[2])) < within
-    assert report(tmp_path / "run1")["num_images"] == report(tmp_path / "run2")["num_images"]
+    assert betons[1] == betons[2]
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path):
     folder = tmp_path / "run"
-    first = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    first = Started(command(folder), tmp_path)
     try:
-        for line in first.stdout:
-            if "starts" in line:
-                break
+        first.wait_until(lambda: "starts" in first.out.read_text())
         second = run(folder)
         assert second.returncode == 2 and f"process {first.pid}" in second.stdout and "Traceback" not in second.stdout
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+        first.kill()
 
 
 METHOD = textwrap.dedent('''

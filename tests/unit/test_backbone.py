@@ -223,3 +223,14 @@ def test_deepcluster_networks_start_as_released_and_take_small_images():
     first, last = network.features.conv1[0], network.hidden[-1]
     assert float(first.weight.detach().std()) == pytest.approx((2 / (11 * 11 * 96)) ** 0.5, rel=0.05) and float(last.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
     assert not first.bias.any() and not last.bias.any()
+
+
+@pytest.mark.parametrize("name, smallest", [("alexnet_bn", 63), ("vgg16_deep", 32)])
+def test_deepcluster_networks_name_the_smallest_image(name, smallest):
+    with torch.device("meta"):
+        network = build_backbone(BackboneConfig(name=name)).eval()
+        assert network(torch.empty(2, 3, smallest, smallest)).shape == (2, 4096)
+        with pytest.raises(ValueError, match=f"images of {smallest - 1} px .* allowed: {smallest} px or more"):
+            network(torch.empty(2, 3, smallest - 1, smallest))
+        with pytest.raises(RuntimeError):  # torch's own words begin exactly there
+            network.features(torch.empty(2, 3, smallest - 1, smallest - 1))

@@ -40,3 +40,9 @@ def test_fill_and_whole_are_inverse():
     bank.fill(torch.arange(20).view(10, 2))
     bank.fill(torch.full((10,), 9), column=1)
     assert bank.whole().tolist() == [[2 * i, 9] for i in range(10)] and bank.whole().dtype == torch.int32
+
+
+def test_one_column_of_some_rows_is_written():
+    bank = Bank(10, (3,), torch.int32, num_shards=3, fill=-1)
+    bank.write(torch.tensor([9, 0, 4]), torch.tensor([7, 8, 6]), column=1)
+    assert bank.whole()[:, 1].tolist() == [8, -1, -1, -1, 6, -1, -1, -1, -1, 7] and (bank.whole()[:, [0, 2]] == -1).all()

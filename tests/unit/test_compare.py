@@ -1,11 +1,18 @@
 """The comparison: its arithmetic, its words, its page, and what it refuses before any work."""
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
+import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
-from dist_scan.commands.compare import planned, read_comparison, same_data
+from dist_scan.commands import compare
+from dist_scan.commands.compare import Runs, planned, read_comparison, same_data
 from dist_scan.config import ConfigError
 from dist_scan.evaluate.compare import Comparison, Row, cell, markdown, write_page
 from tests.launches import ROOT
@@ -82,3 +89,63 @@ def test_mistakes_are_told_before_any_work(tmp_path, before, after, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         found, path = comparison(tmp_path, WHOLE.replace(before, after))
         same_data(planned(found, path.parent, tmp_path / "out"))
+
+
+LAUNCHER = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1]).parent
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+(folder / "began").write_text(json.dumps([time.monotonic(), os.environ["OMP_NUM_THREADS"]]))
+print("said by", folder.name)
+time.sleep(0.05 if folder.name == "fails" else 30 if folder.name == "long" else 0.5)
+(folder / "ended").write_text(json.dumps(time.monotonic()))
+sys.exit(folder.name == "fails" and 3)
+"""
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Runs of these names by a launcher that sleeps; returns the exit code and how often a run's end was told."""
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    monkeypatch.setattr(compare, "LOCAL", tmp_path / "launcher.py")
+    monkeypatch.setattr(compare, "dump", lambda run: "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def go(*names: str, at_once: int, data_is_there: bool = False):
+        told, runs = [], {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
+        return Runs(1, at_once, data_is_there).all(runs, lambda: told.append(1)), len(told)
+    return go
+
+
+def span(folder) -> tuple[float, float]:
+    return json.loads((folder / "began").read_text())[0], json.loads((folder / "ended").read_text())
+
+
+def test_runs_share_the_cores_and_the_first_builds_the_data_alone(started, tmp_path):
+    assert started("a", "b", "c", "d", at_once=2) == (0, 4)
+    a, b, c, d = (span(tmp_path / name) for name in "abcd")
+    assert a[1] < b[0] and c[0] < b[1], "a alone, then b beside c"
+    assert d[0] > min(b[1], c[1]), "never three"
+    threads = json.loads((tmp_path / "b" / "began").read_text())[1]
+    assert threads == str(max(1, len(os.sched_getaffinity(0)) // 2)) and (tmp_path / "b" / "said.txt").read_text() == "said by b\n"
+    assert started("e", "f", at_once=2, data_is_there=True) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
+
+
+def test_a_run_that_fails_ends_the_others_and_nothing_is_started_after_it(started, tmp_path, capfd):
+    began = time.monotonic()
+    assert started("long", "fails", "never", at_once=2, data_is_there=True) == (3, 0)
+    assert time.monotonic() - began < 15 and not (tmp_path / "long" / "ended").exists() and not (tmp_path / "never").exists()
+    assert "fails: ended with 3; the same command goes on" in capfd.readouterr().err
+
+
+def test_a_notice_reaches_every_run(started, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask():
+        while not all((tmp_path / name / "began").exists() for name in ("long", "a")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask).start()
+    assert started("long", "a", "never", at_once=2, data_is_there=True)[0] == 128 + signal.SIGTERM
+    assert not (tmp_path / "never").exists() and not (tmp_path / "long" / "ended").exists() and signal.getsignal(signal.SIGTERM) is before
