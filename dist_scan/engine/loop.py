@@ -138,7 +138,8 @@ class Trainer:
         is a save due on rank 0. One all-reduce a step, so all ranks do the same at the same step."""
         names = ["loss", *step.metrics]
         parts = [step.loss.detach(), *(torch.as_tensor(v).detach() for v in step.metrics.values())]
-        finite = torch.isfinite(step.loss.detach()) & (torch.tensor(True) if step.skip else all_finite([p.grad for p in self.method.parameters() if p.grad is not None])).to(step.loss.device)
+        gradients = [] if step.skip else [p.grad for p in self.method.parameters() if p.grad is not None]
+        finite = torch.isfinite(step.loss.detach()) & all_finite(gradients).to(step.loss.device)
         parts += [finite, torch.tensor(float(self.stop.asked)), torch.tensor(float(current().rank == 0 and self.saver.due()))]
         message = all_sum(torch.stack([p.double().reshape(()).to(step.loss.device) for p in parts])).tolist()
         *means, finite_ranks, asked, due = message
