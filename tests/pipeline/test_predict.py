@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dist_scan.__main__ import main
-from tests.launches import LOCAL, environment
+from tests.launches import LOCAL, ROOT, environment
 
 CONFIG = """
 name: tiny
@@ -170,6 +172,27 @@ def test_other_sources_give_the_same(kind, tiny, predicted, tmp_path, capsys):
         assert main(["predict", str(tiny), str(source), "-o", str(out), "--device", "cpu"]) == 0
     assert pq.read_table(out).equals(pq.read_table(predicted))
     assert out.with_suffix(".bad.csv").read_bytes() == predicted.with_suffix(".bad.csv").read_bytes()
+
+
+@pytest.mark.parametrize("wish, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
+def test_killed_or_stopped_it_leaves_no_half_answer_and_the_same_command_goes_on(wish, code, tiny, tmp_path, capsys):
+    out, work = tmp_path / "new.parquet", tmp_path / "new.parquet.work"
+    line = ["predict", str(tiny), "sklearn:digits", "-o", str(out), "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-m", "dist_scan", *line, "--batch", "1"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:
+        assert any(text.startswith("predict: ") for text in process.stdout), "it began to predict"
+        process.send_signal(wish)
+        rest = process.stdout.read()
+    assert process.returncode == code and ("the same command goes on" in rest) == (code == 130)
+    assert not out.exists() and not out.with_suffix(".bad.csv").exists()
+    assert (work / "images.beton").is_file()
+    encoded = []
+    for name in ("new", "whole"):
+        with one_thread():
+            assert main([*line[:4], str(tmp_path / f"{name}.parquet"), *line[5:]]) == 0
+        encoded.append("images.beton: " in capsys.readouterr().err)
+    assert encoded == [False, True] and not work.exists()
+    assert pq.read_table(out).equals(pq.read_table(tmp_path / "whole.parquet"))
 
 
 def test_a_training_image_is_no_news_and_noise_is(tiny, tmp_path, capsys):
