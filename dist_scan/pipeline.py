@@ -175,8 +175,9 @@ class Clock:
     def __init__(self, path: Path, enabled: bool):
         self.path, self.began, self.ended = path, time.monotonic(), threading.Event()
         self.before = _read_seconds(path)
-        if enabled:
-            threading.Thread(target=self._tick, daemon=True).start()
+        self.ticking = threading.Thread(target=self._tick, daemon=True) if enabled else None
+        if self.ticking is not None:
+            self.ticking.start()
 
     def _tick(self) -> None:
         while not self.ended.wait(self.TICK_S):
@@ -190,8 +191,10 @@ class Clock:
             pass
 
     def stop(self) -> float:
-        """Seconds so far, this attempt included."""
+        """Seconds so far, this attempt included. Nothing is written any more: the folder is about to be removed (a slow disk once met that)."""
         self.ended.set()
+        if self.ticking is not None:
+            self.ticking.join()
         return self.before + time.monotonic() - self.began
 
 

@@ -101,3 +101,28 @@ def test_a_full_disk_is_said_with_the_file_and_the_way_out(tmp_path):
 
     with pytest.raises(OSError, match="make room there and start the same command again.*images"):
         write_atomic(tmp_path / "images", fail)
+
+
+def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(tmp_path, monkeypatch):
+    import threading
+    import time
+
+    from dist_scan import pipeline
+
+    begun, slow = threading.Event(), pipeline.write_text
+
+    def write(path, text):
+        begun.set()
+        time.sleep(0.3)
+        slow(path, text)
+
+    monkeypatch.setattr(pipeline, "write_text", write)
+    monkeypatch.setattr(pipeline.Clock, "TICK_S", 0.01)
+    store = Store(tmp_path)
+    folder = store.folder("heads", "a" * 16)
+    clock = pipeline.Clock(folder / WORK / "seconds", True)
+    assert begun.wait(10)
+    assert clock.stop() >= 0
+    store.publish("heads", "a" * 16, {"kind": "train"})
+    time.sleep(0.5)
+    assert [f.name for f in folder.iterdir()] == ["manifest.json"]
