@@ -166,7 +166,9 @@ class KeptHeads:
 
 def held_out_loss(logits_MC: Tensor, neighbours_AK: Tensor) -> Tensor:
     """SCAN's loss of held-out rows with entropy weight 1 (the released code's choice of head and epoch); rows 0..A-1 are anchors.
-    By gathering: no matrix of anchors by anchors."""
+
+    The released code also pairs every anchor with itself, because its neighbour files hold the row first; mined tables here never do, so
+    this is the mean over neighbours alone (the paper's Eq. 2). By gathering: no matrix of anchors by anchors."""
     log_p = logits_MC.double().log_softmax(1)
     anchors = log_p[:len(neighbours_AK)]
     total = sum(-torch.logsumexp(anchors + log_p[column], 1).mean() for column in neighbours_AK.T)

@@ -109,12 +109,13 @@ def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(tmp_path, monkeypatc
 
     from dist_scan import pipeline
 
-    begun, slow = threading.Event(), pipeline.write_text
+    begun, written, quick = threading.Event(), threading.Event(), pipeline.write_text
 
     def write(path, text):
         begun.set()
         time.sleep(0.3)
-        slow(path, text)
+        quick(path, text)
+        written.set()
 
     monkeypatch.setattr(pipeline, "write_text", write)
     monkeypatch.setattr(pipeline.Clock, "TICK_S", 0.01)
@@ -122,7 +123,6 @@ def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(tmp_path, monkeypatc
     folder = store.folder("heads", "a" * 16)
     clock = pipeline.Clock(folder / WORK / "seconds", True)
     assert begun.wait(10)
-    assert clock.stop() >= 0
+    assert clock.stop() > 0.2 and written.is_set(), "the write was waited for"
     store.publish("heads", "a" * 16, {"kind": "train"})
-    time.sleep(0.5)
     assert [f.name for f in folder.iterdir()] == ["manifest.json"]
