@@ -82,7 +82,7 @@ def losses(batch: int, clusters: int, device: torch.device) -> tuple[dict[str, R
             from dist_scan.head_kernel import KernelHead
 
             head = KernelHead(work, batch)
-        means, count = means_of([head.anchor_sum()], batch)
+        means, count = means_of([head.anchor_sum()], batch, whole_batch=True)
         head.to_gradients_(entropy_and_slope(means[0], WEIGHT)[1], 1 / count)
 
     def published() -> None:
