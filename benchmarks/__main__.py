@@ -73,7 +73,7 @@ def data_path(benchmark: Benchmark) -> Path:
 
 def run(benchmark: Benchmark, quick: bool, compare: bool, limit_s: float | None) -> tuple[list[dict[str, Any]], str]:
     """Its rows, and what went wrong ('' if nothing). Rows printed before a failure or the limit count."""
-    arguments = [str(data_path(benchmark))] if benchmark.needs.startswith("data:") else []
+    arguments = [os.path.relpath(data_path(benchmark), ROOT)] if benchmark.needs.startswith("data:") else []
     arguments += (benchmark.quick or []) if quick else []
     arguments += ["--compare"] if compare and benchmark.compares and "--compare" not in arguments else []
     process = subprocess.Popen([sys.executable, "-m", f"benchmarks.{benchmark.name}", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
