@@ -30,4 +30,4 @@ test: .venv/.ready
 	echo "the live cluster:"; $(PY) -m pytest -n 2 --dist loadfile -q -m slurm tests/slurm || status=$$?; exit $$status
 
 test-slurm: .venv/.ready
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slurm tests/slurm
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -q -m slurm tests/slurm

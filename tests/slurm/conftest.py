@@ -5,7 +5,9 @@ import os
 
 import pytest
 
+from tests.launches import run
 from tests.slurm.cluster import Cluster, Missing, check
+from tests.slurm.jobs import LONG
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +22,12 @@ def cluster(tmp_path_factory):
     slurm.up()
     yield slurm
     slurm.down()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Two local processes, nothing happens to them: their run folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(folder, *LONG, processes=2)
+    assert done.returncode == 0, done.stdout
+    return folder

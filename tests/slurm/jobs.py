@@ -1,16 +1,19 @@
-"""Runs on the test cluster: submit as a user does, find ranks, wait for what should happen."""
+"""Runs on the test cluster: submit as a user does, find ranks, wait for what should happen, count what was done again."""
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from tests.launches import ROOT, SMALL, environment
+import pyarrow.parquet as pq
+
+from tests.launches import ROOT, SMALL, environment, report
 from tests.slurm.cluster import Cluster
 
-LONG = ["stages.pretext.epochs=20", "runtime.checkpoint_s=1"]  # 80 small steps: long enough to be disturbed
+LONG = ["stages.pretext.epochs=60", "runtime.checkpoint_s=1", "runtime.log_every=1"]  # 240 small steps: long enough to be disturbed four times
 
 
 class Job:
@@ -38,10 +41,19 @@ class Job:
         path = self.run_dir / "slurm" / f"{self.id}.out"
         return path.read_text() if path.exists() else ""
 
-    def steps(self) -> int:
-        """Rows of the pretext's metrics so far: one a step for the first 20, then one in ten."""
-        path = self.run_dir / "logs" / "pretext.metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
+    def at(self) -> int:
+        """The pretext's furthest step so far."""
+        return max((row["step"] for row in rows(self.run_dir)), default=0)
+
+    def saved(self) -> int:
+        """The step of the pretext's newest checkpoint."""
+        found = self.run_dir.glob("stages/pretext/*/work/checkpoints/step-*/manifest.json")
+        return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+    def again(self) -> list[int]:
+        """The steps that were trained more than once, each as often as it was one time too many."""
+        steps = [row["step"] for row in rows(self.run_dir)]
+        return sorted((Counter(steps) - Counter(set(steps))).elements())
 
     def state(self) -> str:
         """squeue's word for it; GONE when it has left the queue."""
@@ -68,10 +80,12 @@ class Job:
             assert time.monotonic() < deadline, f"waited {seconds} s for {what}; {self.state()}\n{self.log()[-4000:]}"
             time.sleep(0.2)
 
-    def wait_training(self, rows: int = 12) -> None:
-        """Wait until the pretext has a checkpoint and so many metric rows."""
-        saved = self.run_dir / "stages"
-        self.wait(lambda: self.steps() >= rows and any(saved.glob("pretext/*/work/checkpoints/*/manifest.json")), 240, "training")
+    def wait_training(self, steps: int = 10) -> int:
+        """Wait until the pretext is so many steps further than it ever was, and has a checkpoint. The newest checkpoint's step: what comes
+        after it may be done again, nothing before."""
+        goal = self.at() + steps
+        self.wait(lambda: self.at() >= goal and self.saved() > 0, 240, f"step {goal}")
+        return self.saved()
 
     def finish(self, seconds: float = 300) -> str:
         """Wait until the job has left the queue and the run is done; returns its log."""
@@ -82,3 +96,28 @@ class Job:
         """How often Slurm has queued it again."""
         text = self.cluster.call("scontrol", "show", "job", self.id)
         return int(text.split("Restarts=")[1].split()[0])
+
+    def same(self, folder: Path) -> None:
+        """Fails unless the run's losses, clusters and report are those of an undisturbed one, bit for bit."""
+        assert losses(self.run_dir) == losses(folder) and report(self.run_dir) == report(folder)
+        assert pq.read_table(self.run_dir / "assignments.parquet").equals(pq.read_table(folder / "assignments.parquet"))
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """Rows of the pretext's metrics that belong to a step, in the order of writing; torn ones left out."""
+    found = []
+    path = run_dir / "logs" / "pretext.metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in found if "loss" in row]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss by step; a step that was trained twice must have given the same, bit for bit."""
+    found: dict[int, float] = {}
+    for row in rows(run_dir):
+        assert found.setdefault(row["step"], row["loss"]) == row["loss"], f"step {row['step']} gave another loss"
+    return found
