@@ -2,12 +2,14 @@
 
     python -m benchmarks.recovery                         # every case once: two ranks, a small SimCLR on the digits, saved every 2 s
     python -m benchmarks.recovery --soak --minutes 20     # random kills of random ranks, 60 s apart in the mean
+    python -m benchmarks.recovery --cluster               # on a real Slurm (benchmarks/on_cluster.py): in place, and through the queue
+    python -m benchmarks.recovery --every-stage           # there too: the quickstart on four nodes with a rank killed in every stage
 
 Figures (goals: RELIABILITY.md's) of a row: steps_lost, done again; first_exit_s and last_exit_s, from the fault to the first and the last
 rank's end; new_step_s, from the fault to the first step that had not been done before; shards_twice, finished shards that were made again;
 stalls, relaunches after which nothing had been finished; identical, losses, weights and features equal an undisturbed run's bit for bit.
 `goals` stands beside them, `missed` names what fell short. A case that ends the job (USR2) is started again by this script at once; its
-new_step_s is a whole start less the imports (8 s) and the waiting in a queue. `load` says how busy the machine was.
+new_step_s is a whole start less the imports (8 s) and the waiting in a queue (--cluster has both). `load` says how busy the machine was.
 """
 from __future__ import annotations
 
@@ -171,6 +173,8 @@ def main() -> None:
     """Every case, or the soak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", action="store_true", help="random kills instead of the cases")
+    parser.add_argument("--cluster", action="store_true", help="faults in a job of two nodes instead")
+    parser.add_argument("--every-stage", action="store_true", help="the quickstart on four nodes, a rank killed in every stage, instead")
     parser.add_argument("--minutes", type=float, default=20.0, help="how long the soak kills")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--only", default="", help="cases whose name holds this")
@@ -180,6 +184,12 @@ def main() -> None:
         folder = Path(name)
         if args.soak:
             emit(soak(args.minutes, folder, args.seed))
+            return
+        if args.cluster or args.every_stage:
+            from benchmarks import on_cluster
+
+            for row in on_cluster.faults_of_a_job(folder) if args.cluster else on_cluster.every_stage(folder):
+                emit(judged(*row))
             return
         if args.only in "a checkpoint of 400 MB":
             emit(saves(folder / "checkpoints"))

@@ -1,0 +1,135 @@
+"""What faults cost on a real Slurm of four nodes on this machine (tests/slurm/cluster.py): python -m benchmarks.recovery --cluster | --every-stage"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.disturbed import CONFIG, LOOK_S, SAVE_EVERY_S
+from benchmarks.rows import ROOT
+from tests.launches import report
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import Job, losses
+
+EPOCHS, NODES = 50, 4
+IN_PLACE_S, REQUEUED_S = 30.0, 75.0
+Figures = tuple[str, dict[str, Any], dict[str, tuple[str, Any]]]
+"""A row's name, its figures, their goals."""
+
+
+class Submitted(Job):
+    """A config on the cluster, with a rank on each node."""
+
+    def __init__(self, cluster: Cluster, run_dir: Path, nodes: int, config: Path):
+        super().__init__(cluster, run_dir, nodes)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.command = [sys.executable, str(ROOT / "launch" / "slurm.py"), "--nodes", str(nodes), str(config), f"runtime.run_dir={run_dir}"]
+
+    def wait(self, until: Callable[[], Any], seconds: float, what: str) -> None:
+        """Poll closely. Raises RuntimeError with the job's log."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited {seconds:.0f} s for {what}; {self.state()}\n{self.log()[-4000:]}")
+            time.sleep(LOOK_S)
+
+
+def locally(run_dir: Path, processes: int, config: Path) -> None:
+    """The same without Slurm and undisturbed. Raises CalledProcessError."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(run_dir.parent / "said.txt", "w") as said:
+        subprocess.run([sys.executable, str(ROOT / "launch" / "local.py"), "--processes", str(processes), str(config), f"runtime.run_dir={run_dir}"],
+                       stdout=said, stderr=subprocess.STDOUT, check=True)
+
+
+def faults_of_a_job(folder: Path) -> Iterator[Figures]:
+    """Three faults in one job of two nodes, one after another, from outside; then its end against a local run's."""
+    config = folder / "recovery.yaml"
+    config.write_text(CONFIG.format(epochs=EPOCHS, every_s=SAVE_EVERY_S))
+    locally(folder / "local" / "run", 2, config)
+    with running(folder / "slurm") as cluster:
+        job = Submitted(cluster, folder / "nodes" / "run", 2, config).submit()
+        yield fault(job, "kill -9 of rank 1, relaunched in place", lambda: os.kill(job.ranks()[1], signal.SIGKILL), IN_PLACE_S, None)
+        yield fault(job, "USR2 to rank 1, queued again", lambda: os.kill(job.ranks()[1], signal.SIGUSR2), REQUEUED_S, 0)
+        yield fault(job, "scontrol requeue", lambda: cluster.call("scontrol", "requeue", job.id), REQUEUED_S, None)
+        job.finish()
+        same = losses(job.run_dir) == losses(folder / "local" / "run") and weights(job.run_dir) == weights(folder / "local" / "run")
+        yield "after these three", {"restarts": job.restarts(), "steps_lost": len(job.again()), "identical": same}, {"restarts": ("==", 2), "identical": ("==", True)}
+
+
+def fault(job: Job, name: str, strike: Callable[[], Any], most_s: float, lost: int | None) -> Figures:
+    """Strike, and wait for the first step that had not been done before. lost: steps that may be done again (None: those after the last save)."""
+    saved, before = job.wait_training(), len(job.again())
+    old, struck = set(job.ranks().values()), time.monotonic()
+    strike()
+    job.wait(lambda: not old & set(job.ranks().values()), 60, "the ranks' end")
+    left, furthest = time.monotonic() - struck, job.at()
+    job.wait(lambda: job.at() > furthest, 240, "a new step")
+    again = job.again()
+    figures = {"last_exit_s": round(left, 2), "new_step_s": round(time.monotonic() - struck, 2), "steps_lost": len(again) - before,
+               "before_the_last_save": sum(step <= saved for step in again)}
+    return name, figures, {"new_step_s": ("<", most_s), "before_the_last_save": ("==", 0)} | ({} if lost is None else {"steps_lost": ("==", lost)})
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    """Every published file of weights and features, byte for byte."""
+    return {str(p.relative_to(run_dir)): p.read_bytes() for p in run_dir.glob("stages/*/*/*") if p.suffix in (".safetensors", ".npy")}
+
+
+def every_stage(folder: Path) -> Iterator[Figures]:
+    """configs/quickstart.yaml on four nodes, against four local processes: left alone, and with a kill -9 of a random rank in every stage."""
+    config, chance = ROOT / "configs" / "quickstart.yaml", random.Random(0)
+    locally(folder / "local" / "run", NODES, config)
+    done = sorted(folder.glob("local/run/stages/*/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+    seconds = {path.parents[1].name: json.loads(path.read_text())["seconds"] for path in done}
+    with running(folder / "slurm") as cluster:
+        for name, kill in (("left alone", False), ("a rank killed in every stage", True)):
+            began, job = time.monotonic(), Submitted(cluster, folder / name.replace(" ", "-") / "run", NODES, config).submit()
+            hit = [stage for stage in seconds if kill and killed_in(job, stage, chance.uniform(0.1, 0.7) * seconds[stage], chance)]
+            log = job.finish(1200)
+            figures = {"minutes": round((time.monotonic() - began) / 60, 1), "stages": len(seconds), "killed_in": len(hit), "relaunches": log.count("relaunch: "),
+                       "restarts": job.restarts(), "identical": identical(job.run_dir, folder / "local" / "run")}
+            yield f"quickstart on {NODES} nodes, {name}", figures, {"killed_in": ("==", len(seconds) * kill), "restarts": ("==", 0), "identical": ("==", True)}
+
+
+def killed_in(job: Job, stage: str, after_s: float, chance: random.Random) -> bool:
+    """Kill a rank so long after the stage has started; whether the next start found the stage begun and not done."""
+    def says(word: str) -> bool:
+        log = job.run_dir / "logs" / "run.log"
+        return log.exists() and f" {stage}: {word}" in log.read_text()
+
+    job.wait(lambda: says("starts"), 600, f"stage {stage}")
+    time.sleep(after_s)
+    ranks = sorted(job.ranks().values())
+    starts = job.log().count(": start ")
+    os.kill(chance.choice(ranks), signal.SIGKILL)
+    job.wait(lambda: job.log().count(": start ") > starts, 120, "the relaunch")
+    job.wait(lambda: says("goes on") or says("done before"), 240, f"stage {stage} again")
+    return says("goes on")
+
+
+def identical(one: Path, other: Path) -> bool:
+    """The same losses, assignments and report, bit for bit."""
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(run / "assignments.parquet") for run in (one, other)]
+    return losses(one) == losses(other) and tables[0].equals(tables[1]) and report(one) == report(other)
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Cluster]:
+    """A cluster that is up, and down afterwards."""
+    cluster = Cluster(folder)
+    cluster.up()
+    try:
+        yield cluster
+    finally:
+        cluster.down()
