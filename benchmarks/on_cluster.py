@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,14 +68,14 @@ def faults_of_a_job(folder: Path) -> Iterator[Figures]:
 
 def fault(job: Job, name: str, strike: Callable[[], Any], most_s: float, lost: int | None) -> Figures:
     """Strike, and wait for the first step that had not been done before. lost: steps that may be done again (None: those after the last save)."""
-    saved, before = job.wait_training(), len(job.again())
+    saved, before = job.wait_training(), Counter(job.again())
     old, struck = set(job.ranks().values()), time.monotonic()
     strike()
     job.wait(lambda: not old & set(job.ranks().values()), 60, "the ranks' end")
     left, furthest = time.monotonic() - struck, job.at()
     job.wait(lambda: job.at() > furthest, 240, "a new step")
-    again = job.again()
-    figures = {"last_exit_s": round(left, 2), "new_step_s": round(time.monotonic() - struck, 2), "steps_lost": len(again) - before,
+    new_s, again = time.monotonic() - struck, list((Counter(job.again()) - before).elements())
+    figures = {"last_exit_s": round(left, 2), "new_step_s": round(new_s, 2), "steps_lost": len(again),
                "before_the_last_save": sum(step <= saved for step in again)}
     return name, figures, {"new_step_s": ("<", most_s), "before_the_last_save": ("==", 0)} | ({} if lost is None else {"steps_lost": ("==", lost)})
 
