@@ -71,6 +71,8 @@ class Watch:
         if rest.startswith(("starts (", "goes on (")):
             self.close()
             self.name, self.began = name, time.process_time()
+            if rest.startswith("starts"):  # not what an earlier start with other settings took
+                self.seconds.pop(name, None)
 
     def close(self) -> None:
         """The stage that was begun last has ended."""

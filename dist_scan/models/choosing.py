@@ -80,7 +80,7 @@ class HeadChoice(nn.Module):
 
     @torch.no_grad()
     def update(self, epoch: int, heads: ClusterHeads, rows_MD: Tensor, neighbours_AK: np.ndarray) -> tuple[dict[str, float], bool]:
-        """(what to log, whether the first number of clusters improved). Collective: rows [m, D] are this rank's part of the M
+        """(what to log, whether the first number of clusters improved). Raises ValueError when no loss is a number. Collective: rows [m, D] are this rank's part of the M
         held-out rows, their features as the heads see them. Memory: one head's logits [M, C] in float64."""
         neighbours = torch.from_numpy(neighbours_AK).to(rows_MD.device).long()
         losses, assigned = [], []
@@ -89,6 +89,9 @@ class HeadChoice(nn.Module):
             losses.append(held_out_loss(logits, neighbours))
             assigned.append(logits[:len(neighbours)].argmax(1).cpu().numpy())
         now = torch.stack(losses).nan_to_num(nan=math.inf)
+        if not torch.isfinite(now).any():
+            raise ValueError(f"epoch {epoch + 1}: no head's held-out loss is a number ({len(neighbours)} held-out images): there is nothing to choose by. "
+                             "Look at the held-out features (a NaN among them?), or hold out more (held_out_share)")
         improved = [self._update_group(g, epoch, heads, now, assigned) for g in range(len(self.numbers))]
         first = now[self.members(0)]
         return {"held_out_loss": float(first.min()), "held_out_mean": float(first.mean()), "best_head": float(first.argmin()),

@@ -172,6 +172,10 @@ class TrainStage(Stage):
         rows = np.arange(self.num_images)
         if config.held_out_share and config.held_out_neighbours is None:
             rows, self.held_rows = split_held_out(self.num_images, config.held_out_share, c.run.seed)
+            if not len(self.held_rows):
+                raise ValueError(f"stages.{c.name}.held_out_share: {config.held_out_share:g} of {self.num_images} images holds out none; "
+                                 f"allowed: 0, or enough for every cluster to be met ({min(0.5, 100 / self.num_images):.2g} holds out about "
+                                 f"{min(self.num_images // 2, 100)})")
         self.share = self._share()
         readers = c.world if self.share == "batch" else replace(c.world, rank=0, world_size=1)  # else every rank reads the whole batch
         plan = Plan(rows, config.global_batch, c.run.seed, readers, config.steps_per_epoch, self.neighbours,

@@ -93,3 +93,10 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path):
 def test_what_does_not_fit_is_refused_before_any_work(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, override)
+
+
+def test_a_share_that_holds_out_nothing_is_refused(tmp_path):
+    run = config(tmp_path, "stages.heads.held_out_share=1e-6")
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    with pytest.raises(ValueError, match="stages.heads.held_out_share: 1e-06 of 300 images holds out none; allowed: 0, or enough.*0.33"):
+        Pipeline(run, current(), Stop(), lambda text: None).run()

@@ -79,6 +79,16 @@ def test_each_number_of_clusters_keeps_its_own_epoch(tmp_path):
         kept.consensus(5, x)
 
 
+@pytest.mark.parametrize("rows", [0, 12])
+def test_nothing_to_choose_by_is_said_and_the_first_weights_are_not_published(rows):
+    """No held-out row, or features that are no numbers: the loss of every head is NaN."""
+    heads = ClusterHeads(8, 4, 2)
+    choice = HeadChoice(heads)
+    with pytest.raises(ValueError, match=f"epoch 3: no head's held-out loss is a number .{rows} held-out images.*held_out_share"):
+        choice.update(2, heads, torch.full((rows, 8), torch.nan), np.zeros((rows, 3), np.int64))
+    assert choice.best_epoch.tolist() == [-1]
+
+
 def test_without_held_out_rows_the_newest_is_kept_and_there_is_no_consensus(tmp_path):
     heads = ClusterHeads(8, 4, 2)
     choice = HeadChoice(heads)
