@@ -44,15 +44,20 @@ def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) ->
     previous = None
     for run, has_figures in zip(runs, done):
         if has_figures:
-            print(f"{run.slurm.nodes} nodes: measured before, {run.run_dir}")
+            print(f"{nodes_of(run)}: measured before, {run.run_dir}")
             continue
         if previous and not args.at_once:
             run = run.model_copy(update={"slurm": run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})})
         remember_plan(run)
         previous = submission.place(run, text(run, suite[run.slurm.nodes], RUN in wanted, folder))
-        print(f"{run.slurm.nodes} nodes: job {previous}, {run.run_dir}")
+        print(f"{nodes_of(run)}: job {previous}, {run.run_dir}")
     print(f"page, drawn anew as each job ends: {folder / 'scaling.html'}")
     return follow(folder) if args.follow else 0
+
+
+def nodes_of(run: Any) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{run.slurm.nodes} node{'s' * (run.slurm.nodes > 1)}"
 
 
 def count(run: Any) -> dict[str, int]:

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in watch.COMMANDS:
             return watch.main(argv)
         args = arguments(argv)
+        print(f"reading {args.config}" + " and looking at its images" * (not args.no_data_check and not args.images), file=sys.stderr, flush=True)  # seconds of imports
         if args.benchmark:
             from launch import benchmark
 
@@ -85,7 +86,6 @@ def named(argv: list[str]) -> list[str]:
 
 def read(args: argparse.Namespace):
     """The validated RunConfig with the flags in its `slurm:` block. Raises ConfigError; looks at the data unless told not to."""
-    print(f"reading {args.config}" + " and looking at its images" * (not args.no_data_check and not args.images), file=sys.stderr, flush=True)  # seconds of imports
     from dist_scan.config import load
     from dist_scan.pipeline import preflight
     from dist_scan.settings import ConfigError, SlurmConfig

@@ -92,7 +92,8 @@ def status(run_dir: Path) -> str:
 
 def _state(run_dir: Path, job: dict | None) -> str:
     if (run_dir / "DONE").exists() and (job is None or job["state"] != "PENDING"):
-        return f"done at {(run_dir / 'DONE').read_text().strip()}; report: {run_dir / 'report.html'}"
+        report = run_dir / "report.html"
+        return f"done at {(run_dir / 'DONE').read_text().strip()}" + (f"; report: {report}" if report.exists() else "")
     if job:
         return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(job["state"], job["state"].lower())
     for marker, text in (("MISTAKE", "ended by a mistake in its settings"), ("STOPPED", "stopped; the same command goes on")):
