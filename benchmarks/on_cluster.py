@@ -1,4 +1,4 @@
-"""What faults cost on a real Slurm of four nodes on this machine (tests/slurm/cluster.py): python -m benchmarks.recovery --cluster | --every-stage"""
+"""What faults cost on a real Slurm of four nodes on this machine (tests/slurm/cluster.py): python -m benchmarks.recovery --cluster | --every-stage [--small]"""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.disturbed import CONFIG, LOOK_S, SAVE_EVERY_S
 from benchmarks.rows import ROOT
-from tests.launches import report
+from tests.launches import SMALL, report
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, losses
 
@@ -29,10 +29,10 @@ Figures = tuple[str, dict[str, Any], dict[str, tuple[str, Any]]]
 class Submitted(Job):
     """A config on the cluster, with a rank on each node."""
 
-    def __init__(self, cluster: Cluster, run_dir: Path, nodes: int, config: Path):
+    def __init__(self, cluster: Cluster, run_dir: Path, nodes: int, config: Path, *overrides: str):
         super().__init__(cluster, run_dir, nodes)
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        self.command = [sys.executable, str(ROOT / "launch" / "slurm.py"), "--nodes", str(nodes), str(config), f"runtime.run_dir={run_dir}"]
+        self.command = [sys.executable, str(ROOT / "launch" / "slurm.py"), "--nodes", str(nodes), str(config), f"runtime.run_dir={run_dir}", *overrides]
 
     def wait(self, until: Callable[[], Any], seconds: float, what: str) -> None:
         """Poll closely. Raises RuntimeError with the job's log."""
@@ -43,11 +43,11 @@ class Submitted(Job):
             time.sleep(LOOK_S)
 
 
-def locally(run_dir: Path, processes: int, config: Path) -> None:
+def locally(run_dir: Path, processes: int, config: Path, *overrides: str) -> None:
     """The same without Slurm and undisturbed. Raises CalledProcessError."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(run_dir.parent / "said.txt", "w") as said:
-        subprocess.run([sys.executable, str(ROOT / "launch" / "local.py"), "--processes", str(processes), str(config), f"runtime.run_dir={run_dir}"],
+        subprocess.run([sys.executable, str(ROOT / "launch" / "local.py"), "--processes", str(processes), str(config), f"runtime.run_dir={run_dir}", *overrides],
                        stdout=said, stderr=subprocess.STDOUT, check=True)
 
 
@@ -85,20 +85,21 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run_dir)): p.read_bytes() for p in run_dir.glob("stages/*/*/*") if p.suffix in (".safetensors", ".npy")}
 
 
-def every_stage(folder: Path) -> Iterator[Figures]:
-    """configs/quickstart.yaml on four nodes, against four local processes: left alone, and with a kill -9 of a random rank in every stage."""
-    config, chance = ROOT / "configs" / "quickstart.yaml", random.Random(0)
-    locally(folder / "local" / "run", NODES, config)
+def every_stage(folder: Path, small: bool) -> Iterator[Figures]:
+    """configs/quickstart.yaml on four nodes, against four local processes: left alone, and with a kill -9 of a random rank in every stage.
+    small: 400 images and few epochs, as in the live tests."""
+    config, chance, less = ROOT / "configs" / "quickstart.yaml", random.Random(0), SMALL if small else ()
+    locally(folder / "local" / "run", NODES, config, *less)
     done = sorted(folder.glob("local/run/stages/*/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
     seconds = {path.parents[1].name: json.loads(path.read_text())["seconds"] for path in done}
     with running(folder / "slurm") as cluster:
         for name, kill in (("left alone", False), ("a rank killed in every stage", True)):
-            began, job = time.monotonic(), Submitted(cluster, folder / name.replace(" ", "-") / "run", NODES, config).submit()
+            began, job = time.monotonic(), Submitted(cluster, folder / name.replace(" ", "-") / "run", NODES, config, *less).submit()
             hit = [stage for stage in seconds if kill and killed_in(job, stage, chance.uniform(0.1, 0.7) * seconds[stage], chance)]
             log = job.finish(1200)
             figures = {"minutes": round((time.monotonic() - began) / 60, 1), "stages": len(seconds), "killed_in": len(hit), "relaunches": log.count("relaunch: "),
                        "restarts": job.restarts(), "identical": identical(job.run_dir, folder / "local" / "run")}
-            yield f"quickstart on {NODES} nodes, {name}", figures, {"killed_in": ("==", len(seconds) * kill), "restarts": ("==", 0), "identical": ("==", True)}
+            yield f"quickstart{' (small)' if small else ''} on {NODES} nodes, {name}", figures, {"killed_in": ("==", len(seconds) * kill), "restarts": ("==", 0), "identical": ("==", True)}
 
 
 def killed_in(job: Job, stage: str, after_s: float, chance: random.Random) -> bool:

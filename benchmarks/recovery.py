@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--soak", action="store_true", help="random kills instead of the cases")
     parser.add_argument("--cluster", action="store_true", help="faults in a job of two nodes instead")
     parser.add_argument("--every-stage", action="store_true", help="the quickstart on four nodes, a rank killed in every stage, instead")
+    parser.add_argument("--small", action="store_true", help="with --every-stage: 400 images, few epochs")
     parser.add_argument("--minutes", type=float, default=20.0, help="how long the soak kills")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--only", default="", help="cases whose name holds this")
@@ -188,7 +189,7 @@ def main() -> None:
         if args.cluster or args.every_stage:
             from benchmarks import on_cluster
 
-            for row in on_cluster.faults_of_a_job(folder) if args.cluster else on_cluster.every_stage(folder):
+            for row in on_cluster.faults_of_a_job(folder) if args.cluster else on_cluster.every_stage(folder, args.small):
                 emit(judged(*row))
             return
         if args.only in "a checkpoint of 400 MB":
