@@ -6,6 +6,7 @@ from typing import Any, Literal, Mapping
 import numpy as np
 from pydantic import Field
 
+from dist_scan.config import RunConfig
 from dist_scan.data.assignments import Assignments
 from dist_scan.stages.base import Ref, Stage, StageConfig
 from dist_scan.world.collectives import barrier
@@ -19,6 +20,8 @@ class KMeansConfig(StageConfig):
     num_clusters: int = Field(ge=2)
     normalise: bool = True
     """Rows to unit length first, as the papers' baselines do."""
+    whiten_dim: int | None = Field(default=None, ge=1)
+    """PCA whitening to so many dimensions before that, as DeepCluster clusters its features; null: none. The centroids are of whitened rows."""
     iterations: int = Field(default=100, ge=1)
     tolerance: float = Field(default=0.0, ge=0)
     """Stop when the objective gains less than this share in an iteration; 0: when no assignment changes."""
@@ -28,6 +31,11 @@ class KMeansConfig(StageConfig):
 
     def publishes(self) -> tuple[str, ...]:
         return ("clusters",)
+
+    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+        """Whitened rows have unit length."""
+        if self.whiten_dim is not None and not self.normalise:
+            raise ValueError(f"stages.{name}.normalise: false, but whitened rows get unit length; leave it out, or whiten_dim")
 
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """Every cluster needs an image."""
@@ -44,12 +52,16 @@ class KMeansStage(Stage):
 
     def run(self) -> None:
         """Collective."""
-        from dist_scan.artefacts import write_atomic
+        from dist_scan.artefacts import WORK, write_atomic
         from dist_scan.data.tables import FeatureTable
         from dist_scan.search.kmeans import kmeans
+        from dist_scan.search.whiten import whiten_table, whitened
 
         c, s = self.context, self.config
-        result = kmeans(FeatureTable.open(c.inputs["features"]), s.num_clusters, iterations=s.iterations, tolerance=s.tolerance, init=s.init,
+        table = FeatureTable.open(c.inputs["features"])
+        if s.whiten_dim is not None:
+            table = whitened(table, whiten_table(table, s.whiten_dim), c.out / WORK / "whitened", stop=lambda: c.stop.asked)
+        result = kmeans(table, s.num_clusters, iterations=s.iterations, tolerance=s.tolerance, init=s.init,
                         restarts=s.restarts, spherical=s.spherical, normalise=s.normalise, seed=c.run.seed,
                         stop=lambda: c.stop.asked, progress=c.world.rank == 0)
         if c.world.rank == 0:
