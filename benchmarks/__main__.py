@@ -113,9 +113,9 @@ def table(rows: list[dict[str, Any]], problems: dict[str, str]) -> str:
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]], problems: dict[str, str], command: str) -> None:
     """NAME.jsonl, and NAME.md with the machine's description and the table."""
+    about = facts(())  # before anything is written: rows of an earlier time may be part of the checkout
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    about = facts(())
     busy = sorted({row["load"] for row in rows if "load" in row})
     head = [f"# {command}", "", f"{about['date']}, commit {about['commit']}. {about['machine']}; device: {about['device']}. "
             f"Processes wanting a core, per core, while it ran: {f'{busy[0]} to {busy[-1]}' if busy else 'not known'}"
