@@ -85,15 +85,17 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run_dir)): p.read_bytes() for p in run_dir.glob("stages/*/*/*") if p.suffix in (".safetensors", ".npy")}
 
 
-def every_stage(folder: Path, small: bool) -> Iterator[Figures]:
+def every_stage(folder: Path, small: bool, only: str) -> Iterator[Figures]:
     """configs/quickstart.yaml on four nodes, against four local processes: left alone, and with a kill -9 of a random rank in every stage.
-    small: 400 images and few epochs, as in the live tests."""
+    small: 400 images and few epochs, as in the live tests. only: of the two, those whose name holds this."""
     config, chance, less = ROOT / "configs" / "quickstart.yaml", random.Random(0), SMALL if small else ()
     locally(folder / "local" / "run", NODES, config, *less)
     done = sorted(folder.glob("local/run/stages/*/*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
     seconds = {path.parents[1].name: json.loads(path.read_text())["seconds"] for path in done}
     with running(folder / "slurm") as cluster:
         for name, kill in (("left alone", False), ("a rank killed in every stage", True)):
+            if only not in name:
+                continue
             began, job = time.monotonic(), Submitted(cluster, folder / name.replace(" ", "-") / "run", NODES, config, *less).submit()
             hit = [stage for stage in seconds if kill and killed_in(job, stage, chance.uniform(0.1, 0.7) * seconds[stage], chance)]
             log = job.finish(1200)

@@ -189,7 +189,7 @@ def main() -> None:
         if args.cluster or args.every_stage:
             from benchmarks import on_cluster
 
-            for row in on_cluster.faults_of_a_job(folder) if args.cluster else on_cluster.every_stage(folder, args.small):
+            for row in on_cluster.faults_of_a_job(folder) if args.cluster else on_cluster.every_stage(folder, args.small, args.only):
                 emit(judged(*row))
             return
         if args.only in "a checkpoint of 400 MB":
