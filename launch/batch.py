@@ -61,7 +61,7 @@ def rank_line(options: SlurmConfig) -> str:
 def identity(options: SlurmConfig) -> str:
     """Who a task is."""
     cores = f" CORES_PER_RANK={options.cpus_per_task}" if options.cpus_per_task else ""
-    return f"export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={options.tasks_per_node}{cores}"
+    return f"export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE={options.tasks_per_node}{cores} NODE_NAME=$SLURMD_NODENAME"
 
 
 def script(options: SlurmConfig, run_dir: Path, name: str, python: str, root: Path, relaunches: int, before: str = "", after: str = "") -> str:

@@ -53,7 +53,7 @@ class Timing:
         self.verdict: Verdict | None = None
 
     def __enter__(self) -> Timing:
-        self.setting = dataclasses.replace(self.setting, hosts=tuple(gather_objects(socket.gethostname())))
+        self.setting = dataclasses.replace(self.setting, hosts=tuple(gather_objects(os.environ.get("NODE_NAME") or socket.gethostname())))  # as squeue and --exclude name it
         self.clock.reset()
         use_clock(self.clock)
         return self

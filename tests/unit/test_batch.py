@@ -43,9 +43,9 @@ def test_a_rank_has_the_cores_that_slurm_gave_it_or_its_part_of_all(monkeypatch)
     """Bound to 12 cores by srun, a rank of eight must not take a further eighth of them."""
     from dist_scan.world.world import World, cores
 
-    said = subprocess.run(["bash", "-c", f"{batch.identity(SlurmConfig(gpus_per_node=8, cpus_per_task=12))}; echo $LOCAL_WORLD_SIZE $CORES_PER_RANK"],
-                          capture_output=True, text=True, env={"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"})
-    assert said.stdout == "8 12\n" and "CORES" not in batch.identity(SlurmConfig(gpus_per_node=8))
+    said = subprocess.run(["bash", "-c", f"{batch.identity(SlurmConfig(gpus_per_node=8, cpus_per_task=12))}; echo $LOCAL_WORLD_SIZE $CORES_PER_RANK $NODE_NAME"],
+                          capture_output=True, text=True, env={"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3", "SLURMD_NODENAME": "n7"})
+    assert said.stdout == "8 12 n7\n" and "CORES" not in batch.identity(SlurmConfig(gpus_per_node=8))
     place = World(local_world_size=8)
     for bound, told, expected in ((12, "12", 12), (96, None, 12), (96, "12", 12), (4, "12", 4), (3, None, 1)):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid, bound=bound: set(range(bound)))
