@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks.disturbed import CONFIG, LOOK_S, SAVE_EVERY_S
 from benchmarks.rows import ROOT
+from dist_scan.engine.faults import VARIABLE
 from tests.launches import SMALL, report
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, losses
@@ -96,28 +98,33 @@ def every_stage(folder: Path, small: bool, only: str) -> Iterator[Figures]:
         for name, kill in (("left alone", False), ("a rank killed in every stage", True)):
             if only not in name:
                 continue
-            began, job = time.monotonic(), Submitted(cluster, folder / name.replace(" ", "-") / "run", NODES, config, *less).submit()
-            hit = [stage for stage in seconds if kill and killed_in(job, stage, chance.uniform(0.1, 0.7) * seconds[stage], chance)]
-            log = job.finish(1200)
-            figures = {"minutes": round((time.monotonic() - began) / 60, 1), "stages": len(seconds), "killed_in": len(hit), "relaunches": log.count("relaunch: "),
+            began, job = time.monotonic(), Submitted(cluster, folder / name.replace(" ", "-") / "run", NODES, config, *less)
+            with armed(folder / "faults.json", kills(seconds, chance) if kill else []):
+                log = job.submit().finish(1200)
+            begun = Counter(re.findall(r" (\w+): (?:starts|goes on) \(", (job.run_dir / "logs" / "run.log").read_text()))
+            figures = {"minutes": round((time.monotonic() - began) / 60, 1), "stages": len(seconds), "killed_in": sum(begun[stage] > 1 for stage in seconds),
+                       "relaunches": log.count("relaunch: "),
                        "restarts": job.restarts(), "identical": identical(job.run_dir, folder / "local" / "run")}
             yield f"quickstart{' (small)' if small else ''} on {NODES} nodes, {name}", figures, {"killed_in": ("==", len(seconds) * kill), "restarts": ("==", 0), "identical": ("==", True)}
 
 
-def killed_in(job: Job, stage: str, after_s: float, chance: random.Random) -> bool:
-    """Kill a rank so long after the stage has started; whether the next start found the stage begun and not done."""
-    def says(word: str) -> bool:
-        log = job.run_dir / "logs" / "run.log"
-        return log.exists() and f" {stage}: {word}" in log.read_text()
+def kills(seconds: dict[str, float], chance: random.Random) -> list[dict[str, Any]]:
+    """A kill -9 of a random rank inside each stage, at 10 to 40 % of the seconds that it took alone; of less than two: as its work begins. The start after a
+    kill passes the stage that was killed first, and must bring it to its end; then it passes the next."""
+    return [{"kind": "kill", "rank": chance.randrange(NODES), "at": "stage", "step": min(place, 1),
+             "after_s": round(chance.uniform(0.1, 0.4) * taken, 3) if taken > 2 else 0} for place, taken in enumerate(seconds.values())]
 
-    job.wait(lambda: says("starts"), 600, f"stage {stage}")
-    time.sleep(after_s)
-    ranks = sorted(job.ranks().values())
-    starts = job.log().count(": start ")
-    os.kill(chance.choice(ranks), signal.SIGKILL)
-    job.wait(lambda: job.log().count(": start ") > starts, 120, "the relaunch")
-    job.wait(lambda: says("goes on") or says("done before"), 240, f"stage {stage} again")
-    return says("goes on")
+
+@contextmanager
+def armed(file: Path, faults: list[dict[str, Any]]) -> Iterator[None]:
+    """What is submitted meanwhile has these faults ahead of it."""
+    file.write_text(json.dumps(faults))
+    if faults:
+        os.environ[VARIABLE] = str(file)
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
 
 
 def identical(one: Path, other: Path) -> bool:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -74,12 +74,12 @@ def main(args: argparse.Namespace) -> int:
     if args.at_once < 1 or args.processes < 1:
         raise ConfigError(f"--at-once {args.at_once}, --processes {args.processes}; allowed: 1 or more")
     runs = planned(comparison, path.parent, out)
-    same_data(runs)
+    data = same_data(runs)
     for number, run in enumerate(runs.values(), 1):
         if finished(run):
             print(f"[{number}/{len(runs)}] {run.run_dir}: done before, skipped", flush=True)
     missing = {f"[{number}/{len(runs)}] {run.run_dir}": run for number, run in enumerate(runs.values(), 1) if not finished(run)}
-    code = Runs(args.processes, args.at_once, data_is_there=len(missing) < len(runs)).all(missing, lambda: publish(comparison, runs, out))
+    code = Runs(args.processes, args.at_once, data).all(missing, lambda: publish(comparison, runs, out))
     if code:
         return code
     print("\n" + publish(comparison, runs, out) + f"\ncomparison: {out / 'compare.html'}")
@@ -116,8 +116,9 @@ def planned(comparison: ComparisonConfig, configs: Path, out: Path) -> dict[tupl
     return runs
 
 
-def same_data(runs: dict[tuple[str, int], RunConfig]) -> None:
-    """Raises ConfigError unless every run clusters the same images."""
+def same_data(runs: dict[tuple[str, int], RunConfig]) -> list[Path]:
+    """The manifests that say that the data is built. Raises ConfigError unless every run clusters the same images."""
+    from dist_scan.artefacts import MANIFEST
     from dist_scan.pipeline import fingerprints, preflight
 
     marks = {}
@@ -129,6 +130,7 @@ def same_data(runs: dict[tuple[str, int], RunConfig]) -> None:
         if mark != marks[first]:
             raise ConfigError(f"members.{name} and members.{first} do not cluster the same images; give both the same `data:` (source, limit, "
                               "stored, resolution), with overrides where needed")
+    return [Path(next(iter(runs.values())).runtime.cache_dir) / stage / mark / MANIFEST for stage, mark in marks[first].items()]
 
 
 def finished(run: RunConfig) -> bool:
@@ -138,12 +140,12 @@ def finished(run: RunConfig) -> bool:
 
 
 class Runs:
-    """Runs through launch/local.py, at most `at_once` at a time; the first alone when it has the data to build that all share. Each gets its
-    part of the cores; a notice to this process is passed on, and when a run fails the others are asked to save and leave."""
+    """Runs through launch/local.py, at most `at_once` at a time; the first alone while it builds the data that all share (until the files `data`
+    are there). Each gets its part of the cores; a notice to this process is passed on, and when a run fails the others are asked to save and leave."""
 
-    def __init__(self, processes: int, at_once: int, data_is_there: bool = False):
-        self.processes, self.at_once, self.code = processes, at_once, 0
-        self.room = at_once if data_is_there else 1
+    def __init__(self, processes: int, at_once: int, data: Sequence[Path] = ()):
+        self.processes, self.at_once, self.data, self.code = processes, at_once, data, 0
+        self.built = False
         self.running: dict[subprocess.Popen, tuple[str, Path]] = {}
         self.threads = max(1, len(os.sched_getaffinity(0)) // (processes * at_once))
 
@@ -153,13 +155,17 @@ class Runs:
         before = {number: signal.signal(number, lambda n, frame: self._tell(n)) for number in NOTICE}
         try:
             while self.running or (waiting and not self.code):
-                while waiting and not self.code and len(self.running) < self.room:
+                while waiting and not self.code and len(self.running) < self._room():
                     self._start(*waiting.pop(0))
                 self._look(ended)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return self.code
+
+    def _room(self) -> int:
+        self.built = self.built or all(file.is_file() for file in self.data)
+        return self.at_once if self.built else 1
 
     def _start(self, title: str, run: RunConfig) -> None:
         print(title, flush=True)
@@ -186,7 +192,7 @@ class Runs:
             if code == 0:
                 if self.at_once > 1:
                     print(f"{title}: done", flush=True)
-                self.room = self.at_once
+                self.built = True
                 ended()
                 continue
             last = (folder / "said.txt").read_text(errors="replace").splitlines()[-20:] if self.at_once > 1 else []

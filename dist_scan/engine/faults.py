@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,10 +36,12 @@ class Fault(Strict):
     step: int = 0
     """At step, loss, gradient and begin_epoch: the optimizer step; elsewhere how often this process has passed the place before."""
     at: Literal["step", "batch", "loss", "gradient", "data", "manifest", "rename", "prune", "prepare", "write", "begin_epoch", "shard", "iteration",
-                "start", "done"] = "step"
+                "start", "stage", "done"] = "step"
     """prepare, data, write, manifest, rename and prune are inside a save, just before each (read_only: at prepare; full: at write);
     loss and gradient (its loss stays a number) are what nan and inf spoil; batch is in a thread of the loader, start before the
-    handlers stand, done after the end."""
+    handlers stand, stage as the work on one begins (those that were done before are not passed), done after the end."""
+    after_s: float = 0.0
+    """kill, stop and signal: so long after the place was reached, wherever the process then is."""
     signal: Literal["SIGUSR2", "SIGTERM"] = "SIGUSR2"
     times: int = 1
     """nan, inf: in so many steps in a row."""
@@ -84,17 +87,21 @@ class Faults:
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "signal": getattr(signal, fault.signal)}.get(fault.kind)
         if number is None:
             raise ValueError(f"fault '{fault.kind}' cannot happen at '{at}'")
-        os.kill(os.getpid(), number)
+        if fault.after_s:
+            threading.Timer(fault.after_s, os.kill, (os.getpid(), number)).start()
+        else:
+            os.kill(os.getpid(), number)
 
     def arm(self) -> None:
         """Wrap the places. Done once, before any work."""
         from dist_scan.data.beton.loader import BetonLoader
         from dist_scan.data.tables import FeatureTable, NeighbourTable
-        from dist_scan.engine import checkpoint, loop
+        from dist_scan.engine import checkpoint, loop, memory
         from dist_scan.search.kmeans import Lloyd
 
         before(loop.Trainer, "_step", lambda trainer, *_: self.look("step", trainer.at.step))
         before(loop.Trainer, "_begin_epoch", lambda trainer: self.look("begin_epoch", trainer.at.step))
+        before(memory, "begin_stage", lambda: self.look("stage"))
         before(BetonLoader, "_cut", lambda *_: self.look("batch"))  # in a thread of the loader
         for table in (FeatureTable, NeighbourTable):
             before(table, "write_shard", lambda *_: self.look("shard"))

@@ -97,7 +97,10 @@ folder = pathlib.Path(sys.argv[1]).parent
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 (folder / "began").write_text(json.dumps([time.monotonic(), os.environ["OMP_NUM_THREADS"]]))
 print("said by", folder.name)
-time.sleep(0.05 if folder.name == "fails" else 30 if folder.name == "long" else 0.5)
+if folder.name == "a":
+    time.sleep(0.3)
+    (folder.parent / "data").write_text(json.dumps(time.monotonic()))
+time.sleep(0.05 if folder.name == "fails" else 30 if folder.name == "long" else 1.5)
 (folder / "ended").write_text(json.dumps(time.monotonic()))
 sys.exit(folder.name == "fails" and 3)
 """
@@ -111,9 +114,9 @@ def started(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "dump", lambda run: "")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def go(*names: str, at_once: int, data_is_there: bool = False):
+    def go(*names: str, at_once: int):
         told, runs = [], {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
-        return Runs(1, at_once, data_is_there).all(runs, lambda: told.append(1)), len(told)
+        return Runs(1, at_once, [tmp_path / "data"]).all(runs, lambda: told.append(1)), len(told)
     return go
 
 
@@ -124,16 +127,20 @@ def span(folder) -> tuple[float, float]:
 def test_runs_share_the_cores_and_the_first_builds_the_data_alone(started, tmp_path):
     assert started("a", "b", "c", "d", at_once=2) == (0, 4)
     a, b, c, d = (span(tmp_path / name) for name in "abcd")
-    assert a[1] < b[0] and c[0] < b[1], "a alone, then b beside c"
-    assert d[0] > min(b[1], c[1]), "never three"
+    assert json.loads((tmp_path / "data").read_text()) < b[0] < a[1], "a alone until the data is there, then b beside it"
+    assert c[0] > min(a[1], b[1]) and d[0] > min(b[1], c[1]), "never three"
     threads = json.loads((tmp_path / "b" / "began").read_text())[1]
     assert threads == str(max(1, len(os.sched_getaffinity(0)) // 2)) and (tmp_path / "b" / "said.txt").read_text() == "said by b\n"
-    assert started("e", "f", at_once=2, data_is_there=True) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
+    assert started("e", "f", at_once=2) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
+    (tmp_path / "data").unlink()
+    assert started("g", "h", "i", at_once=2) == (0, 3), "nobody says that the data is built: the first that ends well has built it"
+    assert span(tmp_path / "g")[1] < span(tmp_path / "h")[0] and span(tmp_path / "i")[0] < span(tmp_path / "h")[1]
 
 
 def test_a_run_that_fails_ends_the_others_and_nothing_is_started_after_it(started, tmp_path, capfd):
     began = time.monotonic()
-    assert started("long", "fails", "never", at_once=2, data_is_there=True) == (3, 0)
+    (tmp_path / "data").touch()
+    assert started("long", "fails", "never", at_once=2) == (3, 0)
     assert time.monotonic() - began < 15 and not (tmp_path / "long" / "ended").exists() and not (tmp_path / "never").exists()
     assert "fails: ended with 3; the same command goes on" in capfd.readouterr().err
 
@@ -147,5 +154,6 @@ def test_a_notice_reaches_every_run(started, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask).start()
-    assert started("long", "a", "never", at_once=2, data_is_there=True)[0] == 128 + signal.SIGTERM
+    (tmp_path / "data").touch()
+    assert started("long", "a", "never", at_once=2)[0] == 128 + signal.SIGTERM
     assert not (tmp_path / "never").exists() and not (tmp_path / "long" / "ended").exists() and signal.getsignal(signal.SIGTERM) is before
