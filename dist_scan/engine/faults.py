@@ -39,7 +39,7 @@ class Fault(Strict):
                 "start", "stage", "done"] = "step"
     """prepare, data, write, manifest, rename and prune are inside a save, just before each (read_only: at prepare; full: at write);
     loss and gradient (its loss stays a number) are what nan and inf spoil; batch is in a thread of the loader, start before the
-    handlers stand, stage as the work on one begins (those that were done before are not passed), done after the end."""
+    handlers stand, stage as the work on one begins (those that were done before are not passed; one fault a start), done after the end."""
     after_s: float = 0.0
     """kill, stop and signal: so long after the place was reached, wherever the process then is."""
     signal: Literal["SIGUSR2", "SIGTERM"] = "SIGUSR2"
@@ -58,7 +58,8 @@ class Faults:
     """The armed faults, seen from this process. `arm()` puts a look at the file in front of every place a fault may name."""
 
     def __init__(self, path: Path, rank: int):
-        self.path, self.rank, self.passed, self.again = path, rank, Counter(), 0
+        self.path, self.fired, self.rank, self.passed, self.again = path, Path(f"{path}.fired"), rank, Counter(), 0
+        self.fired_before = self._fired()
 
     def due(self, at: str, step: int | None = None, kinds: tuple[str, ...] = ()) -> Fault | None:
         """The fault if it is this rank's, here and now; then it is claimed. kinds: the only ones looked for."""
@@ -70,10 +71,16 @@ class Faults:
         now = self.passed[at] - 1 if step is None else step
         if (first.rank, first.at, first.step) != (self.rank, at, now) or (kinds and first.kind not in kinds):
             return None
-        with open(f"{self.path}.fired", "a") as f:
+        if at == "stage" and self._fired() != self.fired_before:  # ranks reach a stage together: the next fault would strike in this one too
+            return None
+        with open(self.fired, "a") as f:
             f.write(json.dumps(first.model_dump() | {"time": time.time()}) + "\n")
         write_text(self.path, FAULTS.dump_json(rest).decode()) if rest else self.path.unlink()
         return first
+
+    def _fired(self) -> int:
+        """How many faults have struck so far, in all starts."""
+        return len(self.fired.read_text().splitlines()) if self.fired.exists() else 0
 
     def look(self, at: str, step: int | None = None) -> None:
         """Fire what is due at this place."""

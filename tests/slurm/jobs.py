@@ -99,8 +99,14 @@ class Job:
 
     def same(self, folder: Path) -> None:
         """Fails unless the run's losses, clusters and report are those of an undisturbed one, bit for bit."""
-        assert losses(self.run_dir) == losses(folder) and report(self.run_dir) == report(folder)
-        assert pq.read_table(self.run_dir / "assignments.parquet").equals(pq.read_table(folder / "assignments.parquet"))
+        assert not differences(self.run_dir, folder)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Which of losses, report and clusters two runs do not share to the last bit."""
+    tables = [pq.read_table(run / "assignments.parquet") for run in (one, other)]
+    same = {"losses": losses(one) == losses(other), "report": report(one) == report(other), "clusters": tables[0].equals(tables[1])}
+    return [what for what, equal in same.items() if not equal]
 
 
 def rows(run_dir: Path) -> list[dict]:

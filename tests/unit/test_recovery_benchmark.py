@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.disturbed import Exit, Kills, Row, Rows, children, differing, ended, good_s, interval_steps, new_step_s, steps_lost
 from benchmarks.recovery import CASES, flip, judged
+from dist_scan.engine.faults import Faults
 
 # ten steps a second; at 0.55 a rank is killed; the run comes back at 3 s with step 4, which was saved last as step 3
 SEEN = [Row(0.1 * n, n, 5.0 - n) for n in range(1, 6)] + [Row(3 + 0.1 * n, n, 5.0 - n) for n in range(4, 9)]
@@ -109,3 +110,16 @@ def test_one_bit_is_flipped_in_the_newest(tmp_path):
     flip(tmp_path)
     assert files[0].read_bytes() == bytes(100)
     assert sum(bin(byte).count("1") for byte in files[1].read_bytes()) == 1
+
+
+def test_of_the_faults_at_stages_one_strikes_in_a_start(tmp_path, monkeypatch):
+    file, struck = tmp_path / "faults.json", []
+    file.write_text(json.dumps([{"kind": "kill", "rank": rank, "at": "stage", "step": 1} for rank in (1, 0)]))
+    monkeypatch.setattr(os, "kill", lambda *_: struck.append(len(struck)))
+    for start, expected in ((1, 1), (2, 2)):
+        ranks = [Faults(file, rank) for rank in (0, 1, 0)]  # the last: rank 0, and later than the others to the stage
+        for _ in range(2):
+            for rank in ranks:
+                rank.look("stage")
+        assert len(struck) == expected, f"start {start}"
+    assert not file.exists()
