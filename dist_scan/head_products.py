@@ -1,6 +1,7 @@
 """The products of the head step: features to a head's logits, and gradients by logits back to weights and features. Legend as in head_step."""
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -13,17 +14,27 @@ from torch import Tensor
 LogitsOf = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows -> their anchors' and neighbours' logits [rows, C], made again
 
 
+def one_above_other(first: Tensor, second: Tensor) -> Tensor | None:
+    """[2b, D] of two views [b, D] without a copy, where the second lies behind the first, as the halves of one tensor do; else None."""
+    alike = first.shape == second.shape and first.dtype == second.dtype and first.is_contiguous() and second.is_contiguous()
+    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if not (alike and one_memory and second.storage_offset() == first.storage_offset() + first.numel()):
+        return None
+    return first.as_strided((2 * len(first), *first.shape[1:]), first.stride())
+
+
 class Rows:
-    """Features of anchors and neighbours [b, D]. Apart: each view is a product of its own, and none is copied; worth it where a head's weights are
-    few (their gradient is then written twice). Else they are put one above the other."""
+    """Features of anchors and neighbours [b, D], one above the other: each head is one product there and one back. Where they would have to be copied
+    for that they may stay apart: two products, worth it where a head's weights are few (their gradient is then written twice)."""
 
     def __init__(self, anchors: Tensor, neighbours: Tensor, dtype: torch.dtype, apart: bool):
-        both = anchors.to(dtype), neighbours.to(dtype)
-        self.parts, self.b = both if apart else (torch.cat(both),), len(anchors)
+        both, self.b = (anchors.to(dtype), neighbours.to(dtype)), len(anchors)
+        whole = one_above_other(*both)
+        self.parts = (whole,) if whole is not None else both if apart else (torch.cat(both),)
 
-    def logits(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def logits(self, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[2b, C] of a head, anchors above neighbours."""
-        out = weight.new_empty(2 * self.b, len(weight))
+        out = LOGITS.empty((2 * self.b, len(weight)), weight) if out is None else out
         for part, rows in zip(self.parts, out.tensor_split(len(self.parts))):
             torch.mm(part, weight.T, out=rows) if bias is None else torch.addmm(bias, part, weight.T, out=rows)
         return out
@@ -46,35 +57,37 @@ class Spare:
         self.kept = np.empty(0)
         self.held: Callable[[], Any] = lambda: None
 
-    def like(self, x: Tensor) -> Tensor:
-        """What torch.empty_like gives. From here if it is of the size and type of the last, and that, with all its views, is gone."""
-        if x.device.type != "cpu" or self.held() is not None:
-            return torch.empty_like(x)
-        if self.kept.size != x.numel() or torch.from_numpy(self.kept).dtype != x.dtype:
-            self.kept = torch.empty(x.numel(), dtype=x.dtype).numpy()
-        lent = self.kept[:]  # PyTorch holds on to this very object for as long as it uses the memory
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """What like.new_empty(shape) gives. From here if what was lent last, with all its views, is gone; no larger than ever asked for."""
+        if like.device.type != "cpu" or self.held() is not None:
+            return like.new_empty(shape)
+        size = math.prod(shape)
+        if self.kept.size < size or torch.from_numpy(self.kept).dtype != like.dtype:
+            self.kept = torch.empty(size, dtype=like.dtype).numpy()
+        lent = self.kept[:size]  # PyTorch holds on to this very object for as long as it uses the memory
         self.held = weakref.ref(lent)
-        return torch.from_numpy(lent).view(x.shape)
+        return torch.from_numpy(lent).view(*shape)
 
 
-SPARE = Spare()
+GRADIENT, LOGITS = Spare(), Spare()
 
 
 class Back:
     """The products back, head by head: gradients by weight [S, D], bias [S] and, when wanted, each head's by the features [H, X, D]."""
 
     def __init__(self, x: Rows, weight: Tensor, bias: Tensor, sizes: Sequence[int], features_too: bool):
-        self.x, self.weight, self.at = x, weight, head_slices(sizes)
-        self.dweight, self.dbias = SPARE.like(weight), torch.empty_like(bias)
+        self.x, self.weight, self.sizes, self.at = x, weight, list(sizes), head_slices(sizes)
+        self.dweight, self.dbias = GRADIENT.empty(weight.shape, weight), torch.empty_like(bias)
+        self.of_heads = list(zip(self.dweight.split(self.sizes), self.dbias.split(self.sizes)))
         self.dx = weight.new_empty(len(sizes), 2 * x.b, weight.shape[1]) if features_too else None
 
     def take(self, head: int, dlogits: Tensor, dbias: Tensor | None = None) -> None:
         """A head's gradient by its logits [X, C]; dbias [C]: their sum over rows, where it is known."""
-        at = self.at[head]
-        self.x.weight_gradient(dlogits, self.dweight[at])
-        self.dbias[at] = dlogits.sum(0) if dbias is None else dbias
+        dweight, own_dbias = self.of_heads[head]
+        self.x.weight_gradient(dlogits, dweight)
+        own_dbias.copy_(dlogits.sum(0) if dbias is None else dbias)
         if self.dx is not None:
-            torch.mm(dlogits, self.weight[at], out=self.dx[head])
+            torch.mm(dlogits, self.weight[self.at[head]], out=self.dx[head])
 
 
 def head_slices(sizes: Sequence[int]) -> list[slice]:

@@ -100,14 +100,18 @@ class TorchHead:
         return nll
 
 
+def in_loops(weight: Tensor) -> bool:
+    """Whether heads of this weight run in compiled loops."""
+    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
 def open_head(x: Rows, weight: Tensor, bias: Tensor) -> Any:
     """What takes one head's logits to their gradients: in float32 Triton's kernels on a GPU and compiled loops on a CPU, PyTorch for the rest."""
-    narrow, device = weight.dtype == torch.float32, weight.device.type
-    if narrow and device == "cpu":
+    if in_loops(weight):
         from dist_scan.head_loops import LoopHead
 
         return LoopHead(x.logits(weight), bias, x.b, x.again(weight, bias))
-    if narrow and device == "cuda" and TRITON:
+    if weight.dtype == torch.float32 and weight.device.type == "cuda" and TRITON:
         from dist_scan.head_kernel import KernelHead
 
         return KernelHead(x.logits(weight, bias), x.b)
@@ -158,6 +162,22 @@ class Heads(torch.autograd.Function):
         return None if dx is None else torch.tensordot(grad, dx, 1), dweight, dbias
 
 
+def head_after_head(x: Rows, weight: Tensor, bias: Tensor, back: Back, entropy_weight: float, whole_batch: bool) -> tuple[Tensor, Tensor]:
+    """SCAN's (consistency [H], entropy [H]); the heads' gradients go to `back`. In groups, whose logits are held at once."""
+    terms: list[tuple[Tensor, Tensor]] = []
+    for group in groups(back.sizes, whole_batch):
+        heads = [open_head(x, weight[at], bias[at]) for _, at in group]
+        means, count = means_of([head.anchor_sum() for head in heads], x.b, whole_batch)
+        scale = (1 if whole_batch else current().world_size) / count
+        for (h, _), head, mean in zip(group, heads, means):
+            entropy, slope = entropy_and_slope(mean, entropy_weight)
+            terms.append((head.to_gradients_(slope, scale) * scale, entropy))
+            back.take(h, head.logits, head.dbias)
+        del heads, head  # the next group's logits take their place
+    consistency, entropies = zip(*terms)
+    return torch.stack(consistency), torch.stack(entropies)
+
+
 class ScanHeads(Heads):
     """On features: x holds anchors above neighbours [2B, D], so each head is one product there and one back."""
 
@@ -167,20 +187,14 @@ class ScanHeads(Heads):
             b, alone = len(anchors), whole_batch or current().world_size == 1
             x = Rows(anchors, neighbours, weight.dtype, apart=max(sizes) <= b)
             back = Back(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
-            consistency, entropy = [], []
-            for group in groups(sizes, alone):
-                heads = [open_head(x, weight[at], bias[at]) for _, at in group]
-                means, count = means_of([head.anchor_sum() for head in heads], b, alone)
-                scale = (1 if alone else current().world_size) / count
-                for (h, _), head, mean in zip(group, heads, means):
-                    value, slope = entropy_and_slope(mean, entropy_weight)
-                    consistency.append(head.to_gradients_(slope, scale))
-                    entropy.append(value)
-                    back.take(h, head.logits, head.dbias)
-                del heads, head  # the next group's logits take their place
+            if alone and in_loops(weight):
+                from dist_scan.head_loops import whole_heads
+
+                consistency, entropy = whole_heads(x, weight, bias, back, entropy_weight)
+            else:
+                consistency, entropy = head_after_head(x, weight, bias, back, entropy_weight, alone)
         Heads.keep(ctx, sizes, back)
         ctx.dtype = anchors.dtype
-        consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropy)
         ctx.mark_non_differentiable(consistency, entropy)
         return consistency - entropy_weight * entropy, consistency, entropy
 

@@ -108,17 +108,19 @@ class FeatureFeed:
         self.bank, self.plan = FeatureBank(table, place, device), plan
         self.steps_per_epoch, self.rows = plan.steps_per_epoch, plan.rows
 
-    def _rows(self, index: np.ndarray, epoch: int, slot: int) -> Tensor:
-        rows = self.bank.read(index, cached_views(index, self.plan.seed, epoch, slot, self.bank.table.num_views))
+    def _rows(self, indices: list[np.ndarray], epoch: int, slots: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """A view per slot: parts of one tensor, so that a product over all of them needs no copy (head_products.one_above_other)."""
+        views = [cached_views(index, self.plan.seed, epoch, slot, self.bank.table.num_views) for index, slot in zip(indices, slots)]
+        rows = self.bank.read(np.concatenate(indices), np.concatenate(views))
         with section("copy"):
-            return rows.to(self.bank.device, non_blocking=True).float()
+            return rows.to(self.bank.device, non_blocking=True).float().chunk(len(slots))
 
     def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None, order: np.ndarray | None = None) -> Iterator[Batch]:
         """See Feed."""
         step = epoch * self.steps_per_epoch + first_step
         for i, index in enumerate(self.plan.grid(epoch, first_step, order)):
-            pair = index, self.plan.partners(index, epoch)
-            yield Batch(torch.from_numpy(index.astype(np.int64)), tuple(self._rows(pair[v], epoch, v) for v in views or (0, 1)), epoch, step + i)
+            pair, slots = (index, self.plan.partners(index, epoch)), views or (0, 1)
+            yield Batch(torch.from_numpy(index.astype(np.int64)), self._rows([pair[v] for v in slots], epoch, slots), epoch, step + i)
 
 
 def eval_batches(loader: BetonLoader, recipe: Recipe, rows: np.ndarray, device: torch.device, *, seed: int = 0) -> Iterator[Batch]:

@@ -60,7 +60,7 @@ class Scan(Method):
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     def forward(self, batch: Batch) -> Step:
-        anchors, neighbours = self.features(batch.views[0]), self.features(batch.views[-1])
+        anchors, neighbours = self.features.of_pair(batch.views[0], batch.views[-1])
         world, share = current(), self.heads.share
         self._last = anchors.detach() if share == "batch" else anchors.detach().tensor_split(world.world_size)[world.rank]
         terms = self._terms(anchors, neighbours)

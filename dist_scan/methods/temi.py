@@ -59,7 +59,7 @@ class Temi(Method):
         return "batch", "TEMI's heads share the weights of pairs"
 
     def forward(self, batch: Batch) -> Step:
-        first, second = self.features(batch.views[0]), self.features(batch.views[-1])
+        first, second = self.features.of_pair(batch.views[0], batch.views[-1])
         self._last = first.detach()
         log_p, marginal = self._teacher(torch.cat([first, second]))
         losses = temi_heads_loss(first, second, self.heads.weight, self.heads.bias, self.heads.sizes, log_p, marginal.split(self.heads.sizes),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_scan.data.batch import HeldOut
+from dist_scan.head_products import one_above_other
 from dist_scan.models.choosing import HeadChoice, number_or_none
 from dist_scan.models.cluster import ClusterModel, save_cluster_model
 from dist_scan.models.layers import ClusterHeads, FeatureNorm, Normalise
@@ -39,6 +40,11 @@ class HeadFeatures(nn.Module):
             with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
                 view = self.backbone(view)
         return self.norm(view)
+
+    def of_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Both views' features; cached ones that lie one above the other stay so."""
+        both = one_above_other(first, second) if self.backbone is None else None
+        return (self(first), self(second)) if both is None else self.norm(both).chunk(2)
 
 
 class BestNetwork(nn.Module):

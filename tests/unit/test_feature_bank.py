@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from dist_scan.data.feature_bank import FeatureBank, choose_place
+from dist_scan.data.feed import FeatureFeed, Plan
+from dist_scan.data.order import cached_views
 from dist_scan.data.tables import FeatureTable
-from dist_scan.world.world import free_bytes
+from dist_scan.head_products import one_above_other
+from dist_scan.models.headed import HeadFeatures
+from dist_scan.world.world import current, free_bytes
 
 GIB = 2**30
 
@@ -23,6 +27,29 @@ def test_rows_are_the_same_from_every_place(tmp_path):
         for views in (view, 1):
             found = bank.read(index, views)
             assert found.dtype == torch.float16 and np.array_equal(found.numpy(), rows.astype(np.float16)[index, views])
+
+
+def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path):
+    table = FeatureTable.create(tmp_path, 20, 4, 5, 3)
+    for shard in range(table.num_shards):
+        table.write_shard(shard, np.random.default_rng(shard).normal(size=(len(range(*table.shard_range(shard))), 4, 5)).astype(np.float32))
+    feed = FeatureFeed(table, Plan(np.arange(20), 6, 3, current()), torch.device("cpu"))
+    batches = list(feed.batches(2, first_step=1))
+    assert len(batches) == 2
+    for batch in batches:
+        index = batch.index.numpy()
+        for slot, view in enumerate(batch.views):
+            assert torch.equal(view, torch.from_numpy(table.rows(index, cached_views(index, 3, 2, slot, 4))).float())
+        assert one_above_other(*batch.views) is not None and not torch.equal(*batch.views)
+        for kind in ("none", "l2", "standardise"):
+            features = HeadFeatures(None, 5, kind, table.moments(), trained=False)
+            pair = features.of_pair(*batch.views)
+            assert one_above_other(*pair) is not None
+            apart = features.of_pair(batch.views[0].clone(), batch.views[1].clone())
+            for got, alone, view in zip(pair, apart, batch.views, strict=True):
+                assert torch.equal(got, features(view)) and torch.equal(alone, got)
+    for batch, only in zip(batches, feed.batches(2, first_step=1, views=(1,)), strict=True):
+        assert len(only.views) == 1 and torch.equal(only.views[0], batch.views[1])
 
 
 @pytest.mark.parametrize("on_gpu, device, host, copies, place", [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dist_scan.head_loops import ROWS, LoopHead
-from dist_scan.head_products import Rows, Spare
+from dist_scan.head_products import Rows, Spare, one_above_other
 from dist_scan.head_step import TorchHead, entropy_and_slope, open_head
 
 SCALE = 0.75
@@ -47,14 +47,14 @@ def test_the_loops_are_the_torch_form(b, clusters, size):
     assert clusters == 1 or float(found[2].abs().max()) > 0.1
 
 
-def testexponentials_are_right_to_two_units_and_reach_no_infinity():
+def test_exponentials_are_right_to_two_units_and_reach_no_infinity():
     import numpy as np
 
     from dist_scan.head_loops import exponentials
 
     x = np.concatenate([-np.linspace(0, 87, 200_001), [-88.0, -200.0, -np.inf, np.nan]]).astype(np.float32)
     found, wanted = x.copy(), np.exp(x[:-4].astype(np.float64))
-    exponentials(found, np.float32(0))
+    exponentials(found, np.zeros_like(found), np.float32(0))
     assert float(np.abs(found[:-4] / wanted - 1).max()) < 2.5e-7 and found[0] == 1
     assert (found[-4:-1] < 2e-38).all() and np.isnan(found[-1])
 
@@ -101,22 +101,55 @@ def test_rows_apart_are_rows_together(b):
             torch.testing.assert_close(got, view[at] @ weight.T + bias)
 
 
+def test_halves_of_one_tensor_are_one_product_without_a_copy_and_nothing_else_is():
+    whole = torch.arange(32.0).view(8, 4)
+    first, second = whole.chunk(2)
+    assert one_above_other(first, second).data_ptr() == whole.data_ptr() and torch.equal(one_above_other(first, second), whole)
+    assert Rows(first, second, torch.float32, apart=True).parts[0].data_ptr() == whole.data_ptr()
+    for other in ((second, first), (first, second.clone()), (first, whole[5:]), (whole[:3], whole[3:]), (first, second.double()), (whole[:, :2], whole[:, 2:]),
+                  (whole[0:8:2], whole[1:8:2])):
+        assert one_above_other(*other) is None
+        if len(other[0]) == len(other[1]):
+            assert torch.equal(Rows(*other, torch.float32, apart=False).parts[0], torch.cat([x.float() for x in other]))
+
+
+@pytest.mark.parametrize("sizes", [(7, 7, 12), (200,), (3, 3)])
+def test_heads_in_one_memory_are_heads_in_turn(sizes):
+    from dist_scan.head_loops import whole_heads
+    from dist_scan.head_products import Back
+    from dist_scan.head_step import head_after_head
+
+    gen = torch.Generator().manual_seed(len(sizes))
+    views, weight, bias = torch.randn(2, 70, 6, generator=gen) * 3, torch.randn(sum(sizes), 6, generator=gen), torch.randn(sum(sizes), generator=gen)
+    x = Rows(*views, torch.float32, apart=False)
+    made = []
+    for terms in (lambda back: whole_heads(x, weight, bias, back, 5.0), lambda back: head_after_head(x, weight, bias, back, 5.0, whole_batch=True)):
+        back = Back(x, weight, bias, sizes, features_too=True)
+        made.append([*terms(back), back.dweight, back.dbias, back.dx])
+    for one, other in zip(*made, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_spare_memory_is_never_lent_twice_at_once():
     spare, like = Spare(), torch.zeros(6, 3)
-    first = spare.like(like)
+    first = spare.empty((6, 3), like)
     place, part = first.data_ptr(), first[2:3]
-    assert spare.like(like).data_ptr() != place
+    assert spare.empty((6, 3), like).data_ptr() != place
     del first
-    assert spare.like(like).data_ptr() != place, "a view of it is alive"
+    assert spare.empty((6, 3), like).data_ptr() != place, "a view of it is alive"
     leaf = torch.zeros(1, 3, requires_grad=True)
     leaf.grad = part
     del part
-    assert spare.like(like).data_ptr() != place, "it is somebody's gradient"
+    assert spare.empty((6, 3), like).data_ptr() != place, "it is somebody's gradient"
     leaf.grad = None
-    again = spare.like(like)
+    again = spare.empty((6, 3), like)
     assert again.data_ptr() == place and again.shape == like.shape and again.dtype == like.dtype
+    assert spare.empty((7, 3), like).data_ptr() != place, "lent"
     del again
-    other = spare.like(torch.zeros(6, 3, dtype=torch.float64))
+    part = spare.empty((2, 3), like)
+    assert part.data_ptr() == place and part.shape == (2, 3), "less than there is"
+    del part
+    other = spare.empty((6, 3), torch.zeros(1, dtype=torch.float64))
     assert other.dtype == torch.float64 and other.shape == (6, 3)
 
 
