@@ -64,7 +64,7 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
 
 def _table(out: Path, rows: Rows, k: int, metric: str) -> NeighbourTable:
     """What lies in `out`, if it was asked for like this; else a new one, on every disk that has none."""
-    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view, "features": content(rows.table, rows.view)}
+    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view, "features": content(rows.table, rows.held, rows.view)}
 
     def made(turn: bool) -> None:
         if turn and not (out / "table.json").exists():

@@ -1,7 +1,8 @@
 """Rows as search wants them: on float16's grid and short enough that a float64 inner product is exact in any order.
 
 With values on multiples of 2^-24 and squared norms of at most 16, products are multiples of 2^-48 and partial sums stay below 2^5:
-53 bits hold them. For l2 norms are at most 2: 2 q.r - |q|^2 - |r|^2 then stays below 2^5 too (at 4 it would reach 2^6). Scores then do not depend on the number of ranks, on how rows are cut, or on the BLAS (PERFORMANCE.md 1).
+53 bits hold them. For l2 norms are at most 2: 2 q.r - |q|^2 - |r|^2 then stays below 2^5 too (at 4 it would reach 2^6). Scores then do not depend
+on the number of ranks, on how rows are cut, or on the BLAS (PERFORMANCE.md 1).
 """
 from __future__ import annotations
 
@@ -66,10 +67,10 @@ class Rows:
         return rows if self.scale == 1 else (rows.astype(np.float32) * np.float32(self.scale)).astype(np.float16)
 
 
-def content(table: FeatureTable, view: int) -> str:
+def content(table: FeatureTable, held: tuple[frozenset[int], ...], view: int) -> str:
     """16 hex digits over every number of a view, the same for any number of ranks. Collective: each rank reads the shards it serves."""
     mine = {s: hashlib.sha256(np.ascontiguousarray(table.shard(s)[:, view])).digest()
-            for s, rank in enumerate(servers(held_by_rank(table), table.num_shards)) if rank == current().rank}
+            for s, rank in enumerate(servers(held, table.num_shards)) if rank == current().rank}
     every = {s: digest for part in gather_objects(mine) for s, digest in part.items()}
     return hashlib.sha256(b"".join(every[s] for s in sorted(every))).hexdigest()[:16]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dist_scan.data.tables import FeatureTable
 from dist_scan.progress import Stopped
-from dist_scan.search.rows import check_view, content
+from dist_scan.search.rows import check_view, content, held_by_rank
 from dist_scan.world.collectives import agree, all_max, all_sum, barrier, broadcast, broadcast_object, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
@@ -95,7 +95,7 @@ def whitened(table: FeatureTable, whitening: Whitening, out: Path, view: int = 0
     Raises ValueError when `out` was made of other rows, or by another whitening (or view, or unit): it stands for what it was made from.
     """
     world, view = current(), check_view(table, view)
-    asked = {"whitening": whitening.mark(view, unit), "of": content(table, view), "num_rows": table.num_rows, "num_shards": table.num_shards}
+    asked = {"whitening": whitening.mark(view, unit), "of": content(table, held_by_rank(table), view), "num_rows": table.num_rows, "num_shards": table.num_shards}
 
     def opened() -> FeatureTable:
         made = FeatureTable.open(out)
