@@ -37,7 +37,14 @@ def module_name() -> str:
 def facts(configuration: tuple[str, ...]) -> dict[str, Any]:
     """What is the same for all rows of one command. `load`: processes that wanted a core in the last minute, over the cores."""
     return {"machine": machine(), "device": device(), "versions": versions(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": commit(),
-            "configuration": " ".join(configuration), "nodes": int(os.environ.get("SLURM_JOB_NUM_NODES", 1)), "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)}
+            "configuration": " ".join(map(without_folders, configuration)), "nodes": int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
+            "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)}
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line, an absolute path in it cut to its last name: rows are published, and where a machine keeps its files is nobody's concern."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def machine() -> str:

@@ -90,3 +90,10 @@ def test_the_page_stands_alone_names_the_worst_rank_and_escapes(tmp_path):
     HTMLParser().feed(text)
     with pytest.raises(ValueError, match="no rows to draw"):
         page([{"benchmark": "x", "nodes": 1}])
+
+
+def test_rows_tell_no_folder_of_the_machine():
+    from benchmarks.rows import facts
+
+    line = ("/srv/data/train.beton", "--dir", "/home/me/views", "--out=/var/x/y.json", "runtime.run_dir=/scratch/me/run", "configs/a.yaml", "lr=0.1", "--compare")
+    assert facts(line)["configuration"] == "train.beton --dir views --out=y.json runtime.run_dir=run configs/a.yaml lr=0.1 --compare"
