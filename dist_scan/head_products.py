@@ -68,6 +68,10 @@ class Spare:
         self.held = weakref.ref(lent)
         return torch.from_numpy(lent).view(*shape)
 
+    def clear(self) -> None:
+        """Give back what is not lent."""
+        self.kept = np.empty(0)
+
 
 GRADIENT, LOGITS = Spare(), Spare()
 
