@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
 def _rank(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from dist_scan.artefacts import write_atomic
+    from dist_scan.artefacts import WORK, write_atomic
     from dist_scan.data.assignments import Assignments
     from dist_scan.data.tables import FeatureTable
     from dist_scan.engine.stop import Stop
@@ -64,14 +65,15 @@ def _rank(args: argparse.Namespace) -> int:
         features = FeatureTable.given(args.features, out / "features", 16)
         found = kmeans(features, args.k, iterations=args.iterations, tolerance=args.tolerance, init=args.init, restarts=args.restarts,
                        spherical=args.spherical, normalise=not args.raw, seed=args.seed, view=args.view, stop=lambda: stop.asked,
-                       progress=world.rank == 0)
+                       progress=world.rank == 0, keep=out / WORK / "kmeans.npz")
     except Stopped:
         if world.rank == 0:
-            print("stopped; nothing is kept of k-means, the same command begins anew")
+            print(f"stopped; {out / WORK} says how far it is, the same command goes on")
         return 128 + (stop.signal or 15)
     if world.rank == 0:
         Assignments(found.assignment, args.k).save(out)
         write_atomic(out / "centroids.npy", lambda f: np.save(f, found.centroids))
+        shutil.rmtree(out / WORK, ignore_errors=True)
         print(f"{out}: {kmeans_line(found)}")
     barrier()
     close_world()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 
 from dist_scan.data.tables import FeatureTable
 from dist_scan.progress import Progress, Stopped
-from dist_scan.search.rows import prepared, squares
+from dist_scan.search.kept import Kept
+from dist_scan.search.rows import content, prepared, squares
 from dist_scan.search.seeds import first_centroids
 from dist_scan.world.collectives import agree, all_max, all_sum, gather_rows
 from dist_scan.world.world import current
@@ -41,12 +43,13 @@ class KMeansResult:
 
 def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tolerance: float = 0.0, init: Init = "kmeans++",
            restarts: int = 1, spherical: bool = False, normalise: bool = False, seed: int = 0, view: int = 0, start: np.ndarray | None = None,
-           stop: Callable[[], bool] = lambda: False, progress: bool = False) -> KMeansResult:
+           stop: Callable[[], bool] = lambda: False, progress: bool = False, keep: Path | None = None) -> KMeansResult:
     """The best of `restarts` runs by objective. Collective. start: centroids [k, D] to begin with (in the scale of the result's) instead of init.
+    keep: a file that says how far this is while it is unfinished (not with `start`): the same call goes on from there.
 
     Raises ValueError when k > N, a setting is out of bounds, or `start` has another shape; Stopped between iterations.
     """
-    from dist_scan.search.index import workers
+    from dist_scan.search.index import Nearest, workers
 
     n = table.num_rows
     _check(n, num_clusters, iterations, restarts, tolerance, init, seed)
@@ -54,17 +57,24 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     rows = prepared(table, normalise or spherical, view)
     own = rows.own()
     points = Points(rows.read(own).astype(np.float32))
-    best = None
-    with Progress("k-means", restarts * iterations, "iterations", enabled=progress) as line, workers() as pool:
-        for restart in range(restarts):
-            begin = start * rows.scale if start is not None else first_centroids(points.rows, points.squares, own, n, num_clusters, init,
-                                                                                 seed, restart, pool, stop)
-            result = Lloyd(points, begin, spherical, seed + restart, pool).run(iterations, tolerance, stop, line)
-            if best is None or result.objective < best.objective:
-                best = result
+    asked = {"clusters": num_clusters, "iterations": iterations, "tolerance": tolerance, "init": init, "restarts": restarts, "spherical": spherical,
+             "normalise": normalise, "seed": seed, "view": view, "features": keep and content(table, rows.held, view)}
+    kept = Kept(keep if start is None else None, asked)
+    done = kept.restart * iterations - kept.spared + kept.iteration
+    with Progress("k-means", restarts * iterations - kept.spared, "iterations", done=done, enabled=progress) as line, workers() as pool:
+        try:
+            while kept.restart < restarts:
+                begin = start * rows.scale if start is not None else kept.centroids if kept.iteration else \
+                    first_centroids(points.rows, points.squares, own, n, num_clusters, init, seed, kept.restart, pool, stop)
+                Lloyd(points, begin, spherical, seed + kept.restart, pool).run(iterations, tolerance, stop, line, kept)
+        except Stopped:
+            kept.write()
+            raise
+        mine = kept.best_assignment if kept.best_assignment is not None else Nearest(points.rows, points.longest)(kept.best_centroids, pool)
     assignment = np.empty(n, np.int32)
-    assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(torch.from_numpy(best.assignment)).numpy()
-    return replace(best, centroids=best.centroids / np.float32(rows.scale), assignment=assignment, objective=best.objective * rows.scale**-2)
+    assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(torch.from_numpy(mine)).numpy()
+    return KMeansResult(kept.best_centroids / np.float32(rows.scale), assignment, kept.best["objective"] * rows.scale**-2, kept.best["iterations"],
+                        np.bincount(assignment, minlength=num_clusters), kept.best["num_empty"])
 
 
 def _check(n: int, num_clusters: int, iterations: int, restarts: int, tolerance: float, init: str, seed: int) -> None:
@@ -117,21 +127,29 @@ class Lloyd:
             centroids = centroids / np.maximum(np.sqrt((centroids ** 2).sum(1, keepdims=True)), 1e-30)
         return (np.rint(centroids * CENTROID_GRID) / CENTROID_GRID).astype(np.float32)
 
-    def run(self, iterations: int, tolerance: float, stop: Callable[[], bool], line: Progress) -> KMeansResult:
-        """Until nothing moves, the gain falls below `tolerance`, or `iterations`."""
-        before = np.inf
-        for iteration in range(1, iterations + 1):
+    def run(self, iterations: int, tolerance: float, stop: Callable[[], bool], line: Progress, kept: Kept) -> None:
+        """Until nothing moves, the gain falls below `tolerance`, or `iterations`; what is found goes to `kept`."""
+        if kept.iteration:
+            self._go_on(kept)
+        for iteration in range(kept.iteration + 1, iterations + 1):
             if agree(stop()):
                 raise Stopped()
             moved = self._assign()
             objective = self._objective()
             line.advance(1, f"objective {objective:.6g}")
-            if moved == 0 or before - objective < tolerance * before or iteration == iterations:
-                line.total -= iterations - iteration  # it has converged: there is no more to do
+            if moved == 0 or kept.objective - objective < tolerance * kept.objective:
                 break
-            before = objective
-            self._update()
-        return KMeansResult(self.centroids, self.assignment, objective, iteration, self.counts.astype(np.int64), self.num_empty)
+            if iteration < iterations:
+                kept.after_iteration(objective, self.centroids, self.random.bit_generator.state, self.num_empty)
+                self._update()
+        line.total -= iterations - iteration  # it has converged: there is no more to do
+        kept.after_restart({"objective": objective, "iterations": iteration, "num_empty": self.num_empty}, self.centroids, self.assignment, iterations - iteration)
+
+    def _go_on(self, kept: Kept) -> None:
+        """From an iteration that an earlier start has done: what it assigned follows from its centroids."""
+        self.centroids, self.num_empty, self.random.bit_generator.state = kept.centroids, kept.num_empty, kept.random
+        self._assign()
+        self._update()
 
     def _assign(self) -> int:
         """New clusters for this rank's rows; sums and counts follow those that moved. Returns how many moved on all ranks."""

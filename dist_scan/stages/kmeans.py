@@ -63,7 +63,7 @@ class KMeansStage(Stage):
             table = whitened(table, whiten_table(table, s.whiten_dim), c.out / WORK / "whitened", stop=lambda: c.stop.asked)
         result = kmeans(table, s.num_clusters, iterations=s.iterations, tolerance=s.tolerance, init=s.init,
                         restarts=s.restarts, spherical=s.spherical, normalise=s.normalise, seed=c.run.seed,
-                        stop=lambda: c.stop.asked, progress=c.world.rank == 0)
+                        stop=lambda: c.stop.asked, progress=c.world.rank == 0, keep=c.out / WORK / "kmeans.npz")
         if c.world.rank == 0:
             Assignments(result.assignment, s.num_clusters).save(c.out)
             write_atomic(c.out / "centroids.npy", lambda f: np.save(f, result.centroids))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.progress import Stopped
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.rows import LONGEST_L2, prepared, unit_rows
@@ -78,6 +79,61 @@ def test_kmeans_is_the_same_on_any_number_of_ranks(init, spherical, groups, tmp_
     for world_size in (2, 3, 4):
         for got in run_ranks(cluster, world_size, tmp_path / "f", 40, init, spherical):
             assert got == alone
+
+
+class Lost(Exception):
+    """As a kill: nothing is written for it."""
+
+
+def cluster_for_a_while(root, k, init, spherical, keep, most, error=Stopped):
+    """At most so many iterations, then `error`; the result when it came before. How far it is is written at every iteration when it is Lost."""
+    from dist_scan.search import kept
+
+    polls = iter(range(most))
+
+    def stop():
+        over = next(polls, None) is None
+        if over and error is Lost:
+            raise Lost
+        return over
+
+    kept.EVERY_S = 0 if error is Lost else 1e9
+    try:
+        r = kmeans(FeatureTable.open(root), k, iterations=30, init=init, spherical=spherical, seed=3, restarts=2, stop=stop, keep=Path(keep))
+    except error:
+        return None
+    return r.centroids.tobytes(), r.assignment.tobytes(), r.objective, r.iterations, r.num_empty
+
+
+@pytest.mark.parametrize("init, spherical, groups, error", [("random", False, (200, 150), Stopped), ("kmeans++", False, (), Lost), ("kmeans++", True, (100, 45), Stopped)])
+def test_kmeans_goes_on_where_it_was_on_any_number_of_ranks(init, spherical, groups, error, tmp_path):
+    table(rows(groups=groups), tmp_path / "f")
+    whole = run_ranks(cluster, 1, tmp_path / "f", 40, init, spherical)[0]
+    found, starts = None, 0
+    while found is None and starts < 30:
+        found = run_ranks(cluster_for_a_while, (1, 3, 2)[starts % 3], tmp_path / "f", 40, init, spherical, tmp_path / "work" / "kmeans.npz", 3, error)[0]
+        starts += 1
+    assert found == whole and starts > 2, f"{starts} starts of three iterations: from the beginning each time it would never end"
+
+
+@pytest.mark.parametrize("what, told", [("cut", "cannot be read"), ("garbage", "cannot be read"), ("empty", "cannot be read"), ("seed", "with other seed"),
+                                        ("rows", "with other features"), ("no folder", "cannot be kept")])
+def test_what_is_kept_of_another_kmeans_is_left_aside_and_that_is_said(what, told, tmp_path, capsys):
+    t, keep = table(rows(groups=()), tmp_path / "f"), tmp_path / "work" / "kmeans.npz"
+    whole = kmeans(t, 9, iterations=30, seed=3)
+    if what == "no folder":
+        (tmp_path / "work").write_text("in the way")
+    polls = iter(range(3))
+    with pytest.raises(Stopped):
+        kmeans(t, 9, iterations=30, seed=4 if what == "seed" else 3, keep=keep, stop=lambda: next(polls, None) is None)
+    if what in ("cut", "garbage", "empty"):
+        keep.write_bytes({"cut": keep.read_bytes()[:-30], "garbage": b"garbage " * 99, "empty": b""}[what])
+    if what == "rows":
+        t = table(rows(groups=(), seed=1), tmp_path / "g")
+        whole = kmeans(t, 9, iterations=30, seed=3)
+    found = kmeans(t, 9, iterations=30, seed=3, keep=keep)
+    assert told in capsys.readouterr().out
+    assert found.centroids.tobytes() == whole.centroids.tobytes() and found.iterations == whole.iterations and (found.assignment == whole.assignment).all()
 
 
 def test_kmeans_equals_a_slow_lloyd(tmp_path):

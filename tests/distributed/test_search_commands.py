@@ -54,6 +54,24 @@ def test_kmeans_of_a_table_by_one_process_and_by_two(tmp_path):
     assert one == two
 
 
+def test_kmeans_that_was_asked_to_leave_goes_on(tmp_path):
+    table(rows(n=8000, groups=()), tmp_path / "f")
+    line = [tmp_path / "f", "--k", 400, "--restarts", 3]
+    whole = command("kmeans", *line[:1], tmp_path / "whole", *line[1:])
+    assert whole.returncode == 0, whole.stderr
+    words = [sys.executable, "-m", "dist_scan", "kmeans", *map(str, [line[0], tmp_path / "out", *line[1:]])]
+    process = subprocess.Popen(words, env=environment(PYTHONPATH=str(ROOT)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert "iterations" in process.stderr.readline()  # said when the first is done
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in said and (tmp_path / "out" / "work" / "kmeans.npz").is_file(), said
+    done = command("kmeans", *line[:1], tmp_path / "out", *line[1:])
+    assert done.returncode == 0 and "anew" not in done.stdout, done.stdout + done.stderr
+    for file in ("assignments.npz", "centroids.npy"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not (tmp_path / "out" / "work").exists()
+
+
 def test_a_mistake_on_many_ranks_is_one_line(tmp_path):
     x = rows()
     x[33] = 0

@@ -39,6 +39,7 @@ def test_row_12_asked_to_leave_inside_begin_epoch_embed_and_kmeans(tmp_path):
     embedded = shards(run, "features")
     assert len(embedded) == 4, "of six; fewer, if shards of begin_epoch had been made again"
     assert run(step, **more, faults=[{"kind": "signal", "rank": 0, "at": "iteration", "step": 1}]).code == STOPPED
+    assert list(run.folder.glob("stages/kmeans/*/work/kmeans.npz")), "how far k-means was"
     assert embedded.items() <= shards(run, "features").items(), "a finished shard was made again"
     done = run(step, **more)
     assert done.code == 0, done.said
