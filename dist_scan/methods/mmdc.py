@@ -129,7 +129,8 @@ class MMDC(Method):
         """At the start of a round of refinement: k-means on all outputs, its clusters numbered like the targets before."""
         if self.refines(epoch) and not (self.config.rotation and epoch % 2):
             outputs, k, n = embed(self.network, WEAK), self.config.num_clusters, self.given.num_images
-            found = kmeans(outputs, k, iterations=300, restarts=self.config.refine_restarts, seed=self.given.seed + 1000 * epoch)
+            found = kmeans(outputs, k, iterations=300, restarts=self.config.refine_restarts, seed=self.given.seed + 1000 * epoch, stop=self.given.stop,
+                           progress=current().rank == 0, keep=self.given.work_dir and self.given.work_dir / "refinement.npz")
             previous = self.codes.component(self.target_id.whole().numpy())
             self.target_id.fill(n + torch.from_numpy(align(found.assignment, previous, k)))
             if self.history is not None:

@@ -9,6 +9,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ class Kept:
             self.best, self.best_centroids, self.best_assignment = dict(found), centroids, assignment
         self.restart, self.spared = self.restart + 1, self.spared + spared
         self._begin()
+
+    def over(self) -> None:
+        """All restarts are done: the file goes."""
+        if self.path is not None and current().rank == 0:
+            with suppress(OSError):  # what could not be written either
+                self.path.unlink()
 
     def write(self) -> None:
         """Rank 0 writes. Where nothing can be written, nothing is lost but this."""

@@ -71,6 +71,7 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
             kept.write()
             raise
         mine = kept.best_assignment if kept.best_assignment is not None else Nearest(points.rows, points.longest)(kept.best_centroids, pool)
+    kept.over()
     assignment = np.empty(n, np.int32)
     assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(torch.from_numpy(mine)).numpy()
     return KMeansResult(kept.best_centroids / np.float32(rows.scale), assignment, kept.best["objective"] * rows.scale**-2, kept.best["iterations"],

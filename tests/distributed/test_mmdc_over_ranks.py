@@ -1,6 +1,7 @@
 """MMDC: W ranks equal one, the targets stay the same ones over any number of ranks, refinement, resume."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 
@@ -134,6 +135,23 @@ def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_pa
     found = kmeans(FeatureTable.open(tmp_path / "table"), 4, iterations=300, restarts=2, seed=3).assignment
     assert len(set(zip(found, ids))) == len(set(found)), "k-means' clusters, renamed"
     assert (before == ids - N).sum() == max((before == np.array(p)[found]).sum() for p in permutations(range(4)))
+
+
+def test_refinement_that_was_asked_to_leave_goes_on(tmp_path):
+    from dist_scan.progress import Stopped
+
+    targets, polls = [], iter(range(3))
+    for name, stop in (("whole", lambda: False), ("asked", lambda: next(polls, None) is None), ("asked", lambda: False)):
+        method = make("refined").eval()
+        method.given = replace(method.given, work_dir=tmp_path / name, stop=stop)
+        try:
+            method.begin_epoch(0, embed_with(tmp_path / f"table {len(targets)}"))
+        except Stopped:
+            assert (tmp_path / name / "refinement.npz").is_file()
+            targets.append("stopped")
+        else:
+            targets.append(method.target_id.whole().tolist())
+    assert targets[1] == "stopped" and targets[2] == targets[0] and not (tmp_path / "asked" / "refinement.npz").exists()
 
 
 def test_refinement_comes_once_a_round(tmp_path):
