@@ -24,7 +24,7 @@ from benchmarks.rows import emit
 from benchmarks.turns import job_turns, job_world, typical
 from dist_scan.engine.precision import peak_memory, set_determinism
 from dist_scan.head_loops import LoopHead
-from dist_scan.head_products import GRADIENT, LOGITS
+from dist_scan.head_products import give_back
 from dist_scan.head_step import entropy_and_slope, means_of
 from dist_scan.losses import scan_heads_loss, scan_loss_released
 from dist_scan.models.layers import ClusterHeads
@@ -148,8 +148,7 @@ def memory(run: Run, given: list[Tensor], weights: list[Tensor]) -> float:
 def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> None:
     """Rows of one size."""
     batch, clusters, dim = size
-    for spare in (GRADIENT, LOGITS):
-        spare.clear()  # of the size before
+    give_back()  # what is kept of the size before
     (runs, held), name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
     seconds = timed(runs, rounds, device)
     for row, values in seconds.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.rows import emit
 from dist_scan.config import kind_class
 from dist_scan.data.feed import FeatureFeed, Plan, held_out_features
 from dist_scan.data.tables import FeatureTable, NeighbourTable
@@ -119,7 +120,7 @@ def main() -> None:
             row[key] = round(float(np.mean(values)), 4)
             if key in ("acc", "nmi", "ari"):
                 row[f"{key}_spread"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
-        print(json.dumps(row), flush=True)
+        emit(row)
 
 
 if __name__ == "__main__":

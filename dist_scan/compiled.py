@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 from numba import njit
 from numba.core import types
@@ -12,9 +14,17 @@ def compiled(**options) -> Callable:
     """njit without the interpreter's lock, kept on disk between processes where a cache can be written (compiling takes seconds, on every rank)."""
     def decorate(function: Callable) -> Callable:
         try:
-            return njit(nogil=True, cache=True, **options)(function)
+            made = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # a read-only installation without a home
             return njit(nogil=True, **options)(function)
+        keep = made._cache.save_overload
+
+        def kept_if_possible(*compiled_one: Any) -> None:
+            with suppress(OSError):  # a full disk: compiled again next time, no reason to end a run
+                keep(*compiled_one)
+
+        made._cache.save_overload = kept_if_possible
+        return made
     return decorate
 
 

@@ -146,10 +146,10 @@ def entropy_and_slope(sums, count, weight):
     slope, entropy = column_sums(sums), 0.0
     for c in range(len(slope)):
         mean = slope[c] / np.float32(count)
-        clamped = max(mean, LEAST)
+        clamped = LEAST if mean < LEAST else mean  # a NaN stays
         log = np.log(clamped)
         entropy -= clamped * log
-        slope[c] = (log + ONE) * weight if mean >= LEAST else ZERO
+        slope[c] = ZERO if mean < LEAST else (log + ONE) * weight
     return entropy, slope
 
 
@@ -180,6 +180,8 @@ class LoopHead:
         if logits.dtype != torch.float32 or not logits.is_contiguous() or len(logits) != 2 * b or logits.device.type != "cpu":
             raise ValueError(f"logits: {tuple(logits.shape)} {logits.dtype} on {logits.device.type}; allowed: contiguous float32 [{2 * b}, C] on the cpu; "
                              "use head_step.TorchHead")
+        if bias.dtype != torch.float32 or bias.shape != logits.shape[1:]:
+            raise ValueError(f"bias: {tuple(bias.shape)} {bias.dtype}; allowed: float32 [{logits.shape[1]}], as the logits")
         chunks, clusters = -(-b // ROWS), logits.shape[1]
         self.logits, self.b, self.rows = logits, b, logits.numpy()
         self.shares, self.sums = torch.empty(2 * b).numpy(), torch.empty(chunks, clusters).numpy()
@@ -228,6 +230,7 @@ def whole_heads(x: Rows, weight: Tensor, bias: Tensor, back: Back, entropy_weigh
     head, terms, biases = None, [], _array(bias)
     for h, (at, own) in enumerate(zip(back.at, weight.split(back.sizes))):
         if head is None or head.logits.shape[1] != len(own):
+            head = None  # before the new one: its logits take the place of this one's
             head = LoopHead(x.logits(own), bias[at], x.b, x.again(own, bias[at]))
         else:
             x.logits(own, out=head.logits)

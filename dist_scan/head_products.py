@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -20,7 +21,7 @@ def one_above_other(first: Tensor, second: Tensor) -> Tensor | None:
     one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     if not (alike and one_memory and second.storage_offset() == first.storage_offset() + first.numel()):
         return None
-    return first.as_strided((2 * len(first), *first.shape[1:]), first.stride())
+    return first.as_strided((2 * len(first), first.shape[1]), (first.shape[1], 1))  # the stride of a dimension of size 1 may be anything
 
 
 class Rows:
@@ -28,6 +29,8 @@ class Rows:
     for that they may stay apart: two products, worth it where a head's weights are few (their gradient is then written twice)."""
 
     def __init__(self, anchors: Tensor, neighbours: Tensor, dtype: torch.dtype, apart: bool):
+        if anchors.shape != neighbours.shape:
+            raise ValueError(f"anchors {list(anchors.shape)} and neighbours {list(neighbours.shape)}; allowed: one neighbour for each anchor, of one width")
         both, self.b = (anchors.to(dtype), neighbours.to(dtype)), len(anchors)
         whole = one_above_other(*both)
         self.parts = (whole,) if whole is not None else both if apart else (torch.cat(both),)
@@ -35,9 +38,12 @@ class Rows:
     def logits(self, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """[2b, C] of a head, anchors above neighbours."""
         out = LOGITS.empty((2 * self.b, len(weight)), weight) if out is None else out
-        for part, rows in zip(self.parts, out.tensor_split(len(self.parts))):
+        for part, rows in zip(self.parts, self._parts_of(out)):
             torch.mm(part, weight.T, out=rows) if bias is None else torch.addmm(bias, part, weight.T, out=rows)
         return out
+
+    def _parts_of(self, logits: Tensor) -> Sequence[Tensor]:
+        return (logits,) if len(self.parts) == 1 else logits.tensor_split(2)
 
     def again(self, weight: Tensor, bias: Tensor) -> LogitsOf:
         """For a head: rows -> their logits, anchors' and neighbours'."""
@@ -46,7 +52,7 @@ class Rows:
 
     def weight_gradient(self, dlogits: Tensor, out: Tensor) -> None:
         """out [C, D] = dlogits^T features."""
-        for i, (part, rows) in enumerate(zip(self.parts, dlogits.tensor_split(len(self.parts)))):
+        for i, (part, rows) in enumerate(zip(self.parts, self._parts_of(dlogits))):
             torch.addmm(out, rows.T, part, beta=min(i, 1), out=out)
 
 
@@ -56,16 +62,21 @@ class Spare:
     def __init__(self) -> None:
         self.kept = np.empty(0)
         self.held: Callable[[], Any] = lambda: None
+        self.lock = threading.Lock()  # two threads must not be lent the same
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """What like.new_empty(shape) gives. From here if what was lent last, with all its views, is gone; no larger than ever asked for."""
-        if like.device.type != "cpu" or self.held() is not None:
+        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):  # numpy knows no bfloat16
             return like.new_empty(shape)
-        size = math.prod(shape)
-        if self.kept.size < size or torch.from_numpy(self.kept).dtype != like.dtype:
-            self.kept = torch.empty(size, dtype=like.dtype).numpy()
-        lent = self.kept[:size]  # PyTorch holds on to this very object for as long as it uses the memory
-        self.held = weakref.ref(lent)
+        with self.lock:
+            if self.held() is not None:
+                return like.new_empty(shape)
+            size = math.prod(shape)
+            if self.kept.size < size or torch.from_numpy(self.kept).dtype != like.dtype:
+                self.kept = np.empty(0)  # before the new: not both at once
+                self.kept = torch.empty(size, dtype=like.dtype).numpy()
+            lent = self.kept[:size]  # PyTorch holds on to this very object for as long as it uses the memory
+            self.held = weakref.ref(lent)
         return torch.from_numpy(lent).view(*shape)
 
     def clear(self) -> None:
@@ -74,6 +85,12 @@ class Spare:
 
 
 GRADIENT, LOGITS = Spare(), Spare()
+
+
+def give_back() -> None:
+    """Both give back what is not lent: the heads of the next stage may be smaller, or there may be none."""
+    GRADIENT.clear()
+    LOGITS.clear()
 
 
 class Back:

@@ -34,7 +34,11 @@ def main(args: argparse.Namespace) -> int:
     """Check everything, encode, predict. The same command goes on from the encoded images when it was stopped."""
     from dist_scan.finished import open_finished
 
-    out = checked_out(Path(args.out), args.overwrite)
+    out = checked_out(Path(args.out), args.overwrite, args.images)
+    if args.device == "cuda":
+        from dist_scan.world.world import device_for
+
+        device_for("cuda")  # before images are encoded
     for name in ("batch", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < (name == "batch"):
             raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
@@ -56,10 +60,14 @@ def main(args: argparse.Namespace) -> int:
 
 # --- before any work ---------------------------------------------------------------------------------------------------
 
-def checked_out(out: Path, overwrite: bool) -> Path:
-    """The output's path, once it can be written. Raises ConfigError."""
+def checked_out(out: Path, overwrite: bool, images: str) -> Path:
+    """The output's path, once it can be written and would never be read as images. Raises ConfigError."""
     if out.suffix != ".parquet":
         raise ConfigError(f"-o: '{out}' must end in .parquet")
+    if out.is_dir():
+        raise ConfigError(f"-o: '{out}' is a folder; give another name")
+    if among(out.resolve(), images):
+        raise ConfigError(f"-o: '{out}' is, or lies among, the parquet files of '{images}' and would be read as images; give another folder")
     there = [str(path) for path in (out, bad_of(out)) if path.exists()]
     if there and not overwrite:
         raise ConfigError(f"-o: {' and '.join(there)} {'exists' if len(there) == 1 else 'exist'}; give another name, or --overwrite")
@@ -70,6 +78,14 @@ def checked_out(out: Path, overwrite: bool) -> Path:
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"-o: cannot write in '{out.parent}'; give another place")
     return out
+
+
+def among(out: Path, images: str) -> bool:
+    """Whether a parquet file is one of IMAGES: that file, in that folder of parquet files, or met by that pattern."""
+    source = Path(images)
+    if source.is_dir():
+        return out.parent == source.resolve() and any(file.resolve() != out for file in source.glob("*.parquet"))
+    return out == source.resolve() or (any(c in images for c in "*?[") and out.match(str(source.absolute())))
 
 
 def bad_of(out: Path) -> Path:

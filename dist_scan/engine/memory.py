@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from dist_scan.engine.precision import forget_peak_memory, peak_memory
+from dist_scan.head_products import give_back
 from dist_scan.world.collectives import all_max
 
 
 def begin_stage() -> None:
     """Count peaks from now on. Where the kernel does not let a process reset its own (no Linux, a locked /proc), they stay those of its life."""
+    give_back()
     forget_peak_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -41,7 +41,8 @@ def cores(world: World) -> int:
     return min(told, mine) if told else max(1, mine // world.local_world_size)
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
+def device_for(wanted: str, local_rank: int = 0) -> torch.device:
+    """auto, cpu or cuda -> this rank's device. Raises ValueError for a GPU that is not there."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -61,7 +62,7 @@ def open_world(device: str = "auto", timeout_s: float = 1800.0) -> World:
     env = os.environ
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    place = _device(device, local_rank)
+    place = device_for(device, local_rank)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)

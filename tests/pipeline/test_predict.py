@@ -215,6 +215,10 @@ MISTAKES = {
     "empty folder": (["{run}", "{tmp}/empty", "-o", "{tmp}/o.parquet"], "holds no images"),
     "all broken": (["{run}", "{tmp}/broken", "-o", "{tmp}/o.parquet"], "not one of the 1 images of"),
     "out exists": (["{run}", "{images}", "-o", "{tmp}/there.parquet"], "there.parquet exists; give another name, or --overwrite"),
+    "out is the source": (["{run}", "{tmp}/there.parquet", "-o", "{tmp}/there.parquet", "--overwrite"], "would be read as images"),
+    "out in the source": (["{run}", "{tmp}", "-o", "{tmp}/o.parquet"], "would be read as images"),
+    "out met by the source": (["{run}", "{tmp}/*.parquet", "-o", "{tmp}/o.parquet"], "would be read as images"),
+    "out is a folder": (["{run}", "{images}", "-o", "{tmp}/folder.parquet", "--overwrite"], "is a folder; give another name"),
     "suffix": (["{run}", "{images}", "-o", "{tmp}/o.csv"], "must end in .parquet"),
     "stage": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--stage", "pretext"], "allowed: --stage heads, selflabelling, doomed"),
     "features": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--features", "pretext"], "allowed: features, none"),
@@ -230,6 +234,7 @@ def test_mistakes_are_one_line(name, tiny, images, tmp_path, capsys):
     (tmp_path / "broken" / "x.png").write_bytes(b"x")
     (tmp_path / "there.parquet").write_bytes(b"mine")
     (tmp_path / "half").mkdir()
+    (tmp_path / "folder.parquet").mkdir()
     (tmp_path / "half" / "config.yaml").write_text(CONFIG)
     if name == "beton":
         assert main(["beton", "sklearn:digits", str(tmp_path / "other.beton"), "--limit", "5", "--stored", "raw", "--resolution", "24"]) == 0

@@ -1,6 +1,13 @@
 """The compiled loops of the head step against the PyTorch form in float64, at logits that underflow; with any number of threads the same bits."""
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -108,9 +115,85 @@ def test_halves_of_one_tensor_are_one_product_without_a_copy_and_nothing_else_is
     assert Rows(first, second, torch.float32, apart=True).parts[0].data_ptr() == whole.data_ptr()
     for other in ((second, first), (first, second.clone()), (first, whole[5:]), (whole[:3], whole[3:]), (first, second.double()), (whole[:, :2], whole[:, 2:]),
                   (whole[0:8:2], whole[1:8:2])):
-        assert one_above_other(*other) is None
+        assert one_above_other(*other) is None, other
         if len(other[0]) == len(other[1]):
             assert torch.equal(Rows(*other, torch.float32, apart=False).parts[0], torch.cat([x.float() for x in other]))
+
+
+def test_one_row_views_have_strides_of_any_kind():
+    x, weight = torch.arange(32.0).view(4, 8), torch.randn(5, 4)
+    for first, second in ((x[:1, :4], x[1:2, 4:]), (x[:1, :4], x[:1, 4:]), (x[:4, :1].T, x[:4, 1:2].T), x[:1].chunk(2, 1)):
+        torch.testing.assert_close(Rows(first, second, torch.float32, apart=True).logits(weight), torch.cat([first, second]) @ weight.T)
+
+
+def test_what_does_not_belong_together_is_refused():
+    with pytest.raises(ValueError, match="one neighbour for each anchor"):
+        Rows(torch.zeros(6, 4), torch.zeros(5, 4), torch.float32, apart=True)
+    with pytest.raises(ValueError, match="bias.*float64"):
+        LoopHead(torch.zeros(8, 6), torch.zeros(6, dtype=torch.float64), 4, lambda rows: (rows, rows))
+
+
+def test_no_number_in_an_anchor_spoils_all_as_in_pytorch():
+    from dist_scan.head_loops import whole_heads
+    from dist_scan.head_products import Back
+    from dist_scan.head_step import head_after_head
+
+    views, weight, bias = torch.randn(2, 9, 3), torch.randn(5, 3), torch.zeros(5)
+    views[0, 4, 1] = float("nan")
+    x, gradients = Rows(*views, torch.float32, apart=False), []
+    for way in (whole_heads, lambda *given: head_after_head(*given, whole_batch=True)):
+        back = Back(x, weight, bias, (5,), features_too=True)
+        assert all(torch.isnan(term).all() for term in way(x, weight, bias, back, 5.0))
+        gradients.append(back.dx.isnan())
+    assert torch.equal(*gradients) and gradients[0][0, :9].all()
+
+
+def test_heads_of_different_sizes_hold_the_logits_of_one(monkeypatch):
+    from dist_scan import head_loops, head_products
+    from dist_scan.losses import scan_heads_loss
+
+    held, alive = [], []
+
+    class Counted(head_loops.LoopHead):
+        def __init__(self, *given):
+            super().__init__(*given)
+            alive.append(weakref.ref(self))
+            held.append(sum(ref() is not None for ref in alive))
+
+    monkeypatch.setattr(head_loops, "LoopHead", Counted)
+    head_products.give_back()
+    scan_heads_loss(*torch.randn(2, 8, 3), torch.randn(35, 3, requires_grad=True), torch.zeros(35), (5, 10, 20), 5.0).total.sum().backward()
+    assert held == [1, 1, 1] and head_products.LOGITS.kept.size == 16 * 20
+    head_products.give_back()
+    assert head_products.LOGITS.kept.size == 0
+
+
+def test_threads_are_never_lent_the_same_memory():
+    spare, like, wrong, interval = Spare(), torch.zeros(1), [], sys.getswitchinterval()
+
+    def borrow(number: int) -> None:
+        for _ in range(3000):
+            mine = spare.empty((4,), like)
+            mine.fill_(number)
+            if not bool((mine == number).all()):
+                wrong.append(number)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(borrow, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_full_disk_only_costs_the_compiled_code(tmp_path):
+    """In a process of its own, whose files may not grow: numba's cache cannot be written."""
+    script = ("import resource, torch; resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+              "from dist_scan.head_loops import column_sums; print(column_sums(torch.ones(3, 2).numpy()))")
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "[3. 3.]\n", done.stderr
 
 
 @pytest.mark.parametrize("sizes", [(7, 7, 12), (200,), (3, 3)])

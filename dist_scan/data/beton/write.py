@@ -136,7 +136,7 @@ def _encoded(data: bytes, config: DataConfig) -> Stored:
 
 def _printable(name: str) -> str:
     """File names need not be UTF-8; tables and CSV must be."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _table(stored: list[Stored]) -> dict[str, np.ndarray]:
