@@ -118,15 +118,16 @@ class Kills:
         self.random, self.mean_s, self.now = random.Random(seed), mean_s, now
         self.end = now() + length_s
         self.next = now() + self.random.expovariate(1 / mean_s)
-        self.count = 0
+        self.count = self.early = 0
 
-    def strike(self, ranks: Sequence[int]) -> None:
-        """Kill one of these processes when it is time."""
+    def strike(self, ranks: Sequence[int], stepped: bool) -> None:
+        """Kill one of these processes when it is time. stepped: whether their start has written a step; else the kill is an early one."""
         now = self.now()
         if ranks and self.next <= now < self.end:
             os.kill(self.random.choice(ranks), signal.SIGKILL)
             self.next = now + self.random.expovariate(1 / self.mean_s)
             self.count += 1
+            self.early += not stepped
 
 
 class Run:
@@ -156,7 +157,7 @@ class Run:
             self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive - now)
             alive = now
             if kills is not None:
-                kills.strike(sorted(now))
+                kills.strike(sorted(now), stepped=len(self.rows.seen) > (self.exits[-1].rows if self.exits else 0))
             time.sleep(LOOK_S)
         self._look()
         self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive)

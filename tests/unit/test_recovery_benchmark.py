@@ -67,16 +67,20 @@ def test_kills_come_at_random_with_their_mean_and_only_for_so_long():
     kills = Kills(60.0, 600.0, seed=1, now=lambda: clock[0])
     first = kills.next
     clock[0] = first - 0.1
-    kills.strike([victim.pid])
+    kills.strike([victim.pid], stepped=True)
     assert kills.count == 0 and not ended(victim.pid)
     clock[0] = first
-    kills.strike([])
+    kills.strike([], stepped=True)
     assert kills.count == 0, "nobody lives: the blow waits for the next start"
-    kills.strike([victim.pid])
-    assert victim.wait() == -signal.SIGKILL and kills.count == 1 and kills.next > first and ended(victim.pid)
+    kills.strike([victim.pid], stepped=True)
+    assert victim.wait() == -signal.SIGKILL and kills.count == 1 and kills.early == 0 and kills.next > first and ended(victim.pid)
+    second = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    clock[0] = kills.next
+    kills.strike([second.pid], stepped=False)
+    assert second.wait() == -signal.SIGKILL and (kills.count, kills.early) == (2, 1)
     clock[0] = kills.next = 600.0
-    kills.strike([victim.pid])
-    assert kills.count == 1, "its time is over"
+    kills.strike([victim.pid], stepped=True)
+    assert kills.count == 2, "its time is over"
     gaps = [Kills(60.0, 1e9, seed, lambda: 0.0).next for seed in range(2000)]
     assert sum(gaps) / len(gaps) == pytest.approx(60, rel=0.1) and min(gaps) < 1 and max(gaps) > 300
 
