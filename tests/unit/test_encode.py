@@ -82,7 +82,7 @@ def test_damage_of_any_kind_is_listed_and_never_escapes():
     exif[0x0112], exif[0x010F] = 6, "maker"
     seeds = [encoded(picture(), "JPEG", exif=exif), *(encoded(picture(), kind) for kind in ("PNG", "GIF", "WEBP", "BMP")), flat(0.5, np.float32, kind="TIFF")]
     rng, listed = random.Random(0), 0
-    for _ in range(4000):
+    for _ in range(1500):
         data = bytearray(rng.choice(seeds))
         for _ in range(rng.choice([1, 2, 8])):
             data[rng.randrange(min(len(data), rng.choice([64, 400, 10**6])))] = rng.randrange(256)
@@ -90,7 +90,7 @@ def test_damage_of_any_kind_is_listed_and_never_escapes():
             encode(bytes(data), rng.choice([RAW40, ORIGINAL]))
         except Unreadable:
             listed += 1
-    assert listed > 400
+    assert listed > 150
 
 
 def test_original_passes_plain_jpegs_through_and_nothing_else():
