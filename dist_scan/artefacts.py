@@ -86,11 +86,11 @@ class Store:
         return self.root / name / mark
 
     def find(self, name: str, mark: str) -> Artefact | None:
-        """The finished artefact, or None. Raises ValueError when it is marked done but a file is missing or has another size."""
+        """The finished artefact, or None. Raises ValueError when it is marked done but its manifest is torn, or a file is missing or has another size."""
         path = self.folder(name, mark)
         if not (path / MANIFEST).is_file():
             return None
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _read_manifest(path / MANIFEST)
         for file, facts in manifest["files"].items():
             size = (path / file).stat().st_size if (path / file).is_file() else None
             if size != facts["size"]:
@@ -127,3 +127,15 @@ class Store:
         manifest = {"name": name, "fingerprint": mark, **facts, "files": files}
         write_json(path / MANIFEST, manifest)
         return Artefact(path, manifest)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """A stage's manifest. Raises ValueError naming the file when it is no JSON, or does not list files with their size and sha256."""
+    try:
+        manifest = json.loads(file.read_text())
+        for facts in manifest["files"].values():
+            facts["size"], facts["sha256"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"artefact {file.parent}: {file} is not what was written ({type(error).__name__}: {error}); put the file back, "
+                         "or remove the folder and start again (the stage is then redone)") from None
+    return manifest

@@ -3,7 +3,21 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+
+
+class Lined(Protocol):
+    """Takes plain lines (engine/log.py: Lines)."""
+
+    def write(self, text: str) -> Any: ...
+
+
+def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """A line to stderr, or another stream. One that cannot be written (a log on a full disk, a reader that left) ends no work: it never raises OSError."""
+    try:
+        print(text, end=end, file=stream or sys.stderr, flush=True)
+    except OSError:
+        pass  # there is nowhere else to say it
 
 
 def duration(seconds: float) -> str:
@@ -26,7 +40,7 @@ class Progress:
     `done` is what was finished before this start: it counts as progress but not into the rate.
     """
 
-    copy_to: TextIO | None = None
+    copy_to: Lined | None = None
     """A log file that gets a plain line every 10 s beside the terminal's live one (set once per process)."""
 
     watch: Any = None
@@ -81,11 +95,10 @@ class Progress:
             return
         line, now = self.line(), time.monotonic()
         if self.live:
-            self.stream.write("\r\x1b[K" + line + "\n" * last)
+            tell("\r\x1b[K" + line, self.stream, end="\n" * last)
         elif self.printed != self.done:
-            self.stream.write(line + "\n")
+            tell(line, self.stream)
             self.printed = self.done
-        self.stream.flush()
         if self.copy_to is not None and self.copied != self.done and (last or now >= self.next_copy):
             self.next_copy, self.copied = now + 10.0, self.done
             self.copy_to.write(time.strftime("%H:%M:%S ") + line + "\n")

@@ -1,7 +1,7 @@
 """A process's life: signals, world, config, pipeline, exit. Launchers start it as `python -m dist_scan.run RUN_DIR`, once per rank.
 
 Exit codes do not survive srun, so what a launcher must know is a file in RUN_DIR: DONE, STOPPED with the signal's number,
-MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py reads them.
+MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py reads them; engine/markers.py writes them, on a full disk too.
 """
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import time
 import traceback
 from pathlib import Path
 
-from dist_scan.artefacts import FULL, write_json, write_text
+from dist_scan.artefacts import FULL
 from dist_scan.config import ConfigError, load
+from dist_scan.engine import markers
 from dist_scan.engine.stop import Hopeless, Stop
+from dist_scan.progress import tell
 
 USER_MISTAKE = 2
 FIRST_WORD_S = 0.5  # a mistake that all ranks met is rank 0's to tell
+SHORT = 1000  # characters of a text that must fit into a file kept aside (as JSON up to six bytes each)
 
 
 def main(run_dir: str) -> int:
@@ -27,8 +30,11 @@ def main(run_dir: str) -> int:
     faults = _faults(rank)
     stop = Stop()
     stop.install()
+    if (folder / "config.yaml").is_file():
+        markers.keep(folder, rank)
     try:
         code = _work(folder, stop)
+        markers.drop(folder, rank)
         if faults is not None:
             faults.look("done")
         return code
@@ -41,8 +47,8 @@ def main(run_dir: str) -> int:
         return _mistake(folder, rank, str(error))
     except BaseException as error:
         _remember(folder, rank, error, aloud=not (isinstance(error, OSError) and error.errno in FULL))
-        sys.stdout.flush()
-        sys.stderr.flush()
+        tell("", sys.stdout, end="")
+        tell("", end="")
         os._exit(1)  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
 
 
@@ -60,6 +66,7 @@ def _faults(rank: int):
 
 
 def _work(folder: Path, stop: Stop) -> int:
+    from dist_scan.engine.log import Lines
     from dist_scan.engine.precision import set_determinism
     from dist_scan.engine.watchdog import Watchdog
     from dist_scan.pipeline import Pipeline
@@ -75,16 +82,15 @@ def _work(folder: Path, stop: Stop) -> int:
         world = open_world(run.runtime.device, run.runtime.timeout_s)
     except (RuntimeError, OSError) as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
-            write_text(folder / "PORT_TAKEN", str(error))
+            markers.put(folder / "PORT_TAKEN", str(error), "marker", folder, int(os.environ.get("RANK", 0)))
         raise
-    (folder / "logs").mkdir(exist_ok=True)
     Watchdog(folder / "logs", world.rank, run.runtime.step_limit_s, run.runtime.section_limit_s, lambda error: _remember(folder, world.rank, error)).start()
     if world.rank == 0:
-        Progress.copy_to = open(folder / "logs" / "run.log", "a", buffering=1)
+        Progress.copy_to = Lines(folder / "logs" / "run.log")
 
     def say(text: str) -> None:
         if world.rank == 0:
-            print(text, flush=True)
+            tell(text, sys.stdout)
             Progress.copy_to.write(time.strftime("%H:%M:%S ") + text + "\n")
 
     try:
@@ -94,11 +100,11 @@ def _work(folder: Path, stop: Stop) -> int:
         number = signal.SIGUSR2 if signal.SIGUSR2 in signals else max(signals, default=None)
         say(f"stopped by signal {number}; everything is saved, the same command goes on")
         if world.rank == 0:
-            write_json(folder / "STOPPED", {"signal": number})
+            markers.put(folder / "STOPPED", json.dumps({"signal": number}) + "\n", "marker", folder, world.rank)
         close_world()  # or its threads abort the process at exit, which srun calls a fault
         return 0
     if world.rank == 0:
-        write_text(folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"))
+        markers.put(folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"), "marker", folder, world.rank)
         if (folder / "summary.txt").is_file():
             say("\n" + (folder / "summary.txt").read_text())
         if (folder / "report.html").is_file():
@@ -111,26 +117,31 @@ def _mistake(folder: Path, rank: int, text: str) -> int:
     """Said once: by rank 0 when it met the mistake too, else by the launcher, which reads whose it is."""
     marker = folder / "MISTAKE"
     if rank == 0 or not (folder / "config.yaml").is_file():
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        tell(f"error: {text}")
     elif folder.is_dir():
         time.sleep(FIRST_WORD_S)
         text = f"rank {rank}: {text}"
     if folder.is_dir() and (rank == 0 or not marker.exists()):
-        write_text(marker, text + "\n")
+        try:
+            markers.put(marker, text + "\n", "marker", folder, rank, short=text[:SHORT] + "\n")
+        except OSError as error:  # the exit code still says it
+            tell(f"error: {marker} cannot be written ({error.strerror}): the launcher may start again in vain; stop it, make room in {folder}")
+    markers.drop(folder, rank)
     return USER_MISTAKE
 
 
 def _remember(folder: Path, rank: int, error: BaseException, aloud: bool = True) -> None:
     """Leave the error where the launcher finds it; the earliest of all ranks is the one it shows. A mistake's traceback stays in the file."""
-    text = "".join(traceback.format_exception(error))
+    name, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+    facts = {"time": time.time(), "rank": rank, "error": name, "traceback": trace}
     try:
         (folder / "logs").mkdir(exist_ok=True)
-        with open(folder / "logs" / f"error-rank{rank:05d}.json", "w") as f:
-            json.dump({"time": time.time(), "rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": text}, f)
+        markers.put(folder / "logs" / f"error-rank{rank:05d}.json", json.dumps(facts), "error", folder, rank,
+                    short=json.dumps(facts | {"error": name[:SHORT], "traceback": trace[-SHORT:]}), durable=False)
     except OSError:
-        pass
+        pass  # it is said below, or by the one whose error this is
     if aloud:
-        print(text, file=sys.stderr, flush=True)
+        tell(trace)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from dist_scan.world.world import current
 
 Say = Callable[[str], None]
 FATAL_FAILURES = 3  # saves that may fail in a row before training is pointless
+NAME = re.compile(r"step-(\d{9}|[1-9]\d{9,})(-begun)?")  # anything else in the folder is somebody's own
 
 
 class CheckpointError(Hopeless):
@@ -65,7 +67,7 @@ class Checkpoints:
     def _prepare(self, temporary: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".tmp-*"):
-            shutil.rmtree(stale)
+            self._remove(stale)
         temporary.mkdir()
 
     def _write(self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -80,15 +82,37 @@ class Checkpoints:
 
     def _commit(self, temporary: Path, name: str, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
         write_json(temporary / MANIFEST, {"step": step, "world_size": current().world_size, "files": files})
+        _verify(temporary, step)  # read back against what was meant: before it gets its name, and before an older one goes
         final = self.folder / name
-        if final.exists():  # the same step saved again (stopped right after a save): equal by construction
-            shutil.rmtree(temporary)
-            return
-        _verify(temporary)  # read back against what was meant: before it gets its name, and before an older one goes
+        if os.path.lexists(final):  # the same step saved again (stopped right after a save): equal by construction, unless it was damaged since
+            problem = _problem(final)
+            if not problem:
+                shutil.rmtree(temporary)
+                return
+            self._set_aside(final, f"{problem}); kept aside as bad-{final.name}, saved again")
         os.replace(temporary, final)
         fsync_dir(self.folder)
         for old in self._found()[self.keep:]:
-            shutil.rmtree(old)
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        """Drop what is not wanted any more; what cannot be removed costs room and no checkpoint, and is said."""
+        try:
+            _unlink(path)
+        except OSError as error:
+            self.say(f"checkpoint: {path} is not wanted any more and cannot be removed ({error}); remove it by hand")
+
+    def _set_aside(self, path: Path, why: str) -> str:
+        """Rename to bad-*; returns the name that it then has."""
+        aside = path.with_name(f"bad-{path.name}")
+        self.say(f"checkpoint: {path} is bad ({why}")
+        try:
+            _unlink(aside)
+            path.rename(aside)
+        except OSError as error:
+            self.say(f"checkpoint: {path} cannot be renamed to {aside.name} ({error}); it is passed over")
+            return path.name
+        return aside.name
 
     def _failed(self, error: Exception | None, temporary: Path) -> None:
         if current().rank == 0:
@@ -101,7 +125,9 @@ class Checkpoints:
                                   "make room there (or make it writable) and start the same command again")
 
     def _found(self) -> list[Path]:
-        return sorted((p for p in self.folder.glob("step-*") if p.is_dir()), reverse=True)
+        """Checkpoints by name, the newest first."""
+        named = [(NAME.fullmatch(p.name), p) for p in self.folder.glob("step-*") if p.is_dir()]
+        return [p for _, p in sorted(((int(m[1]), bool(m[2])), p) for m, p in named if m)][::-1]
 
     @watched("load a checkpoint")
     def load(self, device: torch.device) -> tuple[dict[str, Any], Path] | None:
@@ -123,17 +149,14 @@ class Checkpoints:
 
     def _choose(self) -> tuple[Path | None, str]:
         bad = [p.name for p in self.folder.glob("bad-*")]
+        for other in self.folder.glob("step-*"):
+            if not NAME.fullmatch(other.name):
+                self.say(f"checkpoint: {other} is left alone: that is not the name of a checkpoint (step-000000120, step-000000120-begun)")
         for path in self._found():
-            try:
-                _verify(path)
+            problem = _problem(path, content=True)
+            if not problem:
                 return path, ""
-            except (OSError, ValueError, KeyError) as error:
-                self.say(f"checkpoint: {path} is bad ({error}); kept aside as bad-{path.name}, trying the one before")
-                aside = path.with_name(f"bad-{path.name}")
-                if aside.exists():
-                    shutil.rmtree(aside)
-                path.rename(aside)
-                bad.append(aside.name)
+            bad.append(self._set_aside(path, f"{problem}); kept aside as bad-{path.name}, trying the one before"))
         if bad:
             return None, (f"no checkpoint in {self.folder} can be used (bad: {', '.join(sorted(bad))}); not starting again at step 0. "
                           "Restore one, or remove the folder to train this stage from its beginning")
@@ -177,11 +200,54 @@ def _save_file(path: Path, value: Any) -> dict[str, Any]:
     return {"sha256": hashing.digest.hexdigest(), "size": hashing.size}
 
 
-def _verify(path: Path) -> None:
+def _unlink(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _problem(path: Path, content: bool = False) -> str:
+    """What is wrong with a checkpoint, or "". content: also look whether its files can be read as what they are (nothing in them is executed)."""
+    try:
+        files = _verify(path, int(NAME.fullmatch(path.name)[1]))
+        for name in files if content else ():
+            if not isinstance(torch.load(path / name, map_location="cpu", weights_only=True, mmap=True), dict):
+                raise ValueError(f"{name} holds no dict")
+    except MemoryError:
+        raise  # the machine's, not the checkpoint's
+    except Exception as error:  # whatever a file of somebody else's makes its reader raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _verify(path: Path, step: int) -> Mapping[str, Any]:
+    """Hold a checkpoint of this step against its manifest; returns the files' facts. Raises ValueError or OSError that names what is wrong."""
     manifest = json.loads((path / MANIFEST).read_text())
-    for name, facts in manifest["files"].items():
+    files = _files(manifest, step)
+    for name, facts in files.items():
         size = (path / name).stat().st_size
         if size != facts["size"]:
             raise ValueError(f"{name} has {size} bytes instead of {facts['size']}")
         if sha256_of(path / name) != facts["sha256"]:
             raise ValueError(f"{name} does not match its sha256")
+    unlisted = {p.name for p in path.glob("bank-*.pt")} - set(files)
+    if unlisted:
+        raise ValueError(f"{min(unlisted)} is not in {MANIFEST}")
+    return files
+
+
+def _files(manifest: Any, step: int) -> Mapping[str, Any]:
+    """The facts of the files in a manifest of this step. Raises ValueError when it does not have that shape."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{MANIFEST} lists no files")
+    if manifest.get("step") != step:
+        raise ValueError(f"{MANIFEST} is of step {manifest.get('step')!r}, not of {step}")
+    files = manifest["files"]
+    if "state.pt" not in files:
+        raise ValueError(f"{MANIFEST} lists no state.pt")
+    for name, facts in files.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("size"), int) or not isinstance(facts.get("sha256"), str) or "/" in name:
+            raise ValueError(f"{MANIFEST}: the size and sha256 of {name} are {facts!r}")
+    return files

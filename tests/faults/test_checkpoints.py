@@ -1,7 +1,9 @@
 """RELIABILITY.md rows 5 to 8 at the level of files: what is on disk after each way of dying, and what is loaded then."""
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import textwrap
 import pytest
 import torch
 
+from dist_scan.artefacts import sha256_of
 from dist_scan.engine.checkpoint import CheckpointError, Checkpoints
 
 CPU = torch.device("cpu")
@@ -138,3 +141,129 @@ def test_a_disk_that_changes_what_was_written_is_noticed_when_saving(tmp_path, m
     assert "sha256" in said[-1] and names(tmp_path) == ["step-000000001"] and loaded_step(c) == 1
     monkeypatch.undo()
     assert c.save(2, state(2), {}) and loaded_step(c) == 2
+
+
+def with_sums(folder, data: bytes | None, **facts) -> str:
+    """A manifest that is right about what lies in state.pt."""
+    file = folder / "state.pt"
+    if data is not None:
+        file.write_bytes(data)
+    return json.dumps({"step": 2, "world_size": 1, "files": {"state.pt": {"size": file.stat().st_size, "sha256": sha256_of(file)}}} | facts)
+
+
+WRONG = {
+    "a list": lambda folder: "[]",
+    "facts are a number": lambda folder: '{"step": 2, "files": {"state.pt": 7}}',
+    "no files, a spoilt state": lambda folder: with_sums(folder, b"junk", files={}),
+    "no files, no state": lambda folder: (folder / "state.pt").unlink() or '{"step": 2, "files": {}}',
+    "another step": lambda folder: with_sums(folder, None, step=1),
+    "a step that is none": lambda folder: with_sums(folder, None, step="2"),
+    "files outside": lambda folder: with_sums(folder, None, files=json.loads(with_sums(folder, None))["files"] | {"../x": {"size": 0, "sha256": ""}}),
+    "right sums of junk": lambda folder: with_sums(folder, b"junk"),
+    "right sums of nothing": lambda folder: with_sums(folder, b""),
+    "right sums of a list": lambda folder: torch.save([1], folder / "state.pt") or with_sums(folder, None),
+    "no text": lambda folder: b"\xff\xfe",
+    "a bank that is not listed": lambda folder: (folder / "bank-x-00000.pt").touch() or with_sums(folder, None),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_checkpoint_that_is_wrong_under_right_json_is_set_aside_too(tmp_path, how):
+    c, said = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+    folder = tmp_path / "checkpoints" / "step-000000002"
+    text = WRONG[how](folder)
+    (folder / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert loaded_step(c) == 1
+    assert names(tmp_path) == ["bad-step-000000002", "step-000000001"] and f"{folder} is bad" in said[0] and len(said) == 1, said
+
+
+def test_a_machine_without_memory_spoils_no_checkpoint(tmp_path, monkeypatch):
+    c, _ = store(tmp_path)
+    c.save(1, state(1), {})
+
+    def none_left(*given, **more):
+        raise MemoryError()
+
+    monkeypatch.setattr(torch, "load", none_left)
+    with pytest.raises(MemoryError):
+        c.load(CPU)
+    monkeypatch.undo()
+    assert loaded_step(c) == 1
+
+
+def leave(tmp_path, what: str) -> None:
+    folder = tmp_path / "checkpoints"
+    if what == "a file .tmp-":
+        (folder / ".tmp-x").write_text("x")
+    elif what == "an old one elsewhere":
+        (folder / "step-000000001").rename(tmp_path / "elsewhere")
+        (folder / "step-000000001").symlink_to(tmp_path / "elsewhere")
+    elif what == "a link to nothing":
+        (folder / "step-000000003").symlink_to("/nonexistent")
+    elif what == "a file of the next name":
+        (folder / "step-000000003").touch()
+    else:
+        shutil.copytree(folder / "step-000000001", folder / what)
+
+
+@pytest.mark.parametrize("what", ["a file .tmp-", "an old one elsewhere", "a link to nothing", "a file of the next name", "step-copy", "step-9", "step-0000000009"])
+def test_leftovers_in_the_folder_cost_no_save_and_are_not_loaded(tmp_path, what):
+    c, said = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+    leave(tmp_path, what)
+    assert loaded_step(c) == 2
+    for step in (3, 4, 5):
+        assert c.save(step, state(step), {}) and loaded_step(c) == step, said
+    mine = [n for n in names(tmp_path) if n != what and not n.startswith("bad-")]
+    assert mine == ["step-000000004", "step-000000005"] and c.failures == 0
+    if what.startswith("step-"):
+        assert what in names(tmp_path) and f"{what} is left alone" in said[0], "somebody's own"
+    if what == "an old one elsewhere":
+        assert (tmp_path / "elsewhere" / "state.pt").is_file(), "the link is ours, not what it points to"
+
+
+def test_a_copy_under_the_name_of_another_step_is_not_taken_for_it(tmp_path):
+    c, said = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+    shutil.copytree(tmp_path / "checkpoints" / "step-000000001", tmp_path / "checkpoints" / "step-000000009")
+    assert loaded_step(c) == 2 and "of step 1, not of 9" in said[0] and "bad-step-000000009" in names(tmp_path)
+
+
+def test_a_name_for_the_bad_one_that_is_taken(tmp_path):
+    c, said = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+    (tmp_path / "checkpoints" / "bad-step-000000002").touch()
+    (tmp_path / "checkpoints" / "step-000000002" / "state.pt").write_bytes(b"")
+    assert loaded_step(c) == 1 and (tmp_path / "checkpoints" / "bad-step-000000002").is_dir()
+
+
+def test_the_same_step_saved_again_replaces_one_that_was_damaged(tmp_path):
+    c, said = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+    before = os.stat(tmp_path / "checkpoints" / "step-000000002").st_ino
+    assert c.save(2, state(2), {}) and os.stat(tmp_path / "checkpoints" / "step-000000002").st_ino == before, "equal by construction"
+    (tmp_path / "checkpoints" / "step-000000002" / "state.pt").write_bytes(b"")
+    assert c.save(2, state(2), {}) and "saved again" in said[-1]
+    assert loaded_step(c) == 2 and "bad-step-000000002" in names(tmp_path)
+
+
+def test_an_old_one_that_cannot_be_removed_is_no_failed_save(tmp_path, monkeypatch):
+    from dist_scan.engine import checkpoint
+
+    c, said = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+
+    def busy(path):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    for step in (3, 4, 5, 6):
+        assert c.save(step, state(step), {}), said
+    assert c.failures == 0 and "step-000000001 is not wanted any more and cannot be removed" in said[0] and loaded_step(c) == 6

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_scan.artefacts import sha256_of, write_json
-from dist_scan.engine.checkpoint import Checkpoints
+from dist_scan.engine.checkpoint import CheckpointError, Checkpoints
 from tests.ranks import run_ranks
 
 LISTEN, LOOPBACK = "0A", "0100007F"
@@ -32,10 +31,10 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(tmp_p
     torch.save({"position": Attack(tmp_path / "ran")}, folder / "state.pt")
     file = folder / "state.pt"
     write_json(folder / "manifest.json", {"step": 1, "world_size": 1, "files": {file.name: {"sha256": sha256_of(file), "size": file.stat().st_size}}})
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="bad-step-000000001"):
         store.load(torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
-    torch.load(file, weights_only=False)
+    torch.load(folder.with_name(f"bad-{folder.name}") / file.name, weights_only=False)
     assert (tmp_path / "ran").exists(), "the attack itself works"
 
 

@@ -36,6 +36,16 @@ def test_a_damaged_artefact_is_refused_by_name(tmp_path, damage):
         store.find("embed", "f")
 
 
+@pytest.mark.parametrize("text", [b'{"name": "embed", "fi', b"", b"[]", b"7", b"null", b'{"files": 7}', b'{"files": {"x.txt": 7}}', b'{"files": {"x.txt": {}}}', b"{}", b"\xff\xfe"])
+def test_a_manifest_that_is_torn_or_foreign_is_refused_by_name_with_the_way_out(tmp_path, text):
+    store = Store(tmp_path)
+    folder = store.folder("embed", "f")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"embed/f/manifest\.json is not what was written .*remove the folder and start again"):
+        store.find("embed", "f")
+
+
 def test_files_are_held_against_their_sums_and_leftovers_go(tmp_path):
     store = Store(tmp_path)
     folder = store.folder("embed", "f")

@@ -1,12 +1,15 @@
-"""metrics.jsonl: a torn line breaks no reader, and a step written again counts as written last."""
+"""metrics.jsonl: a torn line breaks no reader, a step written again counts as written last, and a full disk costs rows and nothing else."""
 from __future__ import annotations
 
+import errno
 import io
+import os
 
 import pytest
 
-from dist_scan.engine.log import Log, read_rows
-from dist_scan.progress import Progress, duration
+from dist_scan.engine import log as module
+from dist_scan.engine.log import Board, Lines, Log, read_rows
+from dist_scan.progress import Progress, duration, tell
 
 
 def test_torn_lines_and_repeated_steps(tmp_path):
@@ -48,3 +51,84 @@ def test_progress_says_share_rate_and_time_left():
         p.advance(25, "note")
         assert "75/100 images (75 %), 2.5/s, 10s left  note" in p.line()
     assert [duration(s) for s in (42, 754, 7500, 200000)] == ["42s", "12m34s", "2h05m", "2d07h"]
+
+
+class Disk:
+    """Opens files that take so many bytes more; then they raise ENOSPC, as those of a full disk do: a part is written first."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def open(self, path, mode, buffering=-1):
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data):
+                if not disk.room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                taken = data[:disk.room]
+                disk.room -= len(taken)
+                return super().write(taken)
+
+        return File(path, mode.replace("b", ""))
+
+
+def test_a_full_disk_costs_rows_and_is_said_once(tmp_path, monkeypatch, capfd):
+    disk, log = Disk(10**9), Log(tmp_path, "a", enabled=True)
+    monkeypatch.setattr(module, "open", disk.open, raising=False)
+    monkeypatch.setattr(module, "BOARD_AGAIN_S", 0.0)
+    log.row(1, {"loss": 3.0})
+    disk.room = 9  # half a row
+    for step in (2, 3, 4):
+        log.row(step, {"loss": 2.0})
+    disk.room = 10**9
+    log.row(5, {"loss": 1.0})
+    disk.room = len('{"step": 6, "loss": 0.5}\n') + 9  # the row, and a part of the event
+    log.row(6, {"loss": 0.5})
+    disk.room = 10**9
+    log.row(7, {"loss": 0.25})
+    log.close()
+    assert [r["step"] for r in read_rows(log.path)] == [1, 5, 6, 7], "the torn row took no other with it"
+    said = capfd.readouterr().err
+    assert said.count("metrics.jsonl: No space left on device; its lines are lost") == 1 == said.count("can be written again; 3 lines were lost"), said
+    assert said.count("cannot write TensorBoard events") == 1 == said.count("are written again") and "Traceback" not in said, said
+    assert events(log.board_dir) == {1: 3.0, 5: 1.0, 7: 0.25}
+
+
+def events(folder) -> dict[int, float]:
+    """The losses by step, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for file in sorted(folder.iterdir()):
+        for event in EventFileLoader(str(file)).Load():
+            found |= {event.step: value.tensor.float_val[0] for value in event.summary.value if value.tag == "loss"}
+    return found
+
+
+def test_a_log_that_can_never_be_made_ends_nothing(tmp_path, capfd):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    log = Log(tmp_path, "a", enabled=True)
+    log.row(1, {"loss": 3.0})
+    log.row(2, {"loss": 3.0})
+    log.close()
+    assert not Lines(tmp_path / "logs" / "run.log").write("hello\n")
+    assert capfd.readouterr().err.count("a.metrics.jsonl: File exists") == 1
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    board = Board(tmp_path / "board")
+    for step in (1, 2):
+        board.scalars(step, {"loss": step / 4, "acc": 1})
+    board.close()
+    assert events(tmp_path / "board") == {1: 0.25, 2: 0.5}
+
+
+def test_a_terminal_that_cannot_be_written_ends_nothing():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    tell("hello", Full())
+    with Progress("embed", 2, stream=Full()) as p:
+        p.advance(2)
