@@ -31,6 +31,13 @@ def test_every_setting_reaches_sbatch_and_nothing_else_does():
     assert bare[:3] == ["#SBATCH --job-name=a", "#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1"] and len(bare) == 7
 
 
+def test_zero_is_a_value():
+    """mem=0 is sbatch's word for all of a node's memory; false leaves an option out."""
+    options = SlurmConfig(sbatch={"mem": 0, "nice": False}, srun={"mem": 0, "overlap": True, "exact": False})
+    assert [x for x in batch.header(options, Path("/runs/a"), "a") if "mem" in x or "nice" in x] == ["#SBATCH --mem=0"]
+    assert batch.step(options).endswith(" --mem=0 --overlap")
+
+
 def test_the_script_is_shell_whatever_the_names_hold():
     text = script(setup=("module load cuda", 'export A="b c"'), container="img.sqsh", container_mounts="/a:/a", python="python", srun={"cpu-bind": "none"})
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
