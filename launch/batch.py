@@ -84,9 +84,9 @@ ask() {{ (trap '' USR2 TERM; exec {recovery} "$@"); }}  # a notice must not kill
 {lease()}
 {STEPS}
 {MEET}{f"{chr(10)}trap {q(after)} EXIT" if after else ""}{f"{chr(10)}{before}" if before else ""}
-start=0
+start=0 idle=0  # idle: faulty starts in a row with nothing finished
 while :; do
-  if [ -e "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
+  if [ -f "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
   until scontrol show job "$SLURM_JOB_ID" >/dev/null; do say "no answer from slurmctld, which srun needs; asked again in 10 s"; sleep 10; done
   mark=$(ask begin "$RUN") || exit 1
   meet
@@ -94,8 +94,9 @@ while :; do
   {srun(options)}
   step=$!
   while kill -0 $step 2>/dev/null; do wait $step; done
-  verdict=$(ask decide "$RUN" "$mark" $start {relaunches}) || exit 1
+  verdict=$(ask decide "$RUN" "$mark" $start {relaunches} $idle) || exit 1
   action=${{verdict%%$'\\n'*}} why=${{verdict#*$'\\n'}}
+  idle=${{action#* }} action=${{action% *}}
   case $action in stopped|relaunch|give_up) if comes_back; then action=requeue; fi ;; esac
   if [ "$action" = stopped ] && [ -z "$told" ] && [ $start -lt {relaunches} ] && runs_on; then
     action=relaunch why="$why; but Slurm lets this job run on (to stop it: scancel)"

@@ -116,7 +116,7 @@ def test_what_is_decided_follows_the_markers(tmp_path):
     assert recovery.decide(tmp_path, mark, 0, 5).action == "done", "DONE comes before everything"
     assert recovery.begin(tmp_path) == mark and not (tmp_path / "DONE").exists() and not (tmp_path / "STOPPED").exists()
     left(tmp_path, MISTAKE="data.train: no such folder\n")
-    assert recovery.decide(tmp_path, mark, 0, 5) == ("mistake", "data.train: no such folder")
+    assert recovery.decide(tmp_path, mark, 0, 5)[:2] == ("mistake", "data.train: no such folder")
 
 
 def test_a_fault_is_relaunched_only_while_the_run_gets_further(tmp_path):
@@ -167,5 +167,11 @@ def test_the_batch_script_can_ask(tmp_path):
     mark = ask("begin", str(tmp_path)).stdout.strip()
     assert len(mark) == 16 and int(ask("port").stdout) > 1023
     left(tmp_path, DONE="now")
-    out = ask("decide", str(tmp_path), mark, "0", "3")
-    assert (out.stdout, out.stderr) == ("done\nthe run is done\n", "")
+    out = ask("decide", str(tmp_path), mark, "0", "3", "2")
+    assert (out.stdout, out.stderr) == ("done 0\nthe run is done\n", "")
+    (tmp_path / "DONE").unlink()
+    assert ask("decide", str(tmp_path), mark, "1", "9", "1").stdout.splitlines()[0] == "relaunch 2"
+    assert ask("decide", str(tmp_path), mark, "1", "9", "2").stdout.splitlines()[0] == "give_up 3", "the launcher remembers what no disk does"
+    (tmp_path / "a file").write_text("")
+    out = ask("begin", str(tmp_path / "a file"))
+    assert out.returncode == 1 and len(out.stderr.splitlines()) == 1 and "Traceback" not in out.stderr
