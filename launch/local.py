@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/local.py` from a checkout
 
-from launch import recovery  # noqa: E402
+from launch import recovery, terminal  # noqa: E402
 
-NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)  # HUP: the terminal was closed, or the connection was cut
 LEAVING_S = 20.0  # how long the ranks of a killed launcher may take to end
 GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="look at the first 300 steps of each training: a trace, and what it waits for in words")
     parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
     args = parser.parse_intermixed_args(argv)
+    terminal.outlive()
     _share_cores(args.processes)
     from dist_scan.config import ConfigError, dump, load
 
@@ -142,10 +143,11 @@ def attempt(run_dir: Path, processes: int) -> int:
     def forward(number, frame):
         for p in ranks:
             if p.exitcode is None:
-                os.kill(p.pid, number)
+                os.kill(p.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in NOTICE:
-        signal.signal(number, forward)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has seen to it that the run goes on
+            signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
     try:
         return _wait(ranks)
@@ -182,6 +184,7 @@ def _share_cores(processes: int) -> None:
 def _rank(run_dir: Path, rank: int, processes: int, port: int, launcher: int) -> None:
     """The life of one rank, in its own process. It holds the lease too: the folder stays taken while any rank lives."""
     _die_with(launcher)
+    terminal.outlive()
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
