@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             write_text(run.run_dir / "config.yaml", dump(run))
             return launch(run.run_dir, args.processes, run.runtime.relaunches)
         except OSError as error:
-            print(f"failed: '{error.filename or run.run_dir}': {error.strerror}; mend it and start the same command again: what is finished is kept",
-                  file=sys.stderr)
+            way = "" if "same command" in str(error.strerror) else "; mend it and start the same command again: what is finished is kept"
+            print(f"failed: '{error.filename or run.run_dir}': {error.strerror or error}{way}", file=sys.stderr)
             return 1
 
 

@@ -1,4 +1,4 @@
-"""The user's setup lines in the batch script, run by bash with stand-ins for Slurm's tools: what they may do to the job, and what not."""
+"""The batch script run by bash, with stand-ins for Slurm's tools: what setup lines may do to the job, and what a full disk."""
 from __future__ import annotations
 
 import subprocess
@@ -25,12 +25,12 @@ def tools(tmp_path):
     return folder
 
 
-def run(tmp_path: Path, tools: Path, *setup: str) -> subprocess.CompletedProcess:
+def run(tmp_path: Path, tools: Path, *setup: str, relaunches: int = 3) -> subprocess.CompletedProcess:
     """The batch script as a file, as Slurm runs it."""
     run_dir = tmp_path / "a run"
     (run_dir / "slurm").mkdir(parents=True)
     script = tmp_path / "script.sh"
-    script.write_text(batch.script(SlurmConfig(setup=setup), run_dir, "a", sys.executable, ROOT, 3))
+    script.write_text(batch.script(SlurmConfig(setup=setup), run_dir, "a", sys.executable, ROOT, relaunches))
     return subprocess.run(["bash", script], text=True, capture_output=True, timeout=60,
                           env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "1"})
 
@@ -54,3 +54,11 @@ def test_what_fails_inside_a_sourced_file_or_a_function_is_its_own_affair(tmp_pa
     (tmp_path / "activate").write_text("false\nexport GIVEN=1\n")
     done = run(tmp_path, tools, f"source {tmp_path}/activate", "inner() { false; true; }", "inner", '[ "$GIVEN" = 1 ]')
     assert done.returncode == 0 and "done: the run is done" in done.stdout, done
+
+
+def test_three_faults_end_the_job_also_where_none_can_be_written_down(tmp_path, tools):
+    """The script itself keeps the count from one decision to the next."""
+    (tools / "srun").write_text(f"#!/bin/bash\necho x >>{tmp_path}/sruns; exit 3\n")
+    (tmp_path / "a run" / "logs" / "faults.jsonl").mkdir(parents=True)
+    done = run(tmp_path, tools, relaunches=20)
+    assert done.returncode == 1 and "give_up: a process ended" in done.stdout and len((tmp_path / "sruns").read_text().split()) == 3, done
