@@ -102,11 +102,12 @@ class SlurmConfig(Strict):
         """Processes over all nodes."""
         return self.nodes * self.tasks_per_node
 
-    @field_validator("setup", "partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "dependency", "mail_user", "mail_type")
+    @field_validator("setup", "partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "dependency", "mail_user", "mail_type", "python",
+                     "container", "container_mounts")
     @classmethod
     def _one_line(cls, value):
         for text in value if isinstance(value, tuple) else (value,):
-            if text is not None and ("\n" in text or not text.strip()):
+            if text is not None and ("\n" in text or "\r" in text or not text.strip()):
                 raise ValueError("must be one line that is not empty")
         return value
 

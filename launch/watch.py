@@ -194,6 +194,8 @@ def cancel(run_dir: Path) -> int:
         first = original(run_dir)
         print(f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled" if first else f"no job of {run_dir} is in the queue")
         return 1
-    subprocess.run(["scancel", job["job_id"]], check=True)
+    done = subprocess.run(["scancel", job["job_id"]], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"scancel could not cancel job {job['job_id']}: {' '.join(done.stderr.split()) or done.returncode}; try again")
     print(f"cancelled job {job['job_id']}; everything saved stays, the same command goes on")
     return 0

@@ -63,7 +63,8 @@ def test_a_rank_has_the_cores_that_slurm_gave_it_or_its_part_of_all(monkeypatch)
 
 
 @pytest.mark.parametrize(("field", "value"), [("time", "two days"), ("nodes", 0), ("setup", ("a\nb",)), ("partition", " "), ("nodez", 1),
-                                             ("sbatch", {"array": "1-2"}), ("sbatch", {"gpus_per": 1}), ("srun", {"a": "b\nc"}), ("time", "2")])
+                                             ("sbatch", {"array": "1-2"}), ("sbatch", {"gpus_per": 1}), ("srun", {"a": "b\nc"}), ("time", "2"),
+                                             ("python", "py\n"), ("container", ""), ("container_mounts", "/a:/a\n/b:/b"), ("partition", "a\r#SBATCH")])
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         SlurmConfig(**{field: value})

@@ -59,6 +59,13 @@ def test_an_id_that_is_used_again_is_another_job(tools):
     assert watch.live_job(tools / "a")["nodes"] == 4, "a job.json of before run_dir was kept says no more than its id"
 
 
+def test_a_cancel_that_slurm_refuses_is_told_in_one_line(tools, capsys):
+    submit(tools / "a")
+    (tools / "bin" / "scancel").write_text("#!/bin/bash\necho 'scancel: error: Access denied' >&2; exit 1\n")
+    assert slurm.main(["cancel", str(tools / "a")]) == 2
+    assert "scancel could not cancel job 12: scancel: error: Access denied; try again" in capsys.readouterr().err
+
+
 def test_one_submission_at_a_time(tools):
     (tools / "a" / "slurm").mkdir(parents=True)
     with open(tools / "a" / submission.SUBMITTING, "w") as lock:
