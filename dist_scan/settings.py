@@ -67,7 +67,7 @@ class SlurmConfig(Strict):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(default=None, pattern=r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d\d?(:\d\d){0,2})$")
+    time: str | None = Field(default=None, pattern=r"^([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})$")
     """Limit of one job, as sbatch reads it (minutes, M:SS, H:MM:SS, D-HH:MM:SS). At the limit the run saves, is queued again and goes on."""
     constraint: str | None = None
     exclude: str | None = None
@@ -102,11 +102,12 @@ class SlurmConfig(Strict):
         """Processes over all nodes."""
         return self.nodes * self.tasks_per_node
 
-    @field_validator("setup", "partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "dependency", "mail_user", "mail_type")
+    @field_validator("setup", "partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "dependency", "mail_user", "mail_type", "python",
+                     "container", "container_mounts")
     @classmethod
     def _one_line(cls, value):
         for text in value if isinstance(value, tuple) else (value,):
-            if text is not None and ("\n" in text or not text.strip()):
+            if text is not None and ("\n" in text or "\r" in text or not text.strip()):
                 raise ValueError("must be one line that is not empty")
         return value
 
@@ -116,8 +117,10 @@ class SlurmConfig(Strict):
         for key, setting in value.items():
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 raise ValueError(f"'{key}' is no long option name; write it as on the command line without the dashes before it, like cpu-bind")
-            if key in OWN_OPTIONS:
-                raise ValueError(f"'{key}' is set by the launcher and cannot be changed ({OWN_OPTIONS[key]})")
+            for own in (key, *OWN_OPTIONS):  # itself first; Slurm takes the beginning of an option's name for the option
+                if own in OWN_OPTIONS and own.startswith(key):
+                    short = f" (Slurm reads it as {own})" if own != key else ""
+                    raise ValueError(f"'{key}'{short} is set by the launcher and cannot be changed ({OWN_OPTIONS[own]})")
             if "\n" in str(setting):
                 raise ValueError(f"'{key}' must be one line")
         return value
@@ -136,7 +139,9 @@ _RETURN = "how a run stops and comes back depends on it"
 OWN_OPTIONS = {"nodes": _TASKS, "ntasks": _TASKS, "ntasks-per-node": _TASKS, "ntasks-per-gpu": _TASKS, "array": "one run folder is one job",
                "output": "status and follow read it", "open-mode": "a requeued job goes on writing its log", "signal": "use notice_s",
                "requeue": _RETURN, "no-requeue": _RETURN, "no-kill": _RETURN, "kill-on-bad-exit": _RETURN, "wrap": "the batch script is the launcher's",
-               "wait": "use --follow", "parsable": "submitit reads what sbatch says", "test-only": "use --dry-run"}
+               "wait": "use --follow", "parsable": "submitit reads what sbatch says", "test-only": "use --dry-run",
+               "error": "status and the launcher read one log of both", "time": "use slurm.time, which is held against notice_s",
+               "clusters": "status, cancel and the requeue ask the cluster that it was submitted to", "quiet": "submitit reads what sbatch says"}
 
 
 def seconds(text: str) -> int:

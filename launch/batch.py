@@ -7,6 +7,7 @@ but not the run: the script asks for the requeue itself when Slurm ends the job 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_scan.settings import SlurmConfig
@@ -26,12 +27,12 @@ def header(options: SlurmConfig, run_dir: Path, name: str) -> list[str]:
         "reservation": options.reservation, "dependency": options.dependency, "mail-user": options.mail_user, "mail-type": options.mail_type,
         "signal": f"USR2@{options.notice_s}", "requeue": True, "open-mode": "append", "output": f"{run_dir}/slurm/".replace("%", "%%") + "%j.out"}
     wanted |= options.sbatch
-    return [f"#SBATCH {flag(key, value)}" for key, value in wanted.items() if value not in (None, False)]
+    return [f"#SBATCH {text}" for text in flags(wanted)]
 
 
-def flag(key: str, value: str | int | bool) -> str:
-    """--key=value as sbatch and srun read it; --key for True."""
-    return f"--{key}" if value is True else f"--{key}={shlex.quote(str(value))}"
+def flags(options: Mapping[str, str | int | bool | None]) -> list[str]:
+    """--key=value as sbatch and srun read it; --key for True, nothing for None and False. 0 is a value (mem=0: all of a node's memory)."""
+    return [f"--{key}" if value is True else f"--{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None and value is not False]
 
 
 def srun(options: SlurmConfig) -> str:
@@ -42,9 +43,9 @@ def srun(options: SlurmConfig) -> str:
 def step(options: SlurmConfig, **own: str | int | bool) -> str:
     """srun and its options, for a step of the job; `own` options of this step are written with _ for -."""
     # cpus-per-task: since Slurm 22.05 srun no longer takes it from sbatch, and every rank would sit on one core
-    flags = {"kill-on-bad-exit": 1} | {key.replace("_", "-"): value for key, value in own.items()} | {
+    wanted = {"kill-on-bad-exit": 1} | {key.replace("_", "-"): value for key, value in own.items()} | {
         "cpus-per-task": options.cpus_per_task, "container-image": options.container, "container-mounts": options.container_mounts} | options.srun
-    return " ".join(["srun", *(flag(key, value) for key, value in flags.items() if value not in (None, False))])
+    return " ".join(["srun", *flags(wanted)])
 
 
 def blocker(options: SlurmConfig) -> str:
@@ -69,14 +70,13 @@ def script(options: SlurmConfig, run_dir: Path, name: str, python: str, root: Pa
     `before`: lines between taking the run folder and the first start; `after`: a command for the script's end, however it ends."""
     q = shlex.quote
     recovery = f"{q(python)} {q(str(root / 'launch' / 'recovery.py'))}"
-    setup = "\n".join(options.setup)
     return f"""#!/bin/bash
 {chr(10).join(header(options, run_dir, name))}
 # Written by launch/slurm.py. Its copy in the run folder is for reading; nothing there is ever executed.
 export RUN={q(str(run_dir))} PYTHON={q(options.python or python)}
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONPATH={q(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}  # this checkout, not the one in the current folder
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}} OMP_WAIT_POLICY=${{OMP_WAIT_POLICY:-PASSIVE}}
-{setup}
+{setup(options)}
 say() {{ echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }}
 ask() {{ (trap '' USR2 TERM; exec {recovery} "$@"); }}  # a notice must not kill the one who decides
 {ENDINGS}
@@ -84,9 +84,9 @@ ask() {{ (trap '' USR2 TERM; exec {recovery} "$@"); }}  # a notice must not kill
 {lease()}
 {STEPS}
 {MEET}{f"{chr(10)}trap {q(after)} EXIT" if after else ""}{f"{chr(10)}{before}" if before else ""}
-start=0
+start=0 idle=0  # idle: faulty starts in a row with nothing finished
 while :; do
-  if [ -e "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
+  if [ -f "$RUN/DONE" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "done before"; exit 0; fi
   until scontrol show job "$SLURM_JOB_ID" >/dev/null; do say "no answer from slurmctld, which srun needs; asked again in 10 s"; sleep 10; done
   mark=$(ask begin "$RUN") || exit 1
   meet
@@ -94,8 +94,9 @@ while :; do
   {srun(options)}
   step=$!
   while kill -0 $step 2>/dev/null; do wait $step; done
-  verdict=$(ask decide "$RUN" "$mark" $start {relaunches}) || exit 1
+  verdict=$(ask decide "$RUN" "$mark" $start {relaunches} $idle) || exit 1
   action=${{verdict%%$'\\n'*}} why=${{verdict#*$'\\n'}}
+  idle=${{action#* }} action=${{action% *}}
   case $action in stopped|relaunch|give_up) if comes_back; then action=requeue; fi ;; esac
   if [ "$action" = stopped ] && [ -z "$told" ] && [ $start -lt {relaunches} ] && runs_on; then
     action=relaunch why="$why; but Slurm lets this job run on (to stop it: scancel)"
@@ -109,6 +110,29 @@ while :; do
   esac
 done
 """
+
+
+def setup(options: SlurmConfig) -> str:
+    """The user's lines, each of which must succeed, and the end of what they have changed in how this shell runs."""
+    # the empty line: one that ends in a backslash would take the next with it
+    quoted = " ".join(map(shlex.quote, options.setup))
+    lines = "\n".join((f"setup_lines=({quoted})", SETUP, *options.setup, "", "trap - ERR")) if options.setup else ""
+    return f"{lines}\nset +eu +o pipefail  # the loop below lives on codes that are not 0: srun's, flock's, grep's".strip()
+
+
+# ERR looks at what errexit would look at, but a function or a sourced file only by its own code: module and activate scripts are full of commands
+# that may fail. The lock is held while MISTAKE is written: the run folder may be another job's.
+SETUP = r"""
+setup_failed() {
+  [ "${FUNCNAME[1]:-main}" = main ] || return "$1"
+  local said="slurm.setup: the line '${setup_lines[$3 - setup_from]:-$2}' failed with code $1, and no rank was started; mend it, or end it with || true where it may fail"
+  echo "$(date +%FT%T) job $SLURM_JOB_ID: mistake: $said" >&2
+  (exec 9>>"$RUN/lock" && { flock -n 9; [ $? != 1 ]; } && echo "$said" >"$RUN/MISTAKE")
+  exit 1
+}
+setup_from=$((LINENO + 2))
+trap 'setup_failed $? "$BASH_COMMAND" "$LINENO"' ERR
+""".strip()
 
 
 STEPS = r"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
 import time
@@ -34,6 +35,8 @@ def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) ->
     sizes = counts or ({} if args.no_data_check else count(base))
     runs = plan(args, read, base, numbers, sizes)
     folder, suite = runs[0].run_dir.parent, commands(wanted, runs, sizes)
+    for run in runs:
+        submission.check(run.run_dir, text(run, suite[run.slurm.nodes], RUN in wanted, folder), run.slurm.setup)
     if args.dry_run:
         for run in runs:
             print(text(run, suite[run.slurm.nodes], RUN in wanted, folder))
@@ -95,7 +98,7 @@ def node_counts(said: str | None) -> list[int]:
     from dist_scan.settings import ConfigError
 
     parts = (said or "").split(",")
-    if not all(p.isdigit() and int(p) for p in parts) or len(set(map(int, parts))) < len(parts):
+    if not all(re.fullmatch("[0-9]{1,9}", p) and int(p) for p in parts) or len(set(map(int, parts))) < len(parts):
         raise ConfigError(f"--nodes {said}: --benchmark needs numbers of nodes, each once, with commas between them: --nodes 1,2,4")
     return sorted(map(int, parts))
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import fcntl
-import json
 import multiprocessing
 import os
 import signal
@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/local.py` from a checkout
 
-from launch import recovery  # noqa: E402
+from launch import recovery, terminal  # noqa: E402
 
-NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)  # HUP: the terminal was closed, or the connection was cut
 LEAVING_S = 20.0  # how long the ranks of a killed launcher may take to end
 GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="look at the first 300 steps of each training: a trace, and what it waits for in words")
     parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
     args = parser.parse_intermixed_args(argv)
+    terminal.outlive()
     _share_cores(args.processes)
     from dist_scan.config import ConfigError, dump, load
 
@@ -45,8 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     with lock:
         from dist_scan.artefacts import write_text
 
-        write_text(run.run_dir / "config.yaml", dump(run))
-        return launch(run.run_dir, args.processes, run.runtime.relaunches)
+        try:
+            write_text(run.run_dir / "config.yaml", dump(run))
+            return launch(run.run_dir, args.processes, run.runtime.relaunches)
+        except OSError as error:
+            way = "" if "same command" in str(error.strerror) else "; mend it and start the same command again: what is finished is kept"
+            print(f"failed: '{error.filename or run.run_dir}': {error.strerror or error}{way}", file=sys.stderr)
+            return 1
 
 
 def check_processes(run, processes: int) -> None:
@@ -60,35 +66,38 @@ def check_processes(run, processes: int) -> None:
             raise ConfigError(str(error)) from None
 
 
-def take_lease(run_dir: Path):
-    """An open file that holds the run folder's lock while this process lives. Raises ConfigError naming who holds it."""
+def take_lease(run_dir: Path, name: str = "lock", held: str = "is in use by"):
+    """An open file that holds the run folder's lock (or another of its locks) while this process lives. Raises ConfigError naming who holds it."""
     from dist_scan.config import ConfigError
 
+    deadline = time.monotonic() + LEAVING_S
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "a+")
+        lock = open(run_dir / name, "a+b", buffering=0)  # no buffer: on a full disk closing would fail once more
+        while (holder := _locked(lock)) is not None:
+            if not _gone(holder) or time.monotonic() > deadline:
+                raise ConfigError(f"the run folder '{run_dir}' {held} {holder or 'another process'}; wait for it, stop it, "
+                                  "or give this run another name with name=OTHER")
+            time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError as error:
         raise ConfigError(f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}); give another with runtime.run_dir=PATH") from None
-    deadline = time.monotonic() + LEAVING_S
-    while (holder := _locked(lock)) is not None:
-        if not _gone(holder) or time.monotonic() > deadline:
-            raise ConfigError(f"the run folder '{run_dir}' is in use by {holder or 'another process'}; wait for it, stop it, "
-                              "or give this run another name with name=OTHER")
-        time.sleep(0.1)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
     return lock
 
 
 def _locked(lock) -> str | None:
-    """None when the lock is ours now, else who holds it."""
+    """None when the lock is ours now, else who holds it. Raises OSError."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return None
     except BlockingIOError:
         lock.seek(0)
-        return lock.read().strip()
+        return lock.read().decode(errors="replace").strip()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        print(f"no locks on this file system ({error.strerror}); two runs in one run folder would not be noticed here", file=sys.stderr)
+    return None
 
 
 def _gone(holder: str) -> bool:
@@ -107,10 +116,12 @@ def _gone(holder: str) -> bool:
 
 def launch(run_dir: Path, processes: int, relaunches: int) -> int:
     """Start the ranks, wait, and start them again after a fault while starts get further. Returns the exit code."""
+    idle = 0
     for start_number in range(relaunches + recovery.PORT_RETRIES + 1):
         mark = recovery.begin(run_dir)
         code = attempt(run_dir, processes)
-        verdict = recovery.decide(run_dir, mark, start_number, relaunches)
+        verdict = recovery.decide(run_dir, mark, start_number, relaunches, idle)
+        idle = verdict.idle
         if verdict.action == "relaunch":
             print(f"fault: {verdict.why}\nstarting again ({start_number + 1}) from the last checkpoint", file=sys.stderr, flush=True)
             continue
@@ -120,7 +131,8 @@ def launch(run_dir: Path, processes: int, relaunches: int) -> int:
             print(f"failed: {verdict.why}\n(full text: {run_dir}/logs/error-rank*.json; the same command goes on from the last checkpoint)", file=sys.stderr)
         break
     if verdict.action in ("requeue", "stopped"):
-        return 128 + (json.loads((run_dir / "STOPPED").read_text())["signal"] or signal.SIGTERM)
+        number = recovery.asked(run_dir)
+        return 128 + (number if number in set(signal.Signals) else signal.SIGTERM)
     return {"done": 0, "mistake": 2}.get(verdict.action, code or 1)
 
 
@@ -131,10 +143,11 @@ def attempt(run_dir: Path, processes: int) -> int:
     def forward(number, frame):
         for p in ranks:
             if p.exitcode is None:
-                os.kill(p.pid, number)
+                os.kill(p.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in NOTICE:
-        signal.signal(number, forward)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has seen to it that the run goes on
+            signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
     try:
         return _wait(ranks)
@@ -171,6 +184,7 @@ def _share_cores(processes: int) -> None:
 def _rank(run_dir: Path, rank: int, processes: int, port: int, launcher: int) -> None:
     """The life of one rank, in its own process. It holds the lease too: the folder stays taken while any rank lives."""
     _die_with(launcher)
+    terminal.outlive()
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

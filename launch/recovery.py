@@ -2,18 +2,22 @@
 functions, the batch script as `python launch/recovery.py begin|decide RUN ...`; both so decide the same. Standard library only.
 
 Exit codes do not survive srun (RELIABILITY.md), so the ranks leave files in RUN: DONE; STOPPED with the signal; MISTAKE when the
-user's settings are wrong; PORT_TAKEN when the rendezvous could not listen.
+user's settings are wrong; PORT_TAKEN when the rendezvous could not listen. launch/records.py reads them as they may be found.
 """
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/recovery.py` from a batch script
+
+from launch import records  # noqa: E402
 
 MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
 PORT_RETRIES = 5
@@ -22,17 +26,23 @@ STALLS = 2  # starts in a row that may end with nothing finished: two kills soon
 
 
 class Verdict(NamedTuple):
-    """What to do next: done, requeue, stopped, mistake, relaunch or give_up; and why, in one line for the log."""
+    """What to do next: done, requeue, stopped, mistake, relaunch or give_up; and why, in one line for the log. `idle`: faulty starts in a row
+    with nothing finished, this one included, for the next `decide`: on a full disk only the launcher can remember."""
 
     action: str
     why: str
+    idle: int = 0
 
 
 def begin(run_dir: Path) -> str:
-    """Clear what the last start left. Returns a mark of how far the run has come, for `decide`."""
+    """Clear what the last start left; a folder that stands in a marker's place is put aside. Returns a mark of how far the run has come,
+    for `decide`. Raises OSError."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for stale in [*(run_dir / m for m in MARKERS), *run_dir.glob("logs/error-rank*.json")]:
-        stale.unlink(missing_ok=True)
+        if stale.is_dir() and not stale.is_symlink():
+            stale.rename(stale.with_name(f"bad-{stale.name}-{uuid.uuid4().hex[:8]}"))
+        else:
+            stale.unlink(missing_ok=True)
     return progress_mark(run_dir)
 
 
@@ -47,73 +57,76 @@ def progress_mark(run_dir: Path) -> str:
 def fnv1a(text: str) -> str:
     """A short digest that no library has to be imported for."""
     value = 0xCBF29CE484222325
-    for byte in text.encode():
+    for byte in text.encode(errors="surrogateescape"):
         value = (value ^ byte) * 0x100000001B3 % 2**64
     return f"{value:016x}"
 
 
-def decide(run_dir: Path, before: str, start: int, relaunches: int) -> Verdict:
-    """Look at what start number `start` (0, 1, ...) left. `before` is what begin returned. Remembers a fault in logs/faults.jsonl."""
-    if (run_dir / "DONE").exists():
+def decide(run_dir: Path, before: str, start: int, relaunches: int, idle: int = 0) -> Verdict:
+    """Look at what start number `start` (0, 1, ...) left. `before` is what begin returned, `idle` that of the last verdict. Remembers a fault
+    in logs/faults.jsonl."""
+    if (run_dir / "DONE").is_file():
         return Verdict("done", "the run is done")
-    if (run_dir / "STOPPED").exists():
-        number = json.loads((run_dir / "STOPPED").read_text())["signal"]
-        name = signal.Signals(number).name if number else "a signal"
-        if number == signal.SIGUSR2:
-            if _idle_requeues(run_dir, progress_mark(run_dir) != before) >= IDLE_REQUEUES:
-                return Verdict("give_up", f"{IDLE_REQUEUES} starts in a row were asked to leave before a checkpoint, shard or stage was finished; "
-                               "raise slurm.time, or lower slurm.notice_s")
-            return Verdict("requeue", f"{name}: everything is saved, the job is queued again")
-        return Verdict("stopped", f"{name}: everything is saved, the same command goes on")
-    if (run_dir / "MISTAKE").exists():
-        return Verdict("mistake", (run_dir / "MISTAKE").read_text().strip())
-    if (run_dir / "PORT_TAKEN").exists() and start < PORT_RETRIES:
-        return Verdict("relaunch", "the port was taken; another is tried")
+    number = asked(run_dir)
+    if number is not None:
+        return _stopped(run_dir, number, before)
+    if (run_dir / "MISTAKE").is_file():
+        return Verdict("mistake", records.text(run_dir / "MISTAKE") or "a mistake in the settings, which was not written down (MISTAKE is empty)")
+    if (run_dir / "PORT_TAKEN").is_file() and start < PORT_RETRIES:
+        return Verdict("relaunch", "the port was taken; another is tried", idle)
     error = first_error(run_dir)
     text = f"rank {error['rank']}: {error['error']}" if error else "a process ended and left no error (killed?)"
     advanced = progress_mark(run_dir) != before
     _remember(run_dir, start, text, advanced)
+    idle = 0 if advanced else max(idle + 1, stalls(run_dir))
     if start >= relaunches:
-        return Verdict("give_up", f"{text} (after {relaunches} relaunches; raise runtime.relaunches, or mend the cause)")
-    if not advanced and stalls(run_dir) > STALLS:
-        return Verdict("give_up", f"{text} (no checkpoint, shard or stage was finished in {STALLS + 1} starts: a relaunch would end the same)")
-    return Verdict("relaunch", text)
+        return Verdict("give_up", f"{text} (after {relaunches} relaunches; raise runtime.relaunches, or mend the cause)", idle)
+    if idle > STALLS:
+        return Verdict("give_up", f"{text} (no checkpoint, shard or stage was finished in {STALLS + 1} starts: a relaunch would end the same)", idle)
+    return Verdict("relaunch", text, idle)
+
+
+def asked(run_dir: Path) -> int | None:
+    """The signal that the ranks have followed (0: not known which), from STOPPED; None where they did not say so."""
+    left = records.record(run_dir / "STOPPED") or {}
+    return records.number(left["signal"] or 0) if "signal" in left else None
+
+
+def _stopped(run_dir: Path, number: int, before: str) -> Verdict:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}" if number else "a signal"
+    if number != signal.SIGUSR2:
+        return Verdict("stopped", f"{name}: everything is saved, the same command goes on")
+    if _idle_requeues(run_dir, progress_mark(run_dir) != before) >= IDLE_REQUEUES:
+        return Verdict("give_up", f"{IDLE_REQUEUES} starts in a row were asked to leave before a checkpoint, shard or stage was finished; "
+                       "raise slurm.time, or lower slurm.notice_s")
+    return Verdict("requeue", f"{name}: everything is saved, the job is queued again")
 
 
 def _idle_requeues(run_dir: Path, further: bool) -> int:
     """How many starts in a row have been queued again without getting further, this one included."""
     path = run_dir / "logs" / "idle_requeues"
+    before = records.text(path)
+    count = 0 if further else 1 + (int(before) if before.isascii() and before.isdigit() and len(before) < 9 else 0)
     try:
-        count = 0 if further else 1 + (int(path.read_text()) if path.exists() else 0)
         path.write_text(str(count))
-    except (OSError, ValueError):
+    except OSError:
         return 0  # a full disk must not keep the run out of the queue
     return count
 
 
-def first_error(run_dir: Path) -> dict | None:
-    """The earliest error any rank left: {rank, error, time, traceback}; None when there is none."""
-    errors = []
-    for path in run_dir.glob("logs/error-rank*.json"):
-        try:
-            errors.append(json.loads(path.read_text()))
-        except ValueError:
-            continue
+def first_error(run_dir: Path) -> dict[str, Any] | None:
+    """The earliest error any rank left: {rank, error, time, traceback}; None when there is none that can be read."""
+    errors = [error for error in map(records.record, run_dir.glob("logs/error-rank*.json")) if error and {"rank", "error"} <= error.keys()
+              and isinstance(error.get("time"), (int, float))]
     return min(errors, key=lambda e: e["time"], default=None)
 
 
 def stalls(run_dir: Path) -> int:
-    """How many of this job's last starts ended in a fault with nothing finished."""
+    """How many of this job's last starts ended in a fault with nothing finished, as far as logs/faults.jsonl could be written."""
     count = 0
-    try:
-        lines = (run_dir / "logs" / "faults.jsonl").read_text().splitlines()
-    except OSError:
-        return STALLS + 1  # nothing can be remembered: no relaunch without progress
-    for line in reversed(lines):
-        try:
-            fault = json.loads(line)
-        except ValueError:  # torn
-            break
+    for fault in reversed(records.entries(run_dir / "logs" / "faults.jsonl")):
+        if records.number(fault.get("start")) is None:  # of another make
+            continue
         if fault.get("advanced", True) or fault.get("job") != _job():
             break
         count += 1
@@ -129,8 +142,8 @@ def _job() -> str | None:
 
 def _remember(run_dir: Path, start: int, text: str, advanced: bool) -> None:
     try:
-        with open(run_dir / "logs" / "faults.jsonl", "a") as f:
-            f.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "job": _job(), "start": start, "fault": text, "advanced": advanced}) + "\n")
+        records.append(run_dir / "logs" / "faults.jsonl",
+                       {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "job": _job(), "start": start, "fault": text, "advanced": advanced})
     except OSError:
         pass  # a full disk must not stop a relaunch
 
@@ -143,15 +156,20 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def main(argv: list[str]) -> int:
-    """For the batch script. begin RUN: prints the mark. port: prints a free port. decide RUN MARK START RELAUNCHES: the action, then a line that says why."""
+    """For the batch script. begin RUN: prints the mark. port: prints a free port. decide RUN MARK START RELAUNCHES IDLE: the action and the next
+    IDLE, then a line that says why. Returns 1, with one line, where the run folder cannot be written."""
     if argv[0] == "port":
         print(free_port(""))
     elif argv[0] == "begin":
-        print(begin(Path(argv[1])))
-    else:
-        verdict = decide(Path(argv[1]), argv[2], int(argv[3]), int(argv[4]))
         try:
-            print(f"{verdict.action}\n{' '.join(verdict.why.split())}", flush=True)
+            print(begin(Path(argv[1])))
+        except OSError as error:
+            print(f"failed: {error.filename}: {error.strerror}, so no start can be made; make room or mend it, the same command goes on", file=sys.stderr)
+            return 1
+    else:
+        verdict = decide(Path(argv[1]), argv[2], *map(int, argv[3:]))
+        try:
+            print(f"{verdict.action} {verdict.idle}\n{' '.join(verdict.why.split())}", flush=True)
         except BrokenPipeError:  # the script was killed meanwhile (its node died): nobody asks any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,12 +33,14 @@ def main(argv: list[str] | None = None) -> int:
             return watch.main(argv)
         args = arguments(argv)
         print(f"reading {args.config}" + " and looking at its images" * (not args.no_data_check and not args.images), file=sys.stderr, flush=True)  # seconds of imports
+        refuse_empty(args)
         if args.benchmark:
             from launch import benchmark
 
             return benchmark.main(args, read, counts(args.images))
         run = read(args)
         text = batch.script(run.slurm, run.run_dir.resolve(), run.name, sys.executable, ROOT, run.runtime.relaunches)
+        submission.check(run.run_dir, text, run.slurm.setup)
         if args.dry_run:
             from launch.plan import plan
 
@@ -114,6 +117,17 @@ def read(args: argparse.Namespace):
     return run
 
 
+def refuse_empty(args: argparse.Namespace) -> None:
+    """Raises ConfigError for a flag that was given nothing (a shell variable that is not set), and for an arithmetic speed that cannot be."""
+    from dist_scan.settings import ConfigError, SlurmConfig
+
+    empty = [name for name in SlurmConfig.model_fields if name not in OTHER and getattr(args, name) is not None and not getattr(args, name).strip()]
+    if empty:
+        raise ConfigError(f"--{empty[0].replace('_', '-')} '': given without a value; give one, or leave the flag out")
+    if args.tflops is not None and not 0 < args.tflops < float("inf"):
+        raise ConfigError(f"--tflops {args.tflops:g}: allowed: a number above 0")
+
+
 def counts(text: str | None) -> dict[str, int] | None:
     """`1281167,50000` -> {train, val}; None when nothing was said. Raises ConfigError."""
     from dist_scan.settings import ConfigError
@@ -121,7 +135,7 @@ def counts(text: str | None) -> dict[str, int] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if len(parts) > 2 or not all(p.isdigit() and int(p) for p in parts):
+    if len(parts) > 2 or not all(re.fullmatch("[0-9]{1,18}", p) and int(p) for p in parts):
         raise ConfigError(f"--images: '{text}'; allowed: one or two whole numbers, as in 1281167,50000")
     return dict(zip(("train", "val"), map(int, parts)))
 
@@ -129,11 +143,11 @@ def counts(text: str | None) -> dict[str, int] | None:
 def submit(run, text: str, follow: bool) -> int:
     """One run, one job; told in a few lines."""
     job_id, run_dir = submission.place(run, text), run.run_dir.resolve()
-    here = os.path.relpath(sys.argv[0])
+    here, folder = shlex.quote(os.path.relpath(sys.argv[0])), shlex.quote(str(run_dir))
     print(f"submitted job {job_id}: {run.name}, {run.slurm.nodes} nodes x {run.slurm.tasks_per_node}\n"
           f"  run folder  {run_dir}\n  job's log   {run_dir}/slurm/{job_id}.out\n  progress    {run_dir}/logs/run.log\n"
-          f"  follow      python {here} follow {run_dir}\n  status      python {here} status {run_dir}\n"
-          f"  cancel      python {here} cancel {run_dir}\n  resume      the same command again")
+          f"  follow      python {here} follow {folder}\n  status      python {here} status {folder}\n"
+          f"  cancel      python {here} cancel {folder}\n  resume      the same command again")
     return watch.follow(run_dir) if follow else 0
 
 

@@ -1,13 +1,17 @@
 """Looking at a submitted run: status, follow, cancel. Reads the run folder and squeue (job states need no accounting)."""
 from __future__ import annotations
 
-import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from launch import records
 
 COMMANDS = ("status", "follow", "cancel")
 BENCHMARK = "benchmark.json"  # in the folder of a benchmark, which holds a run folder for each number of nodes
@@ -32,7 +36,7 @@ def main(argv: list[str]) -> int:
 def run_dirs(folder: Path) -> list[Path]:
     """The folder itself when it is a run's; those of a benchmark, fewest nodes first."""
     if (folder / BENCHMARK).is_file():
-        return sorted((p.parent for p in folder.glob("nodes-[0-9]*/config.yaml")), key=lambda p: int(p.name.removeprefix("nodes-")))
+        return sorted((p.parent for p in folder.glob("nodes-*/config.yaml") if re.fullmatch("nodes-[0-9]{1,9}", p.parent.name)), key=lambda p: int(p.name.removeprefix("nodes-")))
     return [folder] if (folder / "config.yaml").is_file() else []
 
 
@@ -43,25 +47,45 @@ class NoAnswer(RuntimeError):
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED")
 
 
-def live_job(run_dir: Path) -> dict | None:
-    """The run's job as squeue knows it: {job_id, state, nodes, reason}; None when it has left the queue. Raises NoAnswer."""
+def live_job(run_dir: Path) -> dict[str, Any] | None:
+    """The run's own job as squeue knows it: {job_id, state, nodes, reason}; None when it has left the queue. Raises NoAnswer."""
     facts = _job(run_dir)
-    if facts is None or shutil.which("squeue") is None:
+    if facts is None or shutil.which("squeue") is None or original(run_dir):
         return None
-    done = subprocess.run(["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R"], capture_output=True, text=True)
+    done = subprocess.run(["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R|%o"], capture_output=True, text=True)
     if done.returncode and "invalid job id" not in done.stderr.lower():  # an id that Slurm has forgotten is an answer
         raise NoAnswer(f"squeue could not say how job {facts['job_id']} stands: {' '.join(done.stderr.split()) or done.returncode}")
     if not done.stdout.strip():
         return None
-    state, nodes, reason = done.stdout.strip().splitlines()[0].split("|", 2)
-    return None if state in ENDED else {**facts, "state": state, "nodes": int(nodes), "reason": reason}
-
-
-def _job(run_dir: Path) -> dict | None:
-    try:
-        return json.loads((run_dir / "slurm" / "job.json").read_text())
-    except (OSError, ValueError):
+    state, nodes, reason, script = (done.stdout.strip().splitlines()[0].split("|", 3) + [""])[:4]
+    if state in ENDED or _of_another(script, facts.get("run_dir")):
         return None
+    return {**facts, "state": state, "nodes": int(nodes) if nodes.isdigit() else 0, "reason": reason}
+
+
+def _of_another(script: str, run_dir: object) -> bool:
+    """Whether a job that runs `script` is not the one submitted from `run_dir`: ids are used again, and other clusters have the same."""
+    return isinstance(run_dir, str) and script.startswith("/") and not script.startswith(f"{run_dir}/slurm/")
+
+
+def original(run_dir: Path) -> Path | None:
+    """The run folder that this one is a copy of, by its job.json, which the copy took along; None for a run folder of its own, moved or not."""
+    facts = _job(run_dir) or {}
+    if not isinstance(facts.get("run_dir"), str):  # of before run_dir was kept
+        return None
+    first = Path(facts["run_dir"])
+    try:
+        same = first.samefile(run_dir)
+    except (OSError, ValueError):  # it is no longer there
+        return None
+    return None if same or (_job(first) or {}).get("job_id") != facts["job_id"] else first
+
+
+def _job(run_dir: Path) -> dict[str, Any] | None:
+    """RUN/slurm/job.json with its job_id as text; None where there is none that can be read."""
+    facts = records.record(run_dir / "slurm" / "job.json") or {}
+    job_id = str(facts.get("job_id"))
+    return {**facts, "job_id": job_id} if re.fullmatch("[0-9]{1,12}", job_id) else None
 
 
 def status(run_dir: Path) -> str:
@@ -71,42 +95,40 @@ def status(run_dir: Path) -> str:
         job = live_job(run_dir)
     except NoAnswer as error:
         silence = str(error)
-    lines = [f"run      {run_dir}"]
-    if silence:
+    lines, first = [f"run      {run_dir}"], original(run_dir)
+    if first:
+        lines.append(f"job      none of its own: this folder is a copy of {first}, and job {facts['job_id']} belongs to that")
+    elif silence:
         lines.append(f"job      {facts['job_id']}: {silence}")
     elif job:
         lines.append(f"job      {job['job_id']} {job['state'].lower()}, {job['nodes']} nodes ({job['reason']})")
     elif facts:
-        lines.append(f"job      {facts['job_id']} has left the queue (submitted {facts['submitted']})")
+        lines.append(f"job      {facts['job_id']} has left the queue" + (f" (submitted {facts['submitted']})" if "submitted" in facts else ""))
     lines.append(f"state    {'not known' if silence else _state(run_dir, job)}")
     last = [line for line in _lines(run_dir / "logs" / "run.log") if "/s, " in line or ": starts" in line or ": goes on" in line][-1:]
     lines += [f"progress {line[9:]} (at {line[:8]})" for line in last]
     starts = [line for line in _lines(run_dir / "slurm" / f"{(facts or {}).get('job_id')}.out") if ": start " in line]
-    faults = _lines(run_dir / "logs" / "faults.jsonl")
+    faults = records.entries(run_dir / "logs" / "faults.jsonl")
     lines.append(f"restarts {max(len(starts) - 1, 0)}, faults {len(faults)}")
     if faults:
-        fault = json.loads(faults[-1])
-        lines.append(f"last     {fault['time']} {fault['fault']}")
+        lines.append(f"last     {faults[-1].get('time', 'when is not known')} {faults[-1].get('fault', 'what is not known')}")
     return "\n".join(lines)
 
 
 def _state(run_dir: Path, job: dict | None) -> str:
-    if (run_dir / "DONE").exists() and (job is None or job["state"] != "PENDING"):
+    if (run_dir / "DONE").is_file() and (job is None or job["state"] != "PENDING"):
         report = run_dir / "report.html"
-        return f"done at {(run_dir / 'DONE').read_text().strip()}" + (f"; report: {report}" if report.exists() else "")
+        return f"done at {records.text(run_dir / 'DONE')}" + (f"; report: {report}" if report.exists() else "")
     if job:
         return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(job["state"], job["state"].lower())
     for marker, text in (("MISTAKE", "ended by a mistake in its settings"), ("STOPPED", "stopped; the same command goes on")):
-        if (run_dir / marker).exists():
+        if (run_dir / marker).is_file():
             return text
     return "not running; the same command goes on from the last checkpoint"
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
+    return records.text(path).splitlines()
 
 
 def follow(run_dir: Path) -> int:
@@ -132,11 +154,11 @@ def follow(run_dir: Path) -> int:
                 break
             time.sleep(2)
     except KeyboardInterrupt:
-        print("\nthe job goes on; look again with: launch/slurm.py follow " + str(run_dir))
+        print("\nthe job goes on; look again with: launch/slurm.py follow " + shlex.quote(str(run_dir)))
         return 130
     _copy(log, at)
     print(status(run_dir))
-    return 0 if (run_dir / "DONE").exists() else 1
+    return 0 if (run_dir / "DONE").is_file() else 1
 
 
 def follow_all(run_dirs: list[Path]) -> int:
@@ -169,8 +191,11 @@ def cancel(run_dir: Path) -> int:
     except NoAnswer as error:
         raise ConfigError(f"{error}; nothing was cancelled, try again") from None
     if job is None:
-        print(f"no job of {run_dir} is in the queue")
+        first = original(run_dir)
+        print(f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled" if first else f"no job of {run_dir} is in the queue")
         return 1
-    subprocess.run(["scancel", job["job_id"]], check=True)
+    done = subprocess.run(["scancel", job["job_id"]], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"scancel could not cancel job {job['job_id']}: {' '.join(done.stderr.split()) or done.returncode}; try again")
     print(f"cancelled job {job['job_id']}; everything saved stays, the same command goes on")
     return 0

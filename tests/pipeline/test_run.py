@@ -97,11 +97,12 @@ def test_killed_three_times_the_same_command_ends_with_the_same_report(undisturb
     assert report(folder) == report(undisturbed[0])
 
 
-def test_asked_to_stop_it_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+@pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGHUP])  # HUP: its terminal was closed
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(undisturbed, tmp_path, wish):
     folder = tmp_path / "run"
     launcher, metrics = Started(command(folder, processes=2), tmp_path), folder / "logs" / "pretext.metrics.jsonl"
     launcher.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(wish)
     asked = launcher.end(60)
     assert asked.returncode == 128 + signal.SIGTERM and "everything is saved" in asked.stdout and (folder / "STOPPED").exists()
     assert list(folder.glob("stages/pretext/*/work/checkpoints/step-*"))

@@ -31,6 +31,13 @@ def test_every_setting_reaches_sbatch_and_nothing_else_does():
     assert bare[:3] == ["#SBATCH --job-name=a", "#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1"] and len(bare) == 7
 
 
+def test_zero_is_a_value():
+    """mem=0 is sbatch's word for all of a node's memory; false leaves an option out."""
+    options = SlurmConfig(sbatch={"mem": 0, "nice": False}, srun={"mem": 0, "overlap": True, "exact": False})
+    assert [x for x in batch.header(options, Path("/runs/a"), "a") if "mem" in x or "nice" in x] == ["#SBATCH --mem=0"]
+    assert batch.step(options).endswith(" --mem=0 --overlap")
+
+
 def test_the_script_is_shell_whatever_the_names_hold():
     text = script(setup=("module load cuda", 'export A="b c"'), container="img.sqsh", container_mounts="/a:/a", python="python", srun={"cpu-bind": "none"})
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
@@ -56,7 +63,8 @@ def test_a_rank_has_the_cores_that_slurm_gave_it_or_its_part_of_all(monkeypatch)
 
 
 @pytest.mark.parametrize(("field", "value"), [("time", "two days"), ("nodes", 0), ("setup", ("a\nb",)), ("partition", " "), ("nodez", 1),
-                                             ("sbatch", {"array": "1-2"}), ("sbatch", {"gpus_per": 1}), ("srun", {"a": "b\nc"}), ("time", "2")])
+                                             ("sbatch", {"array": "1-2"}), ("sbatch", {"gpus_per": 1}), ("srun", {"a": "b\nc"}), ("time", "2"),
+                                             ("python", "py\n"), ("container", ""), ("container_mounts", "/a:/a\n/b:/b"), ("partition", "a\r#SBATCH")])
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         SlurmConfig(**{field: value})
@@ -109,7 +117,7 @@ def test_what_is_decided_follows_the_markers(tmp_path):
     assert recovery.decide(tmp_path, mark, 0, 5).action == "done", "DONE comes before everything"
     assert recovery.begin(tmp_path) == mark and not (tmp_path / "DONE").exists() and not (tmp_path / "STOPPED").exists()
     left(tmp_path, MISTAKE="data.train: no such folder\n")
-    assert recovery.decide(tmp_path, mark, 0, 5) == ("mistake", "data.train: no such folder")
+    assert recovery.decide(tmp_path, mark, 0, 5)[:2] == ("mistake", "data.train: no such folder")
 
 
 def test_a_fault_is_relaunched_only_while_the_run_gets_further(tmp_path):
@@ -160,5 +168,11 @@ def test_the_batch_script_can_ask(tmp_path):
     mark = ask("begin", str(tmp_path)).stdout.strip()
     assert len(mark) == 16 and int(ask("port").stdout) > 1023
     left(tmp_path, DONE="now")
-    out = ask("decide", str(tmp_path), mark, "0", "3")
-    assert (out.stdout, out.stderr) == ("done\nthe run is done\n", "")
+    out = ask("decide", str(tmp_path), mark, "0", "3", "2")
+    assert (out.stdout, out.stderr) == ("done 0\nthe run is done\n", "")
+    (tmp_path / "DONE").unlink()
+    assert ask("decide", str(tmp_path), mark, "1", "9", "1").stdout.splitlines()[0] == "relaunch 2"
+    assert ask("decide", str(tmp_path), mark, "1", "9", "2").stdout.splitlines()[0] == "give_up 3", "the launcher remembers what no disk does"
+    (tmp_path / "a file").write_text("")
+    out = ask("begin", str(tmp_path / "a file"))
+    assert out.returncode == 1 and len(out.stderr.splitlines()) == 1 and "Traceback" not in out.stderr
