@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,7 +78,7 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import Event
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"  # never one with half an event
         self.file = open(self.path, "ab", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
