@@ -125,6 +125,7 @@ def setup(options: SlurmConfig) -> str:
 SETUP = r"""
 setup_failed() {
   [ "${FUNCNAME[1]:-main}" = main ] || return "$1"
+  case "$1" in 138 | 140 | 143) exit "$1" ;; esac  # ended by USR1, USR2, TERM: a notice or a cancel, no mistake
   local said="slurm.setup: the line '${setup_lines[$3 - setup_from]:-$2}' failed with code $1, and no rank was started; mend it, or end it with || true where it may fail"
   echo "$(date +%FT%T) job $SLURM_JOB_ID: mistake: $said" >&2
   (exec 9>>"$RUN/lock" && { flock -n 9; [ $? != 1 ]; } && echo "$said" >"$RUN/MISTAKE")

@@ -50,6 +50,11 @@ def test_a_setup_line_that_fails_ends_the_job(tmp_path, tools, lines, named):
     assert named in (tmp_path / "a run" / "MISTAKE").read_text() and not (tmp_path / "sruns").exists()
 
 
+def test_a_setup_line_that_was_ended_by_a_notice_is_no_mistake(tmp_path, tools):
+    done = run(tmp_path, tools, "bash -c 'kill -TERM $$'")
+    assert done.returncode == 143 and not (tmp_path / "a run" / "MISTAKE").exists() and not (tmp_path / "sruns").exists(), done
+
+
 def test_what_fails_inside_a_sourced_file_or_a_function_is_its_own_affair(tmp_path, tools):
     (tmp_path / "activate").write_text("false\nexport GIVEN=1\n")
     done = run(tmp_path, tools, f"source {tmp_path}/activate", "inner() { false; true; }", "inner", '[ "$GIVEN" = 1 ]')
