@@ -13,7 +13,7 @@ CONTEXT.set_forkserver_preload([
     "torch", "numpy", "dist_scan.world.collectives", "torch._dynamo", "torch.nn.parallel.distributed", "faiss", "dist_scan.search.kernels", "launch.local",
     "dist_scan.run", "dist_scan.pipeline", "dist_scan.engine.loop", "dist_scan.engine.faults", "dist_scan.engine.embed", "dist_scan.methods.simclr",
     "dist_scan.stages.train", "dist_scan.search.kmeans", "dist_scan.data.beton.loader", "dist_scan.data.feed", "dist_scan.search.index",
-    "dist_scan.evaluate.figures", "torch.utils.tensorboard", "torchvision.models", "tests.faults.warm"])
+    "dist_scan.evaluate.figures", "tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer", "torchvision.models", "tests.faults.warm"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the fork server imports torch
 
 

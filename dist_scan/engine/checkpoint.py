@@ -89,7 +89,7 @@ class Checkpoints:
             if not problem:
                 shutil.rmtree(temporary)
                 return
-            self._set_aside(final, f"{problem}); kept aside as bad-{final.name}, saved again")
+            self._set_aside(final, problem, "saved again")
         os.replace(temporary, final)
         fsync_dir(self.folder)
         for old in self._found()[self.keep:]:
@@ -102,10 +102,10 @@ class Checkpoints:
         except OSError as error:
             self.say(f"checkpoint: {path} is not wanted any more and cannot be removed ({error}); remove it by hand")
 
-    def _set_aside(self, path: Path, why: str) -> str:
+    def _set_aside(self, path: Path, problem: str, then: str) -> str:
         """Rename to bad-*; returns the name that it then has."""
         aside = path.with_name(f"bad-{path.name}")
-        self.say(f"checkpoint: {path} is bad ({why}")
+        self.say(f"checkpoint: {path} is bad ({problem}); kept aside as {aside.name}, {then}")
         try:
             _unlink(aside)
             path.rename(aside)
@@ -118,8 +118,9 @@ class Checkpoints:
         if current().rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         self.failures += 1
-        if error is not None:
-            self.say(f"checkpoint: could not save in {self.folder}: {error}; training goes on, older ones are intact")
+        errors = [text for text in gather_objects(None if error is None else str(error)) if text is not None]  # rank 0 alone speaks, whosever it is
+        if errors:
+            self.say(f"checkpoint: could not save in {self.folder}: {errors[0]}; training goes on, older ones are intact")
         if self.failures >= FATAL_FAILURES:
             raise CheckpointError(f"{self.failures} checkpoints in a row could not be saved in {self.folder}; "
                                   "make room there (or make it writable) and start the same command again")
@@ -156,7 +157,7 @@ class Checkpoints:
             problem = _problem(path, content=True)
             if not problem:
                 return path, ""
-            bad.append(self._set_aside(path, f"{problem}); kept aside as bad-{path.name}, trying the one before"))
+            bad.append(self._set_aside(path, problem, "trying the one before"))
         if bad:
             return None, (f"no checkpoint in {self.folder} can be used (bad: {', '.join(sorted(bad))}); not starting again at step 0. "
                           "Restore one, or remove the folder to train this stage from its beginning")

@@ -14,6 +14,8 @@ import torch
 
 from dist_scan.artefacts import sha256_of
 from dist_scan.engine.checkpoint import CheckpointError, Checkpoints
+from dist_scan.world.world import current
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -267,3 +269,29 @@ def test_an_old_one_that_cannot_be_removed_is_no_failed_save(tmp_path, monkeypat
     for step in (3, 4, 5, 6):
         assert c.save(step, state(step), {}), said
     assert c.failures == 0 and "step-000000001 is not wanted any more and cannot be removed" in said[0] and loaded_step(c) == 6
+
+
+class Spoilt:
+    """A bank that rank 1 cannot write."""
+
+    def state(self):
+        if current().rank == 1:
+            raise OSError(28, "No space left on device")
+        return {"rows": torch.zeros(1)}
+
+
+def save_and_load(folder):
+    said = []
+    c = Checkpoints(folder, 2, said.append)
+    return loaded_step(c), c.save(3, state(3), {"b": Spoilt()}), said
+
+
+def test_two_ranks_agree_on_the_one_before_and_rank_0_says_what_failed_on_rank_1(tmp_path):
+    c, _ = store(tmp_path)
+    for step in (1, 2):
+        c.save(step, state(step), {})
+    (tmp_path / "checkpoints" / "step-000000002" / "manifest.json").write_text("[]")
+    (first, first_saved, said), (second, second_saved, _) = run_ranks(save_and_load, 2, tmp_path / "checkpoints")
+    assert first == second == 1 and not first_saved and not second_saved
+    assert "lists no files" in said[0] and "could not save" in said[1] and "No space left" in said[1], said
+    assert names(tmp_path) == ["bad-step-000000002", "step-000000001"]
