@@ -86,6 +86,7 @@ def run(run_dir: Path, *overrides: str, config: str = "quickstart", processes: i
 
 def _launcher(arguments: list[str], out: Path, folder: Path, variables: dict[str, str]) -> None:
     enter(out, **variables)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as on a terminal, also where the tests run under nohup
     os.chdir(folder)
     from launch import local
 

@@ -142,7 +142,7 @@ def test_what_can_be_left_nowhere_is_said_and_raises_nothing(full, capfd):
     assert life._mistake(full, 1, "bad") == life.USER_MISTAKE
     assert not (full / "MISTAKE").exists() and not list(full.glob("logs/*"))
     said = capfd.readouterr().err
-    assert "MISTAKE cannot be written (No space left on device)" in told and "ValueError: bad" in said, said
+    assert "MISTAKE cannot be written (No space left on device)" in said and "ValueError: bad" in said, said
 
 
 def test_what_is_kept_aside_is_not_written_again_and_goes_in_the_end(tmp_path):
