@@ -73,6 +73,8 @@ def kind_class(package: str, kind: str) -> type:
     found = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__ and hasattr(c, "Config")]
     if len(found) != 1:
         raise ConfigError(f"{package}/{kind}.py must define exactly one class with a Config, found {[c.__name__ for c in found]}")
+    if found[0].Config.model_fields["kind"].default != kind:  # by which errors know whose settings they list
+        raise ConfigError(f'{package}/{kind}.py: {found[0].Config.__name__} needs a line that names its kind: `kind: Literal["{kind}"] = "{kind}"`')
     return found[0]
 
 

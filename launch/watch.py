@@ -121,10 +121,23 @@ def _state(run_dir: Path, job: dict | None) -> str:
         return f"done at {records.text(run_dir / 'DONE')}" + (f"; report: {report}" if report.exists() else "")
     if job:
         return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(job["state"], job["state"].lower())
+    if holder := held_here(run_dir):
+        return f"runs here: {holder}"
     for marker, text in (("MISTAKE", "ended by a mistake in its settings"), ("STOPPED", "stopped; the same command goes on")):
         if (run_dir / marker).is_file():
             return text
     return "not running; the same command goes on from the last checkpoint"
+
+
+def held_here(run_dir: Path) -> str:
+    """Which process of this machine holds the run folder's lock (`process PID on HOST`); '' when none does. Only looked at: a lock that was tried
+    for would refuse a run that starts at this moment (Linux)."""
+    try:
+        inode = (run_dir / "lock").stat().st_ino
+        held = any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{inode}") for line in Path("/proc/locks").read_text().splitlines())
+    except (OSError, IndexError):
+        return ""
+    return (records.text(run_dir / "lock") or "a process that has not said which") if held else ""
 
 
 def _lines(path: Path) -> list[str]:
@@ -192,7 +205,9 @@ def cancel(run_dir: Path) -> int:
         raise ConfigError(f"{error}; nothing was cancelled, try again") from None
     if job is None:
         first = original(run_dir)
-        print(f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled" if first else f"no job of {run_dir} is in the queue")
+        holder = held_here(run_dir)
+        print(f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled" if first else
+              f"{run_dir} has no job: {holder} runs it; Ctrl-C there, or `kill PID`, saves and ends it" if holder else f"no job of {run_dir} is in the queue")
         return 1
     done = subprocess.run(["scancel", job["job_id"]], capture_output=True, text=True)
     if done.returncode:

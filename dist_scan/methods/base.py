@@ -1,4 +1,4 @@
-"""The one abstraction: a method is a loss over (views, targets) plus a rule that renews the targets (DESIGN.md 2).
+"""The one abstraction: a method is a loss over (views, targets) plus a rule that renews the targets.
 
 A method is one file `dist_scan/methods/<kind>.py` with one class that has a `Config`; the engine finds it by its name and
 knows nothing else about it.
@@ -25,7 +25,7 @@ from dist_scan.world.dealt import Dealt
 
 
 class MethodConfig(Strict):
-    """Settings of a method; `kind` is the name of its file."""
+    """Settings of a method; `kind` is the name of its file, and a method says so: kind: Literal["mine"] = "mine"."""
 
     kind: str
 
@@ -100,7 +100,7 @@ recipe: a name, or the number of one of the stage's own recipes. Leaves the netw
 
 
 class Method(nn.Module, ABC):
-    """See DESIGN.md 2. Everything remembered is a buffer (equal on all ranks) or a bank; no state appears later."""
+    """Everything remembered is a buffer (equal on all ranks) or a bank; no state appears later."""
 
     Config: ClassVar[type[MethodConfig]]
     recipes: ClassVar[tuple[str, ...]]

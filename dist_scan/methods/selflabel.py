@@ -100,8 +100,10 @@ class SelfLabel(Method):
     def warning(self) -> str:
         if not self._collapsing():
             return ""
+        c = self.config
+        ways = ["lower method.threshold", *["set method.class_balance: true"] * (not c.class_balance), *["set method.ema"] * (c.ema is None), "raise global_batch"]
         return (f"self-labelling, epoch {int(self.epochs)}: {self._used():.0%} of the clusters have confident images, the largest holds "
-                f"{self._largest():.0%} of them: it may be collapsing. Lower method.threshold, set class_balance: true, use ema, or a larger global_batch")
+                f"{self._largest():.0%} of them: it may be collapsing. Of this stage's settings: {', or '.join(ways)}")
 
     def _share(self) -> float:
         """Of the last epoch's images, those that were confident."""

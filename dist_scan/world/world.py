@@ -97,7 +97,7 @@ def close_world() -> None:
 def wrap(module: torch.nn.Module) -> torch.nn.Module:
     """DDP around a method; the module itself when alone or when nothing is trained.
 
-    Buffers are not broadcast: what a method remembers is the same on all ranks by construction (DESIGN.md 2), and
+    Buffers are not broadcast: what a method remembers is the same on all ranks by construction (methods/base.py), and
     broadcasting MoCo's queue at every step costs 33 MB for nothing.
     """
     if _current.world_size == 1 or not any(p.requires_grad for p in module.parameters()):

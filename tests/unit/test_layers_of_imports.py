@@ -1,4 +1,4 @@
-"""The import direction of DESIGN.md 3, read from the sources: no layer looks up, and heavy libraries have one door each."""
+"""The import direction, read from the sources: no layer looks up, and heavy libraries have one door each."""
 from __future__ import annotations
 
 import ast

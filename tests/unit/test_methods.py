@@ -89,7 +89,7 @@ def test_selflabel_skips_and_warns_when_nobody_is_confident(folder):
     step = method(batch())
     assert step.skip and step.loss == 0
     assert method.end_epoch(0, None)["clusters_used"] == 0
-    assert "Lower method.threshold" in method.warning() and "epoch 1: 0% of the clusters" in method.warning()
+    assert "lower method.threshold, or set method.ema" in method.warning() and "epoch 1: 0% of the clusters" in method.warning()
 
 
 def confident(method, counts, seen=100):

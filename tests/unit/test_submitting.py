@@ -146,3 +146,14 @@ def test_status_follow_and_cancel_read_what_they_find(tools, files, capsys):
     assert slurm.main(["follow", str(tools / "r")]) == (0 if "DONE" in files else 1)
     out = capsys.readouterr().out
     assert "last     a x" in out or "fault" not in str(files.get("logs/faults.jsonl"))
+
+
+def test_a_run_on_this_machine_is_told_from_one_that_nobody_holds(tools, capsys):
+    from launch.local import take_lease
+
+    (tools / "r").mkdir()
+    (tools / "r" / "config.yaml").write_text("x")
+    with take_lease(tools / "r"):
+        assert slurm.main(["status", str(tools / "r")]) == 0 and f"runs here: process {os.getpid()} on" in capsys.readouterr().out
+        assert slurm.main(["cancel", str(tools / "r")]) == 1 and f"process {os.getpid()} on" in capsys.readouterr().out
+    assert slurm.main(["status", str(tools / "r")]) == 0 and "not running" in capsys.readouterr().out
