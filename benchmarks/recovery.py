@@ -55,7 +55,7 @@ CASES: dict[str, Case] = {
     "4 rank 1 stopped (SIGSTOP)": Case(({"kind": "stop", **STEP},), limit=True),
     "4 loader of rank 1 stuck": Case(({"kind": "hang", "at": "batch", **STEP},), limit=True),
     **{f"5 kill -9 in a save, before {at}": Case(({"kind": "kill", "at": at, "step": 1},)) for at in ("data", "manifest", "rename", "prune")},
-    "6 flipped bit in the newest checkpoint": Case(({"kind": "signal", **STEP},), flip=True),
+    "6 flipped bit in the newest checkpoint": Case(({"kind": "signal", **STEP, "step": 120},), flip=True),  # late: there is one before it
     "8 disk full at a save": Case(({"kind": "full", "at": "write", "step": 1},)),
     "8 disk read-only at a save": Case(({"kind": "read_only", "at": "prepare", "step": 1},)),
     "9 USR2 to rank 1": Case(({"kind": "signal", **STEP},)),
