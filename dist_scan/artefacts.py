@@ -57,6 +57,17 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     fsync_dir(path.parent)
 
 
+def ends_torn(file: BinaryIO) -> bool:
+    """Whether the last line of a file that is open for reading has no end: a killed writer, or a full disk, may leave half a line. At its end then."""
+    return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write to a file without a buffer. A disk that fills up takes a part first; the rest then gets the error."""
+    while data:
+        data = data[file.write(data):]
+
+
 def write_text(path: Path, text: str) -> None:
     """write_atomic for text (UTF-8)."""
     write_atomic(path, lambda f: f.write(text.encode()))

@@ -5,9 +5,10 @@ What cannot be read counts as absent; nothing here raises for what a file holds.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from dist_scan.artefacts import ends_torn, write_all
 
 
 def text(path: Path) -> str:
@@ -32,8 +33,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
 def append(path: Path, entry: dict[str, Any]) -> None:
     """One more line; a last line that was torn is ended first, so that this one stands alone. Raises OSError (a full disk)."""
     with open(path, "a+b", buffering=0) as f:
-        torn = f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
-        f.write(b"\n" * bool(torn) + json.dumps(entry).encode() + b"\n")
+        write_all(f, b"\n" * ends_torn(f) + json.dumps(entry).encode() + b"\n")
 
 
 def number(value: Any) -> int | None:

@@ -11,8 +11,9 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from dist_scan.artefacts import ends_torn, write_all
 from dist_scan.progress import tell
 from dist_scan.world.world import current
 
@@ -44,8 +45,8 @@ class Lines:
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b", buffering=0)
-            data = b"\n" * _torn(self.file) + data
-        _write_all(self.file, data)
+            data = b"\n" * ends_torn(self.file) + data
+        write_all(self.file, data)
 
     def close(self) -> None:
         """Close; the next write opens it again."""
@@ -55,17 +56,6 @@ class Lines:
                 file.close()
             except OSError:  # NFS tells only now that the disk is full: the lines were lost with it
                 self.lost += 1
-
-
-def _torn(file: BinaryIO) -> bool:
-    """Whether the last line has no end: a killed writer, or a full disk, may leave half a line."""
-    return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    """A disk that fills up takes a part first; the rest then gets the error."""
-    while data:
-        data = data[file.write(data):]
 
 
 class Board:
@@ -97,7 +87,7 @@ class Board:
 
     def write(self, record: bytes) -> None:
         """For RecordWriter: a record is one call."""
-        _write_all(self.file, record)
+        write_all(self.file, record)
 
     def close(self) -> None:
         """Close the file."""
