@@ -133,11 +133,13 @@ def held_here(run_dir: Path) -> str:
     """Which process of this machine holds the run folder's lock (`process PID on HOST`); '' when none does. Only looked at: a lock that was tried
     for would refuse a run that starts at this moment (Linux)."""
     try:
-        inode = (run_dir / "lock").stat().st_ino
-        held = any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{inode}") for line in Path("/proc/locks").read_text().splitlines())
-    except (OSError, IndexError):
+        inode, holder = (run_dir / "lock").stat().st_ino, records.text(run_dir / "lock")
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
         return ""
-    return (records.text(run_dir / "lock") or "a process that has not said which") if held else ""
+    # an inode's number is known to its own disk alone: the process must be the one that has signed
+    held = any(len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{inode}") and holder.startswith(f"process {words[4]} on ") for words in locks)
+    return holder if held else ""
 
 
 def _lines(path: Path) -> list[str]:
