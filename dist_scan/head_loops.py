@@ -226,7 +226,7 @@ class LoopHead:
 
 def whole_heads(x: Rows, weight: Tensor, bias: Tensor, back: Back, entropy_weight: float) -> tuple[Tensor, Tensor]:
     """(consistency [H], entropy [H]) of heads whose batch is all here; their gradients go to `back`. As head_step's loop over heads, in the memory of
-    the head before and without PyTorch between the products: after one no cache holds anything of its small calls, and they take as long as the loops."""
+    the head before and without PyTorch between the products: after one no cache holds anything of its small calls."""
     head, terms, biases = None, [], _array(bias)
     for h, (at, own) in enumerate(zip(back.at, weight.split(back.sizes))):
         if head is None or head.logits.shape[1] != len(own):

@@ -24,6 +24,12 @@ def one_above_other(first: Tensor, second: Tensor) -> Tensor | None:
     return first.as_strided((2 * len(first), first.shape[1]), (first.shape[1], 1))  # the stride of a dimension of size 1 may be anything
 
 
+def together(first: Tensor, second: Tensor) -> Tensor:
+    """[2b, D] of two views, copied only where they do not lie one above the other."""
+    whole = one_above_other(first, second)
+    return torch.cat([first, second]) if whole is None else whole
+
+
 class Rows:
     """Features of anchors and neighbours [b, D], one above the other: each head is one product there and one back. Where they would have to be copied
     for that they may stay apart: two products, worth it where a head's weights are few (their gradient is then written twice)."""

@@ -12,7 +12,7 @@ from dist_scan.world.collectives import all_max
 
 
 def begin_stage() -> None:
-    """Count peaks from now on. Where the kernel does not let a process reset its own (no Linux, a locked /proc), they stay those of its life."""
+    """Count peaks from now on, without memory that heads of the stage before have kept. Where the kernel does not let a process reset its own (no Linux, a locked /proc), they stay those of its life."""
     give_back()
     forget_peak_memory()
     try:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.head_products import together
 from dist_scan.head_step import all_means
 from dist_scan.losses import temi_heads_loss
 from dist_scan.methods.base import Given, Method, MethodConfig, ParameterGroup, Step
@@ -61,7 +62,7 @@ class Temi(Method):
     def forward(self, batch: Batch) -> Step:
         first, second = self.features.of_pair(batch.views[0], batch.views[-1])
         self._last = first.detach()
-        log_p, marginal = self._teacher(torch.cat([first, second]))
+        log_p, marginal = self._teacher(together(first, second))
         losses = temi_heads_loss(first, second, self.heads.weight, self.heads.bias, self.heads.sizes, log_p, marginal.split(self.heads.sizes),
                                  self.config.beta, self.config.temperature)
         return Step(losses.sum(), {"total": losses.detach().mean()}, {"marginal": marginal})

@@ -219,6 +219,7 @@ MISTAKES = {
     "out in the source": (["{run}", "{tmp}", "-o", "{tmp}/o.parquet"], "would be read as images"),
     "out met by the source": (["{run}", "{tmp}/*.parquet", "-o", "{tmp}/o.parquet"], "would be read as images"),
     "out is a folder": (["{run}", "{images}", "-o", "{tmp}/folder.parquet", "--overwrite"], "is a folder; give another name"),
+    "no GPU": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--device", "cuda"], "this machine has no GPU"),
     "suffix": (["{run}", "{images}", "-o", "{tmp}/o.csv"], "must end in .parquet"),
     "stage": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--stage", "pretext"], "allowed: --stage heads, selflabelling, doomed"),
     "features": (["{run}", "{images}", "-o", "{tmp}/o.parquet", "--features", "pretext"], "allowed: features, none"),
@@ -228,7 +229,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line(name, tiny, images, tmp_path, capsys):
+def test_mistakes_are_one_line(name, tiny, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"x")
@@ -243,6 +245,7 @@ def test_mistakes_are_one_line(name, tiny, images, tmp_path, capsys):
     assert main(["predict", *(w.format(run=tiny, images=images, tmp=tmp_path, half=tmp_path / "half") for w in words)]) == 2
     text = capsys.readouterr().err
     assert expected in text and "Traceback" not in text
+    assert name == "all broken" or not list(tmp_path.glob("*.work")), "said before anything is encoded"
     assert not (tmp_path / "o.parquet").exists() and (tmp_path / "there.parquet").read_bytes() == b"mine"
 
 

@@ -146,3 +146,16 @@ def test_files_that_are_no_settings(tmp_path, data, words):
         load(tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="is a folder; there are: bad.yaml"):
         load(tmp_path)
+
+
+def test_a_method_that_does_not_name_its_kind_is_told_the_line(tmp_path, monkeypatch):
+    """Without it a mistyped setting was answered with an empty list of what is allowed."""
+    import dist_scan.methods
+    from dist_scan.config import kind_class
+
+    monkeypatch.setattr(dist_scan.methods, "__path__", [*dist_scan.methods.__path__, str(tmp_path)])
+    for name, line in (("unnamed", ""), ("misnamed", '    kind: Literal["other"] = "other"\n')):
+        (tmp_path / f"{name}.py").write_text(f"from typing import Literal\nfrom dist_scan.methods.base import MethodConfig\n\nclass C(MethodConfig):\n    weight: float = 1.0\n{line}\n"
+                                             "class M:\n    Config = C\n")
+        with pytest.raises(ConfigError, match=f'needs a line that names its kind: `kind: Literal\\["{name}"\\] = "{name}"`'):
+            kind_class("dist_scan.methods", name)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import subprocess
 import sys
@@ -99,3 +100,9 @@ def test_original_passes_plain_jpegs_through_and_nothing_else():
         stored = encode(data, ORIGINAL)  # over max_side, no JPEG, wider than a JPEG can be
         assert stored.mode == JPEG and max(stored.height, stored.width) == 128
         assert Image.open(io.BytesIO(stored.data)).size == (stored.width, stored.height)
+
+
+def test_names_that_are_no_utf8_stay_apart_and_tell_their_bytes():
+    from dist_scan.data.beton.write import _printable
+
+    assert [_printable(os.fsdecode(name)) for name in (b"caf\xe9.png", b"caf\xe8.png", "café.png".encode())] == ["caf\\xe9.png", "caf\\xe8.png", "café.png"]
