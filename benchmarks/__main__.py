@@ -5,6 +5,7 @@ on a busy machine); what was cut off or left out for want of time is in the tabl
 A benchmark is a file here with a `main`. `QUICK = [...]` in it are its arguments for --quick, `NEEDS = "gpu"` what it cannot do without,
 `CLUSTER = [...]` its arguments over the ranks of a job, with {names} that launch/benchmark.py fills in from a config.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,7 +41,11 @@ class Benchmark:
 
 def find(folder: Path = Path(__file__).parent) -> list[Benchmark]:
     """Every file with a `main`, by name."""
-    return [b for path in sorted(folder.glob("*.py")) if not path.name.startswith("_") and (b := read(path)) is not None]
+    return [
+        b
+        for path in sorted(folder.glob("*.py"))
+        if not path.name.startswith("_") and (b := read(path)) is not None
+    ]
 
 
 def read(path: Path) -> Benchmark | None:
@@ -49,11 +54,24 @@ def read(path: Path) -> Benchmark | None:
     tree = ast.parse(text)
     if not any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
         return None
-    named = {t.id: node.value for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    named = {
+        t.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+        if isinstance(t, ast.Name)
+    }
     quick = ast.literal_eval(named["QUICK"]) if "QUICK" in named else None
     needs = ast.literal_eval(named["NEEDS"]) if "NEEDS" in named else ""
     cluster = ast.literal_eval(named["CLUSTER"]) if "CLUSTER" in named else None
-    return Benchmark(path.stem, (ast.get_docstring(tree) or "-").splitlines()[0], quick, needs, '"--compare"' in text, cluster)
+    return Benchmark(
+        path.stem,
+        (ast.get_docstring(tree) or "-").splitlines()[0],
+        quick,
+        needs,
+        '"--compare"' in text,
+        cluster,
+    )
 
 
 def why_not(benchmark: Benchmark, quick: bool) -> str:
@@ -71,18 +89,32 @@ def data_path(benchmark: Benchmark) -> Path:
     return shared / benchmark.needs.removeprefix("data:")
 
 
-def run(benchmark: Benchmark, quick: bool, compare: bool, limit_s: float | None) -> tuple[list[dict[str, Any]], str]:
+def run(
+    benchmark: Benchmark, quick: bool, compare: bool, limit_s: float | None
+) -> tuple[list[dict[str, Any]], str]:
     """Its rows, and what went wrong ('' if nothing). Rows printed before a failure or the limit count."""
-    arguments = [os.path.relpath(data_path(benchmark), ROOT)] if benchmark.needs.startswith("data:") else []
+    arguments = (
+        [os.path.relpath(data_path(benchmark), ROOT)] if benchmark.needs.startswith("data:") else []
+    )
     arguments += (benchmark.quick or []) if quick else []
-    arguments += ["--compare"] if compare and benchmark.compares and "--compare" not in arguments else []
-    process = subprocess.Popen([sys.executable, "-m", f"benchmarks.{benchmark.name}", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    arguments += (
+        ["--compare"] if compare and benchmark.compares and "--compare" not in arguments else []
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"benchmarks.{benchmark.name}", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     cut: list[bool] = []
 
     def end() -> None:
         cut.append(True)
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: also the processes that it started
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # its own session: also the processes that it started
 
     timer = threading.Timer(limit_s, end) if limit_s else None
     if timer:
@@ -90,7 +122,11 @@ def run(benchmark: Benchmark, quick: bool, compare: bool, limit_s: float | None)
     out, errors = process.communicate()
     if timer:
         timer.cancel()
-    rows = [with_facts(json.loads(line), benchmark.name, arguments) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+    rows = [
+        with_facts(json.loads(line), benchmark.name, arguments)
+        for line in out.splitlines()
+        if line.startswith("{") and line.endswith("}")
+    ]
     if cut:
         return rows, f"cut off after {limit_s:.0f} s"
     last = (errors.strip().splitlines() or ["no message"])[-1]
@@ -99,7 +135,11 @@ def run(benchmark: Benchmark, quick: bool, compare: bool, limit_s: float | None)
 
 def figures(row: dict[str, Any]) -> str:
     """A row's own fields in short."""
-    return ", ".join(f"{k} {'-'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in row.items() if k not in (*COMMON, "row") and v not in ("", None))
+    return ", ".join(
+        f"{k} {'-'.join(map(str, v)) if isinstance(v, list) else v}"
+        for k, v in row.items()
+        if k not in (*COMMON, "row") and v not in ("", None)
+    )
 
 
 def table(rows: list[dict[str, Any]], problems: dict[str, str]) -> str:
@@ -111,28 +151,53 @@ def table(rows: list[dict[str, Any]], problems: dict[str, str]) -> str:
     return "\n".join(f"| {a.ljust(widths[0])} | {b.ljust(widths[1])} | {c} |" for a, b, c in lines)
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]], problems: dict[str, str], command: str) -> None:
+def write(
+    folder: Path, name: str, rows: list[dict[str, Any]], problems: dict[str, str], command: str
+) -> None:
     """NAME.jsonl, and NAME.md with the machine's description and the table."""
-    about = facts(())  # before anything is written: rows of an earlier time may be part of the checkout
+    about = facts(
+        ()
+    )  # before anything is written: rows of an earlier time may be part of the checkout
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     busy = sorted({row["load"] for row in rows if "load" in row})
-    head = [f"# {command}", "", f"{about['date']}, commit {about['commit']}. {about['machine']}; device: {about['device']}. "
-            f"Processes wanting a core, per core, while it ran: {f'{busy[0]} to {busy[-1]}' if busy else 'not known'}"
-            f"{' (busy: trust ratios, not seconds)' if busy and busy[-1] > 1.5 else ''}. "
-            + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".", ""]
+    head = [
+        f"# {command}",
+        "",
+        f"{about['date']}, commit {about['commit']}. {about['machine']}; device: {about['device']}. "
+        f"Processes wanting a core, per core, while it ran: {f'{busy[0]} to {busy[-1]}' if busy else 'not known'}"
+        f"{' (busy: trust ratios, not seconds)' if busy and busy[-1] > 1.5 else ''}. "
+        + ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+        + ".",
+        "",
+    ]
     (folder / f"{name}.md").write_text("\n".join([*head, table(rows, problems), ""]))
 
 
 def main(argv: list[str] | None = None) -> int:
     """List, or run and print the table. Returns 1 when a benchmark failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("names", nargs="*", help="which ones (default: all)")
-    parser.add_argument("--run", action="store_true", help="run them (without it, and without --quick, they are listed)")
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="run them (without it, and without --quick, they are listed)",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes; all within 10 minutes")
-    parser.add_argument("--minutes", type=float, default=QUICK_MINUTES, help="for all of --quick together (default %(default)s)")
-    parser.add_argument("--compare", action="store_true", help="with the peer a user would otherwise take, in turns")
-    parser.add_argument("--out", type=Path, help="also write the rows and the table into this folder")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=QUICK_MINUTES,
+        help="for all of --quick together (default %(default)s)",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="with the peer a user would otherwise take, in turns"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="also write the rows and the table into this folder"
+    )
     parser.add_argument("--name", default="local", help="of the files in --out")
     args = parser.parse_args(argv)
     found = {b.name: b for b in find()}
@@ -151,13 +216,24 @@ def main(argv: list[str] | None = None) -> int:
             problem = "no time left"
         if not problem:
             print(f"[{i + 1}/{len(chosen)}] {benchmark.name}", file=sys.stderr, flush=True)
-            more, problem = run(benchmark, args.quick, args.compare, min(LONGEST * 60 * args.minutes, left) if args.quick else None)
+            more, problem = run(
+                benchmark,
+                args.quick,
+                args.compare,
+                min(LONGEST * 60 * args.minutes, left) if args.quick else None,
+            )
             rows += more
         if problem:
             problems[benchmark.name] = problem
     print(table(rows, problems))
     if args.out:
-        write(args.out, args.name, rows, problems, " ".join(["python -m benchmarks", *(argv if argv is not None else sys.argv[1:])]))
+        write(
+            args.out,
+            args.name,
+            rows,
+            problems,
+            " ".join(["python -m benchmarks", *(argv if argv is not None else sys.argv[1:])]),
+        )
     return int(any(p.startswith("failed") for p in problems.values()))
 
 

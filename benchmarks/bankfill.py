@@ -5,6 +5,7 @@
 --compare adds, in turns, what one would otherwise write: a DataLoader over Pillow and torchvision's transforms of the same look, and the
 same network in eval mode. One thread each, so that the ratio of CPU seconds says what a core does.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,7 +21,19 @@ import torch
 
 from benchmarks.rows import emit, spread
 
-QUICK = ["--compare", "--model", "resnet18", "--size", "64", "--images", "96", "--views", "2", "--rounds", "3"]
+QUICK = [
+    "--compare",
+    "--model",
+    "resnet18",
+    "--size",
+    "64",
+    "--images",
+    "96",
+    "--views",
+    "2",
+    "--rounds",
+    "3",
+]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -34,25 +47,40 @@ def photographs(folder: Path, count: int) -> Path:
         top, left = rng.integers(0, 427 - 300), rng.integers(0, 640 - 400)
         path = folder / "photo" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo[top:top + 300, left:left + 400]).save(path, quality=90)
+        Image.fromarray(photo[top : top + 300, left : left + 400]).save(path, quality=90)
     return folder
 
 
-def ours(beton: Path, network: torch.nn.Module, args: argparse.Namespace, folder: Path) -> Callable[[], None]:
+def ours(
+    beton: Path, network: torch.nn.Module, args: argparse.Namespace, folder: Path
+) -> Callable[[], None]:
     """All images, all views, into a table on disk."""
-    from dist_scan.data.augment import RecipeConfig, build_recipe
+    from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
     from dist_scan.engine.embed import embed_images
     from dist_scan.engine.stop import Stop
     from dist_scan.world.world import current
 
-    recipes = tuple(build_recipe(RecipeConfig(name=args.recipe), args.size, MEAN, STD) for _ in range(args.views))
+    recipes = tuple(
+        build_recipe(RecipeConfig(name=args.recipe), args.size, MEAN, STD)
+        for _ in range(args.views)
+    )
     loader = BetonLoader(beton, tuple(r.crop for r in recipes), seed=0, batch_size=32, workers=1)
     turn = iter(range(10**6))
 
     def work() -> None:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            embed_images(network, loader, recipes, folder / f"bank{next(turn)}", network.num_features, 2, 0, current(), Stop())
+            embed_images(
+                network,
+                loader,
+                recipes,
+                folder / f"bank{next(turn)}",
+                network.num_features,
+                2,
+                0,
+                current(),
+                Stop(),
+            )
 
     return work
 
@@ -65,12 +93,21 @@ def peer(beton: Path, network: torch.nn.Module, args: argparse.Namespace) -> Cal
     from torchvision import transforms as T
 
     from benchmarks.augment import peer as colours
-    from dist_scan.data.augment import LOOKS
+    from dist_scan.data.augment.recipes import LOOKS
     from dist_scan.data.beton.format import check_beton
 
     look, tables, data = LOOKS[args.recipe], check_beton(beton), beton.read_bytes()
-    files = [data[s:s + n] for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())]
-    cut = T.Compose([T.RandomResizedCrop(args.size, look.scale), T.RandomHorizontalFlip(look.flip), colours(look)])
+    files = [
+        data[s : s + n]
+        for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())
+    ]
+    cut = T.Compose(
+        [
+            T.RandomResizedCrop(args.size, look.scale),
+            T.RandomHorizontalFlip(look.flip),
+            colours(look),
+        ]
+    )
 
     class Views(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -96,12 +133,16 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--recipe", default="standard", help="a random resized crop with the colours of this recipe (standard: none)")
+    parser.add_argument(
+        "--recipe",
+        default="standard",
+        help="a random resized crop with the colours of this recipe (standard: none)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
     from dist_scan.data.beton.write import write_beton
-    from dist_scan.data.sources import DataConfig, SplitConfig, open_source
+    from dist_scan.data.sources.base import DataConfig, SplitConfig, open_source
     from dist_scan.models.backbone import BackboneConfig, build_backbone
 
     torch.set_num_threads(1)
@@ -110,7 +151,9 @@ def main() -> None:
         folder = Path(name)
         source = args.source or str(photographs(folder / "in", args.images))
         config = DataConfig(train=SplitConfig(source=source, limit=args.images), size=args.size)
-        count = write_beton(open_source(config.train), folder / "images.beton", config, 1, show=False).num_images
+        count = write_beton(
+            open_source(config.train), folder / "images.beton", config, 1, show=False
+        ).num_images
         works = {"ours": ours(folder / "images.beton", network, args, folder)}
         if args.compare:
             works["plain"] = peer(folder / "images.beton", network, args)
@@ -122,11 +165,20 @@ def main() -> None:
                 if turn:  # the first warms up
                     seconds[name].append(time.process_time() - began)
     took = np.array(seconds["ours"])
-    row = {"row": args.recipe, "model": args.model, "size": args.size, "views": args.views, "images": count,
-           "views_per_cpu_s": round(count * args.views / float(np.median(took)), 1)}
+    row = {
+        "row": args.recipe,
+        "model": args.model,
+        "size": args.size,
+        "views": args.views,
+        "images": count,
+        "views_per_cpu_s": round(count * args.views / float(np.median(took)), 1),
+    }
     if args.compare:
         plain = np.array(seconds["plain"])
-        row |= {"plain_views_per_cpu_s": round(count * args.views / float(np.median(plain)), 1), **spread(plain / took, "speedup")}
+        row |= {
+            "plain_views_per_cpu_s": round(count * args.views / float(np.median(plain)), 1),
+            **spread(plain / took, "speedup"),
+        }
     emit(row)
 
 

@@ -5,6 +5,7 @@
 The state is a MoCo's: two networks, SGD's momentum, a queue. The peer writes the same state with torch.save and flushes it, and loads it
 with torch.load; it notices neither a torn file nor a flipped bit.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,9 +30,17 @@ def state_of(name: str, queue: int) -> dict[str, Any]:
 
     backbone = build_backbone(BackboneConfig(name=name))
     weights = backbone.state_dict()
-    method = {f"{part}.{k}": v.clone() for part in ("backbone", "key") for k, v in weights.items()} | {"queue": torch.randn(queue, 128)}
-    momentum = {i: {"momentum_buffer": torch.randn_like(p)} for i, p in enumerate(backbone.parameters())}
-    return {"method": method, "optimizer": {"state": momentum, "param_groups": [{"params": list(momentum)}]}, "position": {"step": 1}}
+    method = {
+        f"{part}.{k}": v.clone() for part in ("backbone", "key") for k, v in weights.items()
+    } | {"queue": torch.randn(queue, 128)}
+    momentum = {
+        i: {"momentum_buffer": torch.randn_like(p)} for i, p in enumerate(backbone.parameters())
+    }
+    return {
+        "method": method,
+        "optimizer": {"state": momentum, "param_groups": [{"params": list(momentum)}]},
+        "position": {"step": 1},
+    }
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -54,16 +63,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--queue", type=int, default=65536)
-    parser.add_argument("--folder", help="a folder on the disk to measure (default: the temporary one)")
+    parser.add_argument(
+        "--folder", help="a folder on the disk to measure (default: the temporary one)"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
-    from dist_scan.engine.checkpoint import Checkpoints
+    from dist_scan.engine.checkpoint import CheckpointStore
 
     state, cpu = state_of(args.model, args.queue), torch.device("cpu")
     seconds: dict[str, list[float]] = {"save": [], "load": [], "plain_save": [], "plain_load": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        store, path = Checkpoints(Path(folder) / "checkpoints", 2), Path(folder) / "plain.pt"
+        store, path = CheckpointStore(Path(folder) / "checkpoints", 2), Path(folder) / "plain.pt"
         for step in range(args.rounds):
             seconds["save"].append(timed(lambda: store.save(step, state, {})))
             seconds["load"].append(timed(lambda: store.load(cpu)))
@@ -73,9 +84,21 @@ def main() -> None:
         size = sum(f.stat().st_size for f in next(store.folder.glob("step-*")).iterdir())
     for name in ("save", "load"):
         took = np.array(seconds[name])
-        row = {"row": name, "model": args.model, "mib": round(size / 2**20, 1), "seconds": round(float(np.median(took)), 3),
-               "mib_per_s": round(size / 2**20 / float(np.median(took)), 1)}
-        emit(row | (spread(took / np.array(seconds[f"plain_{name}"]), "time_ratio") if args.compare else {}))
+        row = {
+            "row": name,
+            "model": args.model,
+            "mib": round(size / 2**20, 1),
+            "seconds": round(float(np.median(took)), 3),
+            "mib_per_s": round(size / 2**20 / float(np.median(took)), 1),
+        }
+        emit(
+            row
+            | (
+                spread(took / np.array(seconds[f"plain_{name}"]), "time_ratio")
+                if args.compare
+                else {}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """A run of the product that is looked at from outside while faults strike it: when which step was written, when which rank ended."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,15 @@ RANKS = 2
 # The launcher is forked from a process that has imported what launch/local.py has when it forks its ranks, and no more: the first start of a
 # run so costs no imports here (about 8 s), a relaunch costs what it costs a user.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["launch.local", "dist_scan.run", "dist_scan.methods.simclr", "dist_scan.stages.train", "dist_scan.stages.embed"])
+FORKS.set_forkserver_preload(
+    [
+        "launch.local",
+        "dist_scan.run",
+        "dist_scan.methods.simclr",
+        "dist_scan.stages.train",
+        "dist_scan.stages.embed",
+    ]
+)
 CONFIG = """
 name: recovery
 data: {{train: {{source: "sklearn:digits", limit: 480}}, size: 16, stored: raw, resolution: 16}}
@@ -48,7 +57,7 @@ class Exit(NamedTuple):
 
 
 @dataclass
-class Rows:
+class ExactRows:
     """A metrics.jsonl that grows. `seen` is every row of a step in the order of writing, done again or not."""
 
     path: Path
@@ -62,7 +71,7 @@ class Rows:
         with open(self.path, "rb") as f:
             f.seek(self.read)
             new = f.read()
-        whole = new[:new.rfind(b"\n") + 1]
+        whole = new[: new.rfind(b"\n") + 1]
         self.read += len(whole)
         for line in whole.splitlines():
             try:
@@ -99,8 +108,8 @@ def new_step_s(seen: Sequence[Row], exits: Sequence[Exit], fault: float) -> floa
     ended = next((e for e in exits if e.at >= fault), None)
     if ended is None:
         return None
-    before = max((row.step for row in seen[:ended.rows]), default=0)
-    return next((row.at - fault for row in seen[ended.rows:] if row.step > before), None)
+    before = max((row.step for row in seen[: ended.rows]), default=0)
+    return next((row.at - fault for row in seen[ended.rows :] if row.step > before), None)
 
 
 def good_s(seen: Sequence[Row], exits: Sequence[Exit]) -> float:
@@ -114,7 +123,9 @@ def good_s(seen: Sequence[Row], exits: Sequence[Exit]) -> float:
 class Kills:
     """Random kills of random ranks: the time between two is exponential with this mean, for so long."""
 
-    def __init__(self, mean_s: float, length_s: float, seed: int, now: Callable[[], float] = time.time):
+    def __init__(
+        self, mean_s: float, length_s: float, seed: int, now: Callable[[], float] = time.time
+    ) -> None:
         self.random, self.mean_s, self.now = random.Random(seed), mean_s, now
         self.end = now() + length_s
         self.next = now() + self.random.expovariate(1 / mean_s)
@@ -133,18 +144,35 @@ class Kills:
 class Run:
     """One run folder, started through launch/local.py with two ranks, and watched."""
 
-    def __init__(self, folder: Path, epochs: int):
+    def __init__(self, folder: Path, epochs: int) -> None:
         folder.mkdir()
-        self.folder, self.run_dir, self.fault_path, self.epochs = folder, folder / "run", folder / "fault.json", epochs
+        self.folder, self.run_dir, self.fault_path, self.epochs = (
+            folder,
+            folder / "run",
+            folder / "fault.json",
+            epochs,
+        )
         (folder / "recovery.yaml").write_text(CONFIG.format(epochs=epochs, every_s=SAVE_EVERY_S))
-        self.rows, self.exits, self.shards = Rows(self.run_dir / "logs" / "pretext.metrics.jsonl"), [], set()
+        self.rows, self.exits, self.shards = (
+            ExactRows(self.run_dir / "logs" / "pretext.metrics.jsonl"),
+            [],
+            set(),
+        )
 
     def start(self, *overrides: str, faults: Sequence[dict] = ()) -> BaseProcess:
         """Start the launcher; what it says goes to said.txt."""
         if faults:
             self.fault_path.write_text(json.dumps(list(faults)))
-        line = [str(self.folder / "recovery.yaml"), "--processes", str(RANKS), f"runtime.run_dir={self.run_dir}", *overrides]
-        launcher = FORKS.Process(target=_launch, args=(line, self.folder / "said.txt", str(self.fault_path)))
+        line = [
+            str(self.folder / "recovery.yaml"),
+            "--processes",
+            str(RANKS),
+            f"runtime.run_dir={self.run_dir}",
+            *overrides,
+        ]
+        launcher = FORKS.Process(
+            target=_launch, args=(line, self.folder / "said.txt", str(self.fault_path))
+        )
         launcher.start()
         return launcher
 
@@ -157,7 +185,10 @@ class Run:
             self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive - now)
             alive = now
             if kills is not None:
-                kills.strike(sorted(now), stepped=len(self.rows.seen) > (self.exits[-1].rows if self.exits else 0))
+                kills.strike(
+                    sorted(now),
+                    stepped=len(self.rows.seen) > (self.exits[-1].rows if self.exits else 0),
+                )
             time.sleep(LOOK_S)
         self._look()
         self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive)
@@ -177,13 +208,27 @@ class Run:
 
     def results(self) -> dict[str, bytes]:
         """Published weights and features, byte for byte."""
-        return {p.name: p.read_bytes() for stage in ("pretext", "features") for p in self.run_dir.glob(f"stages/{stage}/*/*") if p.suffix in (".safetensors", ".npy")}
+        return {
+            p.name: p.read_bytes()
+            for stage in ("pretext", "features")
+            for p in self.run_dir.glob(f"stages/{stage}/*/*")
+            if p.suffix in (".safetensors", ".npy")
+        }
 
     def equals(self, whole: Run) -> bool:
         """Done, with the other's losses (all that were written, also of steps done again), weights and features, bit for bit."""
         results, losses = self.results(), {row.step: row.loss for row in self.rows.seen}
-        done = (self.run_dir / "DONE").exists() and bool(losses) and len({Path(name).suffix for name in results}) == 2
-        return done and results == whole.results() and losses == {row.step: row.loss for row in whole.rows.seen} and not differing(self.rows.seen)
+        done = (
+            (self.run_dir / "DONE").exists()
+            and bool(losses)
+            and len({Path(name).suffix for name in results}) == 2
+        )
+        return (
+            done
+            and results == whole.results()
+            and losses == {row.step: row.loss for row in whole.rows.seen}
+            and not differing(self.rows.seen)
+        )
 
     def faults(self) -> list[dict]:
         """What the launcher remembers of each fault: {time, start, fault, advanced}."""
@@ -206,7 +251,10 @@ def _launch(line: list[str], out: Path, faults: str) -> None:
     to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(to, 1)
     os.dup2(to, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (
+        open(1, "w", buffering=1, closefd=False),
+        open(2, "w", buffering=1, closefd=False),
+    )
     from launch import local
 
     sys.exit(local.main(line))

@@ -6,6 +6,7 @@
 Under srun or torchrun (RANK is set) the ranks share --batch images of --dim features, and rank 0 prints one row.
 --compare runs all in turns; ratios are medians over rounds. `loss_only` is the loss and its gradient by given logits, without products.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.rows import emit
 from benchmarks.turns import job_turns, job_world, typical
 from dist_scan.engine.precision import peak_memory, set_determinism
-from dist_scan.head_loops import LoopHead
-from dist_scan.head_products import give_back
-from dist_scan.head_step import entropy_and_slope, means_of
+from dist_scan.heads.autograd import entropy_and_slope, means_of
+from dist_scan.heads.cpu_loops import LoopHead
+from dist_scan.heads.products import give_back
 from dist_scan.losses import scan_heads_loss, scan_loss_released
 from dist_scan.models.layers import ClusterHeads
 
@@ -40,21 +41,34 @@ Run = Callable[[], None]
 Tensors = tuple[list[Tensor], list[Tensor]]
 
 
-def steps(batch: int, clusters: int, dim: int, device: torch.device) -> tuple[dict[str, Run], dict[str, Tensors]]:
+def steps(
+    batch: int, clusters: int, dim: int, device: torch.device
+) -> tuple[dict[str, Run], dict[str, Tensors]]:
     """The three on the same features; and (inputs, weights) of the two that train."""
-    first, second = torch.randn(2 * batch, dim, device=device).chunk(2)  # as the feed of a bank gives them
+    first, second = torch.randn(2 * batch, dim, device=device).chunk(
+        2
+    )  # as the feed of a bank gives them
     heads = ClusterHeads(dim, clusters, HEADS).to(device)
     loop = [nn.Linear(dim, clusters, device=device) for _ in range(HEADS)]
-    both, logits, grad = torch.cat([first, second]), torch.empty(2 * batch, clusters, device=device), torch.empty_like(heads.weight)
+    both, logits, grad = (
+        torch.cat([first, second]),
+        torch.empty(2 * batch, clusters, device=device),
+        torch.empty_like(heads.weight),
+    )
 
     def ours() -> None:
         heads.zero_grad()
-        scan_heads_loss(first, second, heads.weight, heads.bias, heads.sizes, WEIGHT).total.sum().backward()
+        scan_heads_loss(
+            first, second, heads.weight, heads.bias, heads.sizes, WEIGHT
+        ).total.sum().backward()
 
     def published() -> None:
         for head in loop:
             head.zero_grad()
-        sum(scan_loss_released(head(first)[None], head(second)[None], WEIGHT).total[0] for head in loop).backward()
+        sum(
+            scan_loss_released(head(first)[None], head(second)[None], WEIGHT).total[0]
+            for head in loop
+        ).backward()
 
     def bare() -> None:
         for h in range(HEADS):
@@ -62,7 +76,10 @@ def steps(batch: int, clusters: int, dim: int, device: torch.device) -> tuple[di
             torch.mm(both, heads.weight[at].detach().T, out=logits)
             torch.mm(logits.T, both, out=grad[at])
 
-    weights = {"ours": list(heads.parameters()), "published_loop": [p for head in loop for p in head.parameters()]}
+    weights = {
+        "ours": list(heads.parameters()),
+        "published_loop": [p for head in loop for p in head.parameters()],
+    }
     held = {row: ([first, second], parameters) for row, parameters in weights.items()}
     return {"ours": ours, "published_loop": published, "bare_products": bare}, held
 
@@ -70,16 +87,21 @@ def steps(batch: int, clusters: int, dim: int, device: torch.device) -> tuple[di
 def losses(batch: int, clusters: int, device: torch.device) -> tuple[dict[str, Run], Run]:
     """Loss and gradient by the logits of one head; and what is done before each run: ours takes the logits' place."""
     given = torch.randn(2, batch, clusters, device=device) * 3
-    work, bias = torch.empty_like(given).view(2 * batch, clusters), torch.zeros(clusters, device=device)
+    work, bias = (
+        torch.empty_like(given).view(2 * batch, clusters),
+        torch.zeros(clusters, device=device),
+    )
 
     def before() -> None:
         work.copy_(given.view(2 * batch, clusters))
 
     def ours() -> None:
         if device.type == "cpu":
-            LoopHead(work, bias, batch, lambda rows: (given[0, rows], given[1, rows])).finish_(WEIGHT)
+            LoopHead(work, bias, batch, lambda rows: (given[0, rows], given[1, rows])).finish_(
+                WEIGHT
+            )
             return
-        from dist_scan.head_kernel import KernelHead
+        from dist_scan.heads.gpu_kernels import KernelHead
 
         head = KernelHead(work, batch)
         means, count = means_of([head.anchor_sum()], batch, whole_batch=True)
@@ -100,7 +122,9 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(runs: dict[str, Run], rounds: int, device: torch.device, before: Run = lambda: None) -> dict[str, np.ndarray]:
+def timed(
+    runs: dict[str, Run], rounds: int, device: torch.device, before: Run = lambda: None
+) -> dict[str, np.ndarray]:
     """Seconds [rounds] of each, in turns; the first round warms up. What is done `before` each is not counted."""
     out: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
@@ -115,7 +139,7 @@ def timed(runs: dict[str, Run], rounds: int, device: torch.device, before: Run =
 class Held(TorchDispatchMode):
     """The most bytes of tensors that were alive at once, of those made while it is on (what a kernel uses inside is not seen)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
@@ -142,7 +166,11 @@ def memory(run: Run, given: list[Tensor], weights: list[Tensor]) -> float:
     """MiB above the inputs, the weights and their gradient."""
     for p in weights:
         p.grad = None
-    return round((Held().of(run, given + weights) - sum(p.numel() * p.element_size() for p in weights)) / 2**20, 1)
+    return round(
+        (Held().of(run, given + weights) - sum(p.numel() * p.element_size() for p in weights))
+        / 2**20,
+        1,
+    )
 
 
 def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> None:
@@ -152,41 +180,76 @@ def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> No
     (runs, held), name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
     seconds = timed(runs, rounds, device)
     for row, values in seconds.items():
-        emit({"row": row, **name, "ms": round(1000 * float(np.median(values)), 1),
-                          "ratio_to_loop": round(float(np.median(values / seconds["published_loop"])), 3),
-                          "ratio_to_bare": round(float(np.median(values / seconds["bare_products"])), 3),
-                          "peak_mib": memory(runs[row], *held[row]) if row in held else None})
+        emit(
+            {
+                "row": row,
+                **name,
+                "ms": round(1000 * float(np.median(values)), 1),
+                "ratio_to_loop": round(float(np.median(values / seconds["published_loop"])), 3),
+                "ratio_to_bare": round(float(np.median(values / seconds["bare_products"])), 3),
+                "peak_mib": memory(runs[row], *held[row]) if row in held else None,
+            }
+        )
     alone_runs, before = losses(batch, clusters, device)
     alone = timed(alone_runs, HEADS * rounds, device, before)
-    emit({"row": "loss_only", **name, "ms": round(1000 * float(np.median(alone["ours"])), 1),
-                      "published_ms": round(1000 * float(np.median(alone["published_loop"])), 1),
-                      "times_cheaper": round(float(np.median(alone["published_loop"] / alone["ours"])), 2)})
+    emit(
+        {
+            "row": "loss_only",
+            **name,
+            "ms": round(1000 * float(np.median(alone["ours"])), 1),
+            "published_ms": round(1000 * float(np.median(alone["published_loop"])), 1),
+            "times_cheaper": round(float(np.median(alone["published_loop"] / alone["ours"])), 2),
+        }
+    )
 
 
 def imagenet(rounds: int, device: torch.device) -> None:
     """Steps of the full size (a sixteenth of the batch on a CPU), times their number."""
     scale = 16 if device.type == "cpu" else 1
-    seconds = timed(steps(IMAGENET["batch"] // scale, IMAGENET["clusters"], IMAGENET["dim"], device)[0], rounds, device)
+    seconds = timed(
+        steps(IMAGENET["batch"] // scale, IMAGENET["clusters"], IMAGENET["dim"], device)[0],
+        rounds,
+        device,
+    )
     count = IMAGENET["images"] // IMAGENET["batch"] * IMAGENET["epochs"]
-    flop = 8 * IMAGENET["batch"] * HEADS * IMAGENET["clusters"] * IMAGENET["dim"]  # two views; a product there and one back, 2 a number
-    hours = {f"{name}_hours": round(float(np.median(values)) * scale * count / 3600, 3) for name, values in seconds.items()}
-    emit({"row": "imagenet", **IMAGENET, "heads": HEADS, "steps": count, "device": str(device), "rounds": rounds,
-                      "formula": f"median step of batch / {scale}, x {scale} x steps; products alone: 8 x batch x heads x clusters x dim x steps",
-                      **hours, "products_pflop": round(flop * count / 1e15, 2),
-                      "gflop_per_s": round(flop / scale / 1e9 / float(np.median(seconds["bare_products"])), 1),
-                      "peak_gpu_mib": round(peak_memory() / 2**20)})
+    flop = (
+        8 * IMAGENET["batch"] * HEADS * IMAGENET["clusters"] * IMAGENET["dim"]
+    )  # two views; a product there and one back, 2 a number
+    hours = {
+        f"{name}_hours": round(float(np.median(values)) * scale * count / 3600, 3)
+        for name, values in seconds.items()
+    }
+    emit(
+        {
+            "row": "imagenet",
+            **IMAGENET,
+            "heads": HEADS,
+            "steps": count,
+            "device": str(device),
+            "rounds": rounds,
+            "formula": f"median step of batch / {scale}, x {scale} x steps; products alone: 8 x batch x heads x clusters x dim x steps",
+            **hours,
+            "products_pflop": round(flop * count / 1e15, 2),
+            "gflop_per_s": round(
+                flop / scale / 1e9 / float(np.median(seconds["bare_products"])), 1
+            ),
+            "peak_gpu_mib": round(peak_memory() / 2**20),
+        }
+    )
 
 
 class Loss(nn.Module):
     """Ten heads and their loss, to be wrapped as the engine wraps a method."""
 
-    def __init__(self, dim: int, clusters: int):
+    def __init__(self, dim: int, clusters: int) -> None:
         super().__init__()
         self.heads = ClusterHeads(dim, clusters, HEADS)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """[b, D] twice -> the sum of the heads' losses over the batch of all ranks."""
-        return scan_heads_loss(first, second, self.heads.weight, self.heads.bias, self.heads.sizes, WEIGHT).total.sum()
+        return scan_heads_loss(
+            first, second, self.heads.weight, self.heads.bias, self.heads.sizes, WEIGHT
+        ).total.sum()
 
 
 def over_ranks(args: argparse.Namespace) -> None:
@@ -196,9 +259,14 @@ def over_ranks(args: argparse.Namespace) -> None:
 
     with job_world() as world:
         if args.batch % world.world_size:
-            raise ValueError(f"--batch {args.batch} does not divide over {world.world_size} ranks; allowed: a multiple of that")
+            raise ValueError(
+                f"--batch {args.batch} does not divide over {world.world_size} ranks; allowed: a multiple of that"
+            )
         model = wrap(Loss(args.dim, args.clusters).to(world.device))
-        first, second = (torch.randn(args.batch // world.world_size, args.dim, device=world.device) for _ in range(2))
+        first, second = (
+            torch.randn(args.batch // world.world_size, args.dim, device=world.device)
+            for _ in range(2)
+        )
 
         def work() -> None:
             model.zero_grad(set_to_none=True)
@@ -206,8 +274,18 @@ def over_ranks(args: argparse.Namespace) -> None:
 
         took = typical(job_turns(work, args.rounds))
         if world.rank == 0:
-            emit({"row": "all ranks", "batch": args.batch, "clusters": args.clusters, "dim": args.dim, "world_size": world.world_size, "rounds": args.rounds, **took,
-                  "images_per_s": round(args.batch / took["wall_s"], 1)})
+            emit(
+                {
+                    "row": "all ranks",
+                    "batch": args.batch,
+                    "clusters": args.clusters,
+                    "dim": args.dim,
+                    "world_size": world.world_size,
+                    "rounds": args.rounds,
+                    **took,
+                    "images_per_s": round(args.batch / took["wall_s"], 1),
+                }
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,7 +296,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=4096, help="for the ranks of a job: images of all ranks together")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=4096,
+        help="for the ranks of a job: images of all ranks together",
+    )
     parser.add_argument("--clusters", type=int, default=1000, help="for the ranks of a job")
     parser.add_argument("--dim", type=int, default=2048, help="for the ranks of a job")
     args = parser.parse_args(argv)

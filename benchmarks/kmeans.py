@@ -9,6 +9,7 @@ iteration is a turn by its number of assignments, so reading rows, and what else
 distances to the nearest final centroid, by one routine for both. Under srun or torchrun (RANK is set) the ranks share one table, in --folder,
 which all of them see, and rank 0 prints one row.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,20 +25,38 @@ from benchmarks.rows import emit
 from benchmarks.turns import Group, Turn, job_turns, job_world, typical
 
 CLUSTER = ["--folder", "{folder}", "--rows", "{rows}", "--dim", "{dim}", "--clusters", "{clusters}"]
-QUICK = ["--rows", "20000", "--dim", "128", "--clusters", "300", "--iterations", "5", "--world-sizes", "1", "--rounds", "2"]
+QUICK = [
+    "--rows",
+    "20000",
+    "--dim",
+    "128",
+    "--clusters",
+    "300",
+    "--iterations",
+    "5",
+    "--world-sizes",
+    "1",
+    "--rounds",
+    "2",
+]
 
 
 def write_rows(path: Path, rows: int, dim: int) -> None:
     """A feature table of unit rows."""
     from dist_scan.data.tables import FeatureTable
-    from dist_scan.search.rows import unit_rows
+    from dist_scan.search.exact_rows import unit_rows
 
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((3000, dim)).astype(np.float32)
     table = FeatureTable.create(path, rows, 1, dim, 16)
     for s in range(table.num_shards):
         n = len(range(*table.shard_range(s)))
-        table.write_shard(s, unit_rows(centres[rng.integers(3000, size=n)] + rng.standard_normal((n, dim), np.float32))[:, None])
+        table.write_shard(
+            s,
+            unit_rows(
+                centres[rng.integers(3000, size=n)] + rng.standard_normal((n, dim), np.float32)
+            )[:, None],
+        )
 
 
 def begin(path: Path, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,12 +70,12 @@ def begin(path: Path, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 def objective(rows: np.ndarray, centroids: np.ndarray) -> float:
     """Sum of squared distances to the nearest centroid, in float64 over float32's choice of it."""
-    from dist_scan.search.index import Flat
+    from dist_scan.search.index import FlatIndex
 
-    flat, total = Flat(np.ascontiguousarray(centroids), "l2"), 0.0
+    flat, total = FlatIndex(np.ascontiguousarray(centroids), "l2"), 0.0
     for b in range(0, len(rows), 8192):
-        chosen = centroids[flat.nearest(rows[b:b + 8192], 1)[1][:, 0]]
-        total += float(((rows[b:b + 8192].astype(np.float64) - chosen) ** 2).sum())
+        chosen = centroids[flat.nearest(rows[b : b + 8192], 1)[1][:, 0]]
+        total += float(((rows[b : b + 8192].astype(np.float64) - chosen) ** 2).sum())
     return total
 
 
@@ -86,9 +105,19 @@ def faiss_kmeans(path: Path, k: int, iterations: int) -> Callable[[], tuple]:
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
     def work() -> tuple:
-        peer = faiss.Kmeans(rows.shape[1], k, niter=iterations, max_points_per_centroid=len(rows), min_points_per_centroid=1)
+        peer = faiss.Kmeans(
+            rows.shape[1],
+            k,
+            niter=iterations,
+            max_points_per_centroid=len(rows),
+            min_points_per_centroid=1,
+        )
         peer.train(rows, init_centroids=start)
-        return len(peer.obj), 0, peer.centroids  # it stops, as ours does, when the objective stays the same
+        return (
+            len(peer.obj),
+            0,
+            peer.centroids,
+        )  # it stops, as ours does, when the objective stays the same
 
     return work
 
@@ -98,9 +127,14 @@ def measure(k: int, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features"
         write_rows(path, args.rows, args.dim)
-        groups = {f"W={w}": Group(ours, w, args.threads, path, k, args.iterations) for w in args.world_sizes}
+        groups = {
+            f"W={w}": Group(ours, w, args.threads, path, k, args.iterations)
+            for w in args.world_sizes
+        }
         if args.compare:
-            groups["faiss"] = Group(faiss_kmeans, 1, args.threads, path, k, args.iterations, in_world=False)
+            groups["faiss"] = Group(
+                faiss_kmeans, 1, args.threads, path, k, args.iterations, in_world=False
+            )
         turns: dict[str, list[Turn]] = {name: [] for name in groups}
         for _ in range(args.rounds):
             for name, group in groups.items():
@@ -109,18 +143,34 @@ def measure(k: int, args: argparse.Namespace) -> None:
             group.close()
         rows = begin(path, k)[0]
         objectives = {name: objective(rows, t[-1].values[0][2]) for name, t in turns.items()}
-    per = {name: np.array([[t.wall_s, t.cpu_s] for t in all_turns]) / all_turns[0].values[0][0] for name, all_turns in turns.items()}
+    per = {
+        name: np.array([[t.wall_s, t.cpu_s] for t in all_turns]) / all_turns[0].values[0][0]
+        for name, all_turns in turns.items()
+    }
     for name, all_turns in turns.items():
         wall, cpu = np.median(per[name], 0)
-        row = {"row": name, "rows": args.rows, "dim": args.dim, "clusters": k, "threads": args.threads, "rounds": args.rounds,
-               "assignments": all_turns[-1].values[0][0], "wall_s_per_iteration": round(float(wall), 3), "cpu_s_per_iteration": round(float(cpu), 3),
-               "peak_mib": round(max(t.peak_mib for t in all_turns)), "objective": objectives[name]}
+        row = {
+            "row": name,
+            "rows": args.rows,
+            "dim": args.dim,
+            "clusters": k,
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "assignments": all_turns[-1].values[0][0],
+            "wall_s_per_iteration": round(float(wall), 3),
+            "cpu_s_per_iteration": round(float(cpu), 3),
+            "peak_mib": round(max(t.peak_mib for t in all_turns)),
+            "objective": objectives[name],
+        }
         if name != "faiss":
             row["clusters_split"] = all_turns[-1].values[0][1]
         if args.compare and name != "faiss":
             wall, cpu = np.median(per[name] / per["faiss"], 0)
-            row |= {"wall_ratio_to_faiss": round(float(wall), 3), "cpu_ratio_to_faiss": round(float(cpu), 3),
-                    "objective_against_faiss": objectives[name] / objectives["faiss"] - 1}
+            row |= {
+                "wall_ratio_to_faiss": round(float(wall), 3),
+                "cpu_ratio_to_faiss": round(float(cpu), 3),
+                "objective_against_faiss": objectives[name] / objectives["faiss"] - 1,
+            }
         if len(args.world_sizes) > 1 and name != "faiss":
             first = turns[f"W={args.world_sizes[0]}"][-1].values[0][2]
             row["centroids_equal_first"] = bool((all_turns[-1].values[0][2] == first).all())
@@ -140,8 +190,19 @@ def over_ranks(k: int, args: argparse.Namespace) -> None:
         turns = job_turns(ours(path, k, args.iterations), args.rounds)
         took, assignments = typical(turns), turns[-1].values[0][0]
         if world.rank == 0:
-            emit({"row": "all ranks", "rows": args.rows, "dim": args.dim, "clusters": k, "world_size": world.world_size, "rounds": args.rounds, **took,
-                  "assignments": assignments, "rows_per_s": round(args.rows * assignments / took["wall_s"], 1)})
+            emit(
+                {
+                    "row": "all ranks",
+                    "rows": args.rows,
+                    "dim": args.dim,
+                    "clusters": k,
+                    "world_size": world.world_size,
+                    "rounds": args.rounds,
+                    **took,
+                    "assignments": assignments,
+                    "rows_per_s": round(args.rows * assignments / took["wall_s"], 1),
+                }
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,7 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compare", action="store_true")
-    parser.add_argument("--folder", type=Path, help="for the ranks of a job: an empty folder that all nodes see")
+    parser.add_argument(
+        "--folder", type=Path, help="for the ranks of a job: an empty folder that all nodes see"
+    )
     args = parser.parse_args(argv)
     for k in args.clusters:
         (over_ranks if "RANK" in os.environ else measure)(k, args)

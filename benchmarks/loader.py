@@ -7,6 +7,7 @@
 --compare runs torchvision's PIL pipeline in turns with ours, on the same stored JPEGs (`speedup`: median over rounds) and on the source's own
 files (`speedup_to_source`), as one would without storing anything. Files lie in memory for both: no disk is measured.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,13 +23,23 @@ import torch
 
 from benchmarks.rows import emit, spread
 from benchmarks.turns import job_turns, job_world, typical
+from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.beton.format import check_beton
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
-from dist_scan.data.crops import CropSpec
-from dist_scan.data.sources import DataConfig, SplitConfig, open_source
+from dist_scan.data.sources.base import DataConfig, SplitConfig, open_source
 
-CLUSTER = ["{source}", "--folder", "{folder}", "--stored", "{stored}", "--resolution", "{resolution}", "--size", "{size}"]
+CLUSTER = [
+    "{source}",
+    "--folder",
+    "{folder}",
+    "--stored",
+    "{stored}",
+    "--resolution",
+    "{resolution}",
+    "--size",
+    "{size}",
+]
 NEEDS = "data:imagenet-samples"
 QUICK = ["--rounds", "3"]
 
@@ -36,7 +47,10 @@ QUICK = ["--rounds", "3"]
 def stored_files(path: Path) -> list[bytes]:
     """The JPEGs that lie in a .beton."""
     tables, data = check_beton(path), path.read_bytes()
-    return [data[s:s + n] for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())]
+    return [
+        data[s : s + n]
+        for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())
+    ]
 
 
 def peer(files: list[bytes], size: int, views: int) -> Callable[[int], None]:
@@ -44,7 +58,9 @@ def peer(files: list[bytes], size: int, views: int) -> Callable[[int], None]:
     from PIL import Image
     from torchvision import transforms as T
 
-    cut = T.Compose([T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomHorizontalFlip(), T.PILToTensor()])
+    cut = T.Compose(
+        [T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomHorizontalFlip(), T.PILToTensor()]
+    )
 
     class Views(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -85,7 +101,12 @@ def over_ranks(args: argparse.Namespace) -> None:
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import cores
 
-    config = DataConfig(train=SplitConfig(source=args.source, limit=args.images), stored=args.stored[0], resolution=args.resolution[0], size=args.size)
+    config = DataConfig(
+        train=SplitConfig(source=args.source, limit=args.images),
+        stored=args.stored[0],
+        resolution=args.resolution[0],
+        size=args.size,
+    )
     path = args.folder / "loader.beton"
     with job_world() as world:
         workers = cores(world)
@@ -93,8 +114,13 @@ def over_ranks(args: argparse.Namespace) -> None:
             args.folder.mkdir(parents=True, exist_ok=True)
             write_beton(open_source(config.train), path, config, workers, show=False)
         barrier()
-        loader = BetonLoader(path, crops(args.size, args.views[0]), seed=0, batch_size=32, workers=workers)
-        mine, epochs = np.arange(world.rank, loader.num_images, world.world_size), iter(range(10**6))
+        loader = BetonLoader(
+            path, crops(args.size, args.views[0]), seed=0, batch_size=32, workers=workers
+        )
+        mine, epochs = (
+            np.arange(world.rank, loader.num_images, world.world_size),
+            iter(range(10**6)),
+        )
 
         def work() -> None:
             for _ in loader.batches(mine, next(epochs)):
@@ -102,9 +128,20 @@ def over_ranks(args: argparse.Namespace) -> None:
 
         took = typical(job_turns(work, args.rounds))
         if world.rank == 0:
-            emit({"row": "all ranks", "views": args.views[0], "stored": args.stored[0], "resolution": args.resolution[0], "size": args.size,
-                  "images": loader.num_images, "world_size": world.world_size,
-                  "workers": workers, **took, "images_per_s": round(loader.num_images / took["wall_s"], 1)})
+            emit(
+                {
+                    "row": "all ranks",
+                    "views": args.views[0],
+                    "stored": args.stored[0],
+                    "resolution": args.resolution[0],
+                    "size": args.size,
+                    "images": loader.num_images,
+                    "world_size": world.world_size,
+                    "workers": workers,
+                    **took,
+                    "images_per_s": round(loader.num_images / took["wall_s"], 1),
+                }
+            )
 
 
 def measure(args: argparse.Namespace, resolution: int, views: int) -> None:
@@ -113,14 +150,18 @@ def measure(args: argparse.Namespace, resolution: int, views: int) -> None:
         rows, first, count = {}, {}, 0
         for kind in dict.fromkeys([*args.stored, *["jpeg"] * args.compare]):
             path = Path(folder) / f"{kind}.beton"
-            config = DataConfig(train=SplitConfig(source=args.source), stored=kind, resolution=resolution)
+            config = DataConfig(
+                train=SplitConfig(source=args.source), stored=kind, resolution=resolution
+            )
             count = write_beton(open_source(config.train), path, config, 1, show=False).num_images
             if kind in args.stored:
                 rows[kind], first[kind] = ours(path, args.size, views)
         if args.compare:
             source = open_source(SplitConfig(source=args.source))
             rows["torchvision"] = peer(stored_files(Path(folder) / "jpeg.beton"), args.size, views)
-            rows["torchvision on the source"] = peer([image.data for image in source.read(range(len(source)))], args.size, views)
+            rows["torchvision on the source"] = peer(
+                [image.data for image in source.read(range(len(source)))], args.size, views
+            )
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for epoch in range(args.rounds + 1):
             for name, run in rows.items():
@@ -130,12 +171,21 @@ def measure(args: argparse.Namespace, resolution: int, views: int) -> None:
     for name in rows:
         times = np.array(seconds[name][1:])  # the first round warms up
         rate = round(count / float(np.median(times)))
-        row = {"row": name, "images": count, "resolution": resolution, "size": args.size, "views": views, ("pairs_per_cpu_s" if views == 2 else "img_per_cpu_s"): rate}
+        row = {
+            "row": name,
+            "images": count,
+            "resolution": resolution,
+            "size": args.size,
+            "views": views,
+            ("pairs_per_cpu_s" if views == 2 else "img_per_cpu_s"): rate,
+        }
         if name in first:
             row["first_batch_s"] = round(first[name], 2)
         if args.compare:
             row |= spread(np.array(seconds["torchvision"][1:]) / times, "speedup")
-            row |= spread(np.array(seconds["torchvision on the source"][1:]) / times, "speedup_to_source")
+            row |= spread(
+                np.array(seconds["torchvision on the source"][1:]) / times, "speedup_to_source"
+            )
         emit(row)
 
 
@@ -146,11 +196,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--views", type=int, nargs="+", default=[2], help="per image")
-    parser.add_argument("--stored", nargs="+", choices=["jpeg", "raw", "original"], default=["jpeg", "raw"])
-    parser.add_argument("--resolution", type=int, nargs="+", default=[256], help="shorter side in pixels of what is stored")
+    parser.add_argument(
+        "--stored", nargs="+", choices=["jpeg", "raw", "original"], default=["jpeg", "raw"]
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        nargs="+",
+        default=[256],
+        help="shorter side in pixels of what is stored",
+    )
     parser.add_argument("--size", type=int, default=224, help="of a view")
-    parser.add_argument("--folder", type=Path, help="for the ranks of a job: a folder that all nodes see")
-    parser.add_argument("--images", type=int, default=2000, help="for the ranks of a job: at most so many")
+    parser.add_argument(
+        "--folder", type=Path, help="for the ranks of a job: a folder that all nodes see"
+    )
+    parser.add_argument(
+        "--images", type=int, default=2000, help="for the ranks of a job: at most so many"
+    )
     args = parser.parse_args(argv)
     if "RANK" in os.environ:
         over_ranks(args)

@@ -2,6 +2,7 @@
 
 --compare also times scikit-learn on the same labels (its AMI takes minutes and needs --slow) and the difference.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,13 +32,20 @@ def labels(images: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     size = rng.uniform(0.55, 1.0, clusters)
     label = rng.choice(clusters, images, p=size / size.sum())
-    return np.where(rng.random(images) < 0.4, label, rng.choice(clusters, images, p=rng.dirichlet(np.full(clusters, 4.0)))), label
+    return np.where(
+        rng.random(images) < 0.4,
+        label,
+        rng.choice(clusters, images, p=rng.dirichlet(np.full(clusters, 4.0))),
+    ), label
 
 
 def peers(cluster: np.ndarray, label: np.ndarray, slow: bool) -> dict[str, Callable[[], float]]:
     from sklearn import metrics as sk
 
-    found = {"nmi": lambda: sk.normalized_mutual_info_score(label, cluster), "ari": lambda: sk.adjusted_rand_score(label, cluster)}
+    found = {
+        "nmi": lambda: sk.normalized_mutual_info_score(label, cluster),
+        "ari": lambda: sk.adjusted_rand_score(label, cluster),
+    }
     return found | ({"ami": lambda: sk.adjusted_mutual_info_score(label, cluster)} if slow else {})
 
 
@@ -50,9 +58,16 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true")
     args = parser.parse_args()
     cluster, label = labels(args.images, args.clusters)
-    table, ms = timed(lambda: m.contingency(cluster, label, args.clusters, args.clusters), args.repeats)
-    rows: dict[str, Callable[[], object]] = {"hungarian": lambda: m.hungarian(table), "nmi": lambda: m.nmi(table),
-                                             "ari": lambda: m.ari(table), "ami": lambda: m.ami(table), "purity": lambda: m.purity(table)}
+    table, ms = timed(
+        lambda: m.contingency(cluster, label, args.clusters, args.clusters), args.repeats
+    )
+    rows: dict[str, Callable[[], object]] = {
+        "hungarian": lambda: m.hungarian(table),
+        "nmi": lambda: m.nmi(table),
+        "ari": lambda: m.ari(table),
+        "ami": lambda: m.ami(table),
+        "purity": lambda: m.purity(table),
+    }
     where = {"images": args.images, "clusters": args.clusters}
     emit({"row": "contingency", "cpu_ms": round(ms, 2), **where})
     other = peers(cluster, label, args.slow) if args.compare else {}
@@ -61,7 +76,11 @@ def main() -> None:
         row = {"row": name, "cpu_ms": round(ms, 2), **where}
         if name in other:
             peer, peer_ms = timed(other[name], 1)
-            row |= {"sklearn_cpu_ms": round(peer_ms, 1), "ratio": round(peer_ms / ms, 1), "difference": abs(value - peer)}
+            row |= {
+                "sklearn_cpu_ms": round(peer_ms, 1),
+                "ratio": round(peer_ms / ms, 1),
+                "difference": abs(value - peer),
+            }
         emit(row)
 
 

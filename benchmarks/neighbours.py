@@ -9,6 +9,7 @@ are medians over rounds. With --queries only so many rows are searched for, on b
 Under srun or torchrun (RANK is set) the ranks mine one table together, in --folder, which all of them see, and rank 0 prints one row.
 peak_mib is the largest rank's memory above what it had before, beside what docs/search.md's formula gives.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,14 +32,20 @@ SHARDS = 16
 def write_rows(path: Path, rows: int, dim: int) -> None:
     """A feature table of unit rows."""
     from dist_scan.data.tables import FeatureTable
-    from dist_scan.search.rows import unit_rows
+    from dist_scan.search.exact_rows import unit_rows
 
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((2000, dim)).astype(np.float32)
     table = FeatureTable.create(path, rows, 1, dim, SHARDS)
     for s in range(table.num_shards):
         n = len(range(*table.shard_range(s)))
-        table.write_shard(s, unit_rows(centres[rng.integers(2000, size=n)] + 0.7 * rng.standard_normal((n, dim), np.float32))[:, None])
+        table.write_shard(
+            s,
+            unit_rows(
+                centres[rng.integers(2000, size=n)]
+                + 0.7 * rng.standard_normal((n, dim), np.float32)
+            )[:, None],
+        )
 
 
 def ours(path: Path, k: int, queries: int) -> Callable[[], float]:
@@ -47,18 +54,26 @@ def ours(path: Path, k: int, queries: int) -> Callable[[], float]:
     import shutil
 
     from dist_scan.data.tables import FeatureTable
+    from dist_scan.search.exact_rows import prepared
     from dist_scan.search.neighbours import CHUNK, QUERIES, mine_neighbours, nearest_others
-    from dist_scan.search.rows import prepared
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import current
 
     table, w = FeatureTable.open(path), current()
-    nearest_others(prepared(table, True), [(0, 32)], k, False, 1024)  # compile, and import what is slow to
-    before, out = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, Path(path).with_name(f"out-{w.world_size}")
+    nearest_others(
+        prepared(table, True), [(0, 32)], k, False, 1024
+    )  # compile, and import what is slow to
+    before, out = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        Path(path).with_name(f"out-{w.world_size}"),
+    )
 
     def work() -> float:
         if queries < table.num_rows:
-            rows, share = prepared(table, True), (w.rank * queries // w.world_size, (w.rank + 1) * queries // w.world_size)
+            rows, share = (
+                prepared(table, True),
+                (w.rank * queries // w.world_size, (w.rank + 1) * queries // w.world_size),
+            )
             for start in range(*share, QUERIES):
                 nearest_others(rows, [(start, min(start + QUERIES, share[1]))], k, False, CHUNK)
             return before
@@ -85,7 +100,9 @@ def faiss_knn(path: Path, k: int, queries: int) -> Callable[[], None]:
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
     def work() -> None:
-        faiss.knn(rows[:queries], rows, k + 1, metric=faiss.METRIC_INNER_PRODUCT)  # itself and K others
+        faiss.knn(
+            rows[:queries], rows, k + 1, metric=faiss.METRIC_INNER_PRODUCT
+        )  # itself and K others
 
     return work
 
@@ -95,7 +112,11 @@ def formula_mib(rows: int, dim: int, k: int, queries: int, world_size: int, thre
     from dist_scan.search.neighbours import BLOCK, CHUNK, PIECE, QUERIES
 
     held, chunk = min(QUERIES, -(-min(queries, rows) // world_size)), min(CHUNK, rows)
-    searching = held * (4 * dim + 16 * k + 32) + (10 * chunk + 24 * PIECE) * dim + threads // world_size * BLOCK * (12 * k + 4200)
+    searching = (
+        held * (4 * dim + 16 * k + 32)
+        + (10 * chunk + 24 * PIECE) * dim
+        + threads // world_size * BLOCK * (12 * k + 4200)
+    )
     return (searching + 2 * rows * dim / world_size) / 2**20
 
 
@@ -105,9 +126,13 @@ def measure(rows: int, dim: int, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features"
         write_rows(path, rows, dim)
-        groups = {f"W={w}": Group(ours, w, args.threads, path, args.k, queries) for w in args.world_sizes}
+        groups = {
+            f"W={w}": Group(ours, w, args.threads, path, args.k, queries) for w in args.world_sizes
+        }
         if args.compare:
-            groups["faiss"] = Group(faiss_knn, 1, args.threads, path, args.k, queries, in_world=False)
+            groups["faiss"] = Group(
+                faiss_knn, 1, args.threads, path, args.k, queries, in_world=False
+            )
         turns: dict[str, list[Turn]] = {name: [] for name in groups}
         for _ in range(args.rounds):
             for name, group in groups.items():
@@ -115,16 +140,33 @@ def measure(rows: int, dim: int, args: argparse.Namespace) -> None:
         for group in groups.values():
             group.close()
     for name, group in groups.items():
-        wall, cpu = (np.array([getattr(t, field) for t in turns[name]]) for field in ("wall_s", "cpu_s"))
-        row = {"row": name, "rows": rows, "dim": dim, "k": args.k, "queries": queries, "threads": args.threads, "rounds": args.rounds,
-               "wall_s": round(float(np.median(wall)), 2), "cpu_s": round(float(np.median(cpu)), 2)}
+        wall, cpu = (
+            np.array([getattr(t, field) for t in turns[name]]) for field in ("wall_s", "cpu_s")
+        )
+        row = {
+            "row": name,
+            "rows": rows,
+            "dim": dim,
+            "k": args.k,
+            "queries": queries,
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "wall_s": round(float(np.median(wall)), 2),
+            "cpu_s": round(float(np.median(cpu)), 2),
+        }
         if name != "faiss":
             row["peak_mib"] = round(max(t.peak_mib - min(t.values) for t in turns[name]))
-            row["formula_mib"] = round(formula_mib(rows, dim, args.k, queries, len(group.ranks), args.threads))
+            row["formula_mib"] = round(
+                formula_mib(rows, dim, args.k, queries, len(group.ranks), args.threads)
+            )
             for other in ("faiss", "W=1"):
                 if other in turns and other != name:
-                    row[f"wall_ratio_to_{other}"] = round(float(np.median(wall / [t.wall_s for t in turns[other]])), 3)
-                    row[f"cpu_ratio_to_{other}"] = round(float(np.median(cpu / [t.cpu_s for t in turns[other]])), 3)
+                    row[f"wall_ratio_to_{other}"] = round(
+                        float(np.median(wall / [t.wall_s for t in turns[other]])), 3
+                    )
+                    row[f"cpu_ratio_to_{other}"] = round(
+                        float(np.median(cpu / [t.cpu_s for t in turns[other]])), 3
+                    )
         print(json.dumps(row), flush=True)
 
 
@@ -140,8 +182,18 @@ def over_ranks(rows: int, dim: int, args: argparse.Namespace) -> None:
         barrier()
         took = typical(job_turns(ours(path, args.k, rows), args.rounds))
         if world.rank == 0:
-            emit({"row": "all ranks", "rows": rows, "dim": dim, "k": args.k, "world_size": world.world_size, "rounds": args.rounds, **took,
-                  "rows_per_s": round(rows / took["wall_s"], 1)})
+            emit(
+                {
+                    "row": "all ranks",
+                    "rows": rows,
+                    "dim": dim,
+                    "k": args.k,
+                    "world_size": world.world_size,
+                    "rounds": args.rounds,
+                    **took,
+                    "rows_per_s": round(rows / took["wall_s"], 1),
+                }
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -149,12 +201,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["200000x128", "100000x512"], help="ROWSxDIM")
     parser.add_argument("--k", type=int, default=50)
-    parser.add_argument("--queries", type=int, default=0, help="how many rows to search for (default: all)")
+    parser.add_argument(
+        "--queries", type=int, default=0, help="how many rows to search for (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compare", action="store_true")
-    parser.add_argument("--folder", type=Path, help="for the ranks of a job: an empty folder that all nodes see")
+    parser.add_argument(
+        "--folder", type=Path, help="for the ranks of a job: an empty folder that all nodes see"
+    )
     args = parser.parse_args(argv)
     for size in args.sizes:
         (over_ranks if "RANK" in os.environ else measure)(*map(int, size.split("x")), args)

@@ -4,6 +4,7 @@
 
 A row for the start (command to the first training step's row in metrics.jsonl), one per stage, and one for the whole with the scores.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,8 +17,17 @@ from pathlib import Path
 
 from benchmarks.rows import ROOT, emit
 
-QUICK = ["data.train.limit=400", "stages.pretext.epochs=2", "stages.pretext.network.width=8", "stages.pretext.global_batch=96", "stages.heads.epochs=4",
-         "stages.heads.global_batch=96", "stages.selflabelling.epochs=1", "stages.selflabelling.global_batch=96", "stages.selflabelling.method.threshold=0.2"]
+QUICK = [
+    "data.train.limit=400",
+    "stages.pretext.epochs=2",
+    "stages.pretext.network.width=8",
+    "stages.pretext.global_batch=96",
+    "stages.heads.epochs=4",
+    "stages.heads.global_batch=96",
+    "stages.selflabelling.epochs=1",
+    "stages.selflabelling.global_batch=96",
+    "stages.selflabelling.method.threshold=0.2",
+]
 
 
 def run(command: list[str], run_dir: Path) -> tuple[float, float | None]:
@@ -26,7 +36,9 @@ def run(command: list[str], run_dir: Path) -> tuple[float, float | None]:
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if first is None and any(p.stat().st_size for p in run_dir.glob("logs/*.metrics.jsonl")):
+            if first is None and any(
+                p.stat().st_size for p in run_dir.glob("logs/*.metrics.jsonl")
+            ):
                 first = time.monotonic() - began
             time.sleep(0.02)
         said.seek(0)
@@ -44,16 +56,46 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        whole_s, first_s = run([sys.executable, str(ROOT / "launch" / "local.py"), args.config, "--processes", str(args.processes),
-                                f"runtime.run_dir={run_dir}", *args.overrides], run_dir)
+        whole_s, first_s = run(
+            [
+                sys.executable,
+                str(ROOT / "launch" / "local.py"),
+                args.config,
+                "--processes",
+                str(args.processes),
+                f"runtime.run_dir={run_dir}",
+                *args.overrides,
+            ],
+            run_dir,
+        )
         facts = json.loads((run_dir / "report.json").read_text())
-    where = {"config": Path(args.config).stem, "processes": args.processes, "images": facts["num_images"]}
+    where = {
+        "config": Path(args.config).stem,
+        "processes": args.processes,
+        "images": facts["num_images"],
+    }
     emit({"row": "first step", **where, "wall_s": None if first_s is None else round(first_s, 2)})
     for name, seconds in facts["stage_seconds"].items():
         timing, memory = facts["stage_timing"].get(name, {}), facts["stage_memory"].get(name, {})
-        emit({"row": name, **where, "wall_s": round(seconds, 2), "images_per_s": timing.get("images_per_s"), "first_step_s": timing.get("first_step_s"),
-              "waits_for": timing.get("waits_for"), "peak_host_mib": round((memory.get("peak_host_bytes") or 0) / 2**20)})
-    emit({"row": "whole", **where, "wall_s": round(whole_s, 2), "acc": (facts.get(facts["best"]) or {}).get("acc")})
+        emit(
+            {
+                "row": name,
+                **where,
+                "wall_s": round(seconds, 2),
+                "images_per_s": timing.get("images_per_s"),
+                "first_step_s": timing.get("first_step_s"),
+                "waits_for": timing.get("waits_for"),
+                "peak_host_mib": round((memory.get("peak_host_bytes") or 0) / 2**20),
+            }
+        )
+    emit(
+        {
+            "row": "whole",
+            **where,
+            "wall_s": round(whole_s, 2),
+            "acc": (facts.get(facts["best"]) or {}).get("acc"),
+        }
+    )
 
 
 if __name__ == "__main__":

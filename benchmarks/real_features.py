@@ -5,6 +5,7 @@
 Purity: the share of a row's 1, 5 and 20 nearest others with its label. ACC (Hungarian) and NMI of k-means with as many clusters as labels: mean,
 standard deviation over seeds, lowest and highest; `start` and `rows` say how it begins and what is done to rows and centroids.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -57,12 +58,28 @@ def main() -> None:
         for name, how in ROWS.items():
             for init in ("random", "kmeans++"):
                 for restarts in args.restarts:
-                    found = clusterings(table, labels, args.seeds, init=init, restarts=restarts, **how)
+                    found = clusterings(
+                        table, labels, args.seeds, init=init, restarts=restarts, **how
+                    )
                     acc, other, objective = found.T
-                    print(json.dumps({"row": "k-means", "rows": name, "start": init, "restarts": restarts, "seeds": args.seeds,
-                                      "acc": round(acc.mean(), 4), "acc_std": round(acc.std(ddof=1), 4), "acc_low": round(acc.min(), 4),
-                                      "acc_high": round(acc.max(), 4), "nmi": round(other.mean(), 4), "objective": round(objective.mean(), 2)}),
-                          flush=True)
+                    print(
+                        json.dumps(
+                            {
+                                "row": "k-means",
+                                "rows": name,
+                                "start": init,
+                                "restarts": restarts,
+                                "seeds": args.seeds,
+                                "acc": round(acc.mean(), 4),
+                                "acc_std": round(acc.std(ddof=1), 4),
+                                "acc_low": round(acc.min(), 4),
+                                "acc_high": round(acc.max(), 4),
+                                "nmi": round(other.mean(), 4),
+                                "objective": round(objective.mean(), 2),
+                            }
+                        ),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ stalls, relaunches after which nothing had been finished; identical, losses, wei
 `goals` stands beside them, `missed` names what fell short. A case that ends the job (USR2) is started again by this script at once; its
 new_step_s is a whole start less the imports (8 s) and the waiting in a queue (--cluster has both). `load` says how busy the machine was.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.disturbed import RANKS, SAVE_EVERY_S, Kills, Run, good_s, interval_steps, new_step_s, steps_lost
+from benchmarks.disturbed import (
+    RANKS,
+    SAVE_EVERY_S,
+    Kills,
+    Run,
+    good_s,
+    interval_steps,
+    new_step_s,
+    steps_lost,
+)
 from benchmarks.rows import emit
 
 LIMIT_S = 5.0  # runtime.step_limit_s of the cases that hang
@@ -54,8 +64,13 @@ CASES: dict[str, Case] = {
     "3 exception on rank 1": Case(({"kind": "exception", **STEP},)),
     "4 rank 1 stopped (SIGSTOP)": Case(({"kind": "stop", **STEP},), limit=True),
     "4 loader of rank 1 stuck": Case(({"kind": "hang", "at": "batch", **STEP},), limit=True),
-    **{f"5 kill -9 in a save, before {at}": Case(({"kind": "kill", "at": at, "step": 1},)) for at in ("data", "manifest", "rename", "prune")},
-    "6 flipped bit in the newest checkpoint": Case(({"kind": "signal", **STEP, "step": 120},), flip=True),  # late: there is one before it
+    **{
+        f"5 kill -9 in a save, before {at}": Case(({"kind": "kill", "at": at, "step": 1},))
+        for at in ("data", "manifest", "rename", "prune")
+    },
+    "6 flipped bit in the newest checkpoint": Case(
+        ({"kind": "signal", **STEP, "step": 120},), flip=True
+    ),  # late: there is one before it
     "8 disk full at a save": Case(({"kind": "full", "at": "write", "step": 1},)),
     "8 disk read-only at a save": Case(({"kind": "read_only", "at": "prepare", "step": 1},)),
     "9 USR2 to rank 1": Case(({"kind": "signal", **STEP},)),
@@ -74,42 +89,75 @@ def one(name: str, case: Case, folder: Path, whole: Run) -> dict[str, Any]:
         if case.flip:
             flip(run.run_dir)
         code, starts = run.watch(run.start(*more)), starts + 1
-    return judged(name, figures(run, run.fired(), whole, case, starts) | {"ended": code}, goals(case, run))
+    return judged(
+        name, figures(run, run.fired(), whole, case, starts) | {"ended": code}, goals(case, run)
+    )
 
 
 def figures(run: Run, fired: float, whole: Run, case: Case, starts: int) -> dict[str, Any]:
     """What a fault at `fired` did to a run."""
     seen, left = run.rows.seen, [e.at - fired for e in run.exits if e.at >= fired][:RANKS]
-    found = {"steps": len({row.step for row in seen}), "steps_lost": steps_lost(seen), "starts": starts, "relaunches": len(run.faults()),
-             "stalls": sum(not f["advanced"] for f in run.faults()), "shards_twice": run.shards_twice()}
+    found = {
+        "steps": len({row.step for row in seen}),
+        "steps_lost": steps_lost(seen),
+        "starts": starts,
+        "relaunches": len(run.faults()),
+        "stalls": sum(not f["advanced"] for f in run.faults()),
+        "shards_twice": run.shards_twice(),
+    }
     if starts > 1 or run.faults():
         new = new_step_s(seen, run.exits, fired)
-        found |= {"first_exit_s": round(left[0], 2), "last_exit_s": round(left[-1], 2)} | ({"new_step_s": round(new, 2)} if new is not None else {})
+        found |= {"first_exit_s": round(left[0], 2), "last_exit_s": round(left[-1], 2)} | (
+            {"new_step_s": round(new, 2)} if new is not None else {}
+        )
     return found | ({"refused": refused(run)} if case.refused else {"identical": run.equals(whole)})
 
 
 def goals(case: Case, run: Run) -> dict[str, tuple[str, Any]]:
     """What the figures must be."""
     kinds = {fault["kind"] for fault in case.faults}
-    lost = ("<", interval_steps(run.rows.seen, SAVE_EVERY_S)) if kinds & {"kill", "exception", "stop", "hang"} or case.flip else ("==", 0)
-    found = {"ended": ("==", 0), "steps_lost": lost, "new_step_s": ("<", IN_PLACE_S), "stalls": ("==", 0), "shards_twice": ("==", 0)}
+    lost = (
+        ("<", interval_steps(run.rows.seen, SAVE_EVERY_S))
+        if kinds & {"kill", "exception", "stop", "hang"} or case.flip
+        else ("==", 0)
+    )
+    found = {
+        "ended": ("==", 0),
+        "steps_lost": lost,
+        "new_step_s": ("<", IN_PLACE_S),
+        "stalls": ("==", 0),
+        "shards_twice": ("==", 0),
+    }
     if kinds & {"kill", "exception"}:
         found["last_exit_s"] = ("<", ENDED_S)
     if case.limit:
-        found["first_exit_s"] = ("<", LIMIT_S + 2)  # prefetched batches are trained first; then three looks for the others' stacks
-    return found | ({"refused": ("==", case.refused)} if case.refused else {"identical": ("==", True)})
+        found["first_exit_s"] = (
+            "<",
+            LIMIT_S + 2,
+        )  # prefetched batches are trained first; then three looks for the others' stacks
+    return found | (
+        {"refused": ("==", case.refused)} if case.refused else {"identical": ("==", True)}
+    )
 
 
-def judged(name: str, figures: Mapping[str, Any], goals: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+def judged(
+    name: str, figures: Mapping[str, Any], goals: Mapping[str, tuple[str, Any]]
+) -> dict[str, Any]:
     """A row: the case, its figures, the goals of those it has, and the names of the figures that missed theirs."""
     held = {key: goal for key, goal in goals.items() if key in figures}
-    return {"row": name, **figures, "goals": {key: f"{sign} {value}" for key, (sign, value) in held.items()},
-            "missed": [key for key, (sign, value) in held.items() if not COMPARE[sign](figures[key], value)]}
+    return {
+        "row": name,
+        **figures,
+        "goals": {key: f"{sign} {value}" for key, (sign, value) in held.items()},
+        "missed": [
+            key for key, (sign, value) in held.items() if not COMPARE[sign](figures[key], value)
+        ],
+    }
 
 
 def refused(run: Run) -> int:
     """Updates that all ranks left out, as the log counts them."""
-    from dist_scan.engine.log import read_rows
+    from dist_scan.monitoring.log import read_rows
 
     return max(row.get("refused", 0) for row in read_rows(run.rows.path))
 
@@ -126,11 +174,11 @@ def saves(folder: Path) -> dict[str, Any]:
     """A MoCo ResNet-50's checkpoint (two encoders, momentum buffers, a queue: 100 M numbers): its cost, and Young's interval for it."""
     import torch
 
-    from dist_scan.engine.checkpoint import Checkpoints
-    from dist_scan.engine.position import MTBF_S
+    from dist_scan.engine.checkpoint import CheckpointStore
+    from dist_scan.engine.train_state import MTBF_S
 
     state = {"method": {f"w{i}": torch.randn(1_000_000) for i in range(100)}}
-    store, save, load = Checkpoints(folder, 2), [], []
+    store, save, load = CheckpointStore(folder, 2), [], []
     for step in (1, 2, 3):
         assert store.save(step, state, {}), "see the line above"
         save.append(store.save_s)
@@ -139,8 +187,12 @@ def saves(folder: Path) -> dict[str, Any]:
         load.append(time.monotonic() - began)
     save_s = statistics.median(save)
     interval_s = (2 * save_s * MTBF_S) ** 0.5
-    found = {"save_s": round(save_s, 2), "load_and_verify_s": round(statistics.median(load), 2), "interval_s": round(interval_s, 1),
-             "time_lost_to_saves": round(save_s / interval_s, 4)}
+    found = {
+        "save_s": round(save_s, 2),
+        "load_and_verify_s": round(statistics.median(load), 2),
+        "interval_s": round(interval_s, 1),
+        "time_lost_to_saves": round(save_s / interval_s, 4),
+    }
     return judged("a checkpoint of 400 MB", found, {"time_lost_to_saves": ("<", SAVES_SHARE)})
 
 
@@ -157,33 +209,64 @@ def soak(minutes: float, folder: Path, seed: int) -> dict[str, Any]:
     first step leaves that start without progress, whatever one does: no more `stalls` than such `early` kills."""
     trial = undisturbed(folder / "trial", 10)
     seen = trial.rows.seen
-    whole = undisturbed(folder / "whole", max(10, round(10 * minutes * 60 / (seen[-1].at - seen[0].at))))
+    whole = undisturbed(
+        folder / "whole", max(10, round(10 * minutes * 60 / (seen[-1].at - seen[0].at)))
+    )
     run = Run(folder / "run", whole.epochs)
     kills = Kills(MEAN_S, minutes * 60, seed)
     began = time.time()
     code = run.watch(run.start(), kills)
     took, good = time.time() - began, good_s(run.rows.seen, run.exits)
-    found = {"ended": code, "minutes": round(took / 60, 1), "kills": kills.count, "early": kills.early, "relaunches": len(run.faults()),
-             "steps": len({r.step for r in run.rows.seen}),
-             "steps_lost": steps_lost(run.rows.seen), "undisturbed_minutes": round(good_s(whole.rows.seen, whole.exits) / 60, 1),
-             "goodput": round(good / took, 3), "stalls": sum(not f["advanced"] for f in run.faults()), "shards_twice": run.shards_twice(),
-             "identical": run.equals(whole)}
-    return judged(f"soak of {minutes:g} minutes, {MEAN_S:g} s between kills", found,
-                  {"ended": ("==", 0), "goodput": (">", GOODPUT), "stalls": ("<=", kills.early), "shards_twice": ("==", 0), "identical": ("==", True)})
+    found = {
+        "ended": code,
+        "minutes": round(took / 60, 1),
+        "kills": kills.count,
+        "early": kills.early,
+        "relaunches": len(run.faults()),
+        "steps": len({r.step for r in run.rows.seen}),
+        "steps_lost": steps_lost(run.rows.seen),
+        "undisturbed_minutes": round(good_s(whole.rows.seen, whole.exits) / 60, 1),
+        "goodput": round(good / took, 3),
+        "stalls": sum(not f["advanced"] for f in run.faults()),
+        "shards_twice": run.shards_twice(),
+        "identical": run.equals(whole),
+    }
+    return judged(
+        f"soak of {minutes:g} minutes, {MEAN_S:g} s between kills",
+        found,
+        {
+            "ended": ("==", 0),
+            "goodput": (">", GOODPUT),
+            "stalls": ("<=", kills.early),
+            "shards_twice": ("==", 0),
+            "identical": ("==", True),
+        },
+    )
 
 
 def main() -> None:
     """Every case, or the soak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", action="store_true", help="random kills instead of the cases")
-    parser.add_argument("--cluster", action="store_true", help="faults in a job of two nodes instead")
-    parser.add_argument("--every-stage", action="store_true", help="the quickstart on four nodes, a rank killed in every stage, instead")
-    parser.add_argument("--small", action="store_true", help="with --every-stage: 400 images, few epochs")
+    parser.add_argument(
+        "--cluster", action="store_true", help="faults in a job of two nodes instead"
+    )
+    parser.add_argument(
+        "--every-stage",
+        action="store_true",
+        help="the quickstart on four nodes, a rank killed in every stage, instead",
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="with --every-stage: 400 images, few epochs"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="how long the soak kills")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     args = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # before anything imports torch: two ranks on few cores
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # before anything imports torch: two ranks on few cores
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.soak:
@@ -192,7 +275,11 @@ def main() -> None:
         if args.cluster or args.every_stage:
             from benchmarks import on_cluster
 
-            for row in on_cluster.faults_of_a_job(folder) if args.cluster else on_cluster.every_stage(folder, args.small, args.only):
+            for row in (
+                on_cluster.faults_of_a_job(folder)
+                if args.cluster
+                else on_cluster.every_stage(folder, args.small, args.only)
+            ):
                 emit(judged(*row))
             return
         if args.only in "a checkpoint of 400 MB":

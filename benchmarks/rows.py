@@ -1,4 +1,5 @@
 """One line of JSON per row, with what must be known to read it later: machine, device, versions, date, commit, configuration."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = ("benchmark", "machine", "device", "versions", "date", "commit", "configuration", "nodes", "load")
+COMMON = (
+    "benchmark",
+    "machine",
+    "device",
+    "versions",
+    "date",
+    "commit",
+    "configuration",
+    "nodes",
+    "load",
+)
 
 
 def emit(row: dict[str, Any]) -> None:
@@ -24,7 +35,11 @@ def emit(row: dict[str, Any]) -> None:
 
 def with_facts(row: dict[str, Any], benchmark: str, configuration: list[str]) -> dict[str, Any]:
     """The row with every common field that it does not have already."""
-    return {"benchmark": benchmark, **row, **{k: v for k, v in facts(tuple(configuration)).items() if k not in row}}
+    return {
+        "benchmark": benchmark,
+        **row,
+        **{k: v for k, v in facts(tuple(configuration)).items() if k not in row},
+    }
 
 
 def module_name() -> str:
@@ -36,9 +51,16 @@ def module_name() -> str:
 @cache
 def facts(configuration: tuple[str, ...]) -> dict[str, Any]:
     """What is the same for all rows of one command. `load`: processes that wanted a core in the last minute, over the cores."""
-    return {"machine": machine(), "device": device(), "versions": versions(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": commit(),
-            "configuration": " ".join(map(without_folders, configuration)), "nodes": int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
-            "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)}
+    return {
+        "machine": machine(),
+        "device": device(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "commit": commit(),
+        "configuration": " ".join(map(without_folders, configuration)),
+        "nodes": int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
+        "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2),
+    }
 
 
 def without_folders(word: str) -> str:
@@ -51,7 +73,11 @@ def machine() -> str:
     """Cores this process may use, and the processor's name."""
     name = platform.processor() or platform.machine()
     try:
-        name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        name = next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
@@ -68,7 +94,16 @@ def device() -> str:
 def versions() -> dict[str, str]:
     """Python and the libraries whose speed this is."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "numba", "ffcv", "faiss-gpu", "faiss-cpu", "scikit-learn"):
+    for name in (
+        "torch",
+        "torchvision",
+        "numpy",
+        "numba",
+        "ffcv",
+        "faiss-gpu",
+        "faiss-cpu",
+        "scikit-learn",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -78,11 +113,16 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """The checkout's commit, with + when files were changed; '' outside a checkout."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(
+            git("status", "--porcelain", "--untracked-files=no")
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -92,7 +132,9 @@ def spread(ratios: Sequence[float], name: str) -> dict[str, float | list[float]]
     less is better; `speedup`: the peer's over ours."""
     import numpy as np
 
-    low, middle, high = (round(float(q), 3) for q in np.quantile(np.asarray(ratios, float), (0.25, 0.5, 0.75)))
+    low, middle, high = (
+        round(float(q), 3) for q in np.quantile(np.asarray(ratios, float), (0.25, 0.5, 0.75))
+    )
     return {name: middle, f"{name}_quartiles": [low, high]}
 
 

@@ -2,6 +2,7 @@
 
 Read by benchmarks/scaling.py from the folders nodes-N that `launch/slurm.py --benchmark` makes. Pure reading: no torch, no cluster.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,15 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from dist_scan.engine.verdict import shares
-from dist_scan.sections import NAMES
+from dist_scan.monitoring.bottleneck import shares
+from dist_scan.monitoring.step_timer import NAMES
 
 MARKERS = {"MISTAKE": "ended by a mistake in its settings: ", "STOPPED": "stopped before its end "}
 
 
 def stage_rows(run_dir: Path) -> list[dict[str, Any]]:
     """A row per finished stage of the run in a folder nodes-N, in the order in which they ended. The building of .beton files is shared between runs and left out."""
-    where = {k: v for k, v in (_json(run_dir / "facts.json") or {}).items() if k not in ("benchmark", "configuration", "load")}
+    where = {
+        k: v
+        for k, v in (_json(run_dir / "facts.json") or {}).items()
+        if k not in ("benchmark", "configuration", "load")
+    }
     planned = _json(run_dir / "plan.json") or {}
     newest: dict[str, Path] = {}
     for path in sorted(run_dir.glob("stages/*/*/manifest.json"), key=lambda p: p.stat().st_mtime):
@@ -29,12 +34,28 @@ def stage_rows(run_dir: Path) -> list[dict[str, Any]]:
         manifest = _json(path)
         if manifest is None or manifest["kind"] == "beton":
             continue
-        common = where | {"nodes": int(run_dir.name.removeprefix("nodes-")), "world_size": manifest["world_size"], "kind": manifest["kind"], "wall_s": manifest["seconds"],
-                          "peak_host_mib": _mib(manifest.get("peak_host_bytes")), "peak_gpu_mib": _mib(manifest.get("peak_gpu_bytes"))} | (
-                              {"planned_mib": _mib(planned[name])} if name in planned else {})
+        common = (
+            where
+            | {
+                "nodes": int(run_dir.name.removeprefix("nodes-")),
+                "world_size": manifest["world_size"],
+                "kind": manifest["kind"],
+                "wall_s": manifest["seconds"],
+                "peak_host_mib": _mib(manifest.get("peak_host_bytes")),
+                "peak_gpu_mib": _mib(manifest.get("peak_gpu_bytes")),
+            }
+            | ({"planned_mib": _mib(planned[name])} if name in planned else {})
+        )
         timing = _json(path.with_name("timing.json"))
         trained = timing is not None and timing.get("images_per_s") is not None
-        found.append({"benchmark": "trainings" if trained else "other stages", "row": name, **common, **(training(timing) if trained else {})})
+        found.append(
+            {
+                "benchmark": "trainings" if trained else "other stages",
+                "row": name,
+                **common,
+                **(training(timing) if trained else {}),
+            }
+        )
     return found
 
 
@@ -43,20 +64,34 @@ def training(timing: Mapping[str, Any]) -> dict[str, Any]:
     seconds = np.array([timing["seconds_by_rank"][name] for name in NAMES]).T
     share = shares(seconds)
     share["waiting"] = max(0.0, 1.0 - sum(share.values()))
-    row = {"images_per_s": timing["images_per_s"], "steps": timing["steps"], "step_ms": round(1000 * float(seconds.sum(1).mean()) / timing["steps"], 3),
-           "global_batch": timing["setting"]["global_batch"], "first_step_s": timing["first_step_s"],
-           "sections": {name: round(value, 4) for name, value in share.items() if value > 0}, "waits_for": timing["waits_for"], "verdict": timing["verdict"]}
+    row = {
+        "images_per_s": timing["images_per_s"],
+        "steps": timing["steps"],
+        "step_ms": round(1000 * float(seconds.sum(1).mean()) / timing["steps"], 3),
+        "global_batch": timing["setting"]["global_batch"],
+        "first_step_s": timing["first_step_s"],
+        "sections": {name: round(value, 4) for name, value in share.items() if value > 0},
+        "waits_for": timing["waits_for"],
+        "verdict": timing["verdict"],
+    }
     if len(seconds) > 1:
         own = seconds.sum(1) - seconds[:, NAMES.index("all_reduce")]
         worst = int(own.argmax())
         hosts = timing["setting"]["hosts"]
-        row |= {"worst_rank": worst, "worst_behind": round(float(own[worst] / np.median(own) - 1), 3)} | ({"worst_host": hosts[worst]} if worst < len(hosts) else {})
+        row |= {
+            "worst_rank": worst,
+            "worst_behind": round(float(own[worst] / np.median(own) - 1), 3),
+        } | ({"worst_host": hosts[worst]} if worst < len(hosts) else {})
     return row
 
 
 def problems(run_dir: Path) -> list[str]:
     """Why figures of this folder are missing, in words; [] when all are there."""
-    found = [f"{path.stem}: {_last_line(path) or 'no word of why'}" for path in sorted(run_dir.glob("rows/*.err")) if not path.with_suffix(".jsonl").exists()]
+    found = [
+        f"{path.stem}: {_last_line(path) or 'no word of why'}"
+        for path in sorted(run_dir.glob("rows/*.err"))
+        if not path.with_suffix(".jsonl").exists()
+    ]
     if not (run_dir / "lock").exists():  # the first thing that a job takes
         return ["not submitted" if not (run_dir / "slurm").is_dir() else "its job has not begun"]
     if (run_dir / "DONE").exists():

@@ -5,6 +5,7 @@ Speed-up is the rate over the rate on the fewest nodes measured, times that numb
 rate per core or per link should stay the same instead (`flat`), and its efficiency is the rate over that on the fewest
 nodes. No network, no other files: the page stands on its own. scaling.html and .json are written into FOLDER when OUT is left out.
 """
+
 from __future__ import annotations
 
 import html
@@ -16,12 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import problems, stage_rows
-from dist_scan.artefacts import write_json, write_text
+from dist_scan.storage.artifacts import write_json, write_text
 
-RATES = ("images_per_s", "bytes_per_s", "rows_per_s", "views_per_s", "pairs_per_cpu_s", "views_per_cpu_s", "img_per_cpu_s", "mib_per_s")
+RATES = (
+    "images_per_s",
+    "bytes_per_s",
+    "rows_per_s",
+    "views_per_s",
+    "pairs_per_cpu_s",
+    "views_per_cpu_s",
+    "img_per_cpu_s",
+    "mib_per_s",
+)
 FIRST = ("trainings",)  # what a user looks for
 FLAT = ("bytes_per_s", "pairs_per_cpu_s", "views_per_cpu_s", "img_per_cpu_s")
-IDENTITY = ("row", "model", "size", "rows", "dim", "k", "clusters", "images", "stored", "resolution", "recipe", "views")
+IDENTITY = (
+    "row",
+    "model",
+    "size",
+    "rows",
+    "dim",
+    "k",
+    "clusters",
+    "images",
+    "stored",
+    "resolution",
+    "recipe",
+    "views",
+)
 STYLE = """:root{--page:#f7f6f3;--card:#fff;--ink:#22262a;--soft:#6a7076;--line:#e4e2dc;--accent:#2b7a7e}
 @media(prefers-color-scheme:dark){:root{--page:#14171a;--card:#1c2024;--ink:#e4e6e8;--soft:#99a1a8;--line:#2d3338;--accent:#5fb9b6}}
 body{margin:0 auto;max-width:1040px;padding:36px 24px;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,sans-serif}
@@ -61,7 +84,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     program's words) is left out."""
     found = [row for run_dir in _run_dirs(folder) for row in stage_rows(run_dir)]
     for path in sorted(Path(folder).rglob("*.jsonl")):
-        if "logs" in path.parts[len(Path(folder).parts):]:
+        if "logs" in path.parts[len(Path(folder).parts) :]:
             continue
         for line in path.read_text(errors="replace").splitlines():
             try:
@@ -74,7 +97,14 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run_dirs(folder: Path) -> list[Path]:
-    return sorted((p for p in Path(folder).glob("nodes-*") if p.is_dir() and p.name.removeprefix("nodes-").isdigit()), key=lambda p: int(p.name.removeprefix("nodes-")))
+    return sorted(
+        (
+            p
+            for p in Path(folder).glob("nodes-*")
+            if p.is_dir() and p.name.removeprefix("nodes-").isdigit()
+        ),
+        key=lambda p: int(p.name.removeprefix("nodes-")),
+    )
 
 
 def missing(folder: Path) -> dict[str, list[str]]:
@@ -104,7 +134,10 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[Curve]:
         if rate_of(row) is not None:
             key = (row["benchmark"], tuple((k, row[k]) for k in IDENTITY if k in row))
             groups.setdefault(key, {})[int(row["nodes"])] = row
-    return [_curve(key[0], key[1], by_nodes) for key, by_nodes in sorted(groups.items(), key=lambda g: (g[0][0] not in FIRST, g[0][0]))]
+    return [
+        _curve(key[0], key[1], by_nodes)
+        for key, by_nodes in sorted(groups.items(), key=lambda g: (g[0][0] not in FIRST, g[0][0]))
+    ]
 
 
 def _curve(benchmark: str, identity: tuple, by_nodes: Mapping[int, Mapping[str, Any]]) -> Curve:
@@ -114,8 +147,16 @@ def _curve(benchmark: str, identity: tuple, by_nodes: Mapping[int, Mapping[str, 
     for nodes, row in sorted(by_nodes.items()):
         rate = rate_of(row)[0]
         speedup = rate / base * (1 if unit in FLAT else fewest)
-        points.append(Point(nodes, rate, speedup, speedup if unit in FLAT else speedup / nodes, row))
-    return Curve(benchmark, ", ".join(size(v) if k == "row" else f"{k} {v}" for k, v in identity), unit, unit in FLAT, tuple(points))
+        points.append(
+            Point(nodes, rate, speedup, speedup if unit in FLAT else speedup / nodes, row)
+        )
+    return Curve(
+        benchmark,
+        ", ".join(size(v) if k == "row" else f"{k} {v}" for k, v in identity),
+        unit,
+        unit in FLAT,
+        tuple(points),
+    )
 
 
 def size(row: str | int) -> str:
@@ -136,15 +177,31 @@ def chart(curve: Curve) -> str:
         return f"{left + (width - left - 10) * x / most_x:.1f},{height - bottom - (height - bottom - top) * y / most_y:.1f}"
 
     ideal = [(0, 1), (most_x, 1)] if curve.flat else [(0, 0), (most_x, most_x)]
-    marks = "".join('<circle cx="{}" cy="{}" r="3.5" fill="var(--accent)"/>'.format(*at(p.nodes, p.speedup).split(",")) for p in curve.points)
-    ticks = "".join('<text x="{}" y="{}" text-anchor="middle">{}</text>'.format(at(p.nodes, 0).split(",")[0], height - 10, p.nodes) for p in curve.points)
-    side = "".join('<text x="{}" y="{}" text-anchor="end">{:g}</text>'.format(left - 6, float(at(0, y).split(",")[1]) + 4, y)
-                   for y in ([1] if curve.flat else sorted({p.nodes for p in curve.points})))
+    marks = "".join(
+        '<circle cx="{}" cy="{}" r="3.5" fill="var(--accent)"/>'.format(
+            *at(p.nodes, p.speedup).split(",")
+        )
+        for p in curve.points
+    )
+    ticks = "".join(
+        '<text x="{}" y="{}" text-anchor="middle">{}</text>'.format(
+            at(p.nodes, 0).split(",")[0], height - 10, p.nodes
+        )
+        for p in curve.points
+    )
+    side = "".join(
+        '<text x="{}" y="{}" text-anchor="end">{:g}</text>'.format(
+            left - 6, float(at(0, y).split(",")[1]) + 4, y
+        )
+        for y in ([1] if curve.flat else sorted({p.nodes for p in curve.points}))
+    )
     titles = f'<text x="0" y="12">{"rate over that of the fewest" if curve.flat else "speed-up"}</text><text x="0" y="{height - 10}">nodes</text>'
     line = " ".join(at(p.nodes, p.speedup) for p in curve.points)
-    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="speed-up by nodes"><polyline points="{at(0, 0)} {at(most_x, 0)}" '
-            f'fill="none" stroke="var(--line)"/><polyline points="{" ".join(at(*p) for p in ideal)}" fill="none" stroke="var(--soft)" '
-            f'stroke-dasharray="4 4"/><polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>{marks}{ticks}{side}{titles}</svg>')
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="speed-up by nodes"><polyline points="{at(0, 0)} {at(most_x, 0)}" '
+        f'fill="none" stroke="var(--line)"/><polyline points="{" ".join(at(*p) for p in ideal)}" fill="none" stroke="var(--soft)" '
+        f'stroke-dasharray="4 4"/><polyline points="{line}" fill="none" stroke="var(--accent)" stroke-width="2"/>{marks}{ticks}{side}{titles}</svg>'
+    )
 
 
 def worst(row: Mapping[str, Any]) -> str:
@@ -161,27 +218,66 @@ def lost(curve: Curve) -> str:
     if curve.flat or last is first or not (first.row.get("sections") and last.row.get("sections")):
         return ""
     text = f"{last.nodes} nodes give {last.speedup / first.nodes:.2f} times the images per second of {first.nodes}: {last.efficiency:.0%} of linear."
-    cost = [{name: share * p.nodes / p.rate for name, share in p.row["sections"].items()} for p in (first, last)]
-    grown = {name: (cost[1].get(name, 0.0) - cost[0].get(name, 0.0)) * last.rate / last.nodes for name in cost[0] | cost[1]}
-    named = [f"{SPOKEN.get(name, name.replace('_', ' '))} {100 * points:.0f}" for name, points in sorted(grown.items(), key=lambda g: -g[1]) if points >= 0.005]
+    cost = [
+        {name: share * p.nodes / p.rate for name, share in p.row["sections"].items()}
+        for p in (first, last)
+    ]
+    grown = {
+        name: (cost[1].get(name, 0.0) - cost[0].get(name, 0.0)) * last.rate / last.nodes
+        for name in cost[0] | cost[1]
+    }
+    named = [
+        f"{SPOKEN.get(name, name.replace('_', ' '))} {100 * points:.0f}"
+        for name, points in sorted(grown.items(), key=lambda g: -g[1])
+        if points >= 0.005
+    ]
     return text + (f" Where the missing points are: {', '.join(named)}." if named else "")
 
 
-SPOKEN = {"waiting": "waiting for slower ranks", "all_reduce": "all-reduce on every rank", "end_step": "the method's end_step"}
+SPOKEN = {
+    "waiting": "waiting for slower ranks",
+    "all_reduce": "all-reduce on every rank",
+    "end_step": "the method's end_step",
+}
 
 
 def _rates(curve: Curve) -> str:
     seconds = curve.unit == "runs_per_s"
-    extra = {"host memory": "peak_host_mib", "GPU memory": "peak_gpu_mib", "planned": "planned_mib", "first step": "first_step_s"}
+    extra = {
+        "host memory": "peak_host_mib",
+        "GPU memory": "peak_gpu_mib",
+        "planned": "planned_mib",
+        "first step": "first_step_s",
+    }
     shown = {head: key for head, key in extra.items() if any(p.row.get(key) for p in curve.points)}
     lines = []
     for p in curve.points:
         rate = 1 / p.rate if seconds else p.rate / 1e6 if curve.unit == "bytes_per_s" else p.rate
-        cells = [str(p.nodes), f"{rate:,.4g}" if rate < 1000 else f"{rate:,.0f}", "-" if curve.flat else f"{p.speedup:.2f}", f"{p.efficiency:.0%}"]
-        cells += ["-" if p.row.get(key) is None else f"{p.row[key]:,} MiB" if key.endswith("mib") else f"{p.row[key]:.1f} s" for key in shown.values()]
+        cells = [
+            str(p.nodes),
+            f"{rate:,.4g}" if rate < 1000 else f"{rate:,.0f}",
+            "-" if curve.flat else f"{p.speedup:.2f}",
+            f"{p.efficiency:.0%}",
+        ]
+        cells += [
+            "-"
+            if p.row.get(key) is None
+            else f"{p.row[key]:,} MiB"
+            if key.endswith("mib")
+            else f"{p.row[key]:.1f} s"
+            for key in shown.values()
+        ]
         lines.append(cells)
-    heads = ["nodes", "seconds" if seconds else curve.unit.replace("_", " ").replace("bytes", "MB"), "speed-up", "efficiency", *shown]
-    return "<table>" + _line(heads, "th") + "".join(_line(cells, "td") for cells in lines) + "</table>"
+    heads = [
+        "nodes",
+        "seconds" if seconds else curve.unit.replace("_", " ").replace("bytes", "MB"),
+        "speed-up",
+        "efficiency",
+        *shown,
+    ]
+    return (
+        "<table>" + _line(heads, "th") + "".join(_line(cells, "td") for cells in lines) + "</table>"
+    )
 
 
 def _sections(curve: Curve) -> str:
@@ -190,18 +286,54 @@ def _sections(curve: Curve) -> str:
     if not timed:
         return ""
     names = [name for name in ORDER if any(p.row["sections"].get(name, 0) >= 0.005 for p in timed)]
-    rows = [[str(p.nodes), *(f"{p.row['sections'].get(name, 0):.1%}" for name in names),
-             f"{sum(share for name, share in p.row['sections'].items() if name not in names):.1%}"] for p in timed]
-    heads = ["nodes", *(name.replace("_", "-" if name == "all_reduce" else " ") for name in names), "rest"]
-    return '<div class="wide"><table>' + _line(heads, "th") + "".join(_line(cells, "td") for cells in rows) + "</table></div>"
+    rows = [
+        [
+            str(p.nodes),
+            *(f"{p.row['sections'].get(name, 0):.1%}" for name in names),
+            f"{sum(share for name, share in p.row['sections'].items() if name not in names):.1%}",
+        ]
+        for p in timed
+    ]
+    heads = [
+        "nodes",
+        *(name.replace("_", "-" if name == "all_reduce" else " ") for name in names),
+        "rest",
+    ]
+    return (
+        '<div class="wide"><table>'
+        + _line(heads, "th")
+        + "".join(_line(cells, "td") for cells in rows)
+        + "</table></div>"
+    )
 
 
-ORDER = ("data_wait", "copy", "augmentation", "forward", "backward", "all_reduce", "waiting", "optimizer", "end_step", "save", "epoch", "other")
+ORDER = (
+    "data_wait",
+    "copy",
+    "augmentation",
+    "forward",
+    "backward",
+    "all_reduce",
+    "waiting",
+    "optimizer",
+    "end_step",
+    "save",
+    "epoch",
+    "other",
+)
 
 
 def _words(curve: Curve) -> str:
     slow = "; ".join(filter(None, (worst(p.row) for p in curve.points)))
-    said = [lost(curve), f"The rank whose own work takes longest: {slow}." if slow else "", *(f"{p.nodes} node{'s' * (p.nodes > 1)}: {p.row['verdict']}" for p in curve.points if p.row.get("verdict"))]
+    said = [
+        lost(curve),
+        f"The rank whose own work takes longest: {slow}." if slow else "",
+        *(
+            f"{p.nodes} node{'s' * (p.nodes > 1)}: {p.row['verdict']}"
+            for p in curve.points
+            if p.row.get("verdict")
+        ),
+    ]
     return "".join(f'<p class="wide">{html.escape(text)}</p>' for text in said if text)
 
 
@@ -209,28 +341,49 @@ def _line(cells: Sequence[str], tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
 
-def page(rows: Sequence[Mapping[str, Any]], title: str = "Scaling", absent: Mapping[str, Sequence[str]] = {}, asked: str = "") -> str:
+def page(
+    rows: Sequence[Mapping[str, Any]],
+    title: str = "Scaling",
+    absent: Mapping[str, Sequence[str]] = {},
+    asked: str = "",
+) -> str:
     """The report page. `absent`: nodes -> why they are not on it; `asked`: what was measured, in words. Raises ValueError when no
     row gives a rate or seconds."""
     drawn = curves(rows)
     if not drawn:
         why = "; ".join(f"{nodes} nodes: {', '.join(reasons)}" for nodes, reasons in absent.items())
-        raise ValueError("no rows to draw: expected lines of JSON with benchmark, nodes and a rate (images_per_s, ...) or wall_s"
-                         + (f". {why}" if why else "; run the benchmarks first"))
-    facts = {name: sorted({str(row[name]) for row in rows if row.get(name)}) for name in ("machine", "device", "commit", "date")}
+        raise ValueError(
+            "no rows to draw: expected lines of JSON with benchmark, nodes and a rate (images_per_s, ...) or wall_s"
+            + (f". {why}" if why else "; run the benchmarks first")
+        )
+    facts = {
+        name: sorted({str(row[name]) for row in rows if row.get(name)})
+        for name in ("machine", "device", "commit", "date")
+    }
     dates = facts.pop("date")
-    about = "; ".join(f"{name}: {', '.join(values)}" for name, values in facts.items() if values) + (f"; {dates[0]} to {dates[-1]}" if dates else "")
-    body = [f'<p class="soft">Not measured on {nodes} nodes: {html.escape("; ".join(reasons))}</p>' for nodes, reasons in absent.items()]
+    about = "; ".join(
+        f"{name}: {', '.join(values)}" for name, values in facts.items() if values
+    ) + (f"; {dates[0]} to {dates[-1]}" if dates else "")
+    body = [
+        f'<p class="soft">Not measured on {nodes} nodes: {html.escape("; ".join(reasons))}</p>'
+        for nodes, reasons in absent.items()
+    ]
     for i, curve in enumerate(drawn):
         if i == 0 or drawn[i - 1].benchmark != curve.benchmark:
             body.append(f"<h2>{html.escape(curve.benchmark)}</h2>")
-        drawing = f"<div>{chart(curve)}</div><div>" if len(curve.points) > 1 else '<div class="wide">'
-        body.append(f'<div class="soft">{html.escape(curve.label)}</div><div class="card">{drawing}{_rates(curve)}</div>'
-                    f"{_sections(curve)}{_words(curve)}</div>")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-            f'<p class="soft">{html.escape(asked)}Dashed: linear in the number of nodes (or, for rates per core or link, unchanged). Sections are shares '
-            f'of a step; waiting is for slower ranks. {html.escape(about)}</p>{"".join(body)}</body></html>')
+        drawing = (
+            f"<div>{chart(curve)}</div><div>" if len(curve.points) > 1 else '<div class="wide">'
+        )
+        body.append(
+            f'<div class="soft">{html.escape(curve.label)}</div><div class="card">{drawing}{_rates(curve)}</div>'
+            f"{_sections(curve)}{_words(curve)}</div>"
+        )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f'<p class="soft">{html.escape(asked)}Dashed: linear in the number of nodes (or, for rates per core or link, unchanged). Sections are shares '
+        f"of a step; waiting is for slower ranks. {html.escape(about)}</p>{''.join(body)}</body></html>"
+    )
 
 
 def draw(folder: Path, out: Path | None = None) -> int:
@@ -241,10 +394,33 @@ def draw(folder: Path, out: Path | None = None) -> int:
         asked = json.loads((Path(folder) / "benchmark.json").read_text())
     except OSError:
         asked = {}
-    said = " ".join(["launch/slurm.py --nodes", ",".join(map(str, asked["nodes"])), "--benchmark", ",".join(asked["benchmarks"]), "--steps", str(asked["steps"]),
-                     *(["--weak"] if asked["weak"] else []), asked["config"], *asked["overrides"]]) + ". " if asked else ""
+    said = (
+        " ".join(
+            [
+                "launch/slurm.py --nodes",
+                ",".join(map(str, asked["nodes"])),
+                "--benchmark",
+                ",".join(asked["benchmarks"]),
+                "--steps",
+                str(asked["steps"]),
+                *(["--weak"] if asked["weak"] else []),
+                asked["config"],
+                *asked["overrides"],
+            ]
+        )
+        + ". "
+        if asked
+        else ""
+    )
     write_text(out, page(rows, absent=absent, asked=said))
-    write_json(out.with_suffix(".json"), {"asked": asked, "missing": absent, "curves": [asdict(c) | {"lost": lost(c)} for c in curves(rows)]})
+    write_json(
+        out.with_suffix(".json"),
+        {
+            "asked": asked,
+            "missing": absent,
+            "curves": [asdict(c) | {"lost": lost(c)} for c in curves(rows)],
+        },
+    )
     return len(rows)
 
 
@@ -252,6 +428,8 @@ if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python -m benchmarks.scaling FOLDER [OUT.html]")
     try:
-        print(f"{draw(*map(Path, sys.argv[1:]))} rows -> {sys.argv[2] if len(sys.argv) == 3 else Path(sys.argv[1]) / 'scaling.html'}")
+        print(
+            f"{draw(*map(Path, sys.argv[1:]))} rows -> {sys.argv[2] if len(sys.argv) == 3 else Path(sys.argv[1]) / 'scaling.html'}"
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")

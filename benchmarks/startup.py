@@ -6,6 +6,7 @@
 A start is launch/local.py with a config cut to its first training; it is ended once the row of its first step is written. The data is
 built by a start that is not counted, so `first step` is that of every start but the very first. time_ratio is ours over the earlier commit's.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,12 +46,24 @@ class Checkout(NamedTuple):
 
     def environment(self, compiled: str = "compiled") -> dict[str, str]:
         """This checkout's package and no other, compiled code in a folder of its own."""
-        return os.environ | {"PYTHONPATH": str(self.root), "NUMBA_CACHE_DIR": str(self.folder / compiled)}
+        return os.environ | {
+            "PYTHONPATH": str(self.root),
+            "NUMBA_CACHE_DIR": str(self.folder / compiled),
+        }
 
     def imports(self) -> Took:
         """A process that imports what every rank does."""
         began, used = time.monotonic(), children_s()
-        subprocess.run([sys.executable, "-c", "import dist_scan.run, dist_scan.stages.train, dist_scan.data.beton.loader"], cwd=self.root, env=self.environment(), check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import dist_scan.run, dist_scan.stages.train, dist_scan.data.beton.loader",
+            ],
+            cwd=self.root,
+            env=self.environment(),
+            check=True,
+        )
         return Took(time.monotonic() - began, children_s() - used)
 
     def first_step(self, config: str, processes: int, cold: bool) -> Took:
@@ -58,11 +71,20 @@ class Checkout(NamedTuple):
         run_dir, compiled = self.folder / "run", "fresh" if cold else "compiled"
         for old in (run_dir, self.folder / "fresh"):
             shutil.rmtree(old, ignore_errors=True)
-        words = [sys.executable, str(self.root / "launch" / "local.py"), str(self.root / config), "--processes", str(processes), f"runtime.run_dir={run_dir}",
-                 f"runtime.cache_dir={self.folder / 'cache'}"]
+        words = [
+            sys.executable,
+            str(self.root / "launch" / "local.py"),
+            str(self.root / config),
+            "--processes",
+            str(processes),
+            f"runtime.run_dir={run_dir}",
+            f"runtime.cache_dir={self.folder / 'cache'}",
+        ]
         with tempfile.TemporaryFile("w+") as said:
             began = time.monotonic()
-            process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, env=self.environment(compiled))
+            process = subprocess.Popen(
+                words, stdout=said, stderr=subprocess.STDOUT, env=self.environment(compiled)
+            )
             try:
                 while not any(p.stat().st_size for p in run_dir.glob("logs/*.metrics.jsonl")):
                     if process.poll() is not None or time.monotonic() - began > LIMIT_S:
@@ -88,7 +110,10 @@ def family_s(pid: int) -> float:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:  # ended meanwhile
             continue
-        stats[int(path.parent.name)] = int(fields[1]), sum(map(int, fields[11:15]))  # parent; user and system ticks, its own and its dead children's
+        stats[int(path.parent.name)] = (
+            int(fields[1]),
+            sum(map(int, fields[11:15])),
+        )  # parent; user and system ticks, its own and its dead children's
     found = [pid]
     for parent in found:
         found += [p for p, (its_parent, _) in stats.items() if its_parent == parent]
@@ -113,7 +138,9 @@ def checkouts(before: str) -> Iterator[dict[str, Checkout]]:
         git = ["git", "-C", str(ROOT), "worktree"]
         if before:
             found["before"] = Checkout(Path(folder) / "code", Path(folder) / "before")
-            subprocess.run([*git, "add", "--quiet", "--detach", str(found["before"].root), before], check=True)
+            subprocess.run(
+                [*git, "add", "--quiet", "--detach", str(found["before"].root), before], check=True
+            )
         try:
             yield found
         finally:
@@ -127,24 +154,49 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml", help="below the checkout")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--before", default="", metavar="COMMIT", help="in turns with an earlier commit")
+    parser.add_argument(
+        "--before", default="", metavar="COMMIT", help="in turns with an earlier commit"
+    )
     args = parser.parse_args()
     with checkouts(args.before) as versions:
-        took: dict[str, dict[str, list[Took]]] = {case: {name: [] for name in versions} for case in CASES}
+        took: dict[str, dict[str, list[Took]]] = {
+            case: {name: [] for name in versions} for case in CASES
+        }
         for version in versions.values():
             version.first_step(args.config, args.processes, cold=False)
         for _ in range(args.rounds):
             for name, version in versions.items():
                 took["imports"][name].append(version.imports())
                 for case in CASES[1:]:
-                    took[case][name].append(version.first_step(args.config, args.processes, case != "first step"))
+                    took[case][name].append(
+                        version.first_step(args.config, args.processes, case != "first step")
+                    )
     for case, by_name in took.items():
-        row = {"row": case, "config": Path(args.config).stem, "processes": args.processes, "rounds": args.rounds}
-        row |= {name: round(statistics.median(getattr(t, name) for t in by_name["now"]), 2) for name in Took._fields}
+        row = {
+            "row": case,
+            "config": Path(args.config).stem,
+            "processes": args.processes,
+            "rounds": args.rounds,
+        }
+        row |= {
+            name: round(statistics.median(getattr(t, name) for t in by_name["now"]), 2)
+            for name in Took._fields
+        }
         if args.before:
-            row |= {"before": args.before} | {f"before_{name}": round(statistics.median(getattr(t, name) for t in by_name["before"]), 2) for name in Took._fields}
+            row |= {"before": args.before} | {
+                f"before_{name}": round(
+                    statistics.median(getattr(t, name) for t in by_name["before"]), 2
+                )
+                for name in Took._fields
+            }
             for field, name in (("wall_s", "time_ratio"), ("cpu_s", "cpu_time_ratio")):
-                row |= spread([getattr(a, field) / getattr(b, field) for a, b in zip(by_name["now"], by_name["before"])], name)
+                row |= spread(
+                    [
+                        getattr(a, field) / getattr(b, field)
+                        for a, b in zip(by_name["now"], by_name["before"])
+                    ],
+                    name,
+                )
         emit(row)
 
 

@@ -8,6 +8,7 @@ at whether numbers are finite, no log, no stopping) follow each other, so that w
 trust that one). `timers_us` is what
 the section clock costs a step. Under srun or torchrun (RANK is set) the ranks train together, and rank 0 prints. --batch is a rank's.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,20 @@ import torch
 
 from benchmarks.rows import emit, spread
 
-CLUSTER = ["--model", "{model}", "--stem", "{stem}", "--width", "{width}", "--size", "{size}", "--batch", "{batch}", "--variants", "{precision}"]
+CLUSTER = [
+    "--model",
+    "{model}",
+    "--stem",
+    "{stem}",
+    "--width",
+    "{width}",
+    "--size",
+    "{size}",
+    "--batch",
+    "{batch}",
+    "--variants",
+    "{precision}",
+]
 QUICK = ["--compare", "--steps", "16", "--batch", "16"]
 WARM_UP = 3
 
@@ -32,13 +46,19 @@ WARM_UP = 3
 class Turns:
     """A feed of one batch from memory that times each step of whoever asks, and lets the bare loop take its turn in between."""
 
-    def __init__(self, batch, steps: int, bare, sync):
+    def __init__(self, batch, steps: int, bare, sync) -> None:
         self.batch, self.steps_per_epoch, self.bare, self.sync = batch, steps, bare, sync
         self.rows = batch.index.numpy()
         self.ours: list[tuple[float, float]] = []
         self.theirs: list[tuple[float, float]] = []
 
-    def batches(self, epoch: int, first_step: int = 0, views: tuple[int, ...] | None = None, order: np.ndarray | None = None) -> Iterator:
+    def batches(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        views: tuple[int, ...] | None = None,
+        order: np.ndarray | None = None,
+    ) -> Iterator:
         """See data.feed.Feed."""
         for step in range(first_step, self.steps_per_epoch):
             if self.bare is not None and step % 2:
@@ -73,21 +93,41 @@ def build(args: argparse.Namespace, variant: str, device: torch.device):
     from dist_scan.config import kind_class
     from dist_scan.data.batch import Batch
     from dist_scan.engine.precision import memory_format
-    from dist_scan.methods.base import Given
+    from dist_scan.methods.base import MethodInputs
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.world.world import current
 
     torch.manual_seed(0)
-    config, cls = BackboneConfig(name=args.model, stem=args.stem, width=args.width), kind_class("dist_scan.methods", "simclr")
+    config, cls = (
+        BackboneConfig(name=args.model, stem=args.stem, width=args.width),
+        kind_class("dist_scan.methods", "simclr"),
+    )
     backbone = build_backbone(config)
-    method = cls(cls.Config(kind="simclr"), Given(num_images=args.batch, global_batch=args.batch * current().world_size, seed=0, total_steps=args.steps,
-                                                  feature_dim=backbone.num_features, backbone=backbone, backbone_config=config))
+    method = cls(
+        cls.Config(kind="simclr"),
+        MethodInputs(
+            num_images=args.batch,
+            global_batch=args.batch * current().world_size,
+            seed=0,
+            total_steps=args.steps,
+            feature_dim=backbone.num_features,
+            backbone=backbone,
+            backbone_config=config,
+        ),
+    )
     method = memory_format(method, device)
-    layout = torch.channels_last if variant == "channels_last" or device.type == "cuda" else torch.contiguous_format
+    layout = (
+        torch.channels_last
+        if variant == "channels_last" or device.type == "cuda"
+        else torch.contiguous_format
+    )
     method = method.to(memory_format=layout)
     if variant == "compile":
         method.backbone.compile()
-    views = tuple(torch.randn(args.batch, 3, args.size, args.size).to(device, memory_format=layout) for _ in range(2))
+    views = tuple(
+        torch.randn(args.batch, 3, args.size, args.size).to(device, memory_format=layout)
+        for _ in range(2)
+    )
     return method.train(), Batch(torch.arange(args.batch), views, 0, 0)
 
 
@@ -97,7 +137,11 @@ def bare_loop(method, batch, precision: str, device: torch.device):
 
     network = wrap(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
-    cast = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
+    cast = (
+        (lambda: torch.autocast(device.type, torch.bfloat16))
+        if precision == "bf16"
+        else contextlib.nullcontext
+    )
 
     def work() -> None:
         with cast():
@@ -111,60 +155,104 @@ def bare_loop(method, batch, precision: str, device: torch.device):
 
 def measure(args: argparse.Namespace, variant: str, device: torch.device) -> None:
     """One variant: train through the engine, with the bare loop's turns inside its feed."""
-    from dist_scan.engine.checkpoint import Checkpoints
-    from dist_scan.engine.log import Log
-    from dist_scan.engine.loop import Schooling, Trainer
-    from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.position import Saver
-    from dist_scan.engine.profile import Timing
+    from dist_scan.engine.checkpoint import CheckpointStore
+    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
     from dist_scan.engine.stop import Stop
-    from dist_scan.engine.verdict import Setting, shares
-    from dist_scan.sections import NAMES
+    from dist_scan.engine.train_state import Checkpointer
+    from dist_scan.engine.training_loop import Trainer, TrainSettings
+    from dist_scan.monitoring.bottleneck import TrainingSetup, shares
+    from dist_scan.monitoring.log import StageLog
+    from dist_scan.monitoring.profile import TrainingProfile
+    from dist_scan.monitoring.step_timer import NAMES
     from dist_scan.world.world import current
 
     method, batch = build(args, variant, device)
     images = args.batch * current().world_size
     precision = "bf16" if variant == "bf16" else "fp32"
     bare = bare_loop(copy.deepcopy(method), batch, precision, device) if args.compare else None
-    feed = Turns(batch, args.steps + WARM_UP, bare, torch.accelerator.synchronize if device.type != "cpu" else lambda: None)
+    feed = Turns(
+        batch,
+        args.steps + WARM_UP,
+        bare,
+        torch.accelerator.synchronize if device.type != "cpu" else lambda: None,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        log = Log(Path(folder), "step")
-        timing = Timing(log, Path(folder), Setting(images, current().world_size, device.type), 0, lambda text: None)
-        schooling = Schooling(OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), 1, 0, precision)
-        trainer = Trainer(method, feed, schooling, lambda *a: None, Saver(Checkpoints(Path(folder) / "c", 1), None), Stop(), log, timing)
+        log = StageLog(Path(folder), "step")
+        timing = TrainingProfile(
+            log,
+            Path(folder),
+            TrainingSetup(images, current().world_size, device.type),
+            0,
+            lambda text: None,
+        )
+        schooling = TrainSettings(
+            OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), 1, 0, precision
+        )
+        trainer = Trainer(
+            method,
+            feed,
+            schooling,
+            lambda *a: None,
+            Checkpointer(CheckpointStore(Path(folder) / "c", 1), None),
+            Stop(),
+            log,
+            timing,
+        )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             trainer.run()
         log.close()
     ours, theirs = np.array(feed.ours[WARM_UP:]), np.array(feed.theirs[WARM_UP:])
     step_s, share = float(np.median(ours[:, 0])), shares(timing.total)
-    busy = sum(v for name, v in share.items() if name != "data_wait") or 1.0  # data wait holds the bare loop's turns
-    row = {"row": variant, "model": args.model, "size": args.size, "batch": args.batch, "world_size": current().world_size, "steps": args.steps,
-           "images_per_s": round(images / step_s, 1), "step_ms": round(1000 * step_s, 2),
-           "timers_us": round(1e6 * timers_s(), 1), "timers_share": round(timers_s() / step_s, 5),
-           "sections": {name: round(share[name] / busy, 4) for name in NAMES if share[name] > 0 and name != "data_wait"}}
+    busy = (
+        sum(v for name, v in share.items() if name != "data_wait") or 1.0
+    )  # data wait holds the bare loop's turns
+    row = {
+        "row": variant,
+        "model": args.model,
+        "size": args.size,
+        "batch": args.batch,
+        "world_size": current().world_size,
+        "steps": args.steps,
+        "images_per_s": round(images / step_s, 1),
+        "step_ms": round(1000 * step_s, 2),
+        "timers_us": round(1e6 * timers_s(), 1),
+        "timers_share": round(timers_s() / step_s, 5),
+        "sections": {
+            name: round(share[name] / busy, 4)
+            for name in NAMES
+            if share[name] > 0 and name != "data_wait"
+        },
+    }
     if current().world_size > 1:
         row |= slowest(timing)
     if args.compare:
-        row |= {"bare_images_per_s": round(images / float(np.median(theirs[:, 0])), 1), **spread(ours[:, 0] / theirs[:, 0], "time_ratio"),
-                **spread(ours[:, 1] / theirs[:, 1], "cpu_time_ratio")}
+        row |= {
+            "bare_images_per_s": round(images / float(np.median(theirs[:, 0])), 1),
+            **spread(ours[:, 0] / theirs[:, 0], "time_ratio"),
+            **spread(ours[:, 1] / theirs[:, 1], "cpu_time_ratio"),
+        }
     if current().rank == 0:
         emit(row)
 
 
 def slowest(timing) -> dict[str, object]:
     """The rank whose own work (all but all-reduce) takes longest, where it runs, and how far it is behind the median."""
-    from dist_scan.sections import NAMES
+    from dist_scan.monitoring.step_timer import NAMES
 
     busy = timing.total.sum(1) - timing.total[:, NAMES.index("all_reduce")]
     worst = int(busy.argmax())
-    return {"worst_rank": worst, "worst_host": timing.setting.hosts[worst], "worst_behind": round(float(busy[worst] / np.median(busy) - 1), 3)}
+    return {
+        "worst_rank": worst,
+        "worst_host": timing.setting.hosts[worst],
+        "worst_behind": round(float(busy[worst] / np.median(busy) - 1), 3),
+    }
 
 
 def timers_s(steps: int = 2000) -> float:
     """Seconds that the section clock takes in one step of a method without collectives: 10 sections and the step's end."""
-    from dist_scan.sections import Clock, section, use_clock
+    from dist_scan.monitoring.step_timer import StepTimer, section, use_clock
 
-    clock = Clock()
+    clock = StepTimer()
     use_clock(clock)
     best = float("inf")
     for _ in range(5):
@@ -194,7 +282,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64, help="images of one rank")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--variants", nargs="+", choices=["fp32", "bf16", "channels_last", "compile"], default=["fp32"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=["fp32", "bf16", "channels_last", "compile"],
+        default=["fp32"],
+    )
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args(argv)
     from benchmarks.turns import job_world

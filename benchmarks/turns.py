@@ -1,4 +1,5 @@
 """Groups of processes that measure in turns: while one works the others sleep, so that what else the machine does hits all alike."""
+
 from __future__ import annotations
 
 import contextlib
@@ -49,29 +50,67 @@ def job_turns(work: Work, rounds: int) -> list[Turn]:
         value = work()
         if mark is not None:
             mark().synchronize()
-        mine = time.perf_counter() - wall, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, value
+        mine = (
+            time.perf_counter() - wall,
+            time.process_time() - cpu,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            value,
+        )
         all_ranks = gather_objects(mine)
-        turns.append(Turn(max(a[0] for a in all_ranks), sum(a[1] for a in all_ranks), max(a[2] for a in all_ranks), [a[3] for a in all_ranks]))
+        turns.append(
+            Turn(
+                max(a[0] for a in all_ranks),
+                sum(a[1] for a in all_ranks),
+                max(a[2] for a in all_ranks),
+                [a[3] for a in all_ranks],
+            )
+        )
     return turns[1:]
 
 
 def typical(turns: list[Turn]) -> dict[str, float]:
     """Fields of a row: medians over turns, and the rank that held most memory."""
-    return {"wall_s": round(statistics.median(t.wall_s for t in turns), 4), "cpu_s": round(statistics.median(t.cpu_s for t in turns), 4),
-            "peak_host_mib": round(max(t.peak_mib for t in turns))}
+    return {
+        "wall_s": round(statistics.median(t.wall_s for t in turns), 4),
+        "cpu_s": round(statistics.median(t.cpu_s for t in turns), 4),
+        "peak_host_mib": round(max(t.peak_mib for t in turns)),
+    }
 
 
 class Group:
     """`make(*args) -> work` runs once in each of W new processes (ranks of one world, each with threads / W threads); `turn()` runs work once."""
 
-    def __init__(self, make: Callable[..., Work], world_size: int, threads: int, *args: Any, in_world: bool = True):
+    def __init__(
+        self,
+        make: Callable[..., Work],
+        world_size: int,
+        threads: int,
+        *args: Any,
+        in_world: bool = True,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.orders, self.results = [context.Queue() for _ in range(world_size)], context.Queue()
-        self.ranks = [context.Process(target=_rank, daemon=True, args=(make, args, r, world_size, port, max(1, threads // world_size), in_world,
-                                                                       self.orders[r], self.results)) for r in range(world_size)]
+        self.ranks = [
+            context.Process(
+                target=_rank,
+                daemon=True,
+                args=(
+                    make,
+                    args,
+                    r,
+                    world_size,
+                    port,
+                    max(1, threads // world_size),
+                    in_world,
+                    self.orders[r],
+                    self.results,
+                ),
+            )
+            for r in range(world_size)
+        ]
         for p in self.ranks:
             p.start()
         self._answers()
@@ -82,7 +121,12 @@ class Group:
         for orders in self.orders:
             orders.put(True)
         answers = self._answers()
-        return Turn(time.perf_counter() - begin, sum(a[1] for a in answers), max(a[2] for a in answers), [a[3] for a in answers])
+        return Turn(
+            time.perf_counter() - begin,
+            sum(a[1] for a in answers),
+            max(a[2] for a in answers),
+            [a[3] for a in answers],
+        )
 
     def close(self) -> None:
         """End the processes."""
@@ -98,10 +142,29 @@ class Group:
         return sorted(found, key=lambda a: a[0])
 
 
-def _rank(make: Callable[..., Work], args: tuple, rank: int, world_size: int, port: int, threads: int, in_world: bool, orders, results) -> None:
+def _rank(
+    make: Callable[..., Work],
+    args: tuple,
+    rank: int,
+    world_size: int,
+    port: int,
+    threads: int,
+    in_world: bool,
+    orders,
+    results,
+) -> None:
     try:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            OMP_NUM_THREADS=str(threads),
+            OPENBLAS_NUM_THREADS=str(threads),
+            MKL_NUM_THREADS=str(threads),
+        )
         if in_world:
             import torch
 
@@ -114,7 +177,14 @@ def _rank(make: Callable[..., Work], args: tuple, rank: int, world_size: int, po
         while orders.get():
             cpu = time.process_time()
             value = work()
-            results.put((rank, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, value))
+            results.put(
+                (
+                    rank,
+                    time.process_time() - cpu,
+                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    value,
+                )
+            )
     except BaseException as error:
         results.put(f"rank {rank} of {make.__name__}: {type(error).__name__}: {error}")
         raise

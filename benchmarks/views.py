@@ -7,6 +7,7 @@ Per seed a config's pretext and neighbours are made once; then heads with the sa
 chosen on and scored by centre crops. One JSON line per row, mean and spread over seeds; CPU seconds of one thread: filling the bank,
 and training the heads (fresh: the network's forward passes too). Labels are read for the scores and for nothing before.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,14 +22,27 @@ import numpy as np
 import torch
 
 from benchmarks.rows import ROOT, emit
-from dist_scan.artefacts import write_json
 from dist_scan.config import override, read_yaml, validate
 from dist_scan.engine.precision import set_determinism
 from dist_scan.engine.stop import Stop
 from dist_scan.pipeline import Pipeline
+from dist_scan.storage.artifacts import write_json
 from dist_scan.world.world import current
 
-QUICK = ["--seeds", "1", "--views", "1", "2", "--epochs", "2", "--batch", "60", "data.train.limit=300", "stages.pretext.epochs=1", "stages.pretext.network.width=8"]
+QUICK = [
+    "--seeds",
+    "1",
+    "--views",
+    "1",
+    "2",
+    "--epochs",
+    "2",
+    "--batch",
+    "60",
+    "data.train.limit=300",
+    "stages.pretext.epochs=1",
+    "stages.pretext.network.width=8",
+]
 KEPT = ("pretext", "features", "neighbours")  # of the config; the rest is ours
 SCORES = ("acc", "nmi", "ari", "consensus_acc", "mean_head_acc", "held_out_loss")
 
@@ -41,21 +55,57 @@ def arms(views: Sequence[int]) -> list[str]:
 def stages(tree: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The config's pretext and neighbours, and for every arm its bank, heads, scores."""
     recipe = tree["stages"]["pretext"]["recipes"][0]
-    clusters = next(s["method"]["num_clusters"] for s in tree["stages"].values() if "num_clusters" in s.get("method", {}))
+    clusters = next(
+        s["method"]["num_clusters"]
+        for s in tree["stages"].values()
+        if "num_clusters" in s.get("method", {})
+    )
     found = {name: tree["stages"][name] for name in KEPT}
     found["centre"] = {"kind": "embed", "backbone": "pretext", "num_shards": 4}
-    found |= {f"views_{v}": {"kind": "embed", "backbone": "pretext", "views": v, "recipe": recipe, "num_shards": 4} for v in args.views}
+    found |= {
+        f"views_{v}": {
+            "kind": "embed",
+            "backbone": "pretext",
+            "views": v,
+            "recipe": recipe,
+            "num_shards": 4,
+        }
+        for v in args.views
+    }
     for arm in arms(args.views):
-        source = {"features": arm, "held_out_features": "centre"} if arm != "fresh" else {"images": "train", "recipes": [recipe, recipe]}
-        method = {"kind": "scan", "num_clusters": clusters, "num_heads": args.heads, "normalise": "l2"}
+        source = (
+            {"features": arm, "held_out_features": "centre"}
+            if arm != "fresh"
+            else {"images": "train", "recipes": [recipe, recipe]}
+        )
+        method = {
+            "kind": "scan",
+            "num_clusters": clusters,
+            "num_heads": args.heads,
+            "normalise": "l2",
+        }
         found[f"heads_{arm}"] = {
-            "kind": "train", **source, "backbone": "pretext", "neighbours": "neighbours", "optimizer": {"kind": "sgd", "lr": args.lr},
-            "epochs": args.epochs, "global_batch": args.batch, "held_out_share": 0.1,
-            "method": method | ({"train_backbone": False} if arm == "fresh" else {})}
+            "kind": "train",
+            **source,
+            "backbone": "pretext",
+            "neighbours": "neighbours",
+            "optimizer": {"kind": "sgd", "lr": args.lr},
+            "epochs": args.epochs,
+            "global_batch": args.batch,
+            "held_out_share": 0.1,
+            "method": method | ({"train_backbone": False} if arm == "fresh" else {}),
+        }
         found[f"chosen_{arm}"] = {"kind": "assign", "model": f"heads_{arm}", "features": "centre"}
-        found[f"consensus_{arm}"] = {"kind": "consensus", "model": f"heads_{arm}", "features": "centre"}
-        found[f"evaluate_{arm}"] = {"kind": "evaluate", "heads": f"heads_{arm}",
-                                    "subjects": {"chosen": f"chosen_{arm}", "consensus": f"consensus_{arm}"}}
+        found[f"consensus_{arm}"] = {
+            "kind": "consensus",
+            "model": f"heads_{arm}",
+            "features": "centre",
+        }
+        found[f"evaluate_{arm}"] = {
+            "kind": "evaluate",
+            "heads": f"heads_{arm}",
+            "subjects": {"chosen": f"chosen_{arm}", "consensus": f"consensus_{arm}"},
+        }
     return found
 
 
@@ -77,14 +127,25 @@ class Watch:
     def close(self) -> None:
         """The stage that was begun last has ended."""
         if self.name:
-            self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.process_time() - self.began
+            self.seconds[self.name] = (
+                self.seconds.get(self.name, 0.0) + time.process_time() - self.began
+            )
             write_json(self.path, self.seconds)
         self.name = ""
 
 
-def one_seed(tree: Mapping[str, Any], seed: int, args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+def one_seed(
+    tree: Mapping[str, Any], seed: int, args: argparse.Namespace, folder: Path
+) -> dict[str, dict[str, float]]:
     """Scores and costs by arm."""
-    run = validate({**tree, "seed": seed, "stages": stages(tree, args), "runtime": {"run_dir": str(folder), "workers": 1, "device": args.device}})
+    run = validate(
+        {
+            **tree,
+            "seed": seed,
+            "stages": stages(tree, args),
+            "runtime": {"run_dir": str(folder), "workers": 1, "device": args.device},
+        }
+    )
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     watch = Watch(folder / "cpu.json")
     try:
@@ -95,18 +156,36 @@ def one_seed(tree: Mapping[str, Any], seed: int, args: argparse.Namespace, folde
     for arm in arms(args.views):
         facts = json.loads((folders[f"evaluate_{arm}"] / "evaluate.json").read_text())
         heads, chosen = facts["heads"], facts["subjects"]["chosen"]
-        found[arm] = {**{k: chosen[k] for k in ("acc", "nmi", "ari")}, "consensus_acc": facts["subjects"]["consensus"]["acc"],
-                      "mean_head_acc": float(np.mean([h["acc"] for h in heads["heads"]])), "held_out_loss": heads["best_loss"],
-                      "best_epoch": heads["best_epoch"], "num_images": facts["num_images"],
-                      "bank_cpu_s": watch.seconds.get(arm, 0.0), "heads_cpu_s": watch.seconds[f"heads_{arm}"]}
+        found[arm] = {
+            **{k: chosen[k] for k in ("acc", "nmi", "ari")},
+            "consensus_acc": facts["subjects"]["consensus"]["acc"],
+            "mean_head_acc": float(np.mean([h["acc"] for h in heads["heads"]])),
+            "held_out_loss": heads["best_loss"],
+            "best_epoch": heads["best_epoch"],
+            "num_images": facts["num_images"],
+            "bank_cpu_s": watch.seconds.get(arm, 0.0),
+            "heads_cpu_s": watch.seconds[f"heads_{arm}"],
+        }
     return found
 
 
 def row(arm: str, seeds: Sequence[Mapping[str, float]], args: argparse.Namespace) -> dict[str, Any]:
     """Means and spreads over seeds; `passes`: forward passes through the network for each image."""
     values = {k: np.array([s[k] for s in seeds], float) for k in seeds[0]}
-    fixed = {"row": arm, "seeds": len(seeds), "num_images": int(values.pop("num_images")[0]), "epochs": args.epochs, "heads": args.heads, "lr": args.lr,
-             "batch": args.batch, "passes": 2 * args.epochs if arm == "fresh" else 1 if arm == "centre" else int(arm.removeprefix("views_"))}
+    fixed = {
+        "row": arm,
+        "seeds": len(seeds),
+        "num_images": int(values.pop("num_images")[0]),
+        "epochs": args.epochs,
+        "heads": args.heads,
+        "lr": args.lr,
+        "batch": args.batch,
+        "passes": 2 * args.epochs
+        if arm == "fresh"
+        else 1
+        if arm == "centre"
+        else int(arm.removeprefix("views_")),
+    }
     for key, each in values.items():
         fixed[key] = round(float(each.mean()), 4)
         if key in SCORES and len(each) > 1:
@@ -117,8 +196,15 @@ def row(arm: str, seeds: Sequence[Mapping[str, float]], args: argparse.Namespace
 def main() -> None:
     """Every arm of every seed, then the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "quickstart.yaml"), help="with stages pretext, features and neighbours")
-    parser.add_argument("overrides", nargs="*", help="of the config, as launchers take them: data.train.limit=5000")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        default=str(ROOT / "configs" / "quickstart.yaml"),
+        help="with stages pretext, features and neighbours",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="of the config, as launchers take them: data.train.limit=5000"
+    )
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -127,7 +213,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2.0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dir", help="where the runs are kept: the same command goes on there when it was stopped (default: nothing is kept)")
+    parser.add_argument(
+        "--dir",
+        help="where the runs are kept: the same command goes on there when it was stopped (default: nothing is kept)",
+    )
     args = parser.parse_intermixed_args()
     if "=" in args.config:
         args.overrides, args.config = [args.config, *args.overrides], parser.get_default("config")

@@ -1,4 +1,5 @@
 """python -m dist_scan COMMAND ...: each command is a module of dist_scan/commands, found by its name."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,9 +17,16 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     chosen = next(iter(argv if argv is not None else sys.argv[1:]), None)
     for info in pkgutil.iter_modules(commands.__path__):
-        if chosen in (info.name, "-h", "--help", None):  # the others are not imported: some are slow to
+        if chosen in (
+            info.name,
+            "-h",
+            "--help",
+            None,
+        ):  # the others are not imported: some are slow to
             module = importlib.import_module(f"dist_scan.commands.{info.name}")
-            sub = subparsers.add_parser(info.name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+            sub = subparsers.add_parser(
+                info.name, help=module.__doc__.splitlines()[0], description=module.__doc__
+            )
             module.add_arguments(sub)
             sub.set_defaults(main=module.main)
         else:

@@ -1,4 +1,5 @@
 """numba's compiler, with its results kept on disk. Import it late: numba takes a second."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from numba.extending import intrinsic
 
 def compiled(**options) -> Callable:
     """njit without the interpreter's lock, kept on disk between processes where a cache can be written (compiling takes seconds, on every rank)."""
+
     def decorate(function: Callable) -> Callable:
         try:
             made = njit(nogil=True, cache=True, **options)(function)
@@ -25,6 +27,7 @@ def compiled(**options) -> Callable:
 
         made._cache.save_overload = kept_if_possible
         return made
+
     return decorate
 
 
@@ -32,7 +35,11 @@ def compiled(**options) -> Callable:
 def wide_vectors(typing_context):
     """At the head of a compiled function: vectors of 512 bits where the processor has them. LLVM prefers 256 even there, for the sake of processors
     that slowed down; beside matrix products, which take 512 anyway, exponentials are 1.3 to 1.8 times faster so."""
+
     def generate(context, builder, signature, arguments):
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own add() knows only attributes without a value
+        set.add(
+            builder.function.attributes, '"prefer-vector-width"="512"'
+        )  # llvmlite's own add() knows only attributes without a value
         return context.get_dummy_value()
+
     return types.none(), generate

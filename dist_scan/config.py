@@ -3,6 +3,7 @@
 A config is validated whole before any work. Every error names the path, the value, what is allowed and the way out.
 Each class of settings lives with its owner (a method, a stage, the loader); this file only knows how to read them.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -16,13 +17,12 @@ from typing import Annotated, Any, Union
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, create_model, model_validator
 
-from dist_scan.settings import ConfigError, RuntimeConfig, SlurmConfig, Strict
-
+from dist_scan.settings import ConfigError, RuntimeConfig, SlurmConfig, StrictModel
 
 STAGE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # it becomes a folder's name
 
 
-class RunConfig(Strict):
+class RunConfig(StrictModel):
     """One run: data, the stages in order, and how this machine runs them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -40,16 +40,26 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _stages_fit(self):
         """References between stages point backwards, and each stage agrees with what it refers to."""
-        seen: dict[str, Any] = {f"beton_{split}": None for split in ("train", "val") if getattr(self.data, split, None) is not None}
+        seen: dict[str, Any] = {
+            f"beton_{split}": None
+            for split in ("train", "val")
+            if getattr(self.data, split, None) is not None
+        }
         for name, stage in self.stages.items():
             if not re.fullmatch(STAGE_NAME, name) or name in seen:
-                raise ValueError(f"stages: '{name}' cannot be a stage's name; allowed: letters, digits, _ and -, not beton_train or beton_val")
+                raise ValueError(
+                    f"stages: '{name}' cannot be a stage's name; allowed: letters, digits, _ and -, not beton_train or beton_val"
+                )
             for role, target in stage.inputs().items():
                 if target not in seen and target.startswith("beton_"):
-                    raise ValueError(f"stages.{name}.{role}: '{target.removeprefix('beton_')}', but data.{target.removeprefix('beton_')} is not given; add it")
+                    raise ValueError(
+                        f"stages.{name}.{role}: '{target.removeprefix('beton_')}', but data.{target.removeprefix('beton_')} is not given; add it"
+                    )
                 if target not in seen:
-                    raise ValueError(f"stages.{name}.{role}: '{target}' is no earlier stage; "
-                                     f"allowed: {', '.join(s for s in seen if seen[s]) or 'none (it is the first)'}. Name one, or move it before '{name}'.")
+                    raise ValueError(
+                        f"stages.{name}.{role}: '{target}' is no earlier stage; "
+                        f"allowed: {', '.join(s for s in seen if seen[s]) or 'none (it is the first)'}. Name one, or move it before '{name}'."
+                    )
             stage.check_inputs(name, seen)
             stage.check(name, self, seen)
             seen[name] = stage
@@ -58,23 +68,40 @@ class RunConfig(Strict):
 
 # --- kinds -----------------------------------------------------------------------------------------------------------
 
+
 def kinds(package: str) -> list[str]:
     """The kinds there are: the modules of a package that hold one (base and private ones do not)."""
     module = importlib.import_module(package)
-    return sorted(m.name for m in pkgutil.iter_modules(module.__path__) if m.name != "base" and not m.name.startswith("_"))
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules(module.__path__)
+        if m.name != "base" and not m.name.startswith("_")
+    )
 
 
 def kind_class(package: str, kind: str) -> type:
     """The class of a kind: `moco` is the one class with a `Config` defined in <package>/moco.py."""
     if kind not in kinds(package):
         close = difflib.get_close_matches(kind, kinds(package), 1)
-        raise ConfigError(f"unknown kind '{kind}'{f' (did you mean {close[0]}?)' if close else ''}; there are: {', '.join(kinds(package))}")
+        raise ConfigError(
+            f"unknown kind '{kind}'{f' (did you mean {close[0]}?)' if close else ''}; there are: {', '.join(kinds(package))}"
+        )
     module = importlib.import_module(f"{package}.{kind}")
-    found = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__ and hasattr(c, "Config")]
+    found = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and c.__module__ == module.__name__ and hasattr(c, "Config")
+    ]
     if len(found) != 1:
-        raise ConfigError(f"{package}/{kind}.py must define exactly one class with a Config, found {[c.__name__ for c in found]}")
-    if found[0].Config.model_fields["kind"].default != kind:  # by which errors know whose settings they list
-        raise ConfigError(f'{package}/{kind}.py: {found[0].Config.__name__} needs a line that names its kind: `kind: Literal["{kind}"] = "{kind}"`')
+        raise ConfigError(
+            f"{package}/{kind}.py must define exactly one class with a Config, found {[c.__name__ for c in found]}"
+        )
+    if (
+        found[0].Config.model_fields["kind"].default != kind
+    ):  # by which errors know whose settings they list
+        raise ConfigError(
+            f'{package}/{kind}.py: {found[0].Config.__name__} needs a line that names its kind: `kind: Literal["{kind}"] = "{kind}"`'
+        )
     return found[0]
 
 
@@ -88,33 +115,51 @@ def one_of(package: str) -> Any:
     members = [Annotated[kind_class(package, name).Config, Tag(name)] for name in names]
     if len(members) == 1:
         return kind_class(package, names[0]).Config
-    return Annotated[Union[tuple(members)], Discriminator(kind_of)]
+    return Annotated[Union[tuple(members)], Discriminator(kind_of)]  # noqa: UP007 (members are known at run time only)
 
 
 @cache
 def run_config_class() -> type[RunConfig]:
     """RunConfig with the types of its parts filled in from their owners (a layer above: looked up by name)."""
-    data = importlib.import_module("dist_scan.data.sources").DataConfig
+    data = importlib.import_module("dist_scan.data.sources.base").DataConfig
     stages = one_of("dist_scan.stages")
-    return create_model("RunConfig", __base__=RunConfig, data=(data, ...), stages=(dict[str, stages], ...))
+    return create_model(
+        "RunConfig", __base__=RunConfig, data=(data, ...), stages=(dict[str, stages], ...)
+    )
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers and booleans (`3e-2` is a float, `no` is a word); a key given twice is an error."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float",
-                                                          "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")]
+    first: [
+        (tag, rx)
+        for tag, rx in rules
+        if tag
+        not in (
+            "tag:yaml.org,2002:bool",
+            "tag:yaml.org,2002:float",
+            "tag:yaml.org,2002:int",
+            "tag:yaml.org,2002:timestamp",
+        )
+    ]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"), list("-+.0123456789"))
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -125,7 +170,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
             raise ConfigError(f"{where}: merge keys (<<) are not read; write the settings out")
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {key!r} is no name; allowed: words. Put quotes around it, or remove it")
+            raise ConfigError(
+                f"{where}: the key {key!r} is no name; allowed: words. Put quotes around it, or remove it"
+            )
         if key in seen:
             raise ConfigError(f"{where}: the key '{key}' is given twice; keep one")
         seen[key] = loader.construct_object(value_node, deep=True)
@@ -152,13 +199,17 @@ def override(tree: dict, assignments: list[str]) -> dict:
     for text in assignments:
         dotted, equals, value = text.partition("=")
         if not equals or not all(dotted.split(".")):
-            raise ConfigError(f"override '{text}': expected dotted.path=value, as in stages.heads.epochs=5")
+            raise ConfigError(
+                f"override '{text}': expected dotted.path=value, as in stages.heads.epochs=5"
+            )
         *parents, last = dotted.split(".")
         node = tree
         for i, key in enumerate(parents):
             node = node.setdefault(key, {}) if isinstance(node, dict) else node
             if not isinstance(node, dict):
-                raise ConfigError(f"override '{text}': {'.'.join(parents[:i + 1])} is {node!r}, not a block of settings")
+                raise ConfigError(
+                    f"override '{text}': {'.'.join(parents[: i + 1])} is {node!r}, not a block of settings"
+                )
         if value == "":
             node.pop(last, None)
         else:
@@ -183,7 +234,9 @@ def validate(tree: Any, name: str = "config") -> RunConfig:
         return cls.model_validate(tree)
     except ValidationError as error:
         lines = "\n".join("  " + _explain(e, tree, cls) for e in error.errors())
-        raise ConfigError(f"{name}: {error.error_count()} mistake{'s' * (error.error_count() > 1)}\n{lines}") from None
+        raise ConfigError(
+            f"{name}: {error.error_count()} mistake{'s' * (error.error_count() > 1)}\n{lines}"
+        ) from None
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -193,8 +246,16 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         around = path if path.is_dir() else path.parent
         near = sorted(p.name for p in around.glob("*.yaml")) if around.is_dir() else []
         shipped = Path(__file__).parents[1] / path
-        hint = f"; there are: {', '.join(near)}" if near else f"; give {shipped}" if shipped.is_file() else f" (looked in {path.parent.absolute()})"
-        raise ConfigError(f"config '{path}' {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
+        hint = (
+            f"; there are: {', '.join(near)}"
+            if near
+            else f"; give {shipped}"
+            if shipped.is_file()
+            else f" (looked in {path.parent.absolute()})"
+        )
+        raise ConfigError(
+            f"config '{path}' {'is a folder' if path.is_dir() else 'does not exist'}{hint}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except ValueError:
@@ -207,6 +268,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
+
 
 def _real_path(loc: tuple, tree: Any) -> tuple[str, Any]:
     """The path as written by the user (the tags of unions dropped) and the value found there."""
@@ -234,7 +296,9 @@ def _owner_fields(loc: tuple, cls: type) -> list[str]:
         if options:
             mapping = node.get("discriminator", {}).get("mapping", {})
             hits = [_resolve(o, schema) for o in options]
-            named = [h for h in hits if h.get("properties", {}).get("kind", {}).get("const") == part]
+            named = [
+                h for h in hits if h.get("properties", {}).get("kind", {}).get("const") == part
+            ]
             if part in mapping or named:
                 node = named[0] if named else _resolve({"$ref": mapping[part]}, schema)
                 continue
@@ -242,13 +306,18 @@ def _owner_fields(loc: tuple, cls: type) -> list[str]:
         node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
     node = _resolve(node, schema)
     if "anyOf" in node:
-        node = next((_resolve(o, schema) for o in node["anyOf"] if "properties" in _resolve(o, schema)), node)
+        node = next(
+            (_resolve(o, schema) for o in node["anyOf"] if "properties" in _resolve(o, schema)),
+            node,
+        )
     return list(node.get("properties", {}))
 
 
 def _resolve(node: dict, schema: dict) -> dict:
     ref = node.get("$ref") if isinstance(node, dict) else None
-    return reduce(lambda at, key: at[key], ref.removeprefix("#/").split("/"), schema) if ref else node
+    return (
+        reduce(lambda at, key: at[key], ref.removeprefix("#/").split("/"), schema) if ref else node
+    )
 
 
 def _explain(error: dict, tree: Any, cls: type) -> str:

@@ -3,6 +3,7 @@ S the clusters of all heads one after the other.
 
 Every loss is this rank's: its mean over ranks is the global loss, and with DDP's mean over gradients its gradient is the global one.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_scan.head_clusters import ScanClusters
-from dist_scan.head_step import SMALLEST, Scan, ScanHeads, TemiHeads
+from dist_scan.heads.autograd import SMALLEST, ScanHeadsFunction, ScanLossFunction, TemiHeadsFunction
+from dist_scan.heads.split_clusters import ScanClustersFunction
 from dist_scan.world.collectives import all_mean, all_rows, all_sum
 from dist_scan.world.world import current
 
@@ -28,10 +29,14 @@ def info_nce(queries_BD: Tensor, keys_BD: Tensor, queue_KD: Tensor, temperature:
     queries, keys = at_least_fp32(queries_BD), at_least_fp32(keys_BD).detach()
     own = (queries * keys).sum(1, keepdim=True)
     logits = torch.cat([own, queries @ queue_KD.detach().to(queries.dtype).T], 1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    return F.cross_entropy(
+        logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    )
 
 
-def nt_xent(first_BD: Tensor, second_BD: Tensor, temperature: float, symmetric: bool = False) -> Tensor:
+def nt_xent(
+    first_BD: Tensor, second_BD: Tensor, temperature: float, symmetric: bool = False
+) -> Tensor:
     """SimCLR's loss (Chen et al., ICML 2020, Eq. 1) among the views of the whole global batch; rows are unit length.
 
     One-sided, as SCAN's released code has it: only first views are anchors, each against the 2B-1 others. `symmetric`: the
@@ -47,7 +52,9 @@ def _one_side(anchors: Tensor, same: Tensor, other: Tensor, temperature: float) 
     rows = torch.arange(len(anchors), device=anchors.device)
     own = current().rank * len(anchors) + rows
     logits = anchors @ torch.cat([same, other]).T / temperature
-    mask = torch.zeros_like(logits, dtype=torch.bool).index_put_((rows, own), torch.tensor(True, device=logits.device))
+    mask = torch.zeros_like(logits, dtype=torch.bool).index_put_(
+        (rows, own), torch.tensor(True, device=logits.device)
+    )
     return F.cross_entropy(logits.masked_fill(mask, -torch.inf), own + len(same))
 
 
@@ -65,36 +72,70 @@ def scan_loss(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float
     -log<p, q> = LSE(a) + LSE(n) - LSE(a + n): no underflow, and a gradient that is bounded at any logit size, where the published
     softmax + BCE form loses it (`scan_loss_released`). The gradient is written by hand. Ranks may hold different numbers of rows.
     """
-    return ScanTerms(*Scan.apply(at_least_fp32(anchors_HBC), at_least_fp32(neighbours_HBC), entropy_weight))
+    return ScanTerms(
+        *ScanLossFunction.apply(at_least_fp32(anchors_HBC), at_least_fp32(neighbours_HBC), entropy_weight)
+    )
 
 
-def scan_heads_loss(anchors_BD: Tensor, neighbours_BD: Tensor, weight_SD: Tensor, bias_S: Tensor, sizes: Sequence[int],
-                    entropy_weight: float, whole_batch: bool = False) -> ScanTerms:
+def scan_heads_loss(
+    anchors_BD: Tensor,
+    neighbours_BD: Tensor,
+    weight_SD: Tensor,
+    bias_S: Tensor,
+    sizes: Sequence[int],
+    entropy_weight: float,
+    whole_batch: bool = False,
+) -> ScanTerms:
     """`scan_loss` of linear heads on features: head h owns the next sizes[h] rows of weight and bias, S = sum(sizes).
 
     Heads are worked off in groups (one at a time when alone): a group's logits become its probabilities, then its gradients, in
     place, then the weights' gradient. At once in memory: that gradient and one group's logits, whatever the number of heads.
     whole_batch: these are all rows of the global batch (other ranks have other heads), and the loss is of them alone.
     """
-    return ScanTerms(*ScanHeads.apply(at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD), weight_SD, bias_S, tuple(sizes), entropy_weight, whole_batch))
+    return ScanTerms(
+        *ScanHeadsFunction.apply(
+            at_least_fp32(anchors_BD),
+            at_least_fp32(neighbours_BD),
+            weight_SD,
+            bias_S,
+            tuple(sizes),
+            entropy_weight,
+            whole_batch,
+        )
+    )
 
 
-def scan_clusters_loss(anchors_BD: Tensor, neighbours_BD: Tensor, weight_sD: Tensor, bias_s: Tensor, sizes: Sequence[int],
-                       own_sizes: Sequence[int], entropy_weight: float) -> ScanTerms:
+def scan_clusters_loss(
+    anchors_BD: Tensor,
+    neighbours_BD: Tensor,
+    weight_sD: Tensor,
+    bias_s: Tensor,
+    sizes: Sequence[int],
+    own_sizes: Sequence[int],
+    entropy_weight: float,
+) -> ScanTerms:
     """`scan_heads_loss` on the whole global batch where each rank holds own_sizes[h] of the sizes[h] clusters of every head, s = sum(own_sizes).
 
     Collective. The terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's clusters.
     """
     anchors, neighbours = at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD)
-    return ScanTerms(*ScanClusters.apply(anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(own_sizes), entropy_weight))
+    return ScanTerms(
+        *ScanClustersFunction.apply(
+            anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(own_sizes), entropy_weight
+        )
+    )
 
 
-def scan_loss_released(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float) -> ScanTerms:
+def scan_loss_released(
+    anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float
+) -> ScanTerms:
     """The released code's form: softmax, dot product, binary cross-entropy (its logarithm clamped at -100). For comparisons:
     where the dot product underflows its gradient vanishes, just where the pair disagrees most."""
     p, q = at_least_fp32(anchors_HBC).softmax(2), at_least_fp32(neighbours_HBC).softmax(2)
     similarity = (p * q).sum(2)
-    consistency = F.binary_cross_entropy(similarity.clamp(max=1), torch.ones_like(similarity), reduction="none").mean(1)
+    consistency = F.binary_cross_entropy(
+        similarity.clamp(max=1), torch.ones_like(similarity), reduction="none"
+    ).mean(1)
     mean = all_mean(p.mean(1)).clamp(min=SMALLEST)
     entropy = -(mean * mean.log()).sum(1)
     return ScanTerms(consistency - entropy_weight * entropy, consistency.detach(), entropy.detach())
@@ -103,20 +144,41 @@ def scan_loss_released(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weig
 def pair_weights(teacher_log_p: Sequence[Tensor]) -> Tensor:
     """TEMI's weight [B] of each pair: the mean over heads of <teacher of one view, teacher of the other>; log-probabilities [2B, C],
     first views above second ones. Pairs that the teachers put into different clusters (wrong neighbours) weigh little."""
-    halves = ((each.exp()[:len(each) // 2], each.exp()[len(each) // 2:]) for each in teacher_log_p)
+    halves = (
+        (each.exp()[: len(each) // 2], each.exp()[len(each) // 2 :]) for each in teacher_log_p
+    )
     return torch.stack([(p * q).sum(1) for p, q in halves]).mean(0)
 
 
-def temi_heads_loss(first_BD: Tensor, second_BD: Tensor, weight_SD: Tensor, bias_S: Tensor, sizes: Sequence[int],
-                    teacher_log_p: Sequence[Tensor], marginals: Sequence[Tensor], beta: float, temperature: float) -> Tensor:
+def temi_heads_loss(
+    first_BD: Tensor,
+    second_BD: Tensor,
+    weight_SD: Tensor,
+    bias_S: Tensor,
+    sizes: Sequence[int],
+    teacher_log_p: Sequence[Tensor],
+    marginals: Sequence[Tensor],
+    beta: float,
+    temperature: float,
+) -> Tensor:
     """TEMI's loss [H] (Adaloglou et al., BMVC 2023, Sec. 3) of linear heads; layout of heads as in `scan_heads_loss`.
 
     -w * log sum_c (student_c(x) teacher_c(x'))^beta / marginal_c, mean over pairs and both directions; w as `pair_weights` gives it, the
     same for all heads. teacher_log_p: per head [2B, C]; marginals: per head [C], the running mean of the teacher's probabilities.
     By log-sum-exp: bounded at any logit size. Memory: the teacher's probabilities of all heads, the student's of one.
     """
-    return TemiHeads.apply(at_least_fp32(first_BD), at_least_fp32(second_BD), weight_SD, bias_S, tuple(sizes), teacher_log_p, marginals,
-                           pair_weights(teacher_log_p), beta, temperature)
+    return TemiHeadsFunction.apply(
+        at_least_fp32(first_BD),
+        at_least_fp32(second_BD),
+        weight_SD,
+        bias_S,
+        tuple(sizes),
+        teacher_log_p,
+        marginals,
+        pair_weights(teacher_log_p),
+        beta,
+        temperature,
+    )
 
 
 class Confident(NamedTuple):
@@ -130,7 +192,9 @@ class Confident(NamedTuple):
     per_class: Tensor
 
 
-def confident_cross_entropy(strong_BC: Tensor, weak_BC: Tensor, threshold: float, class_balance: bool) -> Confident:
+def confident_cross_entropy(
+    strong_BC: Tensor, weak_BC: Tensor, threshold: float, class_balance: bool
+) -> Confident:
     """Self-labelling (SCAN paper, Sec. 2.3): cross-entropy of the strong view's logits to the weak view's argmax, where its
     probability is above the threshold (strictly). Counts are of the global batch; class_balance gives every cluster that is
     present the same total weight. With no confident row anywhere loss and count are 0.

@@ -1,4 +1,5 @@
 """Walk the stages: skip what is done, resume what was begun, run the rest; say which and why, once."""
+
 from __future__ import annotations
 
 import os
@@ -8,13 +9,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_scan.artefacts import WORK, Artefact, Store, fingerprint, write_atomic, write_json, write_text
 from dist_scan.config import ConfigError, RunConfig, kind_class
-from dist_scan.data.sources import open_source
-from dist_scan.engine import memory
+from dist_scan.data.sources.base import open_source
 from dist_scan.engine.stop import Stop
+from dist_scan.monitoring import peak_memory as memory
 from dist_scan.stages.base import Context, StageConfig, beton_stage
 from dist_scan.stages.beton import BetonConfig
+from dist_scan.storage.artifacts import (
+    WORK,
+    Artifact,
+    ArtifactStore,
+    fingerprint,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import World
 
@@ -37,7 +46,9 @@ def preflight(run: RunConfig) -> dict[str, str]:
     Raises ConfigError with every mistake.
     """
     if not run.stages:
-        raise ConfigError("stages: there is none; name what is to be done (the shipped configs are examples)")
+        raise ConfigError(
+            "stages: there is none; name what is to be done (the shipped configs are examples)"
+        )
     marks, sizes, problems = {}, {}, []
     for name in all_stages(run):
         if name.startswith("beton_"):
@@ -58,7 +69,7 @@ def preflight(run: RunConfig) -> dict[str, str]:
 
 def notes(run: RunConfig) -> list[str]:
     """What is allowed but seldom meant, each once: pictures stored in another size than the network looks at."""
-    from dist_scan.data.augment import misfit
+    from dist_scan.data.augment.recipes import misfit
 
     data = run.data
     found: dict[str, str] = {}
@@ -74,9 +85,19 @@ def fingerprints(run: RunConfig, data_marks: Mapping[str, str]) -> dict[str, str
     for name, stage in all_stages(run).items():
         cls = kind_class("dist_scan.stages", stage.kind)
         inputs = {role: marks[target] for role, target in stage.inputs().items()}
-        own = _data_settings(stage) if isinstance(stage, BetonConfig) else stage.model_dump(mode="json")
-        context = {} if isinstance(stage, BetonConfig) else {"seed": run.seed, "input": [run.data.size, run.data.mean, run.data.std]}
-        marks[name] = fingerprint(stage.kind, cls.version, own, inputs, context, data_marks.get(name, ""))
+        own = (
+            _data_settings(stage)
+            if isinstance(stage, BetonConfig)
+            else stage.model_dump(mode="json")
+        )
+        context = (
+            {}
+            if isinstance(stage, BetonConfig)
+            else {"seed": run.seed, "input": [run.data.size, run.data.mean, run.data.std]}
+        )
+        marks[name] = fingerprint(
+            stage.kind, cls.version, own, inputs, context, data_marks.get(name, "")
+        )
     return marks
 
 
@@ -84,17 +105,21 @@ def _data_settings(stage: BetonConfig) -> dict[str, Any]:
     """What decides the bytes of a .beton: not its path, but how images are stored (the images are in the data's fingerprint)."""
     data = stage.data.model_dump(mode="json")
     split = data[stage.split]
-    return {k: data[k] for k in ("stored", "resolution", "max_side", "quality", "max_bad_share")} | {"limit": split["limit"]}
+    return {
+        k: data[k] for k in ("stored", "resolution", "max_side", "quality", "max_bad_share")
+    } | {"limit": split["limit"]}
 
 
 class Pipeline:
     """The walk. `run()` returns the folders of all stages by name."""
 
-    def __init__(self, run: RunConfig, world: World, stop: Stop, say: Say):
+    def __init__(self, run: RunConfig, world: World, stop: Stop, say: Say) -> None:
         self.run_config, self.world, self.stop, self.say = run, world, stop, say
-        self.store = Store(run.run_dir / "stages")
-        self.cache = Store(Path(run.runtime.cache_dir)) if run.runtime.cache_dir else self.store
-        self.done: dict[str, Artefact] = {}
+        self.store = ArtifactStore(run.run_dir / "stages")
+        self.cache = (
+            ArtifactStore(Path(run.runtime.cache_dir)) if run.runtime.cache_dir else self.store
+        )
+        self.done: dict[str, Artifact] = {}
         self.unread: set[str] = set()
         """Stages done by an earlier start whose files nobody has read in this one."""
 
@@ -108,7 +133,9 @@ class Pipeline:
             self.stop.check()
             self.done[name] = self._stage(name, config, marks[name])
             self._hand_out(config, self.done[name])
-        if self.world.rank == 0:  # which of the folders under stages/ are the current settings': for who reads the run later
+        if (
+            self.world.rank == 0
+        ):  # which of the folders under stages/ are the current settings': for who reads the run later
             write_json(self.run_config.run_dir / STAGES, {name: marks[name] for name in self.done})
         return {name: artefact.path for name, artefact in self.done.items()}
 
@@ -125,7 +152,7 @@ class Pipeline:
             raise ConfigError(problem)
         return answer
 
-    def _stage(self, name: str, config: StageConfig, mark: str) -> Artefact:
+    def _stage(self, name: str, config: StageConfig, mark: str) -> Artifact:
         store = self.cache if isinstance(config, BetonConfig) else self.store
         found, begun = self._told(lambda: (store.find(name, mark), store.started(name, mark)))
         if found is not None:
@@ -139,15 +166,30 @@ class Pipeline:
             store.clean(name, mark)
         inputs = {role: self.done[target].path for role, target in config.inputs().items()}
         self._told(lambda: self._verify(config))
-        context = Context(self.run_config, name, out, inputs, self.world, self.stop, self.say, {n: a.path for n, a in self.done.items()})
+        context = Context(
+            self.run_config,
+            name,
+            out,
+            inputs,
+            self.world,
+            self.stop,
+            self.say,
+            {n: a.path for n, a in self.done.items()},
+        )
         memory.begin_stage()
-        clock = Clock(out / WORK / "seconds", self.world.rank == 0)
+        clock = StageTimer(out / WORK / "seconds", self.world.rank == 0)
         try:
             kind_class("dist_scan.stages", config.kind)(config, context).run()
         finally:
             seconds = clock.stop()
-        facts = {"kind": config.kind, "config": config.model_dump(mode="json"), "inputs": {r: os.path.relpath(p, out) for r, p in inputs.items()},
-                 "world_size": self.world.world_size, "seconds": round(seconds, 3), **memory.peaks()}
+        facts = {
+            "kind": config.kind,
+            "config": config.model_dump(mode="json"),
+            "inputs": {r: os.path.relpath(p, out) for r, p in inputs.items()},
+            "world_size": self.world.world_size,
+            "seconds": round(seconds, 3),
+            **memory.peaks(),
+        }
         return self._told(lambda: store.publish(name, mark, facts))
 
     def _verify(self, config: StageConfig) -> None:
@@ -155,11 +197,13 @@ class Pipeline:
         for target in set(config.inputs().values()) & self.unread:
             size = sum(facts["size"] for facts in self.done[target].manifest["files"].values())
             if size > SAID_FROM:
-                self.say(f"{target}: {size / 2**30:.0f} GiB of an earlier start are read against their sums")
+                self.say(
+                    f"{target}: {size / 2**30:.0f} GiB of an earlier start are read against their sums"
+                )
             self.store.verify(self.done[target])
             self.unread.discard(target)
 
-    def _hand_out(self, config: StageConfig, artefact: Artefact) -> None:
+    def _hand_out(self, config: StageConfig, artefact: Artifact) -> None:
         """Copy what a stage makes for people (the report) to the top of the run's folder."""
         for file in kind_class("dist_scan.stages", config.kind).for_people:
             if self.world.rank == 0 and (artefact.path / file).is_file():
@@ -167,12 +211,12 @@ class Pipeline:
                 write_atomic(self.run_config.run_dir / file, lambda f: f.write(data))
 
 
-class Clock:
+class StageTimer:
     """Seconds of work on a stage over all its attempts; a killed attempt counts up to its last tick."""
 
     TICK_S = 5.0
 
-    def __init__(self, path: Path, enabled: bool):
+    def __init__(self, path: Path, enabled: bool) -> None:
         self.path, self.began, self.ended = path, time.monotonic(), threading.Event()
         self.before = _read_seconds(path)
         self.ticking = threading.Thread(target=self._tick, daemon=True) if enabled else None

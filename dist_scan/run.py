@@ -3,6 +3,7 @@
 Exit codes do not survive srun, so what a launcher must know is a file in RUN_DIR: DONE, STOPPED with the signal's number,
 MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py reads them; engine/markers.py writes them, on a full disk too.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,15 +14,17 @@ import time
 import traceback
 from pathlib import Path
 
-from dist_scan.artefacts import FULL
 from dist_scan.config import ConfigError, load
-from dist_scan.engine import markers
-from dist_scan.engine.stop import Hopeless, Stop
-from dist_scan.progress import tell
+from dist_scan.engine.stop import NonRetryableError, Stop
+from dist_scan.monitoring.progress import tell
+from dist_scan.storage import run_markers as markers
+from dist_scan.storage.artifacts import FULL
 
 USER_MISTAKE = 2
 FIRST_WORD_S = 0.5  # a mistake that all ranks met is rank 0's to tell
-SHORT = 1000  # characters of a text that must fit into a file kept aside (as JSON up to six bytes each)
+SHORT = (
+    1000  # characters of a text that must fit into a file kept aside (as JSON up to six bytes each)
+)
 
 
 def main(run_dir: str) -> int:
@@ -38,7 +41,7 @@ def main(run_dir: str) -> int:
         if faults is not None:
             faults.look("done")
         return code
-    except (ConfigError, Hopeless) as error:
+    except (ConfigError, NonRetryableError) as error:
         return _mistake(folder, rank, str(error))
     except ValueError as error:
         if os.environ.get("DIST_SCAN_TRACEBACK"):
@@ -46,10 +49,14 @@ def main(run_dir: str) -> int:
         _remember(folder, rank, error, aloud=False)
         return _mistake(folder, rank, str(error))
     except BaseException as error:
-        _remember(folder, rank, error, aloud=not (isinstance(error, OSError) and error.errno in FULL))
+        _remember(
+            folder, rank, error, aloud=not (isinstance(error, OSError) and error.errno in FULL)
+        )
         tell("", sys.stdout, end="")
         tell("", end="")
-        os._exit(1)  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
+        os._exit(
+            1
+        )  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
 
 
 def _faults(rank: int):
@@ -66,27 +73,37 @@ def _faults(rank: int):
 
 
 def _work(folder: Path, stop: Stop) -> int:
-    from dist_scan.engine.log import Lines
     from dist_scan.engine.precision import set_determinism
-    from dist_scan.engine.watchdog import Watchdog
+    from dist_scan.monitoring.log import JsonLinesFile
+    from dist_scan.monitoring.progress import Progress, StopRequested
+    from dist_scan.monitoring.watchdog import Watchdog
     from dist_scan.pipeline import Pipeline
-    from dist_scan.progress import Progress, Stopped
     from dist_scan.world.collectives import gather_objects
     from dist_scan.world.world import close_world, open_world
 
     run = load(folder / "config.yaml")
     if run.runtime.run_dir is None:
-        run = run.model_copy(update={"runtime": run.runtime.model_copy(update={"run_dir": str(folder)})})
+        run = run.model_copy(
+            update={"runtime": run.runtime.model_copy(update={"run_dir": str(folder)})}
+        )
     set_determinism()
     try:
         world = open_world(run.runtime.device, run.runtime.timeout_s)
     except (RuntimeError, OSError) as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
-            markers.put(folder / "PORT_TAKEN", str(error), "marker", folder, int(os.environ.get("RANK", 0)))
+            markers.put(
+                folder / "PORT_TAKEN", str(error), "marker", folder, int(os.environ.get("RANK", 0))
+            )
         raise
-    Watchdog(folder / "logs", world.rank, run.runtime.step_limit_s, run.runtime.section_limit_s, lambda error: _remember(folder, world.rank, error)).start()
+    Watchdog(
+        folder / "logs",
+        world.rank,
+        run.runtime.step_limit_s,
+        run.runtime.section_limit_s,
+        lambda error: _remember(folder, world.rank, error),
+    ).start()
     if world.rank == 0:
-        Progress.copy_to = Lines(folder / "logs" / "run.log")
+        Progress.copy_to = JsonLinesFile(folder / "logs" / "run.log")
 
     def say(text: str) -> None:
         if world.rank == 0:
@@ -95,16 +112,26 @@ def _work(folder: Path, stop: Stop) -> int:
 
     try:
         Pipeline(run, world, stop, say).run()
-    except Stopped:
-        signals = [s for s in gather_objects(stop.signal) if s is not None]  # the notice may have reached one rank only
+    except StopRequested:
+        signals = [
+            s for s in gather_objects(stop.signal) if s is not None
+        ]  # the notice may have reached one rank only
         number = signal.SIGUSR2 if signal.SIGUSR2 in signals else max(signals, default=None)
         say(f"stopped by signal {number}; everything is saved, the same command goes on")
         if world.rank == 0:
-            markers.put(folder / "STOPPED", json.dumps({"signal": number}) + "\n", "marker", folder, world.rank)
+            markers.put(
+                folder / "STOPPED",
+                json.dumps({"signal": number}) + "\n",
+                "marker",
+                folder,
+                world.rank,
+            )
         close_world()  # or its threads abort the process at exit, which srun calls a fault
         return 0
     if world.rank == 0:
-        markers.put(folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"), "marker", folder, world.rank)
+        markers.put(
+            folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"), "marker", folder, world.rank
+        )
         if (folder / "summary.txt").is_file():
             say("\n" + (folder / "summary.txt").read_text())
         if (folder / "report.html").is_file():
@@ -125,7 +152,9 @@ def _mistake(folder: Path, rank: int, text: str) -> int:
         try:
             markers.put(marker, text + "\n", "marker", folder, rank, short=text[:SHORT] + "\n")
         except OSError as error:  # the exit code still says it
-            tell(f"error: {marker} cannot be written ({error.strerror}): the launcher may start again in vain; stop it, make room in {folder}")
+            tell(
+                f"error: {marker} cannot be written ({error.strerror}): the launcher may start again in vain; stop it, make room in {folder}"
+            )
     markers.drop(folder, rank)
     return USER_MISTAKE
 
@@ -136,8 +165,15 @@ def _remember(folder: Path, rank: int, error: BaseException, aloud: bool = True)
     facts = {"time": time.time(), "rank": rank, "error": name, "traceback": trace}
     try:
         (folder / "logs").mkdir(exist_ok=True)
-        markers.put(folder / "logs" / f"error-rank{rank:05d}.json", json.dumps(facts), "error", folder, rank,
-                    short=json.dumps(facts | {"error": name[:SHORT], "traceback": trace[-SHORT:]}), durable=False)
+        markers.put(
+            folder / "logs" / f"error-rank{rank:05d}.json",
+            json.dumps(facts),
+            "error",
+            folder,
+            rank,
+            short=json.dumps(facts | {"error": name[:SHORT], "traceback": trace[-SHORT:]}),
+            durable=False,
+        )
     except OSError:
         pass  # it is said below, or by the one whose error this is
     if aloud:

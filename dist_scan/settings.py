@@ -1,4 +1,5 @@
 """The strict base of all settings, and the two blocks that are no part of a run's meaning: `runtime:` and `slurm:`."""
+
 from __future__ import annotations
 
 import re
@@ -11,13 +12,15 @@ class ConfigError(ValueError):
     """A mistake of the user's, told without a traceback (exit code 2)."""
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Base of all settings: unknown keys refused, no coercion, frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-class RuntimeConfig(Strict):
+class RuntimeConfig(StrictModel):
     """What may change between two starts of one run without changing its meaning (left out of every fingerprint)."""
 
     run_dir: str | None = None
@@ -52,7 +55,7 @@ class RuntimeConfig(Strict):
     """How often a launcher starts the ranks again after a fault, in the same job, as long as each start got further."""
 
 
-class SlurmConfig(Strict):
+class SlurmConfig(StrictModel):
     """What launch/slurm.py asks for; its flags have the same names (--gpus-per-node 8). What is left out is the cluster's default."""
 
     nodes: int = Field(default=1, ge=1)
@@ -67,7 +70,10 @@ class SlurmConfig(Strict):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(default=None, pattern=r"^([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})$")
+    time: str | None = Field(
+        default=None,
+        pattern=r"^([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})$",
+    )
     """Limit of one job, as sbatch reads it (minutes, M:SS, H:MM:SS, D-HH:MM:SS). At the limit the run saves, is queued again and goes on."""
     constraint: str | None = None
     exclude: str | None = None
@@ -102,8 +108,22 @@ class SlurmConfig(Strict):
         """Processes over all nodes."""
         return self.nodes * self.tasks_per_node
 
-    @field_validator("setup", "partition", "account", "qos", "mem", "constraint", "exclude", "reservation", "dependency", "mail_user", "mail_type", "python",
-                     "container", "container_mounts")
+    @field_validator(
+        "setup",
+        "partition",
+        "account",
+        "qos",
+        "mem",
+        "constraint",
+        "exclude",
+        "reservation",
+        "dependency",
+        "mail_user",
+        "mail_type",
+        "python",
+        "container",
+        "container_mounts",
+    )
     @classmethod
     def _one_line(cls, value):
         for text in value if isinstance(value, tuple) else (value,):
@@ -116,11 +136,18 @@ class SlurmConfig(Strict):
     def _options(cls, value):
         for key, setting in value.items():
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-                raise ValueError(f"'{key}' is no long option name; write it as on the command line without the dashes before it, like cpu-bind")
-            for own in (key, *OWN_OPTIONS):  # itself first; Slurm takes the beginning of an option's name for the option
+                raise ValueError(
+                    f"'{key}' is no long option name; write it as on the command line without the dashes before it, like cpu-bind"
+                )
+            for own in (
+                key,
+                *OWN_OPTIONS,
+            ):  # itself first; Slurm takes the beginning of an option's name for the option
                 if own in OWN_OPTIONS and own.startswith(key):
                     short = f" (Slurm reads it as {own})" if own != key else ""
-                    raise ValueError(f"'{key}'{short} is set by the launcher and cannot be changed ({OWN_OPTIONS[own]})")
+                    raise ValueError(
+                        f"'{key}'{short} is set by the launcher and cannot be changed ({OWN_OPTIONS[own]})"
+                    )
             if "\n" in str(setting):
                 raise ValueError(f"'{key}' must be one line")
         return value
@@ -129,19 +156,37 @@ class SlurmConfig(Strict):
     def _time_to_work(self):
         limit = seconds(self.time) if self.time else 0
         if limit and self.notice_s >= limit:
-            raise ValueError(f"notice_s: {self.notice_s} s before a limit of {limit} s (time '{self.time}') leaves no time to work; lower notice_s or raise time")
+            raise ValueError(
+                f"notice_s: {self.notice_s} s before a limit of {limit} s (time '{self.time}') leaves no time to work; lower notice_s or raise time"
+            )
         return self
 
 
 # Long options that would take the ground from under a run, and why.
 _TASKS = "the processes are nodes x gpus_per_node, or nodes x processes_per_node"
 _RETURN = "how a run stops and comes back depends on it"
-OWN_OPTIONS = {"nodes": _TASKS, "ntasks": _TASKS, "ntasks-per-node": _TASKS, "ntasks-per-gpu": _TASKS, "array": "one run folder is one job",
-               "output": "status and follow read it", "open-mode": "a requeued job goes on writing its log", "signal": "use notice_s",
-               "requeue": _RETURN, "no-requeue": _RETURN, "no-kill": _RETURN, "kill-on-bad-exit": _RETURN, "wrap": "the batch script is the launcher's",
-               "wait": "use --follow", "parsable": "submitit reads what sbatch says", "test-only": "use --dry-run",
-               "error": "status and the launcher read one log of both", "time": "use slurm.time, which is held against notice_s",
-               "clusters": "status, cancel and the requeue ask the cluster that it was submitted to", "quiet": "submitit reads what sbatch says"}
+OWN_OPTIONS = {
+    "nodes": _TASKS,
+    "ntasks": _TASKS,
+    "ntasks-per-node": _TASKS,
+    "ntasks-per-gpu": _TASKS,
+    "array": "one run folder is one job",
+    "output": "status and follow read it",
+    "open-mode": "a requeued job goes on writing its log",
+    "signal": "use notice_s",
+    "requeue": _RETURN,
+    "no-requeue": _RETURN,
+    "no-kill": _RETURN,
+    "kill-on-bad-exit": _RETURN,
+    "wrap": "the batch script is the launcher's",
+    "wait": "use --follow",
+    "parsable": "submitit reads what sbatch says",
+    "test-only": "use --dry-run",
+    "error": "status and the launcher read one log of both",
+    "time": "use slurm.time, which is held against notice_s",
+    "clusters": "status, cancel and the requeue ask the cluster that it was submitted to",
+    "quiet": "submitit reads what sbatch says",
+}
 
 
 def seconds(text: str) -> int:
@@ -150,4 +195,6 @@ def seconds(text: str) -> int:
     parts = [int(x) for x in rest.split(":")]
     if dash:
         return int(days) * 86400 + sum(x * unit for x, unit in zip(parts, (3600, 60, 1)))
-    return sum(x * unit for x, unit in zip(parts, {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)]))
+    return sum(
+        x * unit for x, unit in zip(parts, {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(parts)])
+    )

@@ -4,6 +4,7 @@ A job takes its own folder, FOLDER/nodes-N. It runs the named benchmarks over al
 cut to --steps, and last of all draws FOLDER/scaling.html anew from whatever is there: nobody has to wait for it, and a job that fails is
 named on the page instead of holding it up. All numbers of nodes are validated before the first job is submitted.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,12 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import batch, submission, watch
+from launch import sbatch_script as batch
+from launch import submission, watch
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "run"  # the config's own stages
 MOST_ROWS = 200_000  # of the made-up features that neighbours and kmeans are timed on
-HARDWARE = ("gpus_per_node", "processes_per_node", "cpus_per_task", "partition", "constraint")  # of a job, besides its number of nodes
+HARDWARE = (
+    "gpus_per_node",
+    "processes_per_node",
+    "cpus_per_task",
+    "partition",
+    "constraint",
+)  # of a job, besides its number of nodes
 Read = Callable[[argparse.Namespace], Any]
 
 
@@ -36,7 +44,9 @@ def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) ->
     runs = plan(args, read, base, numbers, sizes)
     folder, suite = runs[0].run_dir.parent, commands(wanted, runs, sizes)
     for run in runs:
-        submission.check(run.run_dir, text(run, suite[run.slurm.nodes], RUN in wanted, folder), run.slurm.setup)
+        submission.check(
+            run.run_dir, text(run, suite[run.slurm.nodes], RUN in wanted, folder), run.slurm.setup
+        )
     if args.dry_run:
         for run in runs:
             print(text(run, suite[run.slurm.nodes], RUN in wanted, folder))
@@ -50,7 +60,11 @@ def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) ->
             print(f"{nodes_of(run)}: measured before, {run.run_dir}")
             continue
         if previous and not args.at_once:
-            run = run.model_copy(update={"slurm": run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})})
+            run = run.model_copy(
+                update={
+                    "slurm": run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})
+                }
+            )
         remember_plan(run)
         previous = submission.place(run, text(run, suite[run.slurm.nodes], RUN in wanted, folder))
         print(f"{nodes_of(run)}: job {previous}, {run.run_dir}")
@@ -71,7 +85,9 @@ def count(run: Any) -> dict[str, int]:
     try:
         return image_counts(run)
     except ConfigError as error:
-        raise ConfigError(f"{error}\nWhere only the nodes see the images say how many there are: --images 1281167,50000") from None
+        raise ConfigError(
+            f"{error}\nWhere only the nodes see the images say how many there are: --images 1281167,50000"
+        ) from None
 
 
 def names(said: str) -> list[str]:
@@ -82,7 +98,9 @@ def names(said: str) -> list[str]:
     found = [name for name in said.split(",") if name]
     unknown = [name for name in found if name not in there]
     if unknown or not found:
-        raise ConfigError(f"--benchmark {said}: '{unknown[0] if unknown else said}' cannot be measured over nodes; there are: {', '.join(there)}")
+        raise ConfigError(
+            f"--benchmark {said}: '{unknown[0] if unknown else said}' cannot be measured over nodes; there are: {', '.join(there)}"
+        )
     return list(dict.fromkeys(found))
 
 
@@ -98,8 +116,12 @@ def node_counts(said: str | None) -> list[int]:
     from dist_scan.settings import ConfigError
 
     parts = (said or "").split(",")
-    if not all(re.fullmatch("[0-9]{1,9}", p) and int(p) for p in parts) or len(set(map(int, parts))) < len(parts):
-        raise ConfigError(f"--nodes {said}: --benchmark needs numbers of nodes, each once, with commas between them: --nodes 1,2,4")
+    if not all(re.fullmatch("[0-9]{1,9}", p) and int(p) for p in parts) or len(
+        set(map(int, parts))
+    ) < len(parts):
+        raise ConfigError(
+            f"--nodes {said}: --benchmark needs numbers of nodes, each once, with commas between them: --nodes 1,2,4"
+        )
     return sorted(map(int, parts))
 
 
@@ -108,21 +130,56 @@ def check(args: argparse.Namespace, numbers: Sequence[int]) -> None:
     from dist_scan.settings import ConfigError
 
     if args.steps < 2:
-        raise ConfigError(f"--steps {args.steps}: the first step of a training is left out of the figures; allowed: 2 and more")
+        raise ConfigError(
+            f"--steps {args.steps}: the first step of a training is left out of the figures; allowed: 2 and more"
+        )
     fewest, uneven = numbers[0], [n for n in numbers if args.weak and n % numbers[0]]
     if uneven:
-        raise ConfigError(f"--weak: batches grow with the nodes, but {uneven[0]} is no multiple of {fewest}; choose --nodes {fewest},{2 * fewest},...")
+        raise ConfigError(
+            f"--weak: batches grow with the nodes, but {uneven[0]} is no multiple of {fewest}; choose --nodes {fewest},{2 * fewest},..."
+        )
 
 
-def plan(args: argparse.Namespace, read: Read, base: Any, numbers: Sequence[int], sizes: Mapping[str, int]) -> list[Any]:
+def plan(
+    args: argparse.Namespace,
+    read: Read,
+    base: Any,
+    numbers: Sequence[int],
+    sizes: Mapping[str, int],
+) -> list[Any]:
     """A validated RunConfig for each number of nodes, fewest first. The data is looked at once, with the largest batches."""
-    folder = (Path(base.runtime.run_dir) if base.runtime.run_dir else Path("runs") / f"{base.name}-benchmark").resolve()
+    folder = (
+        Path(base.runtime.run_dir)
+        if base.runtime.run_dir
+        else Path("runs") / f"{base.name}-benchmark"
+    ).resolve()
     fewest, runs = numbers[0], []
     for n in reversed(numbers):
-        ours = [*cut(base, args.steps, sizes, n // fewest if args.weak else 1), f"runtime.cache_dir={base.runtime.cache_dir or folder / 'cache'}"]
-        grown = [f"stages.{name}.global_batch={stage.global_batch * n // fewest}" for name, stage in trainings(base).items()] if args.weak else []
-        one = argparse.Namespace(**vars(args) | {"nodes": str(n), "overrides": [*ours, *args.overrides, *grown, f"runtime.run_dir={folder / f'nodes-{n}'}"],
-                                                 "no_data_check": args.no_data_check or bool(runs)})
+        ours = [
+            *cut(base, args.steps, sizes, n // fewest if args.weak else 1),
+            f"runtime.cache_dir={base.runtime.cache_dir or folder / 'cache'}",
+        ]
+        grown = (
+            [
+                f"stages.{name}.global_batch={stage.global_batch * n // fewest}"
+                for name, stage in trainings(base).items()
+            ]
+            if args.weak
+            else []
+        )
+        one = argparse.Namespace(
+            **vars(args)
+            | {
+                "nodes": str(n),
+                "overrides": [
+                    *ours,
+                    *args.overrides,
+                    *grown,
+                    f"runtime.run_dir={folder / f'nodes-{n}'}",
+                ],
+                "no_data_check": args.no_data_check or bool(runs),
+            }
+        )
         runs.append(read(one))
     return runs[::-1]
 
@@ -138,21 +195,44 @@ def cut(run: Any, steps: int, sizes: Mapping[str, int], growth: int = 1) -> list
     found = []
     for name, stage in trainings(run).items():
         images = sizes.get(stage.images_split(run.stages))
-        epoch = steps if images is None else max(1, int(images * (1 - getattr(stage, "held_out_share", 0))) // (stage.global_batch * growth))
+        epoch = (
+            steps
+            if images is None
+            else max(
+                1,
+                int(images * (1 - getattr(stage, "held_out_share", 0)))
+                // (stage.global_batch * growth),
+            )
+        )
         epoch = min(steps, epoch, stage.steps_per_epoch or epoch)
-        found += [f"stages.{name}.steps_per_epoch={epoch}", f"stages.{name}.epochs={min(stage.epochs, math.ceil(steps / epoch))}"]
+        found += [
+            f"stages.{name}.steps_per_epoch={epoch}",
+            f"stages.{name}.epochs={min(stage.epochs, math.ceil(steps / epoch))}",
+        ]
     return found
 
 
-def commands(wanted: Sequence[str], runs: Sequence[Any], sizes: Mapping[str, int]) -> dict[int, list[list[str]]]:
+def commands(
+    wanted: Sequence[str], runs: Sequence[Any], sizes: Mapping[str, int]
+) -> dict[int, list[list[str]]]:
     """Number of nodes -> [name, argument, ...] of each benchmark but the run itself. Raises ConfigError when the config has not what one needs."""
     templates = over_nodes()
     chosen = [name for name in wanted if name in templates]
     known = facts(runs[0], sizes) if chosen else {}
     found = {}
     for run in runs:
-        mine = known | {"batch": run.stages[known["stage"]].global_batch // run.slurm.world_size, "folder": run.run_dir / "work"} if chosen else {}
-        found[run.slurm.nodes] = [[name, *(word.format_map(mine) for word in templates[name])] for name in chosen]
+        mine = (
+            known
+            | {
+                "batch": run.stages[known["stage"]].global_batch // run.slurm.world_size,
+                "folder": run.run_dir / "work",
+            }
+            if chosen
+            else {}
+        )
+        found[run.slurm.nodes] = [
+            [name, *(word.format_map(mine) for word in templates[name])] for name in chosen
+        ]
     return found
 
 
@@ -161,36 +241,64 @@ def facts(run: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     from dist_scan.settings import ConfigError
     from launch.plan import measure
 
-    name, stage = next(((name, s) for name, s in trainings(run).items() if getattr(s, "network", None)), ("", None))
+    name, stage = next(
+        ((name, s) for name, s in trainings(run).items() if getattr(s, "network", None)), ("", None)
+    )
     if stage is None:
-        raise ConfigError("--benchmark: no stage of this config trains a fresh network, which the benchmarks are sized by; "
-                          "measure only its own stages (--benchmark run)")
+        raise ConfigError(
+            "--benchmark: no stage of this config trains a fresh network, which the benchmarks are sized by; "
+            "measure only its own stages (--benchmark run)"
+        )
     net = measure(stage.network, run.data.size)
     owners = [owner for s in run.stages.values() for owner in (s, getattr(s, "method", None))]
     clusters = [n for owner in owners for n in _numbers(getattr(owner, "num_clusters", None))]
-    return {"model": stage.network.name, "stem": stage.network.stem, "width": stage.network.width, "size": run.data.size,
-            "precision": "bf16" if stage.precision == "bf16" else "fp32",
-            "stage": name, "gradient": 4 * net.parameters, "dim": net.dim,
-            "rows": min(sizes.get("train", MOST_ROWS), MOST_ROWS), "k": next((s.num_neighbours for s in run.stages.values() if s.kind == "neighbours"), 20),
-            "clusters": max(clusters, default=1000), "source": run.data.train.source, "stored": run.data.stored, "resolution": run.data.resolution}
+    return {
+        "model": stage.network.name,
+        "stem": stage.network.stem,
+        "width": stage.network.width,
+        "size": run.data.size,
+        "precision": "bf16" if stage.precision == "bf16" else "fp32",
+        "stage": name,
+        "gradient": 4 * net.parameters,
+        "dim": net.dim,
+        "rows": min(sizes.get("train", MOST_ROWS), MOST_ROWS),
+        "k": next((s.num_neighbours for s in run.stages.values() if s.kind == "neighbours"), 20),
+        "clusters": max(clusters, default=1000),
+        "source": run.data.train.source,
+        "stored": run.data.stored,
+        "resolution": run.data.resolution,
+    }
 
 
 def _numbers(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else list(value or ())
 
 
-def describe(folder: Path, args: argparse.Namespace, wanted: Sequence[str], numbers: Sequence[int]) -> None:
+def describe(
+    folder: Path, args: argparse.Namespace, wanted: Sequence[str], numbers: Sequence[int]
+) -> None:
     """FOLDER/benchmark.json: what was asked for; the page says what of it is missing."""
-    from dist_scan.artefacts import write_json
+    from dist_scan.storage.artifacts import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / watch.BENCHMARK, {"config": args.config, "overrides": args.overrides, "benchmarks": list(wanted), "nodes": list(numbers), "steps": args.steps,
-                                          "weak": args.weak, "at_once": args.at_once, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    write_json(
+        folder / watch.BENCHMARK,
+        {
+            "config": args.config,
+            "overrides": args.overrides,
+            "benchmarks": list(wanted),
+            "nodes": list(numbers),
+            "steps": args.steps,
+            "weak": args.weak,
+            "at_once": args.at_once,
+            "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        },
+    )
 
 
 def remember_plan(run: Any) -> None:
     """RUN/plan.json: the memory that each training is expected to take, to be held against what it took."""
-    from dist_scan.artefacts import write_json
+    from dist_scan.storage.artifacts import write_json
     from launch.plan import memory
 
     run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -204,12 +312,24 @@ def measured(run: Any, wanted: Sequence[str]) -> bool:
 
     if (run.run_dir / "config.yaml").is_file():
         before = load(run.run_dir / "config.yaml")
-        changed = [part for part in ("data", "stages", "seed") if getattr(before, part) != getattr(run, part)]
-        changed += [f"slurm.{part}" for part in HARDWARE if getattr(before.slurm, part) != getattr(run.slurm, part)]
+        changed = [
+            part
+            for part in ("data", "stages", "seed")
+            if getattr(before, part) != getattr(run, part)
+        ]
+        changed += [
+            f"slurm.{part}"
+            for part in HARDWARE
+            if getattr(before.slurm, part) != getattr(run.slurm, part)
+        ]
         if changed:
-            raise ConfigError(f"'{run.run_dir}' holds a benchmark with other {' and '.join(changed)}, and one page cannot show both; "
-                              "give this one another folder with runtime.run_dir=PATH")
-    return (run.run_dir / "DONE").exists() and all((run.run_dir / "rows" / f"{name}.jsonl").exists() for name in wanted if name != RUN)
+            raise ConfigError(
+                f"'{run.run_dir}' holds a benchmark with other {' and '.join(changed)}, and one page cannot show both; "
+                "give this one another folder with runtime.run_dir=PATH"
+            )
+    return (run.run_dir / "DONE").exists() and all(
+        (run.run_dir / "rows" / f"{name}.jsonl").exists() for name in wanted if name != RUN
+    )
 
 
 def text(run: Any, suite: Sequence[Sequence[str]], with_run: bool, folder: Path) -> str:
@@ -217,7 +337,16 @@ def text(run: Any, suite: Sequence[Sequence[str]], with_run: bool, folder: Path)
     python = run.slurm.python or sys.executable
     command = f"-m benchmarks.scaling {shlex.quote(str(folder))}"
     draw = f'one_more_step; {_alone(run.slurm)} "$PYTHON" {command} || say {shlex.quote(f"the page could not be drawn here; draw it with: {python} {command}")}'
-    return batch.script(run.slurm, run.run_dir, f"{run.name}-{run.slurm.nodes}", sys.executable, ROOT, run.runtime.relaunches, _before(run.slurm, suite, with_run), draw)
+    return batch.script(
+        run.slurm,
+        run.run_dir,
+        f"{run.name}-{run.slurm.nodes}",
+        sys.executable,
+        ROOT,
+        run.runtime.relaunches,
+        _before(run.slurm, suite, with_run),
+        draw,
+    )
 
 
 def _alone(options: Any) -> str:
@@ -241,7 +370,7 @@ measure() {{  # its rows into the run folder; one that fails is said, and ends n
   else say "benchmark $1: failed, $(tail -n 1 "$RUN/rows/$1.err")"; fi
 }}
 {chr(10).join("measure " + shlex.join(map(str, command)) for command in suite)}
-rm -rf "$RUN/work"{'' if with_run else f'{chr(10)}date +%FT%T >"$RUN/DONE"; exit 0'}
+rm -rf "$RUN/work"{"" if with_run else f'{chr(10)}date +%FT%T >"$RUN/DONE"; exit 0'}
 """.strip()
 
 

@@ -1,4 +1,5 @@
 """The same job on this machine: python launch/local.py CONFIG [--processes N] [dotted.override=value ...]"""
+
 from __future__ import annotations
 
 import argparse
@@ -13,21 +14,39 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python launch/local.py` from a checkout
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # `python launch/local.py` from a checkout
 
 from launch import recovery, terminal  # noqa: E402
 
-NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)  # HUP: the terminal was closed, or the connection was cut
+NOTICE = (
+    signal.SIGTERM,
+    signal.SIGUSR2,
+    signal.SIGINT,
+    signal.SIGHUP,
+)  # HUP: the terminal was closed, or the connection was cut
 LEAVING_S = 20.0  # how long the ranks of a killed launcher may take to end
 GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Validate, write RUN/config.yaml, start the processes, wait. Returns the exit code (2: a mistake of the user's)."""
-    parser = argparse.ArgumentParser(prog="launch/local.py", description="Run a config on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="launch/local.py", description="Run a config on this machine."
+    )
     parser.add_argument("config", help="a YAML file, as in configs/")
-    parser.add_argument("--processes", type=int, default=1, help="how many processes share the work (default 1; on GPUs one per GPU)")
-    parser.add_argument("--profile", action="store_true", help="look at the first 300 steps of each training: a trace, and what it waits for in words")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="how many processes share the work (default 1; on GPUs one per GPU)",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="look at the first 300 steps of each training: a trace, and what it waits for in words",
+    )
     parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
     args = parser.parse_intermixed_args(argv)
     terminal.outlive()
@@ -44,14 +63,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with lock:
-        from dist_scan.artefacts import write_text
+        from dist_scan.storage.artifacts import write_text
 
         try:
             write_text(run.run_dir / "config.yaml", dump(run))
             return launch(run.run_dir, args.processes, run.runtime.relaunches)
         except OSError as error:
-            way = "" if "same command" in str(error.strerror) else "; mend it and start the same command again: what is finished is kept"
-            print(f"failed: '{error.filename or run.run_dir}': {error.strerror or error}{way}", file=sys.stderr)
+            way = (
+                ""
+                if "same command" in str(error.strerror)
+                else "; mend it and start the same command again: what is finished is kept"
+            )
+            print(
+                f"failed: '{error.filename or run.run_dir}': {error.strerror or error}{way}",
+                file=sys.stderr,
+            )
             return 1
 
 
@@ -73,16 +99,22 @@ def take_lease(run_dir: Path, name: str = "lock", held: str = "is in use by"):
     deadline = time.monotonic() + LEAVING_S
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / name, "a+b", buffering=0)  # no buffer: on a full disk closing would fail once more
+        lock = open(
+            run_dir / name, "a+b", buffering=0
+        )  # no buffer: on a full disk closing would fail once more
         while (holder := _locked(lock)) is not None:
             if not _gone(holder) or time.monotonic() > deadline:
-                raise ConfigError(f"the run folder '{run_dir}' {held} {holder or 'another process'}; wait for it, stop it, "
-                                  "or give this run another name with name=OTHER")
+                raise ConfigError(
+                    f"the run folder '{run_dir}' {held} {holder or 'another process'}; wait for it, stop it, "
+                    "or give this run another name with name=OTHER"
+                )
             time.sleep(0.1)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError as error:
-        raise ConfigError(f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}); give another with runtime.run_dir=PATH") from None
+        raise ConfigError(
+            f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}); give another with runtime.run_dir=PATH"
+        ) from None
     return lock
 
 
@@ -96,7 +128,10 @@ def _locked(lock) -> str | None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        print(f"no locks on this file system ({error.strerror}); two runs in one run folder would not be noticed here", file=sys.stderr)
+        print(
+            f"no locks on this file system ({error.strerror}); two runs in one run folder would not be noticed here",
+            file=sys.stderr,
+        )
     return None
 
 
@@ -123,12 +158,21 @@ def launch(run_dir: Path, processes: int, relaunches: int) -> int:
         verdict = recovery.decide(run_dir, mark, start_number, relaunches, idle)
         idle = verdict.idle
         if verdict.action == "relaunch":
-            print(f"fault: {verdict.why}\nstarting again ({start_number + 1}) from the last checkpoint", file=sys.stderr, flush=True)
+            print(
+                f"fault: {verdict.why}\nstarting again ({start_number + 1}) from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
             continue
-        if verdict.action == "mistake" and verdict.why.startswith("rank "):  # rank 0 has told its own
+        if verdict.action == "mistake" and verdict.why.startswith(
+            "rank "
+        ):  # rank 0 has told its own
             print(f"error: {verdict.why}", file=sys.stderr)
         if verdict.action == "give_up":
-            print(f"failed: {verdict.why}\n(full text: {run_dir}/logs/error-rank*.json; the same command goes on from the last checkpoint)", file=sys.stderr)
+            print(
+                f"failed: {verdict.why}\n(full text: {run_dir}/logs/error-rank*.json; the same command goes on from the last checkpoint)",
+                file=sys.stderr,
+            )
         break
     if verdict.action in ("requeue", "stopped"):
         number = recovery.asked(run_dir)
@@ -140,19 +184,23 @@ def attempt(run_dir: Path, processes: int) -> int:
     """One start of the ranks, to its end. 0 when all ended well, else the code of the first that did not."""
     ranks = start(run_dir, processes, recovery.free_port())
 
-    def forward(number, frame):
+    def forward(number, frame) -> None:
         for p in ranks:
             if p.exitcode is None:
                 os.kill(p.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in NOTICE:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has seen to it that the run goes on
+        if (
+            number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ):  # nohup has seen to it that the run goes on
             signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
     try:
         return _wait(ranks)
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE)  # one that comes between two starts is kept for the next ranks
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, NOTICE
+        )  # one that comes between two starts is kept for the next ranks
 
 
 def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.process.BaseProcess]:
@@ -162,12 +210,16 @@ def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.proc
     signal in the first moment is kept until their handlers stand. Where forking is not safe (macOS) they are spawned.
     """
     import dist_scan.run  # noqa: F401  here, so that the ranks have it already
+
     if processes > 1:
         import torch._dynamo  # noqa: F401  every optimizer imports it: three seconds a rank
 
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ranks = [context.Process(target=_rank, args=(run_dir, rank, processes, port, os.getpid())) for rank in range(processes)]
+    ranks = [
+        context.Process(target=_rank, args=(run_dir, rank, processes, port, os.getpid()))
+        for rank in range(processes)
+    ]
     for p in ranks:
         p.start()
     return ranks
@@ -176,7 +228,9 @@ def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.proc
 def _share_cores(processes: int) -> None:
     """OpenMP reads its settings once, when torch is imported: before that every rank gets its share of the cores."""
     # Two oversubscribed ranks were 17 times slower.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, processes))))
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
+    )
     # Threads that spin while they wait slow training tenfold as soon as anything else runs on the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -186,10 +240,18 @@ def _rank(run_dir: Path, rank: int, processes: int, port: int, launcher: int) ->
     _die_with(launcher)
     terminal.outlive()
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     if rank > 0:
-        log = os.open(run_dir / "logs" / f"rank{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(
+            run_dir / "logs" / f"rank{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
     from dist_scan.run import main as run
@@ -213,7 +275,9 @@ def _wait(ranks: list[multiprocessing.process.BaseProcess]) -> int:
         if bad:
             for p in ranks:
                 if p.exitcode is None:
-                    os.kill(p.pid, signal.SIGCONT)  # one that was stopped may yet write its stacks and leave by itself
+                    os.kill(
+                        p.pid, signal.SIGCONT
+                    )  # one that was stopped may yet write its stacks and leave by itself
             deadline = time.monotonic() + GRACE_S
             while any(p.exitcode is None for p in ranks) and time.monotonic() < deadline:
                 time.sleep(0.05)

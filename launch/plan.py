@@ -1,11 +1,18 @@
 """What a run will do and cost, before it is submitted: images, steps, bytes on disk, memory per GPU, hours; every assumption is named."""
+
 from __future__ import annotations
 
 from functools import cache
 from typing import Any, NamedTuple
 
-GPU_TFLOPS, CPU_TFLOPS = 60.0, 0.03  # sustained, per process: ResNet-50 in bf16 on one A100 (2,470 images/s forward and backward is 61); one x86 core
-PASSES = {"moco": 2 + 1 / 3, "selflabel": 1 + 1 / 3}  # forward-and-backward passes over a view per image where it is not one per view
+GPU_TFLOPS, CPU_TFLOPS = (
+    60.0,
+    0.03,
+)  # sustained, per process: ResNet-50 in bf16 on one A100 (2,470 images/s forward and backward is 61); one x86 core
+PASSES = {
+    "moco": 2 + 1 / 3,
+    "selflabel": 1 + 1 / 3,
+}  # forward-and-backward passes over a view per image where it is not one per view
 JPEG_BYTES_PER_PIXEL = 0.41  # of shorter side squared, at quality 90: 200 ImageNet images at 256 px are 27 KB on average
 STEP_BYTES = {"sgd": 12, "adam": 16, "adamw": 16}  # weight, gradient, optimizer state per parameter
 
@@ -32,15 +39,38 @@ def plan(run: Any, tflops: float | None, counts: dict[str, int] | None = None) -
         cost = _train(run, stage, n, net) if stage.kind == "train" else _other(stage, n, net, run)
         disk, memory = disk + cost["disk"], max(memory, cost["memory"])
         seconds += cost["flops"] / rate
-        rows.append((name, f"{n:,}", cost["what"], _bytes(cost["disk"]), _bytes(cost["memory"]), _hours(cost["flops"] / rate)))
+        rows.append(
+            (
+                name,
+                f"{n:,}",
+                cost["what"],
+                _bytes(cost["disk"]),
+                _bytes(cost["memory"]),
+                _hours(cost["flops"] / rate),
+            )
+        )
     for split, n in sizes.items():
-        size = n * (run.data.resolution or run.data.size) ** 2 * (3 if run.data.stored == "raw" else JPEG_BYTES_PER_PIXEL)
+        size = (
+            n
+            * (run.data.resolution or run.data.size) ** 2
+            * (3 if run.data.stored == "raw" else JPEG_BYTES_PER_PIXEL)
+        )
         disk += size
-        rows.insert(0, (f"beton_{split}", f"{n:,}", f"stored as {run.data.stored}", _bytes(size), "-", "-"))
+        rows.insert(
+            0, (f"beton_{split}", f"{n:,}", f"stored as {run.data.stored}", _bytes(size), "-", "-")
+        )
     widths = [max(len(r[i]) for r in [*rows, HEAD]) for i in range(len(HEAD))]
-    table = "\n".join("  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in [HEAD, *rows])
-    return (f"plan: {run.slurm.nodes} nodes x {run.slurm.tasks_per_node} processes\n{table}\n"
-            f"in all: {_bytes(disk)} on disk, at most {_bytes(memory)} per process, about {_hours(seconds)} of arithmetic\n{_assumed(run, tflops)}")
+    table = "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in (0, 2) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        )
+        for row in [HEAD, *rows]
+    )
+    return (
+        f"plan: {run.slurm.nodes} nodes x {run.slurm.tasks_per_node} processes\n{table}\n"
+        f"in all: {_bytes(disk)} on disk, at most {_bytes(memory)} per process, about {_hours(seconds)} of arithmetic\n{_assumed(run, tflops)}"
+    )
 
 
 def memory(run: Any) -> dict[str, int]:
@@ -58,9 +88,17 @@ HEAD = ("stage", "images", "work", "disk", "memory", "time")
 
 
 def _assumed(run: Any, tflops: float | None) -> str:
-    stated = f"{tflops:g} (stated)" if tflops else f"{GPU_TFLOPS:g} (assumed: one A100, bf16)" if _on_gpu(run) else f"{CPU_TFLOPS:g} (assumed: one x86 core)"
-    return (f"assumed: {stated} TFLOP/s sustained per process (--tflops states another), the loader and the network keep up, {JPEG_BYTES_PER_PIXEL} bytes per pixel (shorter side squared) in a "
-            "JPEG, activations as a plain forward pass keeps them; search, heads, evaluation and saving are left out of the time")
+    stated = (
+        f"{tflops:g} (stated)"
+        if tflops
+        else f"{GPU_TFLOPS:g} (assumed: one A100, bf16)"
+        if _on_gpu(run)
+        else f"{CPU_TFLOPS:g} (assumed: one x86 core)"
+    )
+    return (
+        f"assumed: {stated} TFLOP/s sustained per process (--tflops states another), the loader and the network keep up, {JPEG_BYTES_PER_PIXEL} bytes per pixel (shorter side squared) in a "
+        "JPEG, activations as a plain forward pass keeps them; search, heads, evaluation and saving are left out of the time"
+    )
 
 
 def _on_gpu(run: Any) -> bool:
@@ -69,9 +107,13 @@ def _on_gpu(run: Any) -> bool:
 
 def image_counts(run: Any) -> dict[str, int]:
     """Images of each split that the config gives, counted in its source."""
-    from dist_scan.data.sources import open_source
+    from dist_scan.data.sources.base import open_source
 
-    return {s: len(open_source(getattr(run.data, s))) for s in ("train", "val") if getattr(run.data, s) is not None}
+    return {
+        s: len(open_source(getattr(run.data, s)))
+        for s in ("train", "val")
+        if getattr(run.data, s) is not None
+    }
 
 
 def _network(run: Any, stage: Any, earlier: dict[str, Network | None]) -> Network | None:
@@ -101,7 +143,12 @@ def measure(config: Any, size: int) -> Network:
                 module.register_forward_hook(lambda m, i, out: kept.append(out.numel()))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             out = network(torch.empty(1, 3, size, size))
-    return Network(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), sum(kept), out.shape[1])
+    return Network(
+        sum(p.numel() for p in network.parameters()),
+        counter.get_total_flops(),
+        sum(kept),
+        out.shape[1],
+    )
 
 
 def _train(run: Any, stage: Any, n: int, net: Network | None) -> dict[str, Any]:
@@ -114,19 +161,35 @@ def _train(run: Any, stage: Any, n: int, net: Network | None) -> dict[str, Any]:
     views = PASSES.get(stage.method.kind, 2)
     number = 2 if stage.precision == "bf16" else 8 if stage.precision == "fp64" else 4
     queue = getattr(stage.method, "queue_size", 0) * getattr(stage.method, "projection_dim", 0) * 4
-    memory = net.parameters * STEP_BYTES[stage.optimizer.kind] + net.kept * per_rank * 2 * number + queue
-    return {"what": what, "disk": 2 * net.parameters * STEP_BYTES[stage.optimizer.kind], "memory": memory,
-            "flops": 3 * net.flops * views * steps * stage.global_batch}
+    memory = (
+        net.parameters * STEP_BYTES[stage.optimizer.kind] + net.kept * per_rank * 2 * number + queue
+    )
+    return {
+        "what": what,
+        "disk": 2 * net.parameters * STEP_BYTES[stage.optimizer.kind],
+        "memory": memory,
+        "flops": 3 * net.flops * views * steps * stage.global_batch,
+    }
 
 
 def _other(stage: Any, n: int, net: Network | None, run: Any) -> dict[str, Any]:
     views, k = getattr(stage, "views", 1), getattr(stage, "num_neighbours", None)
-    dim = net.dim if net else 3 * run.data.size ** 2
+    dim = net.dim if net else 3 * run.data.size**2
     if stage.kind == "embed":
-        return {"what": f"{views} view{'s' * (views > 1)} x {dim} numbers", "disk": n * views * dim * 2, "memory": 0, "flops": (net.flops if net else 0) * views * n}
+        return {
+            "what": f"{views} view{'s' * (views > 1)} x {dim} numbers",
+            "disk": n * views * dim * 2,
+            "memory": 0,
+            "flops": (net.flops if net else 0) * views * n,
+        }
     if stage.kind == "neighbours":
         return {"what": f"{k} nearest of each", "disk": n * k * 12, "memory": 0, "flops": 0}
-    return {"what": stage.kind, "disk": 0, "memory": 0, "flops": (net.flops if net else 0) * n if stage.kind == "assign" else 0}
+    return {
+        "what": stage.kind,
+        "disk": 0,
+        "memory": 0,
+        "flops": (net.flops if net else 0) * n if stage.kind == "assign" else 0,
+    }
 
 
 def _bytes(count: float) -> str:
@@ -138,6 +201,6 @@ def _bytes(count: float) -> str:
 
 
 def _hours(seconds: float) -> str:
-    from dist_scan.progress import duration
+    from dist_scan.monitoring.progress import duration
 
     return duration(seconds) if seconds >= 1 else "-"

@@ -2,13 +2,14 @@
 
 What cannot be read counts as absent; nothing here raises for what a file holds. Standard library only: the batch script asks it too.
 """
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
 
-from dist_scan.artefacts import ends_torn, write_all
+from dist_scan.storage.artifacts import ends_torn, write_all
 
 
 def text(path: Path) -> str:

@@ -1,4 +1,5 @@
 """A terminal that may be closed while a run writes to it: what is said then is lost, and nothing else."""
+
 from __future__ import annotations
 
 import errno
@@ -10,7 +11,7 @@ from typing import Any, TextIO
 class Terminal:
     """A text stream on a terminal. Once that is gone (EIO), what is written goes to /dev/null instead of ending the writer."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

@@ -1,4 +1,5 @@
 """Looking at a submitted run: status, follow, cancel. Reads the run folder and squeue (job states need no accounting)."""
+
 from __future__ import annotations
 
 import re
@@ -23,20 +24,33 @@ def main(argv: list[str]) -> int:
 
     found = run_dirs(Path(argv[1])) if len(argv) == 2 else []
     if not found:
-        what = f"'{argv[1]}' is no run folder (no config.yaml)" if len(argv) == 2 else "expected one run folder"
+        what = (
+            f"'{argv[1]}' is no run folder (no config.yaml)"
+            if len(argv) == 2
+            else "expected one run folder"
+        )
         raise ConfigError(f"{argv[0]}: {what}; usage: launch/slurm.py {argv[0]} runs/NAME")
     if argv[0] == "status":
         print("\n\n".join(status(run_dir) for run_dir in found))
         return 0
     if argv[0] == "follow":
         return follow_all(found)
-    return min([cancel(run_dir) for run_dir in reversed(found)])  # the last first: the end of one is what the next waits for
+    return min(
+        [cancel(run_dir) for run_dir in reversed(found)]
+    )  # the last first: the end of one is what the next waits for
 
 
 def run_dirs(folder: Path) -> list[Path]:
     """The folder itself when it is a run's; those of a benchmark, fewest nodes first."""
     if (folder / BENCHMARK).is_file():
-        return sorted((p.parent for p in folder.glob("nodes-*/config.yaml") if re.fullmatch("nodes-[0-9]{1,9}", p.parent.name)), key=lambda p: int(p.name.removeprefix("nodes-")))
+        return sorted(
+            (
+                p.parent
+                for p in folder.glob("nodes-*/config.yaml")
+                if re.fullmatch("nodes-[0-9]{1,9}", p.parent.name)
+            ),
+            key=lambda p: int(p.name.removeprefix("nodes-")),
+        )
     return [folder] if (folder / "config.yaml").is_file() else []
 
 
@@ -44,7 +58,18 @@ class NoAnswer(RuntimeError):
     """squeue said nothing about the job: slurmctld may be away. The job itself does not mind."""
 
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+)
 
 
 def live_job(run_dir: Path) -> dict[str, Any] | None:
@@ -52,20 +77,35 @@ def live_job(run_dir: Path) -> dict[str, Any] | None:
     facts = _job(run_dir)
     if facts is None or shutil.which("squeue") is None or original(run_dir):
         return None
-    done = subprocess.run(["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R|%o"], capture_output=True, text=True)
-    if done.returncode and "invalid job id" not in done.stderr.lower():  # an id that Slurm has forgotten is an answer
-        raise NoAnswer(f"squeue could not say how job {facts['job_id']} stands: {' '.join(done.stderr.split()) or done.returncode}")
+    done = subprocess.run(
+        ["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R|%o"], capture_output=True, text=True
+    )
+    if (
+        done.returncode and "invalid job id" not in done.stderr.lower()
+    ):  # an id that Slurm has forgotten is an answer
+        raise NoAnswer(
+            f"squeue could not say how job {facts['job_id']} stands: {' '.join(done.stderr.split()) or done.returncode}"
+        )
     if not done.stdout.strip():
         return None
     state, nodes, reason, script = (done.stdout.strip().splitlines()[0].split("|", 3) + [""])[:4]
     if state in ENDED or _of_another(script, facts.get("run_dir")):
         return None
-    return {**facts, "state": state, "nodes": int(nodes) if nodes.isdigit() else 0, "reason": reason}
+    return {
+        **facts,
+        "state": state,
+        "nodes": int(nodes) if nodes.isdigit() else 0,
+        "reason": reason,
+    }
 
 
 def _of_another(script: str, run_dir: object) -> bool:
     """Whether a job that runs `script` is not the one submitted from `run_dir`: ids are used again, and other clusters have the same."""
-    return isinstance(run_dir, str) and script.startswith("/") and not script.startswith(f"{run_dir}/slurm/")
+    return (
+        isinstance(run_dir, str)
+        and script.startswith("/")
+        and not script.startswith(f"{run_dir}/slurm/")
+    )
 
 
 def original(run_dir: Path) -> Path | None:
@@ -97,33 +137,57 @@ def status(run_dir: Path) -> str:
         silence = str(error)
     lines, first = [f"run      {run_dir}"], original(run_dir)
     if first:
-        lines.append(f"job      none of its own: this folder is a copy of {first}, and job {facts['job_id']} belongs to that")
+        lines.append(
+            f"job      none of its own: this folder is a copy of {first}, and job {facts['job_id']} belongs to that"
+        )
     elif silence:
         lines.append(f"job      {facts['job_id']}: {silence}")
     elif job:
-        lines.append(f"job      {job['job_id']} {job['state'].lower()}, {job['nodes']} nodes ({job['reason']})")
+        lines.append(
+            f"job      {job['job_id']} {job['state'].lower()}, {job['nodes']} nodes ({job['reason']})"
+        )
     elif facts:
-        lines.append(f"job      {facts['job_id']} has left the queue" + (f" (submitted {facts['submitted']})" if "submitted" in facts else ""))
+        lines.append(
+            f"job      {facts['job_id']} has left the queue"
+            + (f" (submitted {facts['submitted']})" if "submitted" in facts else "")
+        )
     lines.append(f"state    {'not known' if silence else _state(run_dir, job)}")
-    last = [line for line in _lines(run_dir / "logs" / "run.log") if "/s, " in line or ": starts" in line or ": goes on" in line][-1:]
+    last = [
+        line
+        for line in _lines(run_dir / "logs" / "run.log")
+        if "/s, " in line or ": starts" in line or ": goes on" in line
+    ][-1:]
     lines += [f"progress {line[9:]} (at {line[:8]})" for line in last]
-    starts = [line for line in _lines(run_dir / "slurm" / f"{(facts or {}).get('job_id')}.out") if ": start " in line]
+    starts = [
+        line
+        for line in _lines(run_dir / "slurm" / f"{(facts or {}).get('job_id')}.out")
+        if ": start " in line
+    ]
     faults = records.entries(run_dir / "logs" / "faults.jsonl")
     lines.append(f"restarts {max(len(starts) - 1, 0)}, faults {len(faults)}")
     if faults:
-        lines.append(f"last     {faults[-1].get('time', 'when is not known')} {faults[-1].get('fault', 'what is not known')}")
+        lines.append(
+            f"last     {faults[-1].get('time', 'when is not known')} {faults[-1].get('fault', 'what is not known')}"
+        )
     return "\n".join(lines)
 
 
 def _state(run_dir: Path, job: dict | None) -> str:
     if (run_dir / "DONE").is_file() and (job is None or job["state"] != "PENDING"):
         report = run_dir / "report.html"
-        return f"done at {records.text(run_dir / 'DONE')}" + (f"; report: {report}" if report.exists() else "")
+        return f"done at {records.text(run_dir / 'DONE')}" + (
+            f"; report: {report}" if report.exists() else ""
+        )
     if job:
-        return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(job["state"], job["state"].lower())
+        return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(
+            job["state"], job["state"].lower()
+        )
     if holder := held_here(run_dir):
         return f"runs here: {holder}"
-    for marker, text in (("MISTAKE", "ended by a mistake in its settings"), ("STOPPED", "stopped; the same command goes on")):
+    for marker, text in (
+        ("MISTAKE", "ended by a mistake in its settings"),
+        ("STOPPED", "stopped; the same command goes on"),
+    ):
         if (run_dir / marker).is_file():
             return text
     return "not running; the same command goes on from the last checkpoint"
@@ -138,7 +202,13 @@ def held_here(run_dir: Path) -> str:
     except OSError:
         return ""
     # an inode's number is known to its own disk alone: the process must be the one that has signed
-    held = any(len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{inode}") and holder.startswith(f"process {words[4]} on ") for words in locks)
+    held = any(
+        len(words) > 5
+        and words[1] == "FLOCK"
+        and words[5].endswith(f":{inode}")
+        and holder.startswith(f"process {words[4]} on ")
+        for words in locks
+    )
     return holder if held else ""
 
 
@@ -169,7 +239,10 @@ def follow(run_dir: Path) -> int:
                 break
             time.sleep(2)
     except KeyboardInterrupt:
-        print("\nthe job goes on; look again with: launch/slurm.py follow " + shlex.quote(str(run_dir)))
+        print(
+            "\nthe job goes on; look again with: launch/slurm.py follow "
+            + shlex.quote(str(run_dir))
+        )
         return 130
     _copy(log, at)
     print(status(run_dir))
@@ -208,11 +281,18 @@ def cancel(run_dir: Path) -> int:
     if job is None:
         first = original(run_dir)
         holder = held_here(run_dir)
-        print(f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled" if first else
-              f"{run_dir} has no job: {holder} runs it; Ctrl-C there, or `kill PID`, saves and ends it" if holder else f"no job of {run_dir} is in the queue")
+        print(
+            f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled"
+            if first
+            else f"{run_dir} has no job: {holder} runs it; Ctrl-C there, or `kill PID`, saves and ends it"
+            if holder
+            else f"no job of {run_dir} is in the queue"
+        )
         return 1
     done = subprocess.run(["scancel", job["job_id"]], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"scancel could not cancel job {job['job_id']}: {' '.join(done.stderr.split()) or done.returncode}; try again")
+        raise ConfigError(
+            f"scancel could not cancel job {job['job_id']}: {' '.join(done.stderr.split()) or done.returncode}; try again"
+        )
     print(f"cancelled job {job['job_id']}; everything saved stays, the same command goes on")
     return 0

@@ -1,4 +1,5 @@
 """Small datasets for tests: folders of made images, and .beton files built from them."""
+
 from __future__ import annotations
 
 import io
@@ -8,12 +9,14 @@ import numpy as np
 from PIL import Image
 
 from dist_scan.data.beton.write import write_beton
-from dist_scan.data.sources import DataConfig, SplitConfig, open_source
+from dist_scan.data.sources.base import DataConfig, SplitConfig, open_source
 
 
 def settings(source: Path | str, **kwargs) -> DataConfig:
     """A DataConfig of small images."""
-    return DataConfig(train=SplitConfig(source=str(source)), **{"resolution": 40, "max_side": 128, **kwargs})
+    return DataConfig(
+        train=SplitConfig(source=str(source)), **{"resolution": 40, "max_side": 128, **kwargs}
+    )
 
 
 def picture(seed: int = 0, height: int = 48, width: int = 64) -> Image.Image:

@@ -1,4 +1,5 @@
 """Real images and features that lie beside a checkout (../shared/data, or $DIST_SCAN_SHARED_DATA). Tests skip without them and say so."""
+
 from __future__ import annotations
 
 import os
@@ -6,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(os.environ.get("DIST_SCAN_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+ROOT = Path(
+    os.environ.get("DIST_SCAN_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
 
 
 def shared_data(name: str) -> Path:

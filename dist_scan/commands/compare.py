@@ -1,4 +1,5 @@
 """Run several configs over several seeds on the same data; one table and one page that compare them. Finished runs are skipped."""
+
 from __future__ import annotations
 
 import argparse
@@ -13,14 +14,14 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dist_scan.artefacts import write_json, write_text
-from dist_scan.config import ConfigError, RunConfig, Strict, dump, load, override, read_yaml
+from dist_scan.config import ConfigError, RunConfig, StrictModel, dump, load, override, read_yaml
+from dist_scan.storage.artifacts import write_json, write_text
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "local.py"
 NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
-class MemberConfig(Strict):
+class MemberConfig(StrictModel):
     """One config that takes part."""
 
     config: str
@@ -29,7 +30,7 @@ class MemberConfig(Strict):
     """dotted.path=value, as on the launcher's command line."""
 
 
-class ComparisonConfig(Strict):
+class ComparisonConfig(StrictModel):
     """What is compared. Every run is a folder OUT/<member>-seed<N>, stopped, resumed and skipped like any other."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -50,20 +51,33 @@ class ComparisonConfig(Strict):
     @model_validator(mode="after")
     def _fit(self) -> ComparisonConfig:
         if self.baseline not in self.rows:
-            raise ValueError(f"baseline: '{self.baseline}' is no row; allowed: {', '.join(self.rows)}")
+            raise ValueError(
+                f"baseline: '{self.baseline}' is no row; allowed: {', '.join(self.rows)}"
+            )
         for row, target in self.rows.items():
             if target.partition(".")[0] not in self.members:
-                raise ValueError(f"rows.{row}: '{target}' names no member; allowed: {', '.join(f'{m}.SUBJECT' for m in self.members)}")
+                raise ValueError(
+                    f"rows.{row}: '{target}' names no member; allowed: {', '.join(f'{m}.SUBJECT' for m in self.members)}"
+                )
         return self
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The comparison's file, and where it goes."""
     parser.add_argument("config", help="a YAML file, as configs/compare_digits.yaml")
-    parser.add_argument("--out", help="the folder of its runs, table and page (default runs/<name>)")
+    parser.add_argument(
+        "--out", help="the folder of its runs, table and page (default runs/<name>)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="of each run (default 1)")
-    parser.add_argument("--at-once", type=int, default=1, help="how many runs at a time share the cores (default 1); what they say goes to RUN/said.txt")
-    parser.add_argument("overrides", nargs="*", help="dotted.path=value of the comparison, as in seeds=[0]")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="how many runs at a time share the cores (default 1); what they say goes to RUN/said.txt",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="dotted.path=value of the comparison, as in seeds=[0]"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,14 +86,22 @@ def main(args: argparse.Namespace) -> int:
     comparison = read_comparison(path, args.overrides)
     out = Path(args.out or Path("runs") / comparison.name)
     if args.at_once < 1 or args.processes < 1:
-        raise ConfigError(f"--at-once {args.at_once}, --processes {args.processes}; allowed: 1 or more")
+        raise ConfigError(
+            f"--at-once {args.at_once}, --processes {args.processes}; allowed: 1 or more"
+        )
     runs = planned(comparison, path.parent, out)
     data = same_data(runs)
     for number, run in enumerate(runs.values(), 1):
         if finished(run):
             print(f"[{number}/{len(runs)}] {run.run_dir}: done before, skipped", flush=True)
-    missing = {f"[{number}/{len(runs)}] {run.run_dir}": run for number, run in enumerate(runs.values(), 1) if not finished(run)}
-    code = Runs(args.processes, args.at_once, data).all(missing, lambda: publish(comparison, runs, out))
+    missing = {
+        f"[{number}/{len(runs)}] {run.run_dir}": run
+        for number, run in enumerate(runs.values(), 1)
+        if not finished(run)
+    }
+    code = Runs(args.processes, args.at_once, data).all(
+        missing, lambda: publish(comparison, runs, out)
+    )
     if code:
         return code
     print("\n" + publish(comparison, runs, out) + f"\ncomparison: {out / 'compare.html'}")
@@ -95,42 +117,71 @@ def read_comparison(path: Path, overrides: list[str] = ()) -> ComparisonConfig:
         raise ConfigError(f"{path}: expected a block of settings")
     tree = override({"name": path.stem, **tree}, list(overrides))
     try:
-        return ComparisonConfig.model_validate_json(json.dumps(tree))  # JSON: lists are tuples' only spelling there
+        return ComparisonConfig.model_validate_json(
+            json.dumps(tree)
+        )  # JSON: lists are tuples' only spelling there
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".replace("  : ", "  ") for e in error.errors()]
-        raise ConfigError(f"{path}: {error.error_count()} mistake{'s' * (error.error_count() > 1)}\n" + "\n".join(lines)) from None
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".replace(
+                "  : ", "  "
+            )
+            for e in error.errors()
+        ]
+        raise ConfigError(
+            f"{path}: {error.error_count()} mistake{'s' * (error.error_count() > 1)}\n"
+            + "\n".join(lines)
+        ) from None
 
 
-def planned(comparison: ComparisonConfig, configs: Path, out: Path) -> dict[tuple[str, int], RunConfig]:
+def planned(
+    comparison: ComparisonConfig, configs: Path, out: Path
+) -> dict[tuple[str, int], RunConfig]:
     """(member, seed) -> its validated settings, one seed after the other. Raises ConfigError, also for subjects that nobody evaluates."""
     runs = {}
     for seed in comparison.seeds:
         for name, member in comparison.members.items():
-            own = [f"seed={seed}", f"runtime.run_dir={out / f'{name}-seed{seed}'}", f"runtime.cache_dir={out / 'data'}"]
+            own = [
+                f"seed={seed}",
+                f"runtime.run_dir={out / f'{name}-seed{seed}'}",
+                f"runtime.cache_dir={out / 'data'}",
+            ]
             runs[name, seed] = load(configs / member.config, [*member.overrides, *own])
     for row, target in comparison.rows.items():
         name, _, subject = target.partition(".")
-        subjects = [s for stage in runs[name, comparison.seeds[0]].stages.values() for s in getattr(stage, "subjects", {})]
+        subjects = [
+            s
+            for stage in runs[name, comparison.seeds[0]].stages.values()
+            for s in getattr(stage, "subjects", {})
+        ]
         if subject not in subjects:
-            raise ConfigError(f"rows.{row}: '{subject}' is no subject of {name}; allowed: {', '.join(f'{name}.{s}' for s in subjects)}")
+            raise ConfigError(
+                f"rows.{row}: '{subject}' is no subject of {name}; allowed: {', '.join(f'{name}.{s}' for s in subjects)}"
+            )
     return runs
 
 
 def same_data(runs: dict[tuple[str, int], RunConfig]) -> list[Path]:
     """The manifests that say that the data is built. Raises ConfigError unless every run clusters the same images."""
-    from dist_scan.artefacts import MANIFEST
     from dist_scan.pipeline import fingerprints, preflight
+    from dist_scan.storage.artifacts import MANIFEST
 
     marks = {}
     for (name, _), run in runs.items():
         if name not in marks:
-            marks[name] = {k: v for k, v in fingerprints(run, preflight(run)).items() if k.startswith("beton_")}
+            marks[name] = {
+                k: v for k, v in fingerprints(run, preflight(run)).items() if k.startswith("beton_")
+            }
     first = next(iter(marks))
     for name, mark in marks.items():
         if mark != marks[first]:
-            raise ConfigError(f"members.{name} and members.{first} do not cluster the same images; give both the same `data:` (source, limit, "
-                              "stored, resolution), with overrides where needed")
-    return [Path(next(iter(runs.values())).runtime.cache_dir) / stage / mark / MANIFEST for stage, mark in marks[first].items()]
+            raise ConfigError(
+                f"members.{name} and members.{first} do not cluster the same images; give both the same `data:` (source, limit, "
+                "stored, resolution), with overrides where needed"
+            )
+    return [
+        Path(next(iter(runs.values())).runtime.cache_dir) / stage / mark / MANIFEST
+        for stage, mark in marks[first].items()
+    ]
 
 
 def finished(run: RunConfig) -> bool:
@@ -143,7 +194,7 @@ class Runs:
     """Runs through launch/local.py, at most `at_once` at a time; the first alone while it builds the data that all share (until the files `data`
     are there). Each gets its part of the cores; a notice to this process is passed on, and when a run fails the others are asked to save and leave."""
 
-    def __init__(self, processes: int, at_once: int, data: Sequence[Path] = ()):
+    def __init__(self, processes: int, at_once: int, data: Sequence[Path] = ()) -> None:
         self.processes, self.at_once, self.data, self.code = processes, at_once, data, 0
         self.built = False
         self.running: dict[subprocess.Popen, tuple[str, Path]] = {}
@@ -152,7 +203,9 @@ class Runs:
     def all(self, missing: dict[str, RunConfig], ended: Callable[[], object]) -> int:
         """Every run to its end, in order, `ended` after each that is done. Returns 0, or the exit code of the first that failed."""
         waiting = list(missing.items())
-        before = {number: signal.signal(number, lambda n, frame: self._tell(n)) for number in NOTICE}
+        before = {
+            number: signal.signal(number, lambda n, frame: self._tell(n)) for number in NOTICE
+        }
         try:
             while self.running or (waiting and not self.code):
                 while waiting and not self.code and len(self.running) < self._room():
@@ -171,9 +224,20 @@ class Runs:
         print(title, flush=True)
         write_text(_made(run.run_dir) / "wanted.yaml", dump(run))
         said = open(run.run_dir / "said.txt", "ab") if self.at_once > 1 else None
-        line = [sys.executable, str(LOCAL), str(run.run_dir / "wanted.yaml"), "--processes", str(self.processes)]
-        child = subprocess.Popen(line, start_new_session=True, stdout=said, stderr=said and subprocess.STDOUT,
-                                 env={"OMP_NUM_THREADS": str(self.threads)} | os.environ)
+        line = [
+            sys.executable,
+            str(LOCAL),
+            str(run.run_dir / "wanted.yaml"),
+            "--processes",
+            str(self.processes),
+        ]
+        child = subprocess.Popen(
+            line,
+            start_new_session=True,
+            stdout=said,
+            stderr=said and subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": str(self.threads)} | os.environ,
+        )
         self.running[child] = title, run.run_dir
         if said:
             said.close()
@@ -195,8 +259,15 @@ class Runs:
                 self.built = True
                 ended()
                 continue
-            last = (folder / "said.txt").read_text(errors="replace").splitlines()[-20:] if self.at_once > 1 else []
-            print("\n".join([*last, f"{folder}: ended with {code}; the same command goes on"]), file=sys.stderr)
+            last = (
+                (folder / "said.txt").read_text(errors="replace").splitlines()[-20:]
+                if self.at_once > 1
+                else []
+            )
+            print(
+                "\n".join([*last, f"{folder}: ended with {code}; the same command goes on"]),
+                file=sys.stderr,
+            )
             if not self.code:
                 self._tell(signal.SIGTERM)
                 self.code = code
@@ -204,18 +275,38 @@ class Runs:
 
 def publish(comparison: ComparisonConfig, runs: dict[tuple[str, int], RunConfig], out: Path) -> str:
     """Write compare.json, compare.md and compare.html from the runs that are done. Returns the table as text."""
-    from dist_scan.evaluate.compare import Comparison, Row, markdown, write_page
+    from dist_scan.report.comparison import Comparison, Row, markdown, write_page
 
-    facts = {key: json.loads((run.run_dir / "report.json").read_text()) for key, run in runs.items() if finished(run)}
+    facts = {
+        key: json.loads((run.run_dir / "report.json").read_text())
+        for key, run in runs.items()
+        if finished(run)
+    }
     rows = []
     for row, target in comparison.rows.items():
         name, _, subject = target.partition(".")
-        rows.append(Row(row, {seed: facts[name, seed][subject] for seed in comparison.seeds if (name, seed) in facts}))
+        rows.append(
+            Row(
+                row,
+                {
+                    seed: facts[name, seed][subject]
+                    for seed in comparison.seeds
+                    if (name, seed) in facts
+                },
+            )
+        )
     images = next(iter(facts.values()))["num_images"] if facts else 0
     found = Comparison(comparison.name, images, rows, comparison.baseline, len(comparison.seeds))
     text = markdown(found)
-    write_json(_made(out) / "compare.json", {"name": comparison.name, "num_images": images, "baseline": comparison.baseline,
-                                             "rows": {r.name: {str(s): v for s, v in r.scores.items()} for r in rows}})
+    write_json(
+        _made(out) / "compare.json",
+        {
+            "name": comparison.name,
+            "num_images": images,
+            "baseline": comparison.baseline,
+            "rows": {r.name: {str(s): v for s, v in r.scores.items()} for r in rows},
+        },
+    )
     write_text(out / "compare.md", text)
     write_page(found, out / "compare.html")
     return text

@@ -1,4 +1,5 @@
 """python -m dist_scan schema: the JSON schema of a config, for editors that complete and check YAML."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """What a feed hands to a method: this rank's part of one step, and rows kept aside for choosing."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
 """One image's bytes -> what is stored, or the reason why not. Imports neither torch nor ffcv: worker processes start quickly."""
+
 from __future__ import annotations
 
 import io
@@ -9,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dist_scan.data.sources import DataConfig
+from dist_scan.data.sources.base import DataConfig
 
 JPEG, RAW = 0, 1  # the .beton format's modes
-MOST_PIXELS = 2**27  # a decompression bomb is a listed failure, decided from the header, before pixels are made
+MOST_PIXELS = (
+    2**27
+)  # a decompression bomb is a listed failure, decided from the header, before pixels are made
 MOST_BYTES = 8 * 2**20 - 64  # a stored sample must fit into a page of the file
 
 
@@ -41,7 +44,9 @@ def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> Stored
     except Unreadable:
         raise
     except Exception as error:  # PIL lets struct.error and a dozen others through on damaged files; one image must not end a build
-        text = re.sub(r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}")  # an address: the list must be the same at each build
+        text = re.sub(
+            r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}"
+        )  # an address: the list must be the same at each build
         raise Unreadable(text[:200]) from None
 
 
@@ -68,7 +73,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, np.float64)
         if not np.isfinite(values).all():
             raise Unreadable("has pixels that are no numbers")
-        return Image.fromarray(np.clip(values / _top(image, float(values.max())) * 255 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            np.clip(values / _top(image, float(values.max())) * 255 + 0.5, 0, 255).astype(np.uint8)
+        ).convert("RGB")
     return image.convert("RGB")
 
 
@@ -76,7 +83,10 @@ def _top(image: Image.Image, most: float) -> float:
     """What counts as white: by the format where it says, else the smallest usual range that holds the values."""
     if image.mode.startswith("I;16") or image.format == "PNG":
         return 65535.0
-    return next((top for top in (1.0, 255.0, 65535.0) if most <= top and (top > 1 or image.mode == "F")), most)
+    return next(
+        (top for top in (1.0, 255.0, 65535.0) if most <= top and (top > 1 or image.mode == "F")),
+        most,
+    )
 
 
 def _resize(image: Image.Image, config: DataConfig) -> Image.Image:
@@ -94,5 +104,7 @@ def _store(image: Image.Image, config: DataConfig) -> Stored:
         image.save(buffer, "JPEG", quality=config.quality)
         stored = Stored(buffer.getvalue(), JPEG, image.height, image.width)
     if len(stored.data) > MOST_BYTES:
-        raise Unreadable(f"{len(stored.data):,} bytes when stored (allowed: {MOST_BYTES:,}); lower data.resolution or data.max_side")
+        raise Unreadable(
+            f"{len(stored.data):,} bytes when stored (allowed: {MOST_BYTES:,}); lower data.resolution or data.max_side"
+        )
     return stored

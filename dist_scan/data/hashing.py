@@ -3,6 +3,7 @@
 Counter-based: each key is mixed in with SplitMix64's finaliser (Steele et al., OOPSLA 2014). numpy and numba give the
 same bits, so crops cut in the decoder and colours drawn for the device come from one definition.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -25,7 +26,9 @@ def keyed(*keys: int | np.ndarray) -> np.ndarray:
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for key in keys:
-            state = mix(state * np.uint64(M2) + np.asarray(key).astype(np.uint64) + np.uint64(GOLDEN))
+            state = mix(
+                state * np.uint64(M2) + np.asarray(key).astype(np.uint64) + np.uint64(GOLDEN)
+            )
     return state
 
 
@@ -34,6 +37,8 @@ def uniform(*keys: int | np.ndarray) -> np.ndarray:
     return (keyed(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def uniforms(seed: int, epoch: int, index: np.ndarray, view: int, count: int, stream: int = 0) -> np.ndarray:
+def uniforms(
+    seed: int, epoch: int, index: np.ndarray, view: int, count: int, stream: int = 0
+) -> np.ndarray:
     """[B, count] float64 in [0, 1) for image rows `index` [B]. `stream` keeps users apart (crop, colour, pairs...)."""
     return uniform(seed, stream, epoch, np.asarray(index)[:, None], view, np.arange(count)[None, :])

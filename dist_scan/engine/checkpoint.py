@@ -3,6 +3,7 @@
 A folder `step-00000123/` holds state.pt (method, optimizer, position; rank 0), bank files (a file per bank and rank; RELIABILITY.md)
 and manifest.json with every file's sha256. One flipped bit loads silently through torch.load: the hash catches it.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,31 +18,39 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dist_scan.artefacts import MANIFEST, fsync_dir, sha256_of, write_json
-from dist_scan.engine.stop import Hopeless
-from dist_scan.engine.watchdog import watched
+from dist_scan.engine.stop import NonRetryableError
+from dist_scan.monitoring.watchdog import watched
+from dist_scan.storage.artifacts import MANIFEST, fsync_dir, sha256_of, write_json
 from dist_scan.world.collectives import agree, barrier, broadcast_object, gather_objects
 from dist_scan.world.world import current
 
 Say = Callable[[str], None]
 FATAL_FAILURES = 3  # saves that may fail in a row before training is pointless
-NAME = re.compile(r"step-(\d{9}|[1-9]\d{9,})(-begun)?")  # anything else in the folder is somebody's own
+NAME = re.compile(
+    r"step-(\d{9}|[1-9]\d{9,})(-begun)?"
+)  # anything else in the folder is somebody's own
 
 
-class CheckpointError(Hopeless):
+class CheckpointError(NonRetryableError):
     """No checkpoint can be used, or none can be written: said once, with what to do."""
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one stage. Every method is collective."""
 
-    def __init__(self, folder: Path, keep: int, say: Say = print):
+    def __init__(self, folder: Path, keep: int, say: Say = print) -> None:
         self.folder, self.keep, self.say = Path(folder), keep, say
         self.failures = 0
         self.save_s = 0.0
 
     @watched("save")
-    def save(self, step: int, state: Mapping[str, Any], banks: Mapping[str, Any], after_moment: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        banks: Mapping[str, Any],
+        after_moment: bool = False,
+    ) -> bool:
         """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks.
 
         after_moment: the next epoch has begun; at the same step there may be one from the end of the epoch before, which is older.
@@ -55,7 +64,9 @@ class Checkpoints:
             mine: dict[str, dict[str, Any]] = {}
             error = _try(lambda: mine.update(self._write(temporary, state, banks)))
             if not agree(error is not None):
-                files = {file: facts for part in gather_objects(mine) for file, facts in part.items()}
+                files = {
+                    file: facts for part in gather_objects(mine) for file, facts in part.items()
+                }
                 if current().rank == 0:
                     error = _try(lambda: self._commit(temporary, name, step, files))
         if agree(error is not None):
@@ -70,7 +81,9 @@ class Checkpoints:
             self._remove(stale)
         temporary.mkdir()
 
-    def _write(self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def _write(
+        self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
         """This rank's files; returns their sizes and sha256 by name."""
         files = {}
         if current().rank == 0:
@@ -80,11 +93,19 @@ class Checkpoints:
             files[file] = _save_file(temporary / file, bank.state())
         return files
 
-    def _commit(self, temporary: Path, name: str, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
-        write_json(temporary / MANIFEST, {"step": step, "world_size": current().world_size, "files": files})
-        _verify(temporary, step)  # read back against what was meant: before it gets its name, and before an older one goes
+    def _commit(
+        self, temporary: Path, name: str, step: int, files: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        write_json(
+            temporary / MANIFEST, {"step": step, "world_size": current().world_size, "files": files}
+        )
+        _verify(
+            temporary, step
+        )  # read back against what was meant: before it gets its name, and before an older one goes
         final = self.folder / name
-        if os.path.lexists(final):  # the same step saved again (stopped right after a save): equal by construction, unless it was damaged since
+        if os.path.lexists(
+            final
+        ):  # the same step saved again (stopped right after a save): equal by construction, unless it was damaged since
             problem = _problem(final)
             if not problem:
                 shutil.rmtree(temporary)
@@ -92,7 +113,7 @@ class Checkpoints:
             self._set_aside(final, problem, "saved again")
         os.replace(temporary, final)
         fsync_dir(self.folder)
-        for old in self._found()[self.keep:]:
+        for old in self._found()[self.keep :]:
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
@@ -100,7 +121,9 @@ class Checkpoints:
         try:
             _unlink(path)
         except OSError as error:
-            self.say(f"checkpoint: {path} is not wanted any more and cannot be removed ({error}); remove it by hand")
+            self.say(
+                f"checkpoint: {path} is not wanted any more and cannot be removed ({error}); remove it by hand"
+            )
 
     def _set_aside(self, path: Path, problem: str, then: str) -> str:
         """Rename to bad-*; returns the name that it then has."""
@@ -110,7 +133,9 @@ class Checkpoints:
             _unlink(aside)
             path.rename(aside)
         except OSError as error:
-            self.say(f"checkpoint: {path} cannot be renamed to {aside.name} ({error}); it is passed over")
+            self.say(
+                f"checkpoint: {path} cannot be renamed to {aside.name} ({error}); it is passed over"
+            )
             return path.name
         return aside.name
 
@@ -118,12 +143,20 @@ class Checkpoints:
         if current().rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         self.failures += 1
-        errors = [text for text in gather_objects(None if error is None else str(error)) if text is not None]  # rank 0 alone speaks, whosever it is
+        errors = [
+            text
+            for text in gather_objects(None if error is None else str(error))
+            if text is not None
+        ]  # rank 0 alone speaks, whosever it is
         if errors:
-            self.say(f"checkpoint: could not save in {self.folder}: {errors[0]}; training goes on, older ones are intact")
+            self.say(
+                f"checkpoint: could not save in {self.folder}: {errors[0]}; training goes on, older ones are intact"
+            )
         if self.failures >= FATAL_FAILURES:
-            raise CheckpointError(f"{self.failures} checkpoints in a row could not be saved in {self.folder}; "
-                                  "make room there (or make it writable) and start the same command again")
+            raise CheckpointError(
+                f"{self.failures} checkpoints in a row could not be saved in {self.folder}; "
+                "make room there (or make it writable) and start the same command again"
+            )
 
     def _found(self) -> list[Path]:
         """Checkpoints by name, the newest first."""
@@ -152,35 +185,44 @@ class Checkpoints:
         bad = [p.name for p in self.folder.glob("bad-*")]
         for other in self.folder.glob("step-*"):
             if not NAME.fullmatch(other.name):
-                self.say(f"checkpoint: {other} is left alone: that is not the name of a checkpoint (step-000000120, step-000000120-begun)")
+                self.say(
+                    f"checkpoint: {other} is left alone: that is not the name of a checkpoint (step-000000120, step-000000120-begun)"
+                )
         for path in self._found():
             problem = _problem(path, content=True)
             if not problem:
                 return path, ""
             bad.append(self._set_aside(path, problem, "trying the one before"))
         if bad:
-            return None, (f"no checkpoint in {self.folder} can be used (bad: {', '.join(sorted(bad))}); not starting again at step 0. "
-                          "Restore one, or remove the folder to train this stage from its beginning")
+            return None, (
+                f"no checkpoint in {self.folder} can be used (bad: {', '.join(sorted(bad))}); not starting again at step 0. "
+                "Restore one, or remove the folder to train this stage from its beginning"
+            )
         return None, ""
 
 
 def load_bank_files(folder: Path, name: str) -> list[dict]:
     """All parts of a bank in a checkpoint, whichever ranks wrote them."""
-    return [torch.load(f, map_location="cpu", weights_only=True) for f in sorted(folder.glob(f"bank-{name}-*.pt"))]
+    return [
+        torch.load(f, map_location="cpu", weights_only=True)
+        for f in sorted(folder.glob(f"bank-{name}-*.pt"))
+    ]
 
 
 def _try(action: Callable[[], None]) -> Exception | None:
     try:
         action()
     except (OSError, RuntimeError, ValueError, CheckpointError) as error:
-        return error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk behind its own error
+        return (
+            error.__context__ if isinstance(error.__context__, OSError) else error
+        )  # torch.save hides a full disk behind its own error
     return None
 
 
 class _Hashing:
     """A file to write to, hashed on the way: the sha256 is of what was meant, and reading back then tells what the disk made of it."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
@@ -214,7 +256,9 @@ def _problem(path: Path, content: bool = False) -> str:
     try:
         files = _verify(path, int(NAME.fullmatch(path.name)[1]))
         for name in files if content else ():
-            if not isinstance(torch.load(path / name, map_location="cpu", weights_only=True, mmap=True), dict):
+            if not isinstance(
+                torch.load(path / name, map_location="cpu", weights_only=True, mmap=True), dict
+            ):
                 raise ValueError(f"{name} holds no dict")
     except MemoryError:
         raise  # the machine's, not the checkpoint's
@@ -249,6 +293,11 @@ def _files(manifest: Any, step: int) -> Mapping[str, Any]:
     if "state.pt" not in files:
         raise ValueError(f"{MANIFEST} lists no state.pt")
     for name, facts in files.items():
-        if not isinstance(facts, dict) or not isinstance(facts.get("size"), int) or not isinstance(facts.get("sha256"), str) or "/" in name:
+        if (
+            not isinstance(facts, dict)
+            or not isinstance(facts.get("size"), int)
+            or not isinstance(facts.get("sha256"), str)
+            or "/" in name
+        ):
             raise ValueError(f"{MANIFEST}: the size and sha256 of {name} are {facts!r}")
     return files

@@ -4,6 +4,7 @@ DIST_SCAN_FAULT names a file; run.py looks once.
 The file holds a list of faults, as JSON: [{"kind": "kill", "rank": 1, "step": 12}]. Only the first is armed; the rank it names takes
 it off the list at the moment it fires, so that each fires once, whatever is started again afterwards.
 """
+
 from __future__ import annotations
 
 import errno
@@ -21,13 +22,13 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
-from dist_scan.artefacts import write_text
-from dist_scan.settings import Strict
+from dist_scan.settings import StrictModel
+from dist_scan.storage.artifacts import write_text
 
 VARIABLE = "DIST_SCAN_FAULT"
 
 
-class Fault(Strict):
+class Fault(StrictModel):
     """What happens, to whom, when."""
 
     kind: Literal["kill", "exception", "stop", "hang", "signal", "nan", "inf", "full", "read_only"]
@@ -35,8 +36,24 @@ class Fault(Strict):
     rank: int = 0
     step: int = 0
     """At step, loss, gradient and begin_epoch: the optimizer step; elsewhere how often this process has passed the place before."""
-    at: Literal["step", "batch", "loss", "gradient", "data", "manifest", "rename", "prune", "prepare", "write", "begin_epoch", "shard", "iteration",
-                "start", "stage", "done"] = "step"
+    at: Literal[
+        "step",
+        "batch",
+        "loss",
+        "gradient",
+        "data",
+        "manifest",
+        "rename",
+        "prune",
+        "prepare",
+        "write",
+        "begin_epoch",
+        "shard",
+        "iteration",
+        "start",
+        "stage",
+        "done",
+    ] = "step"
     """prepare, data, write, manifest, rename and prune are inside a save, just before each (read_only: at prepare; full: at write);
     loss and gradient (its loss stays a number) are what nan and inf spoil; batch is in a thread of the loader, start before the
     handlers stand, stage as the work on one begins (those that were done before are not passed; one fault a start), done after the end."""
@@ -57,8 +74,14 @@ class InjectedError(RuntimeError):
 class Faults:
     """The armed faults, seen from this process. `arm()` puts a look at the file in front of every place a fault may name."""
 
-    def __init__(self, path: Path, rank: int):
-        self.path, self.fired, self.rank, self.passed, self.again = path, Path(f"{path}.fired"), rank, Counter(), 0
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.fired, self.rank, self.passed, self.again = (
+            path,
+            Path(f"{path}.fired"),
+            rank,
+            Counter(),
+            0,
+        )
         self.fired_before = self._fired()
 
     def due(self, at: str, step: int | None = None, kinds: tuple[str, ...] = ()) -> Fault | None:
@@ -69,9 +92,13 @@ class Faults:
         except OSError:
             return None
         now = self.passed[at] - 1 if step is None else step
-        if (first.rank, first.at, first.step) != (self.rank, at, now) or (kinds and first.kind not in kinds):
+        if (first.rank, first.at, first.step) != (self.rank, at, now) or (
+            kinds and first.kind not in kinds
+        ):
             return None
-        if at == "stage" and self._fired() != self.fired_before:  # ranks reach a stage together: the next fault would strike in this one too
+        if (
+            at == "stage" and self._fired() != self.fired_before
+        ):  # ranks reach a stage together: the next fault would strike in this one too
             return None
         with open(self.fired, "a") as f:
             f.write(json.dumps(first.model_dump() | {"time": time.time()}) + "\n")
@@ -91,7 +118,11 @@ class Faults:
             raise InjectedError(f"a fault on purpose at {at} {fault.step} of rank {self.rank}")
         if fault.kind == "hang":
             time.sleep(1e6)
-        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "signal": getattr(signal, fault.signal)}.get(fault.kind)
+        number = {
+            "kill": signal.SIGKILL,
+            "stop": signal.SIGSTOP,
+            "signal": getattr(signal, fault.signal),
+        }.get(fault.kind)
         if number is None:
             raise ValueError(f"fault '{fault.kind}' cannot happen at '{at}'")
         if fault.after_s:
@@ -103,11 +134,15 @@ class Faults:
         """Wrap the places. Done once, before any work."""
         from dist_scan.data.beton.loader import BetonLoader
         from dist_scan.data.tables import FeatureTable, NeighbourTable
-        from dist_scan.engine import checkpoint, loop, memory
+        from dist_scan.engine import checkpoint
+        from dist_scan.engine import training_loop as loop
+        from dist_scan.monitoring import peak_memory as memory
         from dist_scan.search.kmeans import Lloyd
 
         before(loop.Trainer, "_step", lambda trainer, *_: self.look("step", trainer.at.step))
-        before(loop.Trainer, "_begin_epoch", lambda trainer: self.look("begin_epoch", trainer.at.step))
+        before(
+            loop.Trainer, "_begin_epoch", lambda trainer: self.look("begin_epoch", trainer.at.step)
+        )
         before(memory, "begin_stage", lambda: self.look("stage"))
         before(BetonLoader, "_cut", lambda *_: self.look("batch"))  # in a thread of the loader
         for table in (FeatureTable, NeighbourTable):
@@ -122,11 +157,13 @@ class Faults:
             write(*given)
             self.look("rename")
 
-        before(checkpoint.Checkpoints, "_prepare", lambda *_: self._read_only())
+        before(checkpoint.CheckpointStore, "_prepare", lambda *_: self._read_only())
         before(checkpoint, "_save_file", lambda *_: self.look("data"))
         around(checkpoint, "_save_file", self._full)
         around(checkpoint, "write_json", manifest)
-        before(checkpoint, "fsync_dir", lambda *_: self.look("prune"))  # the new one is renamed in, the old one not yet gone
+        before(
+            checkpoint, "fsync_dir", lambda *_: self.look("prune")
+        )  # the new one is renamed in, the old one not yet gone
 
     def _spoil(self, forward: Callable[..., Any], trainer: Any, batch: Any) -> Any:
         step = forward(trainer, batch)

@@ -1,4 +1,5 @@
 """Number formats and determinism. GPU or CPU, place 4 of 4."""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,16 +20,24 @@ numbers of processes, though equal in exact arithmetic, part after about four st
 def set_determinism() -> None:
     """The same sums in the same order on the same machine. Called once per process, before any CUDA work."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_flush_denormal(True)  # dead units make denormals, which a CPU works on 50 times slower
+    torch.set_flush_denormal(
+        True
+    )  # dead units make denormals, which a CPU works on 50 times slower
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = True  # convolutions: what PyTorch does by default, and what the papers ran with
+    torch.backends.cudnn.allow_tf32 = (
+        True  # convolutions: what PyTorch does by default, and what the papers ran with
+    )
 
 
 def autocast(precision: Precision, device: torch.device):
     """bf16 for the network's products; losses stay fp32 (each method upcasts)."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if precision == "bf16"
+        else contextlib.nullcontext()
+    )
 
 
 def in_precision(precision: Precision, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -43,7 +52,11 @@ def seed_step(*keys: int) -> None:
 
 def memory_format(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """channels_last on GPUs, where convolutions are faster with it."""
-    return module.to(device, memory_format=torch.channels_last) if device.type == "cuda" else module.to(device)
+    return (
+        module.to(device, memory_format=torch.channels_last)
+        if device.type == "cuda"
+        else module.to(device)
+    )
 
 
 def device_mark(device: torch.device) -> Callable[[], Any] | None:
@@ -77,8 +90,15 @@ def free_memory(device: torch.device) -> int:
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if not meminfo.is_file():
         return 0
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in meminfo.read_text().splitlines()
+        if line.startswith("MemAvailable")
+    )
     try:
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        return min(
+            free,
+            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()),
+        )
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         return free

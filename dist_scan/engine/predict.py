@@ -1,4 +1,5 @@
 """Clusters for images through a published model, batch by batch, and the features that say how new each image is."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -8,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_scan.data.augment import Recipe
+from dist_scan.data.augment.recipes import Recipe
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feed import eval_batches
 from dist_scan.engine.precision import Precision, autocast
-from dist_scan.models.cluster import ClusterModel
+from dist_scan.models.cluster_model import ClusterModel
 
 TOP = 5
 
@@ -41,12 +42,30 @@ def top_clusters(logits: Tensor) -> tuple[Tensor, Tensor]:
 class Predictor:
     """`for part in Predictor(...)(rows)`: predictions of these rows in order. A batch that does not fit is halved, and that is said."""
 
-    def __init__(self, model: ClusterModel, loader: BetonLoader, recipe: Recipe, device: torch.device, precision: Precision = "fp32",
-                 embedder: Embedder | None = None, say: Callable[[str], None] = print):
-        self.model, self.loader, self.recipe, self.device, self.precision = model, loader, recipe, device, precision
+    def __init__(
+        self,
+        model: ClusterModel,
+        loader: BetonLoader,
+        recipe: Recipe,
+        device: torch.device,
+        precision: Precision = "fp32",
+        embedder: Embedder | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.model, self.loader, self.recipe, self.device, self.precision = (
+            model,
+            loader,
+            recipe,
+            device,
+            precision,
+        )
         self.embedder, self.say = embedder, say
         # heads on a frozen backbone: the features of the table are the ones the head reads, so one pass gives both
-        self.shared = embedder is not None and embedder.precision == precision and equal_weights(embedder.network, model.backbone)
+        self.shared = (
+            embedder is not None
+            and embedder.precision == precision
+            and equal_weights(embedder.network, model.backbone)
+        )
 
     @torch.inference_mode()
     def __call__(self, rows: np.ndarray) -> Iterator[Predicted]:

@@ -1,15 +1,16 @@
 """Being asked to stop. A signal sets a flag and nothing else; whoever works looks at the flag where it is safe to leave."""
+
 from __future__ import annotations
 
 import signal
 
-from dist_scan.progress import Stopped
+from dist_scan.monitoring.progress import StopRequested
 from dist_scan.world.collectives import agree
 
 NOTICE = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
-class Hopeless(RuntimeError):
+class NonRetryableError(RuntimeError):
     """What a relaunch would meet again: no checkpoint loads, training diverged. Told like a user's mistake, without a relaunch."""
 
 
@@ -28,7 +29,9 @@ class Stop:
     def _notice(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.signal != signal.SIGUSR2:  # "come back" stands, whatever Slurm sends while it waits for us to leave
+        if (
+            self.signal != signal.SIGUSR2
+        ):  # "come back" stands, whatever Slurm sends while it waits for us to leave
             self.signal = number
 
     @property
@@ -43,4 +46,4 @@ class Stop:
     def check(self) -> None:
         """Raise Stopped on all ranks when any was asked (collective)."""
         if self.agreed():
-            raise Stopped()
+            raise StopRequested()

@@ -2,6 +2,7 @@
 
 A score that cannot be told (no labels at all) is None, never 0 and never an error.
 """
+
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from dist_scan.evaluate.expected import expected_mutual_information
+from dist_scan.evaluate.expected_mutual_information import expected_mutual_information
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
@@ -21,22 +22,31 @@ EPS = float(np.finfo(np.float64).eps)
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-def contingency(cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int) -> np.ndarray:
+
+def contingency(
+    cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int
+) -> np.ndarray:
     """Counts [num_clusters, num_classes] int64 of this process's rows: cluster [n], label [n], int.
 
     Rows with label -1 (unknown) are left out: n - table.sum() of them. Raises ValueError on ids out of range.
     """
     cluster, label = np.asarray(cluster), np.asarray(label)
     if cluster.shape != label.shape or cluster.ndim != 1:
-        raise ValueError(f"cluster has shape {cluster.shape}, label {label.shape}; one of each per image is needed: pass two [n] arrays")
+        raise ValueError(
+            f"cluster has shape {cluster.shape}, label {label.shape}; one of each per image is needed: pass two [n] arrays"
+        )
     _check("cluster", cluster, 0, num_clusters, "num_clusters")
     _check("label", label, -1, num_classes, "num_classes")
     known = label >= 0
     flat = cluster[known].astype(np.int64) * num_classes + label[known]
-    return np.bincount(flat, minlength=num_clusters * num_classes).reshape(num_clusters, num_classes)
+    return np.bincount(flat, minlength=num_clusters * num_classes).reshape(
+        num_clusters, num_classes
+    )
 
 
-def all_contingency(cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int) -> np.ndarray:
+def all_contingency(
+    cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int
+) -> np.ndarray:
     """`contingency` of all ranks' rows together, the same on every rank. A collective: every rank must call it."""
     table = torch.from_numpy(contingency(cluster, label, num_clusters, num_classes))
     return all_sum(table.to(current().device)).cpu().numpy()
@@ -45,10 +55,13 @@ def all_contingency(cluster: np.ndarray, label: np.ndarray, num_clusters: int, n
 def _check(name: str, ids: np.ndarray, low: int, limit: int, limit_name: str) -> None:
     if len(ids) and (ids.min() < low or ids.max() >= limit):
         bad = int(ids.min()) if ids.min() < low else int(ids.max())
-        raise ValueError(f"{name} holds {bad}; allowed: {low} to {limit - 1}. Raise {limit_name} ({limit}) or mend the ids")
+        raise ValueError(
+            f"{name} holds {bad}; allowed: {low} to {limit - 1}. Raise {limit_name} ({limit}) or mend the ids"
+        )
 
 
 # --- matchings -------------------------------------------------------------------------------------------------------
+
 
 def hungarian(table: np.ndarray) -> np.ndarray:
     """The one-to-one matching with the most images on it: mapping [num_clusters] int64, the class of each cluster.
@@ -75,14 +88,19 @@ def accuracy(table: np.ndarray, mapping: np.ndarray | None = None) -> float | No
     return int(table[matched, mapping[matched]].sum()) / total
 
 
-def top_k_accuracy(top_clusters: np.ndarray, label: np.ndarray, mapping: np.ndarray) -> float | None:
+def top_k_accuracy(
+    top_clusters: np.ndarray, label: np.ndarray, mapping: np.ndarray
+) -> float | None:
     """Share of labelled images with a cluster matched to their label among their k most probable, top_clusters [n, k].
 
     `mapping` is the matching of the top-1 table, as in SCAN's Table 5. Cluster -1 counts as no cluster.
     """
     hits = known = 0
     for start in range(0, len(label), CHUNK):
-        top, truth = np.asarray(top_clusters[start:start + CHUNK]), np.asarray(label[start:start + CHUNK])
+        top, truth = (
+            np.asarray(top_clusters[start : start + CHUNK]),
+            np.asarray(label[start : start + CHUNK]),
+        )
         top, truth = top[truth >= 0], truth[truth >= 0]
         mapped = np.where(top >= 0, mapping[top], -1)
         hits += int((mapped == truth[:, None]).any(axis=1).sum())
@@ -110,6 +128,7 @@ def confusion(table: np.ndarray, mapping: np.ndarray) -> np.ndarray:
 
 # --- information and pairs -------------------------------------------------------------------------------------------
 
+
 def _entropy(counts: np.ndarray) -> float:
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
@@ -126,7 +145,12 @@ def _mutual_information(table: np.ndarray, rows: np.ndarray, columns: np.ndarray
 
 
 def _between(x: float, y: float, average: str) -> float:
-    means = {"arithmetic": lambda: (x + y) / 2, "geometric": lambda: float(np.sqrt(x * y)), "min": lambda: min(x, y), "max": lambda: max(x, y)}
+    means = {
+        "arithmetic": lambda: (x + y) / 2,
+        "geometric": lambda: float(np.sqrt(x * y)),
+        "min": lambda: min(x, y),
+        "max": lambda: max(x, y),
+    }
     if average not in means:
         raise ValueError(f"average is '{average}'; allowed: {', '.join(means)}")
     return means[average]()
@@ -159,7 +183,9 @@ def ami(table: np.ndarray, average: Average = "arithmetic") -> float | None:
         return None
     if _same_partition(table, rows, columns):
         return 1.0
-    if min(np.count_nonzero(rows), np.count_nonzero(columns)) == 1:  # nothing to know, whatever the average
+    if (
+        min(np.count_nonzero(rows), np.count_nonzero(columns)) == 1
+    ):  # nothing to know, whatever the average
         return 0.0
     chance = expected_mutual_information(rows, columns)
     above = _mutual_information(table, rows, columns) - chance
@@ -193,15 +219,31 @@ def _squares(counts: np.ndarray) -> int:
 
 # --- all together ----------------------------------------------------------------------------------------------------
 
-def scores(table: np.ndarray, average: Average = "arithmetic", mapping: np.ndarray | None = None) -> dict[str, Any]:
+
+def scores(
+    table: np.ndarray, average: Average = "arithmetic", mapping: np.ndarray | None = None
+) -> dict[str, Any]:
     """Every score of a table; all None without labels. `many_to_one` only when used clusters outnumber classes."""
     more = int((table.sum(axis=1) > 0).sum()) > int((table.sum(axis=0) > 0).sum())
-    return {"acc": accuracy(table, mapping), "nmi": nmi(table, average), "nmi_variant": average, "ari": ari(table), "ami": ami(table, average),
-            "purity": purity(table), "many_to_one": many_to_one(table) if more else None, "num_labelled": int(table.sum())}
+    return {
+        "acc": accuracy(table, mapping),
+        "nmi": nmi(table, average),
+        "nmi_variant": average,
+        "ari": ari(table),
+        "ami": ami(table, average),
+        "purity": purity(table),
+        "many_to_one": many_to_one(table) if more else None,
+        "num_labelled": int(table.sum()),
+    }
 
 
-def evaluate_assignment(cluster: np.ndarray, label: np.ndarray, num_clusters: int, top: np.ndarray | None = None,
-                        average: Average = "arithmetic") -> dict[str, Any]:
+def evaluate_assignment(
+    cluster: np.ndarray,
+    label: np.ndarray,
+    num_clusters: int,
+    top: np.ndarray | None = None,
+    average: Average = "arithmetic",
+) -> dict[str, Any]:
     """`scores` of cluster [n] against label [n] (-1 unknown), with `top5` when top [n, k] is given. Not a collective."""
     label = np.asarray(label)
     num_classes = int(label.max(initial=-1)) + 1
@@ -224,14 +266,20 @@ def cluster_health(counts: np.ndarray) -> dict[str, float]:
     if not total:
         return {"used_share": 0.0, "largest_share": 0.0, "entropy": 0.0, "balance": 0.0}
     entropy = abs(_entropy(counts))
-    return {"used_share": float((counts > 0).mean()), "largest_share": float(counts.max() / total),
-            "entropy": entropy, "balance": entropy / room if room else 1.0}
+    return {
+        "used_share": float((counts > 0).mean()),
+        "largest_share": float(counts.max() / total),
+        "entropy": entropy,
+        "balance": entropy / room if room else 1.0,
+    }
 
 
 def neighbour_purity(neighbours: np.ndarray, label: np.ndarray, k: int) -> float | None:
     """Share of the k nearest neighbours, ids [n, K >= k], that carry their anchor's label; unknown labels left out."""
     if not 1 <= k <= neighbours.shape[1]:
-        raise ValueError(f"k is {k}; allowed: 1 to {neighbours.shape[1]}, the neighbours in the table")
+        raise ValueError(
+            f"k is {k}; allowed: 1 to {neighbours.shape[1]}, the neighbours in the table"
+        )
     same = known = 0
     for start in range(0, len(label), max(CHUNK // k, 1)):
         rows = slice(start, start + max(CHUNK // k, 1))

@@ -3,6 +3,7 @@
 A method is one file `dist_scan/methods/<kind>.py` with one class that has a `Config`; the engine finds it by its name and
 knows nothing else about it.
 """
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -16,15 +17,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.banks import Bank
-from dist_scan.config import Strict
+from dist_scan.config import StrictModel
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.models.batchnorm import check_groups
-from dist_scan.models.dealing import Share
-from dist_scan.world.dealt import Dealt
+from dist_scan.heads.partition import HeadPartition
+from dist_scan.models.batch_norm import check_groups
+from dist_scan.models.memory_bank import MemoryBank
+from dist_scan.world.sharding import RowSharding
 
 
-class MethodConfig(Strict):
+class MethodConfig(StrictModel):
     """Settings of a method; `kind` is the name of its file, and a method says so: kind: Literal["mine"] = "mine"."""
 
     kind: str
@@ -66,7 +67,7 @@ class ParameterGroup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Given:
+class MethodInputs:
     """What a stage hands to a method when it is made."""
 
     num_images: int
@@ -88,7 +89,7 @@ class Given:
     epochs: int = 0
     work_dir: Path | None = None
     """Where tables of a whole-set moment lie while it lasts (the same on all ranks; not there until someone makes it)."""
-    share: Share = "batch"
+    share: HeadPartition = "batch"
     """What ranks share: the batch, or (on features) the heads or their clusters, and then each rank has the whole batch."""
     stop: Callable[[], bool] = lambda: False
     """Whether someone asked this process to leave: long searches ask it and raise Stopped."""
@@ -112,7 +113,7 @@ class Method(nn.Module, ABC):
     publishes: ClassVar[tuple[str, ...]] = ("backbone",)
     """What other stages may take from publish()'s folder: backbone, model (a cluster model), clusters (of the training images)."""
 
-    def __init__(self, config: MethodConfig, given: Given):
+    def __init__(self, config: MethodConfig, given: MethodInputs) -> None:
         super().__init__()
         self.config, self.given = config, given
 
@@ -122,7 +123,14 @@ class Method(nn.Module, ABC):
         return cls.recipes
 
     @classmethod
-    def choose_share(cls, config: MethodConfig, world_size: int, dim: int, global_batch: int, wanted: Share | Literal["auto"]) -> tuple[Share, str]:
+    def choose_partition(
+        cls,
+        config: MethodConfig,
+        world_size: int,
+        dim: int,
+        global_batch: int,
+        wanted: HeadPartition | Literal["auto"],
+    ) -> tuple[HeadPartition, str]:
         """(what ranks share when it trains on features [global_batch, dim], why); the why is said. Raises ValueError when `wanted`
         cannot be."""
         return "batch", "the only way of this method"
@@ -162,11 +170,11 @@ class Method(nn.Module, ABC):
         """What a person must hear of the epoch that ended (a collapse, with the remedy), or ''. Asked after end_epoch; equal on all ranks."""
         return ""
 
-    def banks(self) -> Mapping[str, Bank]:
+    def banks(self) -> Mapping[str, MemoryBank]:
         """Rows per image, sharded over ranks; saved by shard and re-dealt when the number of ranks changes."""
         return {}
 
-    def dealt(self) -> Mapping[str, Dealt]:
+    def dealt(self) -> Mapping[str, RowSharding]:
         """Parameters and buffers of which each rank has only its rows, by their names in the state dict. When there are any, no gradient
         is averaged: each rank has the whole global batch, and its loss's gradient is the global loss's."""
         return {}

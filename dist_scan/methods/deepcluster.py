@@ -1,4 +1,5 @@
 """DeepCluster: cluster all features, train on the cluster ids, again each epoch (Caron et al., ECCV 2018; FIDELITY.md 3)."""
+
 from __future__ import annotations
 
 import shutil
@@ -12,16 +13,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.banks import Bank
 from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.hashing import keyed
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
 from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, ParameterGroup, Step
+from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.layers import convert_batch_norm
+from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
@@ -31,8 +32,19 @@ from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
 
 TOP, SEED = 501, 502  # streams of the hash
-SAMPLERS: dict[str, Callable] = {"uniform": uniform_over_labels, "released_order": released_order, "images": labelled_order}
-FACTS = ("clusters", "empty_clusters", "split_clusters", "largest_cluster", "images_left_out", "nmi_previous")
+SAMPLERS: dict[str, Callable] = {
+    "uniform": uniform_over_labels,
+    "released_order": released_order,
+    "images": labelled_order,
+}
+FACTS = (
+    "clusters",
+    "empty_clusters",
+    "split_clusters",
+    "largest_cluster",
+    "images_left_out",
+    "nmi_previous",
+)
 
 
 class DeepClusterConfig(NetworkConfig):
@@ -71,7 +83,7 @@ class Clustering(NamedTuple):
     facts: dict[str, float]
 
 
-class DeepCluster(Method):
+class DeepClusterMethod(Method):
     """The epoch's assignment is a bank: a run resumed inside an epoch trains on. Only the first `used` rows of the top layer take part."""
 
     Config = DeepClusterConfig
@@ -79,26 +91,39 @@ class DeepCluster(Method):
     needs = ("images",)
     publishes = ("backbone", "clusters")
 
-    def __init__(self, config: DeepClusterConfig, given: Given):
+    def __init__(self, config: DeepClusterConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         if config.whiten_dim is not None and config.whiten_dim > given.feature_dim:
-            raise ValueError(f"whiten_dim: {config.whiten_dim} of {given.feature_dim} features; allowed: at most {given.feature_dim}, or null")
+            raise ValueError(
+                f"whiten_dim: {config.whiten_dim} of {given.feature_dim} features; allowed: at most {given.feature_dim}, or null"
+            )
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.top = nn.Linear(given.feature_dim, config.num_clusters)
         self.register_buffer("used", torch.zeros((), dtype=torch.int64))
         self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
         snapshots = -(-given.epochs // config.reassign) if config.track else 0
-        self.assignment = Bank(given.num_images, dtype=torch.int32, fill=-1)
-        self.history = Bank(given.num_images, (snapshots,), torch.int32, fill=-1) if snapshots else None
-        self.targets = torch.full((given.num_images,), -1)  # the whole bank, on every rank: read again after a resume
+        self.assignment = MemoryBank(given.num_images, dtype=torch.int32, fill=-1)
+        self.history = (
+            MemoryBank(given.num_images, (snapshots,), torch.int32, fill=-1) if snapshots else None
+        )
+        self.targets = torch.full(
+            (given.num_images,), -1
+        )  # the whole bank, on every rank: read again after a resume
         self.kept: Tensor | None = None
 
-    def banks(self) -> dict[str, Bank]:
+    def banks(self) -> dict[str, MemoryBank]:
         return {"assignment": self.assignment} | ({"history": self.history} if self.history else {})
 
     def parameter_groups(self) -> list[ParameterGroup]:
         body = [p for p in self.backbone.parameters() if p.requires_grad]
-        return [ParameterGroup(body), ParameterGroup(list(self.top.parameters()), self.config.top_lr_scale, momentum=self.config.top_momentum)]
+        return [
+            ParameterGroup(body),
+            ParameterGroup(
+                list(self.top.parameters()),
+                self.config.top_lr_scale,
+                momentum=self.config.top_momentum,
+            ),
+        ]
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
         """Embed all, cluster, and start a new top layer: N(0, 0.01), bias 0."""
@@ -106,7 +131,9 @@ class DeepCluster(Method):
             return ()
         before = self.assignment.whole().numpy()
         found = self._cluster(embed(self.backbone), epoch)
-        found.facts["nmi_previous"] = mutual_information(before, found.assignment) if epoch else float("nan")
+        found.facts["nmi_previous"] = (
+            mutual_information(before, found.assignment) if epoch else float("nan")
+        )
         self.facts.copy_(torch.tensor([found.facts[name] for name in FACTS]))
         self.used.fill_(int(found.assignment.max()) + 1)
         self.assignment.fill(torch.from_numpy(found.assignment))
@@ -121,34 +148,69 @@ class DeepCluster(Method):
     def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Balanced over pseudo-labels, as the sampler says."""
         self.targets = self.assignment.whole().long()
-        return SAMPLERS[self.config.sampler](rows, self.targets.numpy()[rows], self.given.seed, epoch)
+        return SAMPLERS[self.config.sampler](
+            rows, self.targets.numpy()[rows], self.given.seed, epoch
+        )
 
     def _cluster(self, table: FeatureTable, epoch: int) -> Clustering:
         folder, stop = emptied(self.given.work_dir), self.given.stop
         if self.config.whiten_dim is not None:
-            table = whitened(table, whiten_table(table, self.config.whiten_dim), folder / "whitened", stop=stop)
+            table = whitened(
+                table, whiten_table(table, self.config.whiten_dim), folder / "whitened", stop=stop
+            )
         if self.config.clustering == "pic":
             return self._power_iteration(table, folder)
-        found = kmeans(table, self.config.num_clusters, iterations=self.config.iterations, init="random", normalise=self.config.whiten_dim is None,
-                       seed=seed_of(self.given.seed, SEED, epoch), stop=stop, progress=current().rank == 0)
-        return _compact(found.assignment, self.config.num_clusters, self.config.num_clusters, found.num_empty)
+        found = kmeans(
+            table,
+            self.config.num_clusters,
+            iterations=self.config.iterations,
+            init="random",
+            normalise=self.config.whiten_dim is None,
+            seed=seed_of(self.given.seed, SEED, epoch),
+            stop=stop,
+            progress=current().rank == 0,
+        )
+        return _compact(
+            found.assignment, self.config.num_clusters, self.config.num_clusters, found.num_empty
+        )
 
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
         c, loud = self.config, current().rank == 0
         metric = "cosine" if c.whiten_dim is None else "l2"
-        graph = mine_neighbours(table, folder / "neighbours", c.pic_neighbours, metric=metric, stop=self.given.stop, progress=loud)
-        found = pic(graph, sigma=c.pic_sigma, alpha=c.pic_alpha, iterations=c.pic_iterations, teleport=c.pic_teleport, stop=self.given.stop, progress=loud)
+        graph = mine_neighbours(
+            table,
+            folder / "neighbours",
+            c.pic_neighbours,
+            metric=metric,
+            stop=self.given.stop,
+            progress=loud,
+        )
+        found = pic(
+            graph,
+            sigma=c.pic_sigma,
+            alpha=c.pic_alpha,
+            iterations=c.pic_iterations,
+            teleport=c.pic_teleport,
+            stop=self.given.stop,
+            progress=loud,
+        )
         return _compact(found.assignment, found.num_clusters, c.num_clusters, 0)
 
     def forward(self, batch: Batch) -> Step:
         features = self.backbone(batch.views[0])
-        if getattr(self.backbone, "ends_before_relu", False):  # clusters are of what comes before it, the classifier stands after it
+        if getattr(
+            self.backbone, "ends_before_relu", False
+        ):  # clusters are of what comes before it, the classifier stands after it
             features = F.relu(features)
         used, targets = int(self.used), self.targets[batch.index].to(features.device)
         with torch.autocast(features.device.type, enabled=False):
-            logits = F.linear(features.to(self.top.weight.dtype), self.top.weight[:used], self.top.bias[:used])
+            logits = F.linear(
+                features.to(self.top.weight.dtype), self.top.weight[:used], self.top.bias[:used]
+            )
             loss = F.cross_entropy(at_least_fp32(logits), targets)
-        return Step(loss, {"pseudo_accuracy": (logits.detach().argmax(1) == targets).double().mean()})
+        return Step(
+            loss, {"pseudo_accuracy": (logits.detach().argmax(1) == targets).double().mean()}
+        )
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         """What the clustering of this epoch was like."""
@@ -163,7 +225,9 @@ class DeepCluster(Method):
         save_backbone(out, self.backbone, self.given.backbone_config)
         Assignments(self.targets.clamp(min=0).numpy(), max(int(self.used), 1)).save(out)
         if self.kept is not None:
-            save_history(out, np.arange(self.kept.shape[1]) * self.config.reassign, self.kept.numpy())
+            save_history(
+                out, np.arange(self.kept.shape[1]) * self.config.reassign, self.kept.numpy()
+            )
 
 
 def seed_of(*keys: int) -> int:
@@ -186,6 +250,11 @@ def _compact(assignment: np.ndarray, num_clusters: int, most: int, num_split: in
     new = np.full(num_clusters, -1, np.int32)
     new[kept] = np.arange(len(kept), dtype=np.int32)
     left_out = int(sizes.sum() - sizes[kept].sum())
-    facts = {"clusters": len(kept), "empty_clusters": num_clusters - len(held), "split_clusters": num_split,
-             "largest_cluster": float(sizes.max() / sizes.sum()), "images_left_out": left_out}
+    facts = {
+        "clusters": len(kept),
+        "empty_clusters": num_clusters - len(held),
+        "split_clusters": num_split,
+        "largest_cluster": float(sizes.max() / sizes.sum()),
+        "images_left_out": left_out,
+    }
     return Clustering(new[assignment], facts)

@@ -4,6 +4,7 @@ Shared with DeepCluster: the engine's moments, the bank, k-means. Different: no 
 centroids are the classifier, several views. Its released code drops the gradient of the prototypes for 300,000 iterations, which is
 always: here they are not trained.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -16,15 +17,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.banks import Bank
 from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, Step
+from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, Step
 from dist_scan.methods.deepcluster import SEED, emptied, seed_of
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.layers import Projector, convert_batch_norm
+from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
 from dist_scan.world.collectives import barrier
@@ -51,7 +52,7 @@ class DeepClusterV2Config(NetworkConfig):
     """Publish every clustering of the first head, not only the last one (4 bytes an image each), for evaluation."""
 
 
-class DeepClusterV2(Method):
+class DeepClusterV2Method(Method):
     """Banks: projections of two views [N, 2, D] and the heads' assignments [N, H]. Before the first epoch the bank is filled by one pass over
     centre crops (released: training crops in train mode). Rows that an epoch drops keep what they had (released: they sit out)."""
 
@@ -60,25 +61,44 @@ class DeepClusterV2(Method):
     needs = ("images",)
     publishes = ("backbone", "clusters")
 
-    def __init__(self, config: DeepClusterV2Config, given: Given):
+    def __init__(self, config: DeepClusterV2Config, given: MethodInputs) -> None:
         super().__init__(config, given)
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
-        self.projector = convert_batch_norm(Projector(given.feature_dim, config.projection_dim, hidden_dim=config.hidden_dim, batch_norm=True), config.bn_groups)
-        self.prototypes = nn.Parameter(torch.zeros(config.num_heads, config.num_clusters, config.projection_dim), requires_grad=False)
+        self.projector = convert_batch_norm(
+            Projector(
+                given.feature_dim,
+                config.projection_dim,
+                hidden_dim=config.hidden_dim,
+                batch_norm=True,
+            ),
+            config.bn_groups,
+        )
+        self.prototypes = nn.Parameter(
+            torch.zeros(config.num_heads, config.num_clusters, config.projection_dim),
+            requires_grad=False,
+        )
         self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
-        self.projections = Bank(given.num_images, (REMEMBERED, config.projection_dim))
-        self.assignment = Bank(given.num_images, (config.num_heads,), torch.int32, fill=-1)
-        self.history = Bank(given.num_images, (given.epochs,), torch.int32, fill=-1) if config.track else None
+        self.projections = MemoryBank(given.num_images, (REMEMBERED, config.projection_dim))
+        self.assignment = MemoryBank(given.num_images, (config.num_heads,), torch.int32, fill=-1)
+        self.history = (
+            MemoryBank(given.num_images, (given.epochs,), torch.int32, fill=-1)
+            if config.track
+            else None
+        )
         self.kept: Tensor | None = None
-        self.targets = torch.full((given.num_images, config.num_heads), -1)  # the whole bank, on every rank: read again after a resume
+        self.targets = torch.full(
+            (given.num_images, config.num_heads), -1
+        )  # the whole bank, on every rank: read again after a resume
 
     @classmethod
     def recipes_for(cls, config: DeepClusterV2Config) -> tuple[str, ...]:
         """Two views, and the small ones."""
         return cls.recipes + cls.recipes[:1] * config.small_crops
 
-    def banks(self) -> dict[str, Bank]:
-        return {"projections": self.projections, "assignment": self.assignment} | ({"history": self.history} if self.history else {})
+    def banks(self) -> dict[str, MemoryBank]:
+        return {"projections": self.projections, "assignment": self.assignment} | (
+            {"history": self.history} if self.history else {}
+        )
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
         """Cluster the bank once for each head; head h looks at view h mod 2."""
@@ -86,28 +106,61 @@ class DeepClusterV2(Method):
             self._first_fill(embed(Projected(self.backbone, self.projector)))
         before, table, found = self.assignment.whole().numpy(), self._as_table(), []
         for head in range(self.config.num_heads):
-            found.append(kmeans(table, self.config.num_clusters, iterations=self.config.iterations, init="random", spherical=True, view=head % REMEMBERED,
-                                seed=seed_of(self.given.seed, SEED, epoch, head), stop=self.given.stop, progress=current().rank == 0))
+            found.append(
+                kmeans(
+                    table,
+                    self.config.num_clusters,
+                    iterations=self.config.iterations,
+                    init="random",
+                    spherical=True,
+                    view=head % REMEMBERED,
+                    seed=seed_of(self.given.seed, SEED, epoch, head),
+                    stop=self.given.stop,
+                    progress=current().rank == 0,
+                )
+            )
         assignment = np.stack([f.assignment for f in found], 1)
         with torch.no_grad():
             self.prototypes.copy_(torch.from_numpy(np.stack([f.centroids for f in found])))
         self.assignment.fill(torch.from_numpy(assignment))
         if self.history is not None:
             self.history.fill(torch.from_numpy(assignment[:, 0]), epoch)
-        nmi = [mutual_information(a, b) for a, b in zip(before.T, assignment.T)] if epoch else [float("nan")]
-        self.facts.copy_(torch.tensor([np.mean(nmi), sum(int((f.sizes == 0).sum()) for f in found), sum(f.num_empty for f in found)]))
+        nmi = (
+            [mutual_information(a, b) for a, b in zip(before.T, assignment.T)]
+            if epoch
+            else [float("nan")]
+        )
+        self.facts.copy_(
+            torch.tensor(
+                [
+                    np.mean(nmi),
+                    sum(int((f.sizes == 0).sum()) for f in found),
+                    sum(f.num_empty for f in found),
+                ]
+            )
+        )
         return [self.prototypes]
 
     def _first_fill(self, table: FeatureTable) -> None:
         for s, mine in self.projections.shards.items():
-            rows = torch.from_numpy(table.rows(np.arange(int(self.projections.starts[s]), int(self.projections.starts[s + 1])))).to(mine)
+            rows = torch.from_numpy(
+                table.rows(
+                    np.arange(int(self.projections.starts[s]), int(self.projections.starts[s + 1]))
+                )
+            ).to(mine)
             mine.copy_(F.normalize(rows, dim=1)[:, None].expand_as(mine))
 
     def _as_table(self) -> FeatureTable:
         """The bank on disk, where k-means reads it: shard s of one is shard s of the other."""
         out = emptied(self.given.work_dir)
         if current().rank == 0:
-            FeatureTable.create(out, self.given.num_images, REMEMBERED, self.config.projection_dim, self.projections.num_shards)
+            FeatureTable.create(
+                out,
+                self.given.num_images,
+                REMEMBERED,
+                self.config.projection_dim,
+                self.projections.num_shards,
+            )
         barrier()
         table = FeatureTable.open(out)
         for s, rows in self.projections.shards.items():
@@ -120,14 +173,27 @@ class DeepClusterV2(Method):
         self.targets = self.assignment.whole().long()
 
     def forward(self, batch: Batch) -> Step:
-        z = torch.cat([F.normalize(at_least_fp32(self.projector(self.backbone(images))), dim=1) for images in by_size(batch.views)])
+        z = torch.cat(
+            [
+                F.normalize(at_least_fp32(self.projector(self.backbone(images))), dim=1)
+                for images in by_size(batch.views)
+            ]
+        )
         targets = self.targets[batch.index].to(z.device).repeat(len(batch.views), 1)
         with torch.autocast(z.device.type, enabled=False):
-            logits = torch.einsum("bd,hkd->hbk", z, self.prototypes.to(z.dtype)) / self.config.temperature
-            loss = torch.stack([F.cross_entropy(head, target) for head, target in zip(logits, targets.T)]).mean()
+            logits = (
+                torch.einsum("bd,hkd->hbk", z, self.prototypes.to(z.dtype))
+                / self.config.temperature
+            )
+            loss = torch.stack(
+                [F.cross_entropy(head, target) for head, target in zip(logits, targets.T)]
+            ).mean()
         b = len(batch.index)
-        return Step(loss, {"pseudo_accuracy": (logits.detach().argmax(2).T == targets).double().mean()},
-                    {"projections": z.detach()[:REMEMBERED * b].view(REMEMBERED, b, -1).transpose(0, 1)})
+        return Step(
+            loss,
+            {"pseudo_accuracy": (targets == logits.detach().argmax(2).T).double().mean()},
+            {"projections": z.detach()[: REMEMBERED * b].view(REMEMBERED, b, -1).transpose(0, 1)},
+        )
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
@@ -152,9 +218,13 @@ class DeepClusterV2(Method):
 class Projected(nn.Module):
     """images -> projections [B, D], for embedding."""
 
-    def __init__(self, backbone: nn.Module, projector: Projector):
+    def __init__(self, backbone: nn.Module, projector: Projector) -> None:
         super().__init__()
-        self.backbone, self.projector, self.num_features = backbone, projector, projector[-1].out_features
+        self.backbone, self.projector, self.num_features = (
+            backbone,
+            projector,
+            projector[-1].out_features,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))

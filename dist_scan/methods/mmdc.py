@@ -1,5 +1,6 @@
 """MMDC: outputs on the unit sphere are pulled to fixed codes that a linear assignment deals out; rotations are learned by the way
 (Shiran and Weinshall, ICPR 2020). FIDELITY.md 2 lists where the released code differs from the paper."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dist_scan.banks import Bank
 from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch
 from dist_scan.data.tables import FeatureTable
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Given, Method, NetworkConfig, ParameterGroup, Step
+from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.cluster import ClusterModel, save_cluster_model
-from dist_scan.models.codes import SphereCodes
+from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.layers import FeatureNorm, convert_batch_norm
+from dist_scan.models.memory_bank import MemoryBank
+from dist_scan.models.sphere_codes import SphereCodes
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.matching import align, match_blocks
 from dist_scan.world.collectives import gather_rows
@@ -61,18 +62,24 @@ class MMDCConfig(NetworkConfig):
     @model_validator(mode="after")
     def _fit(self) -> MMDCConfig:
         if self.rotation and self.refine_from is not None and self.refine_from % 2:
-            raise ValueError(f"refine_from: {self.refine_from} is the second epoch of a round; allowed with rotation: even numbers")
+            raise ValueError(
+                f"refine_from: {self.refine_from} is the second epoch of a round; allowed with rotation: even numbers"
+            )
         if self.rotation_first and not self.rotation:
-            raise ValueError("rotation_first: there is no rotation epoch; set rotation: true, or leave it out")
+            raise ValueError(
+                "rotation_first: there is no rotation epoch; set rotation: true, or leave it out"
+            )
         if self.means == "one_hot" and self.code_dim not in (None, self.num_clusters):
-            raise ValueError(f"code_dim: {self.code_dim} dimensions do not hold {self.num_clusters} one-hot means; leave it out, or set means: random")
+            raise ValueError(
+                f"code_dim: {self.code_dim} dimensions do not hold {self.num_clusters} one-hot means; leave it out, or set means: random"
+            )
         return self
 
 
 class CodeNetwork(nn.Module):
     """images [B, 3, S, S] -> outputs [B, dim] of unit length."""
 
-    def __init__(self, backbone: nn.Module, feature_dim: int, dim: int):
+    def __init__(self, backbone: nn.Module, feature_dim: int, dim: int) -> None:
         super().__init__()
         self.backbone, self.head, self.num_features = backbone, small_linear(feature_dim, dim), dim
 
@@ -80,7 +87,7 @@ class CodeNetwork(nn.Module):
         return F.normalize(at_least_fp32(self.head(self.backbone(images))), dim=1)
 
 
-class MMDC(Method):
+class MMDCMethod(Method):
     """Bank `target_id`: the code of each image. Ids below N are the drawn codes, a permutation of 0..N-1 until refinement begins;
     N + c is the mean of component c. No code is stored: each is a function of (seed, id)."""
 
@@ -94,17 +101,34 @@ class MMDC(Method):
         """Without rotation two views: weak (matched), strong (trained on)."""
         return cls.recipes if config.rotation else cls.recipes[:ROTATED]
 
-    def __init__(self, config: MMDCConfig, given: Given):
+    def __init__(self, config: MMDCConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         variance = config.sigma if config.sigma_meaning == "variance" else config.sigma**2
-        self.codes = SphereCodes(given.num_images, config.num_clusters, config.code_dim or config.num_clusters, config.means, variance, given.seed)
-        self.network = CodeNetwork(convert_batch_norm(given.backbone, config.bn_groups), given.feature_dim, self.codes.dim)
+        self.codes = SphereCodes(
+            given.num_images,
+            config.num_clusters,
+            config.code_dim or config.num_clusters,
+            config.means,
+            variance,
+            given.seed,
+        )
+        self.network = CodeNetwork(
+            convert_batch_norm(given.backbone, config.bn_groups), given.feature_dim, self.codes.dim
+        )
         self.rotation_head = small_linear(given.feature_dim, 4) if config.rotation else None
-        self.target_id = Bank(given.num_images, dtype=torch.int64)
+        self.target_id = MemoryBank(given.num_images, dtype=torch.int64)
         self.target_id.fill(torch.arange(given.num_images))
-        self.history = Bank(given.num_images, (-(-given.epochs // self.epochs_a_round),), torch.int32, fill=-1) if config.track else None
+        self.history = (
+            MemoryBank(
+                given.num_images, (-(-given.epochs // self.epochs_a_round),), torch.int32, fill=-1
+            )
+            if config.track
+            else None
+        )
         self.kept: Tensor | None = None
-        self.last_ids = torch.arange(given.num_images)  # the whole bank; on every rank after collect()
+        self.last_ids = torch.arange(
+            given.num_images
+        )  # the whole bank; on every rank after collect()
 
     @property
     def epochs_a_round(self) -> int:
@@ -128,9 +152,21 @@ class MMDC(Method):
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
         """At the start of a round of refinement: k-means on all outputs, its clusters numbered like the targets before."""
         if self.refines(epoch) and not (self.config.rotation and epoch % 2):
-            outputs, k, n = embed(self.network, WEAK), self.config.num_clusters, self.given.num_images
-            found = kmeans(outputs, k, iterations=300, restarts=self.config.refine_restarts, seed=self.given.seed + 1000 * epoch, stop=self.given.stop,
-                           progress=current().rank == 0, keep=self.given.work_dir and self.given.work_dir / "refinement.npz")
+            outputs, k, n = (
+                embed(self.network, WEAK),
+                self.config.num_clusters,
+                self.given.num_images,
+            )
+            found = kmeans(
+                outputs,
+                k,
+                iterations=300,
+                restarts=self.config.refine_restarts,
+                seed=self.given.seed + 1000 * epoch,
+                stop=self.given.stop,
+                progress=current().rank == 0,
+                keep=self.given.work_dir and self.given.work_dir / "refinement.npz",
+            )
             previous = self.codes.component(self.target_id.whole().numpy())
             self.target_id.fill(n + torch.from_numpy(align(found.assignment, previous, k)))
             if self.history is not None:
@@ -140,22 +176,30 @@ class MMDC(Method):
     def _track_table(self, outputs: FeatureTable, epoch: int) -> None:
         for s, mine in self.history.shards.items():
             rows = np.arange(int(self.history.starts[s]), int(self.history.starts[s + 1]))
-            mine[:, epoch // self.epochs_a_round] = self.nearest_mean(torch.from_numpy(outputs.rows(rows, 0)))
+            mine[:, epoch // self.epochs_a_round] = self.nearest_mean(
+                torch.from_numpy(outputs.rows(rows, 0))
+            )
 
     def nearest_mean(self, outputs: Tensor) -> Tensor:
         """Which mean lies closest to each output [b, dim] of unit length: [b] int32, on the CPU."""
-        return torch.from_numpy((outputs.double().cpu().numpy() @ self.codes.means.T).argmax(1).astype(np.int32))
+        return torch.from_numpy(
+            (outputs.double().cpu().numpy() @ self.codes.means.T).argmax(1).astype(np.int32)
+        )
 
     def forward(self, batch: Batch) -> Step:
         return self._rotation_step(batch) if self.rotates(batch.epoch) else self._code_step(batch)
 
     def _rotation_step(self, batch: Batch) -> Step:
         """Cross-entropy over 0, 90, 180, 270 degrees, counter-clockwise; each copy has a cut of its own."""
-        images = torch.cat([torch.rot90(view, turns, (2, 3)) for turns, view in enumerate(batch.views)])
+        images = torch.cat(
+            [torch.rot90(view, turns, (2, 3)) for turns, view in enumerate(batch.views)]
+        )
         turns = torch.arange(4, device=images.device).repeat_interleave(len(batch.index))
         logits = at_least_fp32(self.rotation_head(self.network.backbone(images)))
         hits = (logits.detach().argmax(1) == turns).double().mean()
-        return Step(F.cross_entropy(logits, turns) + _idle(self.network.head), {"rotation_accuracy": hits})
+        return Step(
+            F.cross_entropy(logits, turns) + _idle(self.network.head), {"rotation_accuracy": hits}
+        )
 
     def _code_step(self, batch: Batch) -> Step:
         """Mean squared error over batch and dimensions (the squared distance over dim) of the strong view's outputs to their targets."""
@@ -164,7 +208,11 @@ class MMDC(Method):
             outputs = self._weak_outputs(batch.views[0])
             matched = self._match(outputs, ids)
             moved = self.codes.component(ids.numpy()) != self.codes.component(matched.numpy())
-            ids, metrics, keep = matched, {"targets_moved": torch.tensor(moved.mean())}, {"target_id": matched, "nearest": self.nearest_mean(outputs)}
+            ids, metrics, keep = (
+                matched,
+                {"targets_moved": torch.tensor(moved.mean())},
+                {"target_id": matched, "nearest": self.nearest_mean(outputs)},
+            )
         outputs = self.network(batch.views[-1])
         loss = F.mse_loss(outputs, self._places(ids).to(outputs))
         return Step(loss + _idle(self.rotation_head), metrics, keep)
@@ -182,8 +230,13 @@ class MMDC(Method):
         start = len(ids) * current().rank
         everyone, outputs = gather_rows(ids), gather_rows(outputs)
         own = range(start, start + len(ids))
-        order = match_blocks(outputs.double().cpu().numpy(), self.codes.codes(everyone.numpy()), self.config.matching_block, own)
-        return everyone[torch.from_numpy(order[own.start:own.stop])]
+        order = match_blocks(
+            outputs.double().cpu().numpy(),
+            self.codes.codes(everyone.numpy()),
+            self.config.matching_block,
+            own,
+        )
+        return everyone[torch.from_numpy(order[own.start : own.stop])]
 
     def _places(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.codes.codes(ids.numpy()))
@@ -194,15 +247,20 @@ class MMDC(Method):
         if step.keep:
             self.target_id.write(batch.index, step.keep["target_id"])
             if self.history is not None:
-                self.history.write(batch.index, step.keep["nearest"], batch.epoch // self.epochs_a_round)
+                self.history.write(
+                    batch.index, step.keep["nearest"], batch.epoch // self.epochs_a_round
+                )
 
-    def banks(self) -> dict[str, Bank]:
+    def banks(self) -> dict[str, MemoryBank]:
         return {"target_id": self.target_id} | ({"history": self.history} if self.history else {})
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """No weight decay on biases and batch norm, as released."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return [ParameterGroup([p for p in parameters if p.ndim > 1]), ParameterGroup([p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
+        return [
+            ParameterGroup([p for p in parameters if p.ndim > 1]),
+            ParameterGroup([p for p in parameters if p.ndim <= 1], weight_decay=0.0),
+        ]
 
     def collect(self) -> None:
         self.last_ids = self.target_id.whole()
@@ -217,11 +275,15 @@ class MMDC(Method):
             head.weight.copy_(means @ self.network.head.weight)
             head.bias.copy_(means @ self.network.head.bias)
         norm = FeatureNorm("none", self.given.feature_dim)
-        save_cluster_model(out, ClusterModel(self.network.backbone, norm, head, self.given.backbone_config))
+        save_cluster_model(
+            out, ClusterModel(self.network.backbone, norm, head, self.given.backbone_config)
+        )
         save_backbone(out, self.network.backbone, self.given.backbone_config)
         Assignments(self.codes.component(self.last_ids.numpy()), self.config.num_clusters).save(out)
         if self.kept is not None:
-            epochs = np.arange(self.kept.shape[1]) * self.epochs_a_round + int(self.config.rotation_first)
+            epochs = np.arange(self.kept.shape[1]) * self.epochs_a_round + int(
+                self.config.rotation_first
+            )
             save_history(out, epochs, self.kept.numpy())
 
 

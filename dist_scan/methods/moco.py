@@ -1,4 +1,5 @@
 """MoCo v1 and v2: one view against the other's key from a slow copy and a queue of older keys (He et al., CVPR 2020)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,12 +10,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.banks import Queue, check_queue
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, info_nce
-from dist_scan.methods.base import Given, Method, NetworkConfig, Step
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.layers import MomentumCopy, Projector, convert_batch_norm
+from dist_scan.models.memory_bank import Queue, check_queue
 from dist_scan.world.collectives import all_rows
 from dist_scan.world.world import current
 
@@ -41,19 +42,24 @@ class MoCoConfig(NetworkConfig):
         check_queue(self.queue_size, global_batch * (1 + self.symmetric))
 
 
-class MoCo(Method):
+class MoCoMethod(Method):
     """Queue and key network are buffers. The permutation is a function of (seed, step): nothing is broadcast."""
 
     Config = MoCoConfig
     recipes = ("moco_v2", "moco_v2")
     needs = ("images",)
 
-    def __init__(self, config: MoCoConfig, given: Given):
+    def __init__(self, config: MoCoConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.projector = Projector(given.feature_dim, config.projection_dim, config.mlp)
         self.key = MomentumCopy(nn.Sequential(self.backbone, self.projector), config.momentum)
-        self.queue = Queue(config.queue_size, config.projection_dim, given.global_batch * (1 + config.symmetric), given.seed)
+        self.queue = Queue(
+            config.queue_size,
+            config.projection_dim,
+            given.global_batch * (1 + config.symmetric),
+            given.seed,
+        )
 
     def forward(self, batch: Batch) -> Step:
         first, second = batch.views
@@ -63,7 +69,9 @@ class MoCo(Method):
             loss, keys = (loss + other) / 2, torch.stack([keys, more], 1).flatten(0, 1)
         return Step(loss, keep={"keys": keys})
 
-    def _one_way(self, query_view: Tensor, key_view: Tensor, step: int, way: int) -> tuple[Tensor, Tensor]:
+    def _one_way(
+        self, query_view: Tensor, key_view: Tensor, step: int, way: int
+    ) -> tuple[Tensor, Tensor]:
         queries = F.normalize(at_least_fp32(self.projector(self.backbone(query_view))), dim=1)
         keys = self._keys(key_view, step, way)
         return info_nce(queries, keys, self.queue.rows, self.config.temperature), keys
@@ -74,9 +82,13 @@ class MoCo(Method):
         if self.config.bn_groups == 1:
             return F.normalize(at_least_fp32(self.key(images)), dim=1)
         b, start = len(images), current().rank * len(images)
-        order = shuffled(b * current().world_size, self.given.seed, 2 * step + way).to(images.device)
-        keys = F.normalize(at_least_fp32(self.key(all_rows(images)[order[start:start + b]])), dim=1)
-        return all_rows(keys)[order.argsort()[start:start + b]]
+        order = shuffled(b * current().world_size, self.given.seed, 2 * step + way).to(
+            images.device
+        )
+        keys = F.normalize(
+            at_least_fp32(self.key(all_rows(images)[order[start : start + b]])), dim=1
+        )
+        return all_rows(keys)[order.argsort()[start : start + b]]
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
@@ -89,4 +101,6 @@ class MoCo(Method):
 
 def shuffled(num_rows: int, seed: int, step: int) -> Tensor:
     """A permutation of the global batch, the same on all ranks."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63))
+    return torch.randperm(
+        num_rows, generator=torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    )

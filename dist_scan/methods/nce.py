@@ -3,6 +3,7 @@
 The paper's softmax over all N images (its Eq. 2), which the released code recommends for CIFAR-10 (no noise samples). It is exact for
 ImageNet too: the memory is a bank, each rank scores the global batch against its own rows, and two numbers per image are exchanged.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dist_scan.banks import Bank
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Given, Method, NetworkConfig, Step
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.layers import Projector, convert_batch_norm
+from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.collectives import all_max, all_rows, all_sum
 from dist_scan.world.world import current
 
@@ -33,22 +34,29 @@ class NCEConfig(NetworkConfig):
     projection_dim: int = Field(default=128, ge=1)
 
 
-class NCE(Method):
+class NCEMethod(Method):
     """The memory starts as random unit rows, a function of the seed."""
 
     Config = NCEConfig
     recipes = ("moco_v1",)
     needs = ("images",)
 
-    def __init__(self, config: NCEConfig, given: Given):
+    def __init__(self, config: NCEConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.projector = Projector(given.feature_dim, config.projection_dim, mlp=False)
-        self.memory = Bank(given.num_images, (config.projection_dim,))
+        self.memory = MemoryBank(given.num_images, (config.projection_dim,))
         for s, rows in self.memory.shards.items():
-            rows.copy_(F.normalize(torch.randn(rows.shape, generator=torch.Generator().manual_seed(given.seed * 4099 + s)), dim=1))
+            rows.copy_(
+                F.normalize(
+                    torch.randn(
+                        rows.shape, generator=torch.Generator().manual_seed(given.seed * 4099 + s)
+                    ),
+                    dim=1,
+                )
+            )
 
-    def banks(self) -> dict[str, Bank]:
+    def banks(self) -> dict[str, MemoryBank]:
         return {"memory": self.memory}
 
     def forward(self, batch: Batch) -> Step:
@@ -65,7 +73,10 @@ class NCE(Method):
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         m = self.config.momentum
-        self.memory.write(batch.index, F.normalize(m * step.keep["rows"] + (1 - m) * step.keep["projections"], dim=1))
+        self.memory.write(
+            batch.index,
+            F.normalize(m * step.keep["rows"] + (1 - m) * step.keep["projections"], dim=1),
+        )
 
     def publish(self, out: Path) -> None:
         save_backbone(out, self.backbone, self.given.backbone_config, self.projector)
@@ -78,12 +89,14 @@ def instance_loss(z_BD: Tensor, own_BD: Tensor, memory_MD: Tensor, temperature: 
     """
     everyone = all_rows(z_BD)
     scores = everyone @ memory_MD.T / temperature
-    largest = all_max(scores.max(1).values if len(memory_MD) else everyone.new_full((len(everyone),), -torch.inf))
+    largest = all_max(
+        scores.max(1).values if len(memory_MD) else everyone.new_full((len(everyone),), -torch.inf)
+    )
     mine = torch.exp(scores - largest[:, None]).sum(1)
     total = all_sum(mine)
     b, start = len(z_BD), current().rank * len(z_BD)
     # value: this rank's mean of log total. Gradient: d log total / d z of every image through this rank's rows, summed over ranks by all_rows;
     # 1/b and not 1/(W b), as DDP divides by the number of ranks
     through = (mine / total).sum() / b
-    value = (total.log() + largest)[start:start + b].mean()
+    value = (total.log() + largest)[start : start + b].mean()
     return through + (value - through).detach() - (z_BD * own_BD).sum(1).mean() / temperature

@@ -1,4 +1,5 @@
 """RotNet: tell by how many quarter turns an image was rotated (Gidaris, Singh and Komodakis, ICLR 2018; SCAN's Table 2)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Given, Method, NetworkConfig, Step
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.layers import convert_batch_norm
 
@@ -23,14 +24,14 @@ class RotNetConfig(NetworkConfig):
     kind: Literal["rotnet"] = "rotnet"
 
 
-class RotNet(Method):
+class RotNetMethod(Method):
     """All four turns of every image are in the batch: 128 images are 512 inputs."""
 
     Config = RotNetConfig
     recipes = ("standard",)
     needs = ("images",)
 
-    def __init__(self, config: RotNetConfig, given: Given):
+    def __init__(self, config: RotNetConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.head = nn.Linear(given.feature_dim, TURNS)
@@ -38,7 +39,10 @@ class RotNet(Method):
     def forward(self, batch: Batch) -> Step:
         images, turns = quarter_turns(batch.views[0])
         logits = at_least_fp32(self.head(self.backbone(images)))
-        return Step(F.cross_entropy(logits, turns), {"rotation_accuracy": (logits.argmax(1) == turns).double().mean()})
+        return Step(
+            F.cross_entropy(logits, turns),
+            {"rotation_accuracy": (logits.argmax(1) == turns).double().mean()},
+        )
 
     def publish(self, out: Path) -> None:
         save_backbone(out, self.backbone, self.given.backbone_config)

@@ -1,4 +1,5 @@
 """SCAN: an image and its neighbour in the same cluster, all clusters in use (Van Gansbeke et al., ECCV 2020)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -10,13 +11,19 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.heads.features import BestNetwork, HeadFeatures, choose, publish
+from dist_scan.heads.partition import HeadPartition, choose_partition
+from dist_scan.heads.selection import HeadSelection
 from dist_scan.losses import ScanTerms, scan_clusters_loss, scan_heads_loss
-from dist_scan.methods.base import Given, Method, NetworkConfig, Step
-from dist_scan.models.choosing import HeadChoice
-from dist_scan.models.dealing import Share, choose_share
-from dist_scan.models.headed import BestNetwork, HeadFeatures, choose, publish
-from dist_scan.models.layers import ClusterHeads, Normalise, NumClusters, convert_batch_norm, head_sizes
-from dist_scan.world.dealt import Dealt
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
+from dist_scan.models.layers import (
+    ClusterHeads,
+    Normalise,
+    NumClusters,
+    convert_batch_norm,
+    head_sizes,
+)
+from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
 
 
@@ -35,7 +42,7 @@ class ScanConfig(NetworkConfig):
     """On images: train the network too (small sets), or only the heads, the network in eval mode (ImageNet)."""
 
 
-class Scan(Method):
+class ScanMethod(Method):
     """H heads at once; per number of clusters the head and epoch with the lowest held-out loss is published, without held-out rows
     the last epoch's first head."""
 
@@ -44,37 +51,69 @@ class Scan(Method):
     publishes = ("model",)
     wants_neighbour = True
 
-    def __init__(self, config: ScanConfig, given: Given):
+    def __init__(self, config: ScanConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         trained = config.train_backbone and not given.on_features
         if trained and not isinstance(config.num_clusters, int):
-            raise ValueError(f"num_clusters: {list(config.num_clusters)} on a trained network, of which each number would choose another epoch; "
-                             "give one number, or train_backbone: false")
+            raise ValueError(
+                f"num_clusters: {list(config.num_clusters)} on a trained network, of which each number would choose another epoch; "
+                "give one number, or train_backbone: false"
+            )
         backbone = None if given.on_features else given.backbone
-        self.features = HeadFeatures(backbone, given.feature_dim, config.normalise, given.moments, trained)
-        self.heads = ClusterHeads(given.feature_dim, config.num_clusters, config.num_heads, given.share)
+        self.features = HeadFeatures(
+            backbone, given.feature_dim, config.normalise, given.moments, trained
+        )
+        self.heads = ClusterHeads(
+            given.feature_dim, config.num_clusters, config.num_heads, given.share
+        )
         if trained:
             convert_batch_norm(backbone, config.bn_groups)
-        self.choice = HeadChoice(self.heads)
+        self.choice = HeadSelection(self.heads)
         self.best = BestNetwork(backbone) if trained else None
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     def forward(self, batch: Batch) -> Step:
         anchors, neighbours = self.features.of_pair(batch.views[0], batch.views[-1])
         world, share = current(), self.heads.share
-        self._last = anchors.detach() if share == "batch" else anchors.detach().tensor_split(world.world_size)[world.rank]
+        self._last = (
+            anchors.detach()
+            if share == "batch"
+            else anchors.detach().tensor_split(world.world_size)[world.rank]
+        )
         terms = self._terms(anchors, neighbours)
-        mine, times = terms.total.sum(), world.world_size if share == "heads" else 1  # other ranks have other heads: their mean is to be the sum
-        told = {name: value.detach().sum() * times / len(self.heads.sizes) for name, value in terms._asdict().items()}
+        mine, times = (
+            terms.total.sum(),
+            world.world_size if share == "heads" else 1,
+        )  # other ranks have other heads: their mean is to be the sum
+        told = {
+            name: value.detach().sum() * times / len(self.heads.sizes)
+            for name, value in terms._asdict().items()
+        }
         return Step(mine + (times - 1) * mine.detach(), told)
 
     def _terms(self, anchors_BD: Tensor, neighbours_BD: Tensor) -> ScanTerms:
         """Of this rank's part: of the batch, of the heads, or of their clusters."""
         heads, weight = self.heads, self.config.entropy_weight
         if heads.share == "clusters":
-            return scan_clusters_loss(anchors_BD, neighbours_BD, heads.weight, heads.bias, heads.sizes, heads.own_sizes, weight)
+            return scan_clusters_loss(
+                anchors_BD,
+                neighbours_BD,
+                heads.weight,
+                heads.bias,
+                heads.sizes,
+                heads.own_sizes,
+                weight,
+            )
         held = [c for c in heads.own_sizes if c]
-        return scan_heads_loss(anchors_BD, neighbours_BD, heads.weight, heads.bias, held, weight, whole_batch=heads.share == "heads")
+        return scan_heads_loss(
+            anchors_BD,
+            neighbours_BD,
+            heads.weight,
+            heads.bias,
+            held,
+            weight,
+            whole_batch=heads.share == "heads",
+        )
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
@@ -85,12 +124,27 @@ class Scan(Method):
         return values
 
     @classmethod
-    def choose_share(cls, config: ScanConfig, world_size: int, dim: int, global_batch: int, wanted: Share | Literal["auto"]) -> tuple[Share, str]:
-        return choose_share(world_size, head_sizes(config.num_clusters, config.num_heads), dim, global_batch, wanted)
+    def choose_partition(
+        cls,
+        config: ScanConfig,
+        world_size: int,
+        dim: int,
+        global_batch: int,
+        wanted: HeadPartition | Literal["auto"],
+    ) -> tuple[HeadPartition, str]:
+        return choose_partition(
+            world_size, head_sizes(config.num_clusters, config.num_heads), dim, global_batch, wanted
+        )
 
-    def dealt(self) -> Mapping[str, Dealt]:
+    def dealt(self) -> Mapping[str, RowSharding]:
         rows = self.heads.dealt
-        return {} if rows is None else dict.fromkeys(("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias"), rows)
+        return (
+            {}
+            if rows is None
+            else dict.fromkeys(
+                ("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias"), rows
+            )
+        )
 
     def collect(self) -> None:
         self.choice.collect()

@@ -1,4 +1,5 @@
 """Self-labelling: a cluster model learns its own confident predictions on strongly augmented views (SCAN paper, Sec. 2.3)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dist_scan.artefacts import write_json
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.losses import confident_cross_entropy
-from dist_scan.methods.base import Given, Method, NetworkConfig, Step
-from dist_scan.models.cluster import load_cluster_model, save_cluster_model
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
+from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
 from dist_scan.models.layers import MomentumCopy, convert_batch_norm
+from dist_scan.storage.artifacts import write_json
 
 
 class SelfLabelConfig(NetworkConfig):
@@ -35,7 +36,7 @@ class SelfLabelConfig(NetworkConfig):
     """Of all images seen in an epoch; less is a plateau."""
 
 
-class SelfLabel(Method):
+class SelfLabelMethod(Method):
     """Views: weak, strong. A step in which nobody is confident on any rank is skipped."""
 
     Config = SelfLabelConfig
@@ -43,33 +44,51 @@ class SelfLabel(Method):
     needs = ("images", "model")
     publishes = ("model",)
 
-    def __init__(self, config: SelfLabelConfig, given: Given):
+    def __init__(self, config: SelfLabelConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         self.model = convert_batch_norm(load_cluster_model(given.inputs["model"]), config.bn_groups)
         meaning = config.ema_meaning if config.ema is not None else "none"
         self.teacher = MomentumCopy(self.model, config.ema) if meaning == "teacher" else None
         self.shadow = MomentumCopy(self.model, config.ema) if meaning == "released" else None
-        for name, shape, kind in (("confident", (self.model.num_clusters,), torch.int64), ("seen", (), torch.int64),
-                                  ("last_confident", (self.model.num_clusters,), torch.int64), ("last_seen", (), torch.int64),
-                                  ("best_share", (), torch.float64), ("flat_epochs", (), torch.int64), ("collapsing_epochs", (), torch.int64),
-                                  ("epochs", (), torch.int64)):
+        for name, shape, kind in (
+            ("confident", (self.model.num_clusters,), torch.int64),
+            ("seen", (), torch.int64),
+            ("last_confident", (self.model.num_clusters,), torch.int64),
+            ("last_seen", (), torch.int64),
+            ("best_share", (), torch.float64),
+            ("flat_epochs", (), torch.int64),
+            ("collapsing_epochs", (), torch.int64),
+            ("epochs", (), torch.int64),
+        ):
             self.register_buffer(name, torch.zeros(shape, dtype=kind))
 
     def forward(self, batch: Batch) -> Step:
         weak, strong = batch.views
         with torch.no_grad():
-            weak_logits = self.model(weak) if self.teacher is None else self.teacher(weak)  # train mode, as released
-        found = confident_cross_entropy(self.model(strong), weak_logits, self.config.threshold, self.config.class_balance)
-        self.confident += found.per_class.long()  # here and not in end_step: a step that is skipped has been seen too
+            weak_logits = (
+                self.model(weak) if self.teacher is None else self.teacher(weak)
+            )  # train mode, as released
+        found = confident_cross_entropy(
+            self.model(strong), weak_logits, self.config.threshold, self.config.class_balance
+        )
+        self.confident += (
+            found.per_class.long()
+        )  # here and not in end_step: a step that is skipped has been seen too
         self.seen += self.given.global_batch
         share = found.count / self.given.global_batch
-        return Step(found.loss, {"confident_share": share, "clusters_in_batch": (found.per_class > 0).sum()}, skip=not bool(found.count > 0))
+        return Step(
+            found.loss,
+            {"confident_share": share, "clusters_in_batch": (found.per_class > 0).sum()},
+            skip=not bool(found.count > 0),
+        )
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         if self.teacher is not None:
             self.teacher.update(self.model)
-        if self.shadow is not None:  # parameters averaged, buffers as they were at the start, all loaded back
+        if (
+            self.shadow is not None
+        ):  # parameters averaged, buffers as they were at the start, all loaded back
             self.shadow.update(self.model)
             self.model.load_state_dict(self.shadow.module.state_dict())
 
@@ -88,22 +107,35 @@ class SelfLabel(Method):
         else:
             self.flat_epochs += 1
         self.collapsing_epochs += int(self._collapsing())
-        return {"confident_share": share, "clusters_used": self._used(), "largest_cluster": self._largest()}
+        return {
+            "confident_share": share,
+            "clusters_used": self._used(),
+            "largest_cluster": self._largest(),
+        }
 
     def finished(self) -> str:
         wait = self.config.plateau_epochs
         if wait is None or self.flat_epochs < wait:
             return ""
-        return (f"the share of confident images has stayed at {self._share():.1%} (best {float(self.best_share):.1%}) for {wait} epochs; "
-                "method.plateau_epochs: null trains all epochs")
+        return (
+            f"the share of confident images has stayed at {self._share():.1%} (best {float(self.best_share):.1%}) for {wait} epochs; "
+            "method.plateau_epochs: null trains all epochs"
+        )
 
     def warning(self) -> str:
         if not self._collapsing():
             return ""
         c = self.config
-        ways = ["lower method.threshold", *["set method.class_balance: true"] * (not c.class_balance), *["set method.ema"] * (c.ema is None), "raise global_batch"]
-        return (f"self-labelling, epoch {int(self.epochs)}: {self._used():.0%} of the clusters have confident images, the largest holds "
-                f"{self._largest():.0%} of them: it may be collapsing. Of this stage's settings: {', or '.join(ways)}")
+        ways = [
+            "lower method.threshold",
+            *["set method.class_balance: true"] * (not c.class_balance),
+            *["set method.ema"] * (c.ema is None),
+            "raise global_batch",
+        ]
+        return (
+            f"self-labelling, epoch {int(self.epochs)}: {self._used():.0%} of the clusters have confident images, the largest holds "
+            f"{self._largest():.0%} of them: it may be collapsing. Of this stage's settings: {', or '.join(ways)}"
+        )
 
     def _share(self) -> float:
         """Of the last epoch's images, those that were confident."""
@@ -122,7 +154,15 @@ class SelfLabel(Method):
 
     def publish(self, out: Path) -> None:
         save_cluster_model(out, self.model if self.teacher is None else self.teacher.module)
-        write_json(out / "confident.json", {
-            "threshold": self.config.threshold, "epoch": int(self.epochs), "images": int(self.last_seen), "confident_share": self._share(),
-            "per_cluster": self.last_confident.tolist(), "ended": self.finished() or "after the last epoch",
-            "collapsing_epochs": int(self.collapsing_epochs)})
+        write_json(
+            out / "confident.json",
+            {
+                "threshold": self.config.threshold,
+                "epoch": int(self.epochs),
+                "images": int(self.last_seen),
+                "confident_share": self._share(),
+                "per_cluster": self.last_confident.tolist(),
+                "ended": self.finished() or "after the last epoch",
+                "collapsing_epochs": int(self.collapsing_epochs),
+            },
+        )

@@ -1,4 +1,5 @@
 """SimCLR: two views of an image against all other views of the global batch (Chen et al., ICML 2020)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, nt_xent
-from dist_scan.methods.base import Given, Method, NetworkConfig, Step
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.layers import Projector, convert_batch_norm
 
@@ -25,14 +26,14 @@ class SimCLRConfig(NetworkConfig):
     """Both views are anchors (paper); false: only the first (as SCAN's code was released)."""
 
 
-class SimCLR(Method):
+class SimCLRMethod(Method):
     """Both views go through the network in one pass, interleaved, so batch norm sees them together."""
 
     Config = SimCLRConfig
     recipes = ("simclr", "simclr")
     needs = ("images",)
 
-    def __init__(self, config: SimCLRConfig, given: Given):
+    def __init__(self, config: SimCLRConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
         self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
         self.projector = Projector(given.feature_dim, config.projection_dim)

@@ -1,4 +1,5 @@
 """TEMI: student heads learn from averaged teacher heads by pointwise mutual information of neighbours (Adaloglou et al., BMVC 2023)."""
+
 from __future__ import annotations
 
 import copy
@@ -10,13 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.head_products import together
-from dist_scan.head_step import all_means
+from dist_scan.heads.autograd import all_means
+from dist_scan.heads.features import HeadFeatures, choose, publish
+from dist_scan.heads.partition import HeadPartition
+from dist_scan.heads.products import together
+from dist_scan.heads.selection import HeadSelection
 from dist_scan.losses import temi_heads_loss
-from dist_scan.methods.base import Given, Method, MethodConfig, ParameterGroup, Step
-from dist_scan.models.choosing import HeadChoice
-from dist_scan.models.dealing import Share
-from dist_scan.models.headed import HeadFeatures, choose, publish
+from dist_scan.methods.base import Method, MethodConfig, MethodInputs, ParameterGroup, Step
 from dist_scan.models.layers import ClusterHeads, MomentumCopy, Normalise, NumClusters
 
 
@@ -38,7 +39,7 @@ class TemiConfig(MethodConfig):
     normalise: Normalise = "standardise"
 
 
-class Temi(Method):
+class TemiMethod(Method):
     """The teacher's heads are chosen (as SCAN's are, by the held-out loss with entropy weight 1) and published."""
 
     Config = TemiConfig
@@ -46,31 +47,58 @@ class Temi(Method):
     publishes = ("model",)
     wants_neighbour = True
 
-    def __init__(self, config: TemiConfig, given: Given):
+    def __init__(self, config: TemiConfig, given: MethodInputs) -> None:
         super().__init__(config, given)
-        self.features = HeadFeatures(None if given.on_features else given.backbone, given.feature_dim, config.normalise, given.moments, trained=False)
+        self.features = HeadFeatures(
+            None if given.on_features else given.backbone,
+            given.feature_dim,
+            config.normalise,
+            given.moments,
+            trained=False,
+        )
         self.heads = ClusterHeads(given.feature_dim, config.num_clusters, config.num_heads)
         self.teacher = MomentumCopy(self.heads, config.momentum)
-        self.register_buffer("marginal", torch.cat([torch.full((c,), 1 / c) for c in self.heads.sizes]))
-        self.choice = HeadChoice(self.heads)
+        self.register_buffer(
+            "marginal", torch.cat([torch.full((c,), 1 / c) for c in self.heads.sizes])
+        )
+        self.choice = HeadSelection(self.heads)
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     @classmethod
-    def choose_share(cls, config: TemiConfig, world_size: int, dim: int, global_batch: int, wanted: Share | Literal["auto"]) -> tuple[Share, str]:
+    def choose_partition(
+        cls,
+        config: TemiConfig,
+        world_size: int,
+        dim: int,
+        global_batch: int,
+        wanted: HeadPartition | Literal["auto"],
+    ) -> tuple[HeadPartition, str]:
         return "batch", "TEMI's heads share the weights of pairs"
 
     def forward(self, batch: Batch) -> Step:
         first, second = self.features.of_pair(batch.views[0], batch.views[-1])
         self._last = first.detach()
         log_p, marginal = self._teacher(together(first, second))
-        losses = temi_heads_loss(first, second, self.heads.weight, self.heads.bias, self.heads.sizes, log_p, marginal.split(self.heads.sizes),
-                                 self.config.beta, self.config.temperature)
+        losses = temi_heads_loss(
+            first,
+            second,
+            self.heads.weight,
+            self.heads.bias,
+            self.heads.sizes,
+            log_p,
+            marginal.split(self.heads.sizes),
+            self.config.beta,
+            self.config.temperature,
+        )
         return Step(losses.sum(), {"total": losses.detach().mean()}, {"marginal": marginal})
 
     @torch.no_grad()
     def _teacher(self, features_XD: Tensor) -> tuple[list[Tensor], Tensor]:
         """Log-probabilities [X, C] per head, and the running marginal [S] with this batch in it."""
-        log_p = [(logits / self.config.temperature).log_softmax(1) for logits in self.teacher(features_XD)]
+        log_p = [
+            (logits / self.config.temperature).log_softmax(1)
+            for logits in self.teacher(features_XD)
+        ]
         means, _ = all_means([each.exp() for each in log_p])
         return log_p, torch.lerp(torch.cat(means), self.marginal, self.config.marginal_momentum)
 

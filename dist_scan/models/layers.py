@@ -1,4 +1,5 @@
 """Small layers: projector, all cluster heads in one product, momentum copy, feature normalisation, Sobel."""
+
 from __future__ import annotations
 
 import copy
@@ -11,21 +12,37 @@ import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from dist_scan.models.batchnorm import GroupedBatchNorm, check_groups, convert_batch_norm, sync_running_stats
-from dist_scan.models.dealing import Share, deal
+from dist_scan.heads.partition import HeadPartition, deal
+from dist_scan.models.batch_norm import (
+    GroupedBatchNorm,
+    convert_batch_norm,
+    sync_running_stats,
+)
 from dist_scan.world.collectives import broadcast
-from dist_scan.world.dealt import Dealt
+from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
 
-__all__ = ["ClusterHeads", "FeatureNorm", "GroupedBatchNorm", "MomentumCopy", "Normalise", "NumClusters", "Projector", "Sobel", "convert_batch_norm",
-           "sync_running_stats"]
+__all__ = [
+    "ClusterHeads",
+    "FeatureNorm",
+    "GroupedBatchNorm",
+    "MomentumCopy",
+    "Normalise",
+    "NumClusters",
+    "Projector",
+    "Sobel",
+    "convert_batch_norm",
+    "sync_running_stats",
+]
 Normalise = Literal["none", "l2", "standardise"]
 
 
 def _at_least_two(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
     numbers = (value,) if isinstance(value, int) else value
     if not numbers or min(numbers) < 2 or len(set(numbers)) < len(numbers):
-        raise ValueError(f"{value}; allowed: a number of at least 2, or a list of different ones ([500, 1000, 2000])")
+        raise ValueError(
+            f"{value}; allowed: a number of at least 2, or a list of different ones ([500, 1000, 2000])"
+        )
     return value
 
 
@@ -37,11 +54,28 @@ class Projector(nn.Sequential):
     """features [B, D] -> projections [B, out_dim], not normalised. mlp: Linear(D, hidden) ReLU Linear (SCAN's and MoCo v2's, no
     batch norm unless asked); otherwise one Linear (MoCo v1)."""
 
-    def __init__(self, in_dim: int, out_dim: int, mlp: bool = True, hidden_dim: int | None = None, batch_norm: bool = False):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        mlp: bool = True,
+        hidden_dim: int | None = None,
+        batch_norm: bool = False,
+    ) -> None:
         hidden = hidden_dim or in_dim
         norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
-        super().__init__(*([nn.Linear(in_dim, hidden), *norm, nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)] if mlp
-                           else [nn.Linear(in_dim, out_dim)]))
+        super().__init__(
+            *(
+                [
+                    nn.Linear(in_dim, hidden),
+                    *norm,
+                    nn.ReLU(inplace=True),
+                    nn.Linear(hidden, out_dim),
+                ]
+                if mlp
+                else [nn.Linear(in_dim, out_dim)]
+            )
+        )
 
 
 def head_sizes(num_clusters: int | Sequence[int], num_heads: int) -> tuple[int, ...]:
@@ -58,7 +92,13 @@ class ClusterHeads(nn.Module):
     weight and bias hold this rank's clusters only: own_sizes[h] of head h; what begins the same on one rank begins the same dealt.
     """
 
-    def __init__(self, in_dim: int, num_clusters: int | Sequence[int], num_heads: int, share: Share = "batch"):
+    def __init__(
+        self,
+        in_dim: int,
+        num_clusters: int | Sequence[int],
+        num_heads: int,
+        share: HeadPartition = "batch",
+    ) -> None:
         super().__init__()
         self.sizes = head_sizes(num_clusters, num_heads)
         self.share, self.parts = share, deal(self.sizes, share, current().world_size)
@@ -71,12 +111,17 @@ class ClusterHeads(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.cat(weights)), nn.Parameter(torch.cat(biases))
 
     @property
-    def dealt(self) -> Dealt | None:
+    def dealt(self) -> RowSharding | None:
         """Which of the S rows each rank holds; None when every rank holds all."""
         if self.share == "batch":
             return None
         starts = [self.rows(h).start for h in range(len(self.sizes))]
-        return Dealt(tuple(tuple(slice(start + at.start, start + at.stop) for start, at in zip(starts, parts)) for parts in self.parts))
+        return RowSharding(
+            tuple(
+                tuple(slice(start + at.start, start + at.stop) for start, at in zip(starts, parts))
+                for parts in self.parts
+            )
+        )
 
     def rows(self, head: int) -> slice:
         """Where a head's clusters lie among all S."""
@@ -93,7 +138,10 @@ class ClusterHeads(nn.Module):
         at = self.own(head)
         if self.share == "batch":
             return self.weight[at], self.bias[at]
-        weight, bias = self.weight.new_empty(self.sizes[head], self.weight.shape[1]), self.bias.new_empty(self.sizes[head])
+        weight, bias = (
+            self.weight.new_empty(self.sizes[head], self.weight.shape[1]),
+            self.bias.new_empty(self.sizes[head]),
+        )
         for rank, parts in enumerate(self.parts):
             there = parts[head]
             if rank == current().rank:
@@ -112,13 +160,15 @@ class ClusterHeads(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """Features [B, D] -> this rank's logits [B, own_sizes[h]] of every head, all in one product."""
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(self.weight.dtype), self.weight, self.bias).split(self.own_sizes, 1)
+            return F.linear(features.to(self.weight.dtype), self.weight, self.bias).split(
+                self.own_sizes, 1
+            )
 
 
 class MomentumCopy(nn.Module):
     """An average of a module's parameters over steps. Its batch norm buffers come from its own forwards, as in MoCo."""
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.module, self.decay = copy.deepcopy(module).requires_grad_(False), decay
 
@@ -129,17 +179,25 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def update(self, source: nn.Module) -> None:
         """copy = decay * copy + (1 - decay) * source, over parameters."""
-        torch._foreach_lerp_(list(self.module.parameters()), list(source.parameters()), 1 - self.decay)
+        torch._foreach_lerp_(
+            list(self.module.parameters()), list(source.parameters()), 1 - self.decay
+        )
 
 
 class FeatureNorm(nn.Module):
     """features [B, D] -> the same shape: as they are, of unit length, or standardised per dimension by moments (mean, std) [D]."""
 
-    def __init__(self, kind: Normalise, dim: int, moments: tuple[np.ndarray, np.ndarray] | None = None):
+    def __init__(
+        self, kind: Normalise, dim: int, moments: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
         super().__init__()
         self.kind = kind
         if kind == "standardise":
-            mean, std = (torch.zeros(dim), torch.ones(dim)) if moments is None else (torch.tensor(np.asarray(m), dtype=torch.float32) for m in moments)
+            mean, std = (
+                (torch.zeros(dim), torch.ones(dim))
+                if moments is None
+                else (torch.tensor(np.asarray(m), dtype=torch.float32) for m in moments)
+            )
             self.register_buffer("mean", mean)
             # a dimension that never varies must not be blown up: it keeps a scale of its neighbours' order
             self.register_buffer("std", std.clamp(min=max(1e-6, 1e-4 * float(std.mean()))))
@@ -147,16 +205,20 @@ class FeatureNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         if self.kind == "none":
             return features
-        features = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
-        return F.normalize(features, dim=1) if self.kind == "l2" else (features - self.mean) / self.std
+        features = (
+            features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+        )
+        return (
+            F.normalize(features, dim=1) if self.kind == "l2" else (features - self.mean) / self.std
+        )
 
 
 class Sobel(nn.Module):
     """Normalised images [B, 3, S, S] -> edges [B, 2, S, S]: the mean of the channels, then two fixed 3 x 3 filters (DeepCluster)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        x = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]])
+        x = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
         self.register_buffer("filters", torch.stack([x, x.T])[:, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Flat search on a GPU or the CPU: the only import of faiss. GPU/CPU, place 3 of 4."""
+
 from __future__ import annotations
 
 import time
@@ -29,7 +30,9 @@ def workers() -> ThreadPoolExecutor:
     """As many threads as torch may use, each with one thread of BLAS's own: they share the work and wait for each other only at its end."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=_single)
-    list(pool.map(lambda _: time.sleep(0.001), range(threads)))  # all are up: what they set for the process is set back
+    list(
+        pool.map(lambda _: time.sleep(0.001), range(threads))
+    )  # all are up: what they set for the process is set back
     torch.set_num_threads(threads)
     return pool
 
@@ -44,10 +47,10 @@ def _gpu():
     return faiss.StandardGpuResources()
 
 
-class Flat:
+class FlatIndex:
     """Rows [m, D] float32 to search in. Several threads (`workers`) may search at once; on a GPU they take turns."""
 
-    def __init__(self, rows: np.ndarray, metric: Metric):
+    def __init__(self, rows: np.ndarray, metric: Metric) -> None:
         self.rows, self.metric, self.lock, self.index = rows, METRICS[metric], Lock(), None
         device = current().device
         if device.type == "cuda":
@@ -64,13 +67,15 @@ class Flat:
         if self.index is None:
             return faiss.knn(queries, self.rows, k, metric=self.metric)
         if k > MOST_ON_GPU:
-            raise ValueError(f"{k} candidates a row; on a GPU faiss finds at most {MOST_ON_GPU}: lower the number of neighbours, or use the CPU")
+            raise ValueError(
+                f"{k} candidates a row; on a GPU faiss finds at most {MOST_ON_GPU}: lower the number of neighbours, or use the CPU"
+            )
         with self.lock:
             return self.index.search(queries, k)
 
 
 class Centroids(NamedTuple):
-    """rows [k, D] float32, here and on the device; squares [k] float64; half [k] and margin as `Nearest` explains."""
+    """rows [k, D] float32, here and on the device; squares [k] float64; half [k] and margin as `NearestCentroid` explains."""
 
     rows: np.ndarray
     there: torch.Tensor
@@ -79,14 +84,14 @@ class Centroids(NamedTuple):
     margin: np.float32
 
 
-class Nearest:
+class NearestCentroid:
     """Rows [n, D] float32 on float16's grid, and which of some centroids is nearest to each: exactly, of equals the first.
 
     half[j] - x.c_j, positive by a term that is the same for all, is half the squared distance but for terms of the row alone. In float32 it is
     wrong by less than half of `margin`: centroids within it of the least are compared in float64.
     """
 
-    def __init__(self, rows: np.ndarray, longest: float):
+    def __init__(self, rows: np.ndarray, longest: float) -> None:
         """longest: no row's norm is larger."""
         self.rows, self.longest, self.device = rows, longest, current().device
         self.there = torch.from_numpy(rows).to(self.device)
@@ -99,8 +104,16 @@ class Nearest:
         margin = np.float32(2.0**-23 * ((self.rows.shape[1] + 8) * reach + 4 * float(half.max())))
         c = Centroids(centroids, torch.from_numpy(centroids).to(self.device), squares, half, margin)
         out = np.empty(len(self.rows), np.int32)
-        work, step = (self._on_cpu, ROWS) if self.device.type == "cpu" else (self._on_device, max(ROWS, 2**28 // len(centroids)))
-        list(pool.map(lambda b: work(slice(b, b + step), c, out[b:b + step]), range(0, len(out), step)))
+        work, step = (
+            (self._on_cpu, ROWS)
+            if self.device.type == "cpu"
+            else (self._on_device, max(ROWS, 2**28 // len(centroids)))
+        )
+        list(
+            pool.map(
+                lambda b: work(slice(b, b + step), c, out[b : b + step]), range(0, len(out), step)
+            )
+        )
         return out
 
     def _on_cpu(self, part: slice, c: Centroids, out: np.ndarray) -> None:
@@ -109,19 +122,40 @@ class Nearest:
         best, counts = np.full(n, FURTHEST), np.zeros(n, np.int32)
         names, values = np.empty((n, KEPT), np.int32), np.empty((n, KEPT), np.int32)
         for first in range(0, k, CENTROIDS):
-            block = c.there[first:first + CENTROIDS]
-            products = torch.mm(rows, block.T, out=buffer[:n * len(block)].view(n, len(block)))
-            keep_near(products.numpy(), c.half[first:first + CENTROIDS], first, c.margin, best, names, values, counts)
+            block = c.there[first : first + CENTROIDS]
+            products = torch.mm(rows, block.T, out=buffer[: n * len(block)].view(n, len(block)))
+            keep_near(
+                products.numpy(),
+                c.half[first : first + CENTROIDS],
+                first,
+                c.margin,
+                best,
+                names,
+                values,
+                counts,
+            )
         settle(self.rows[part], c.rows, c.squares, c.margin, best, names, values, counts, out)
 
     def _on_device(self, part: slice, c: Centroids, out: np.ndarray) -> None:
         """The same with torch: rows with several centroids near go to `settle` as if they had too many to keep."""
-        distances = torch.addmm(torch.from_numpy(c.half).to(self.device), self.there[part], c.there.T, alpha=-1)
+        distances = torch.addmm(
+            torch.from_numpy(c.half).to(self.device), self.there[part], c.there.T, alpha=-1
+        )
         least, place = distances.min(1)
         near = (distances <= (least + float(c.margin))[:, None]).sum(1)
         out[:] = place.cpu().numpy()
         several = np.flatnonzero(near.cpu().numpy() > 1)
         n, exact = len(several), np.empty(len(several), np.int32)
         none = np.empty((n, KEPT), np.int32)
-        settle(self.rows[part][several], c.rows, c.squares, c.margin, np.full(n, FURTHEST), none, none, np.full(n, KEPT + 1, np.int32), exact)
+        settle(
+            self.rows[part][several],
+            c.rows,
+            c.squares,
+            c.margin,
+            np.full(n, FURTHEST),
+            none,
+            none,
+            np.full(n, KEPT + 1, np.int32),
+            exact,
+        )
         out[several] = exact

@@ -3,6 +3,7 @@
 float32 rows hold float16's numbers, so the products are exact and may be added up in any order (rows.py): fast-math changes no bit.
 None of these holds the interpreter's lock, so threads run them at once.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def dot(a, b):
 
 
 @compiled()
-def insert(ids, scores, name, score):
+def insert(ids, scores, name, score) -> None:
     """Into one query's top K, if it is better than the last."""
     at = len(ids) - 1
     if score < scores[at] or (score == scores[at] and name > ids[at]):
@@ -50,7 +51,7 @@ def insert(ids, scores, name, score):
 
 
 @compiled()
-def add_candidates(q, rows, squares, start, rough, places, l2, top, unsure):
+def add_candidates(q, rows, squares, start, rough, places, l2, top, unsure) -> None:
     """Into the top K of Queries q: rough and places [n, m], each query's best m of rows [r, D] by float32, best first. unsure [n]: a row that
     is no candidate may belong into the top K, because float32 could not tell it from those that are."""
     for i in range(len(places)):
@@ -63,11 +64,16 @@ def add_candidates(q, rows, squares, start, rough, places, l2, top, unsure):
             place = places[i, c]
             if start + place != q.own[i]:
                 score = dot(q.rows[i], rows[place])
-                insert(top.ids[i], top.scores[i], start + place, 2 * score - q.squares[i] - squares[place] if l2 else score)
+                insert(
+                    top.ids[i],
+                    top.scores[i],
+                    start + place,
+                    2 * score - q.squares[i] - squares[place] if l2 else score,
+                )
 
 
 @compiled()
-def add_dense(scores, names, own, first, ids, best):
+def add_dense(scores, names, own, first, ids, best) -> None:
     """scores [n, m] of the rows first, first + 1... for the queries `names` [n] of ids and best [N, K]."""
     for i in range(len(names)):
         q = names[i]
@@ -93,7 +99,7 @@ def limit(lowest, margin):
 
 
 @compiled()
-def keep_near(products, half, first, margin, best, names, values, counts):
+def keep_near(products, half, first, margin, best, names, values, counts) -> None:
     """Which centroids first, first + 1... may be a row's nearest: half[j] - products[i, j] (positive) within `margin` of its least so far.
 
     products [n, m]; best [n] the least so far as bits; names and values [n, KEPT] of counts [n] centroids (KEPT + 1: too many to keep).
@@ -103,7 +109,7 @@ def keep_near(products, half, first, margin, best, names, values, counts):
         row = products[i]
         low = best[i]
         for g in range(len(least)):
-            part, add = row[g * GROUP:(g + 1) * GROUP], half[g * GROUP:(g + 1) * GROUP]
+            part, add = row[g * GROUP : (g + 1) * GROUP], half[g * GROUP : (g + 1) * GROUP]
             lowest = np.int32(0x7F7FFFFF)
             for j in range(len(part)):
                 lowest = min(lowest, bits(add[j] - part[j]))
@@ -115,11 +121,13 @@ def keep_near(products, half, first, margin, best, names, values, counts):
             if least[g] <= most:
                 for j in range(g * GROUP, min((g + 1) * GROUP, len(row))):
                     if bits(half[j] - row[j]) <= most:
-                        note(names[i], values[i], counts, i, first + j, bits(half[j] - row[j]), most)
+                        note(
+                            names[i], values[i], counts, i, first + j, bits(half[j] - row[j]), most
+                        )
 
 
 @compiled()
-def note(names, values, counts, i, name, value, most):
+def note(names, values, counts, i, name, value, most) -> None:
     """One more centroid for row i; those that fell behind make room."""
     if counts[i] == KEPT:
         left = 0
@@ -136,7 +144,7 @@ def note(names, values, counts, i, name, value, most):
 
 
 @compiled()
-def settle(rows, centroids, squares, margin, best, names, values, counts, out):
+def settle(rows, centroids, squares, margin, best, names, values, counts, out) -> None:
     """out [n]: the nearest centroid of each row, exactly; of equals the first. squares [k] float64 of the centroids."""
     for i in range(len(rows)):
         most, many = limit(best[i], margin), counts[i] > KEPT
@@ -155,7 +163,7 @@ def settle(rows, centroids, squares, margin, best, names, values, counts, out):
 
 
 @compiled()
-def move(rows, moved, old, new, sums, first, last):
+def move(rows, moved, old, new, sums, first, last) -> None:
     """Columns first..last-1 of sums [k, D] float64: the rows `moved` leave their old clusters (-1: none) for the new ones. Exact."""
     for i in range(len(moved)):
         row = rows[moved[i]]
@@ -168,9 +176,11 @@ def move(rows, moved, old, new, sums, first, last):
 
 
 @compiled()
-def nearer(rows, squares, centres, centre_squares, nearest, after):
+def nearer(rows, squares, centres, centre_squares, nearest, after) -> None:
     """after [t, n] int64: what `nearest` [n], squared distances in units of 2^-32, would be if each of `centres` [t, D] were chosen too."""
     for i in range(len(rows)):
         for c in range(len(centres)):
-            distance = np.int64((squares[i] + centre_squares[c] - 2 * dot(rows[i], centres[c])) * 2.0**32)
+            distance = np.int64(
+                (squares[i] + centre_squares[c] - 2 * dot(rows[i], centres[c])) * 2.0**32
+            )
             after[c, i] = max(min(nearest[i], distance), 0)

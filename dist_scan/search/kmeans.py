@@ -4,6 +4,7 @@ Rows lie on float16's grid and centroids on multiples of 2^-22, so a float64 dis
 sums are float64 over numbers on a grid, hence exact, so that only rows that moved are added and taken away, and ranks may add up in any order.
 Memory per rank: 4 D + 20 bytes a row, 40 k D bytes for centroids, sums and the message of an iteration, 4 MB a thread.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,12 +17,11 @@ import numpy as np
 import torch
 
 from dist_scan.data.tables import FeatureTable
-from dist_scan.progress import Progress, Stopped
-from dist_scan.search.kept import Kept
-from dist_scan.search.rows import content, prepared, squares
-from dist_scan.search.seeds import first_centroids
+from dist_scan.monitoring.progress import Progress, StopRequested
+from dist_scan.search.exact_rows import content, prepared, squares
+from dist_scan.search.kmeans_checkpoint import KMeansCheckpoint
+from dist_scan.search.kmeans_init import first_centroids
 from dist_scan.world.collectives import agree, all_max, all_sum, gather_rows
-from dist_scan.world.world import current
 
 Init = Literal["kmeans++", "random"]
 LARGEST_SEED = 2**63 - 1  # one number of 64 bits, for the hash that draws
@@ -41,15 +41,29 @@ class KMeansResult:
     """Clusters that had to be re-seeded by splitting, over all iterations."""
 
 
-def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tolerance: float = 0.0, init: Init = "kmeans++",
-           restarts: int = 1, spherical: bool = False, normalise: bool = False, seed: int = 0, view: int = 0, start: np.ndarray | None = None,
-           stop: Callable[[], bool] = lambda: False, progress: bool = False, keep: Path | None = None) -> KMeansResult:
+def kmeans(
+    table: FeatureTable,
+    num_clusters: int,
+    *,
+    iterations: int = 100,
+    tolerance: float = 0.0,
+    init: Init = "kmeans++",
+    restarts: int = 1,
+    spherical: bool = False,
+    normalise: bool = False,
+    seed: int = 0,
+    view: int = 0,
+    start: np.ndarray | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = False,
+    keep: Path | None = None,
+) -> KMeansResult:
     """The best of `restarts` runs by objective. Collective. start: centroids [k, D] to begin with (in the scale of the result's) instead of init.
     keep: a file that says how far this is while it is unfinished (not with `start`): the same call goes on from there.
 
     Raises ValueError when k > N, a setting is out of bounds, or `start` has another shape; Stopped between iterations.
     """
-    from dist_scan.search.index import Nearest, workers
+    from dist_scan.search.index import NearestCentroid, workers
 
     n = table.num_rows
     _check(n, num_clusters, iterations, restarts, tolerance, init, seed)
@@ -57,36 +71,97 @@ def kmeans(table: FeatureTable, num_clusters: int, *, iterations: int = 100, tol
     rows = prepared(table, normalise or spherical, view)
     own = rows.own()
     points = Points(rows.read(own).astype(np.float32))
-    asked = {"clusters": num_clusters, "iterations": iterations, "tolerance": tolerance, "init": init, "restarts": restarts, "spherical": spherical,
-             "normalise": normalise, "seed": seed, "view": view, "features": keep and content(table, rows.held, view)}
-    kept = Kept(keep if start is None else None, asked)
+    asked = {
+        "clusters": num_clusters,
+        "iterations": iterations,
+        "tolerance": tolerance,
+        "init": init,
+        "restarts": restarts,
+        "spherical": spherical,
+        "normalise": normalise,
+        "seed": seed,
+        "view": view,
+        "features": keep and content(table, rows.held, view),
+    }
+    kept = KMeansCheckpoint(keep if start is None else None, asked)
     done = kept.restart * iterations - kept.spared + kept.iteration
-    with Progress("k-means", restarts * iterations - kept.spared, "iterations", done=done, enabled=progress) as line, workers() as pool:
+    with (
+        Progress(
+            "k-means",
+            restarts * iterations - kept.spared,
+            "iterations",
+            done=done,
+            enabled=progress,
+        ) as line,
+        workers() as pool,
+    ):
         try:
             while kept.restart < restarts:
-                begin = start * rows.scale if start is not None else kept.centroids if kept.iteration else \
-                    first_centroids(points.rows, points.squares, own, n, num_clusters, init, seed, kept.restart, pool, stop)
-                Lloyd(points, begin, spherical, seed + kept.restart, pool).run(iterations, tolerance, stop, line, kept)
-        except Stopped:
+                begin = (
+                    start * rows.scale
+                    if start is not None
+                    else kept.centroids
+                    if kept.iteration
+                    else first_centroids(
+                        points.rows,
+                        points.squares,
+                        own,
+                        n,
+                        num_clusters,
+                        init,
+                        seed,
+                        kept.restart,
+                        pool,
+                        stop,
+                    )
+                )
+                Lloyd(points, begin, spherical, seed + kept.restart, pool).run(
+                    iterations, tolerance, stop, line, kept
+                )
+        except StopRequested:
             kept.write()
             raise
-        mine = kept.best_assignment if kept.best_assignment is not None else Nearest(points.rows, points.longest)(kept.best_centroids, pool)
+        mine = (
+            kept.best_assignment
+            if kept.best_assignment is not None
+            else NearestCentroid(points.rows, points.longest)(kept.best_centroids, pool)
+        )
     kept.over()
     assignment = np.empty(n, np.int32)
-    assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(torch.from_numpy(mine)).numpy()
-    return KMeansResult(kept.best_centroids / np.float32(rows.scale), assignment, kept.best["objective"] * rows.scale**-2, kept.best["iterations"],
-                        np.bincount(assignment, minlength=num_clusters), kept.best["num_empty"])
+    assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(
+        torch.from_numpy(mine)
+    ).numpy()
+    return KMeansResult(
+        kept.best_centroids / np.float32(rows.scale),
+        assignment,
+        kept.best["objective"] * rows.scale**-2,
+        kept.best["iterations"],
+        np.bincount(assignment, minlength=num_clusters),
+        kept.best["num_empty"],
+    )
 
 
-def _check(n: int, num_clusters: int, iterations: int, restarts: int, tolerance: float, init: str, seed: int) -> None:
+def _check(
+    n: int,
+    num_clusters: int,
+    iterations: int,
+    restarts: int,
+    tolerance: float,
+    init: str,
+    seed: int,
+) -> None:
     if not 1 <= num_clusters <= n:
         raise ValueError(f"{num_clusters} clusters of {n} rows; allowed: 1 to {n}")
     if iterations < 1 or restarts < 1:
-        raise ValueError(f"{iterations} iterations of {restarts} restarts; allowed: 1 or more of each")
+        raise ValueError(
+            f"{iterations} iterations of {restarts} restarts; allowed: 1 or more of each"
+        )
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"a seed of {seed}; allowed: 0 to {LARGEST_SEED}")
     if not 0 <= tolerance < 1:
-        raise ValueError(f"a tolerance of {tolerance}; allowed: 0 (until nothing moves) up to 1, a share of the objective")
+        raise ValueError(
+            f"a tolerance of {tolerance}; allowed: 0 (until nothing moves) up to 1, a share of the objective"
+        )
     if init not in get_args(Init):
         raise ValueError(f"init '{init}'; allowed: {', '.join(get_args(Init))}")
 
@@ -94,28 +169,44 @@ def _check(n: int, num_clusters: int, iterations: int, restarts: int, tolerance:
 def _given(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
     start = np.asarray(start, np.float64)
     if start.shape != (num_clusters, dim) or not np.isfinite(start).all():
-        raise ValueError(f"centroids to start from of shape {list(start.shape)}, {int((~np.isfinite(start)).sum())} numbers NaN or Inf; "
-                         f"allowed: [{num_clusters}, {dim}], all finite")
+        raise ValueError(
+            f"centroids to start from of shape {list(start.shape)}, {int((~np.isfinite(start)).sum())} numbers NaN or Inf; "
+            f"allowed: [{num_clusters}, {dim}], all finite"
+        )
     return start
 
 
 class Points:
     """This rank's rows [n, D] float32 on float16's grid, their squared norms [n] float64, and of all ranks' the sum and the longest's norm."""
 
-    def __init__(self, rows: np.ndarray):
+    def __init__(self, rows: np.ndarray) -> None:
         self.rows, self.squares = rows, squares(rows)
         self.total = _exact_sum(self.squares)
-        self.longest = float(all_max(torch.tensor(self.squares.max(initial=0.0), dtype=torch.float64))) ** 0.5
+        self.longest = (
+            float(all_max(torch.tensor(self.squares.max(initial=0.0), dtype=torch.float64))) ** 0.5
+        )
 
 
 class Lloyd:
     """One run on this rank's points."""
 
-    def __init__(self, points: Points, centroids: np.ndarray, spherical: bool, seed: int, pool: ThreadPoolExecutor):
-        from dist_scan.search.index import Nearest
+    def __init__(
+        self,
+        points: Points,
+        centroids: np.ndarray,
+        spherical: bool,
+        seed: int,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        from dist_scan.search.index import NearestCentroid
 
-        self.points, self.spherical, self.random, self.pool = points, spherical, np.random.default_rng(seed), pool
-        self.nearest = Nearest(points.rows, points.longest)
+        self.points, self.spherical, self.random, self.pool = (
+            points,
+            spherical,
+            np.random.default_rng(seed),
+            pool,
+        )
+        self.nearest = NearestCentroid(points.rows, points.longest)
         self.k, self.dim = centroids.shape
         self.centroids = self._directed(np.asarray(centroids, np.float64))
         self.assignment = np.full(len(points.rows), -1, np.int32)
@@ -125,30 +216,48 @@ class Lloyd:
     def _directed(self, centroids: np.ndarray) -> np.ndarray:
         """[k, D] float64 to float32 on the centroids' grid, of unit length when spherical."""
         if self.spherical:
-            centroids = centroids / np.maximum(np.sqrt((centroids ** 2).sum(1, keepdims=True)), 1e-30)
+            centroids = centroids / np.maximum(np.sqrt((centroids**2).sum(1, keepdims=True)), 1e-30)
         return (np.rint(centroids * CENTROID_GRID) / CENTROID_GRID).astype(np.float32)
 
-    def run(self, iterations: int, tolerance: float, stop: Callable[[], bool], line: Progress, kept: Kept) -> None:
+    def run(
+        self,
+        iterations: int,
+        tolerance: float,
+        stop: Callable[[], bool],
+        line: Progress,
+        kept: KMeansCheckpoint,
+    ) -> None:
         """Until nothing moves, the gain falls below `tolerance`, or `iterations`; what is found goes to `kept`."""
         if kept.iteration:
             self._go_on(kept)
         for iteration in range(kept.iteration + 1, iterations + 1):
             if agree(stop()):
-                raise Stopped()
+                raise StopRequested()
             moved = self._assign()
             objective = self._objective()
             line.advance(1, f"objective {objective:.6g}")
             if moved == 0 or kept.objective - objective < tolerance * kept.objective:
                 break
             if iteration < iterations:
-                kept.after_iteration(objective, self.centroids, self.random.bit_generator.state, self.num_empty)
+                kept.after_iteration(
+                    objective, self.centroids, self.random.bit_generator.state, self.num_empty
+                )
                 self._update()
         line.total -= iterations - iteration  # it has converged: there is no more to do
-        kept.after_restart({"objective": objective, "iterations": iteration, "num_empty": self.num_empty}, self.centroids, self.assignment, iterations - iteration)
+        kept.after_restart(
+            {"objective": objective, "iterations": iteration, "num_empty": self.num_empty},
+            self.centroids,
+            self.assignment,
+            iterations - iteration,
+        )
 
-    def _go_on(self, kept: Kept) -> None:
+    def _go_on(self, kept: KMeansCheckpoint) -> None:
         """From an iteration that an earlier start has done: what it assigned follows from its centroids."""
-        self.centroids, self.num_empty, self.random.bit_generator.state = kept.centroids, kept.num_empty, kept.random
+        self.centroids, self.num_empty, self.random.bit_generator.state = (
+            kept.centroids,
+            kept.num_empty,
+            kept.random,
+        )
         self._assign()
         self._update()
 
@@ -157,14 +266,19 @@ class Lloyd:
         new = self.nearest(self.centroids, self.pool)
         moved = np.flatnonzero(new != self.assignment)
         message = np.zeros(self.k * self.dim + self.k + 1)
-        delta, counts = message[:self.k * self.dim].reshape(self.k, self.dim), message[self.k * self.dim:-1]
+        delta, counts = (
+            message[: self.k * self.dim].reshape(self.k, self.dim),
+            message[self.k * self.dim : -1],
+        )
         self._move(moved, new, delta)
         old = self.assignment[moved]
-        counts += np.bincount(new[moved], minlength=self.k) - np.bincount(old[old >= 0], minlength=self.k)
+        counts += np.bincount(new[moved], minlength=self.k) - np.bincount(
+            old[old >= 0], minlength=self.k
+        )
         message[-1] = len(moved)
         message = all_sum(torch.from_numpy(message)).numpy()
-        self.sums += message[:self.k * self.dim].reshape(self.k, self.dim)
-        self.counts += message[self.k * self.dim:-1]
+        self.sums += message[: self.k * self.dim].reshape(self.k, self.dim)
+        self.counts += message[self.k * self.dim : -1]
         self.assignment = new
         return int(message[-1])
 
@@ -172,8 +286,18 @@ class Lloyd:
         """A thread has some of the columns to itself."""
         from dist_scan.search.kernels import move
 
-        edges, away, to = np.linspace(0, self.dim, torch.get_num_threads() + 1).astype(int), self.assignment[moved], new[moved]
-        list(self.pool.map(lambda first, last: move(self.points.rows, moved, away, to, delta, first, last), edges[:-1], edges[1:]))
+        edges, away, to = (
+            np.linspace(0, self.dim, torch.get_num_threads() + 1).astype(int),
+            self.assignment[moved],
+            new[moved],
+        )
+        list(
+            self.pool.map(
+                lambda first, last: move(self.points.rows, moved, away, to, delta, first, last),
+                edges[:-1],
+                edges[1:],
+            )
+        )
 
     def _objective(self) -> float:
         """Sum of squared distances to the clusters' means, from the exact sums: the same number for any number of ranks."""
@@ -203,5 +327,7 @@ class Lloyd:
 def _exact_sum(squared_norms: np.ndarray) -> float:
     """Sum over all ranks of numbers on the grid of 2^-48, in integers: the same for any number of ranks."""
     whole = (squared_norms * 2.0**48).astype(np.int64)
-    high, low = all_sum(torch.tensor([int((whole >> 24).sum()), int((whole & (2**24 - 1)).sum())])).tolist()
+    high, low = all_sum(
+        torch.tensor([int((whole >> 24).sum()), int((whole & (2**24 - 1)).sum())])
+    ).tolist()
     return float(high * 2**24 + low) * 2.0**-48

@@ -1,4 +1,5 @@
 """Linear assignment: targets to outputs inside blocks (MMDC), new cluster numbers to old ones."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +7,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 
-def match_blocks(outputs: np.ndarray, targets: np.ndarray, block: int, rows: range | None = None) -> np.ndarray:
+def match_blocks(
+    outputs: np.ndarray, targets: np.ndarray, block: int, rows: range | None = None
+) -> np.ndarray:
     """order [n] such that targets[order] are as near to outputs [n, d] as a permutation inside each block of `block` rows can bring them.
 
     The cost is the Euclidean distance, not its square: on the sphere the two have different best permutations (FIDELITY.md 2.2). Blocks
@@ -34,5 +37,7 @@ def _equal_in_order(targets: np.ndarray, taken: np.ndarray) -> np.ndarray:
 
 def align(labels: np.ndarray, previous: np.ndarray, num_labels: int) -> np.ndarray:
     """labels [n] renumbered (a permutation of 0..num_labels-1) so that as many as possible equal `previous` [n]."""
-    table = np.bincount(labels.astype(np.int64) * num_labels + previous, minlength=num_labels**2).reshape(num_labels, num_labels)
+    table = np.bincount(
+        labels.astype(np.int64) * num_labels + previous, minlength=num_labels**2
+    ).reshape(num_labels, num_labels)
     return linear_sum_assignment(table, maximize=True)[1][labels]

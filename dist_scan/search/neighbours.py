@@ -6,6 +6,7 @@ in float64, which is exact here (kernels.py). Where float32 could hide a better 
 Memory per rank: queries * (4 D + 16 K + 32) + (10 chunk + 24 PIECE) * D + threads * BLOCK * (12 K + 4200) bytes, and 2 N D / W of
 mapped file that the system takes back when it needs to (docs/search.md).
 """
+
 from __future__ import annotations
 
 import operator
@@ -18,8 +19,17 @@ import numpy as np
 import torch
 
 from dist_scan.data.tables import FeatureTable, NeighbourTable
-from dist_scan.progress import Progress, Stopped
-from dist_scan.search.rows import LONGEST, LONGEST_L2, PIECE, Rows, chunks, content, prepared, squares
+from dist_scan.monitoring.progress import Progress, StopRequested
+from dist_scan.search.exact_rows import (
+    LONGEST,
+    LONGEST_L2,
+    PIECE,
+    ExactRows,
+    chunks,
+    content,
+    prepared,
+    squares,
+)
 from dist_scan.world.collectives import agree, barrier, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
@@ -33,8 +43,18 @@ BLOCK = 1024  # queries that a thread searches for at a time
 Metric = Literal["cosine", "inner_product", "l2"]
 
 
-def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, metric: Metric = "cosine", view: int = 0,
-                    stop: Callable[[], bool] = lambda: False, progress: bool = False, chunk: int = CHUNK, queries: int = QUERIES) -> NeighbourTable:
+def mine_neighbours(
+    features: FeatureTable,
+    out: Path,
+    num_neighbours: int,
+    *,
+    metric: Metric = "cosine",
+    view: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = False,
+    chunk: int = CHUNK,
+    queries: int = QUERIES,
+) -> NeighbourTable:
     """The table in `out`; collective, goes on from the shards that are there. Raises Stopped between chunks, ValueError when K >= N.
 
     A rank reads the shards that it serves to the others and those of its queries: features may lie on the ranks' own disks. Each rank
@@ -46,7 +66,9 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
     if metric not in get_args(Metric):
         raise ValueError(f"metric '{metric}'; allowed: {', '.join(get_args(Metric))}")
     if chunk < 1 or queries < 1:
-        raise ValueError(f"chunks of {chunk} rows and {queries} queries a round; allowed: 1 or more")
+        raise ValueError(
+            f"chunks of {chunk} rows and {queries} queries a round; allowed: 1 or more"
+        )
     rows = prepared(features, metric == "cosine", view, LONGEST_L2 if metric == "l2" else LONGEST)
     table = _table(Path(out), rows, num_neighbours, metric)
     missing = sorted(set.intersection(*gather_objects(set(table.missing_shards()))))
@@ -54,27 +76,47 @@ def mine_neighbours(features: FeatureTable, out: Path, num_neighbours: int, *, m
     with Progress("neighbours", len(rounds) * -(-n // chunk), "chunks", enabled=progress) as line:
         for shards in (by_rank[world.rank] for by_rank in rounds):
             spans = [table.shard_range(s) for s in shards]
-            found = nearest_others(rows, spans, num_neighbours, metric == "l2", chunk, _polled(stop, line))
+            found = nearest_others(
+                rows, spans, num_neighbours, metric == "l2", chunk, _polled(stop, line)
+            )
             ends = np.cumsum([b - a for a, b in spans])[:-1]
-            for s, ids, scores in zip(shards, np.split(found.ids, ends), np.split(found.scores, ends)):
+            for s, ids, scores in zip(
+                shards, np.split(found.ids, ends), np.split(found.scores, ends)
+            ):
                 table.write_shard(s, ids, scores * rows.scale**-2)
     barrier()
     return NeighbourTable.open(out)
 
 
-def _table(out: Path, rows: Rows, k: int, metric: str) -> NeighbourTable:
+def _table(out: Path, rows: ExactRows, k: int, metric: str) -> NeighbourTable:
     """What lies in `out`, if it was asked for like this; else a new one, on every disk that has none."""
-    asked = {"num_rows": rows.num_rows, "num_neighbours": k, "metric": metric, "view": rows.view, "features": content(rows.table, rows.held, rows.view)}
+    asked = {
+        "num_rows": rows.num_rows,
+        "num_neighbours": k,
+        "metric": metric,
+        "view": rows.view,
+        "features": content(rows.table, rows.held, rows.view),
+    }
 
     def made(turn: bool) -> None:
         if turn and not (out / "table.json").exists():
-            NeighbourTable.create(out, rows.num_rows, k, rows.table.num_shards, metric=metric, view=rows.view, features=asked["features"])
+            NeighbourTable.create(
+                out,
+                rows.num_rows,
+                k,
+                rows.table.num_shards,
+                metric=metric,
+                view=rows.view,
+                features=asked["features"],
+            )
 
     def opened() -> NeighbourTable:
         table = NeighbourTable.open(out)
         found = {name: table.facts.get(name) for name in asked}
         if found != asked:
-            raise ValueError(f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it")
+            raise ValueError(
+                f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it"
+            )
         return table
 
     on_every_rank(lambda: made(current().rank == 0))
@@ -82,7 +124,9 @@ def _table(out: Path, rows: Rows, k: int, metric: str) -> NeighbourTable:
     return on_every_rank(opened)
 
 
-def _rounds(table: NeighbourTable, missing: list[int], held: tuple[frozenset[int], ...], most: int) -> list[list[list[int]]]:
+def _rounds(
+    table: NeighbourTable, missing: list[int], held: tuple[frozenset[int], ...], most: int
+) -> list[list[list[int]]]:
     """[round][rank] -> shards: each goes to the rank with the fewest of those that can read it; a rank's go into rounds of at most `most` rows."""
     queues: list[list[list[int]]] = [[] for _ in held]
     load, filled = [0] * len(held), [most + 1] * len(held)
@@ -95,24 +139,39 @@ def _rounds(table: NeighbourTable, missing: list[int], held: tuple[frozenset[int
         queues[rank][-1].append(s)
         filled[rank] += stop - start
         load[rank] += stop - start
-    return [[q[i] if i < len(q) else [] for q in queues] for i in range(max(len(q) for q in queues))]
+    return [
+        [q[i] if i < len(q) else [] for q in queues] for i in range(max(len(q) for q in queues))
+    ]
 
 
 def _polled(stop: Callable[[], bool], line: Progress) -> Callable[[], None]:
     def poll() -> None:
         if agree(stop()):
-            raise Stopped()
+            raise StopRequested()
         line.advance()
+
     return poll
 
 
-def nearest_others(rows: Rows, spans: list[tuple[int, int]], k: int, l2: bool, chunk: int, poll: Callable[[], None] = lambda: None) -> Top:
+def nearest_others(
+    rows: ExactRows,
+    spans: list[tuple[int, int]],
+    k: int,
+    l2: bool,
+    chunk: int,
+    poll: Callable[[], None] = lambda: None,
+) -> Top:
     """The top K [n, k] of the rows of `spans` among all rows but themselves. Collective. l2 scores are minus the squared distance."""
     from dist_scan.search.index import workers
     from dist_scan.search.kernels import Queries, Top
 
     own = np.concatenate([np.zeros(0, np.int64), *(np.arange(*s) for s in spans)])
-    narrow = np.concatenate([np.zeros((0, rows.table.dim), np.float32), *(rows.span(*s).astype(np.float32) for s in spans)])
+    narrow = np.concatenate(
+        [
+            np.zeros((0, rows.table.dim), np.float32),
+            *(rows.span(*s).astype(np.float32) for s in spans),
+        ]
+    )
     top = Top(np.full((len(own), k), rows.num_rows, np.int64), np.full((len(own), k), -np.inf))
     norms = squares(narrow)
     threads = torch.get_num_threads()
@@ -120,8 +179,15 @@ def nearest_others(rows: Rows, spans: list[tuple[int, int]], k: int, l2: bool, c
         for start, piece in passing:
             poll()
             here = Chunk(piece, start, l2)
-            q = Queries(narrow, own, norms, _rounding(narrow.shape[1], np.sqrt(norms), here.longest, l2))
-            unsure = np.concatenate([np.zeros(0, bool), *pool.map(lambda part: here.search(q, top, part), _blocks(len(own), threads))])
+            q = Queries(
+                narrow, own, norms, _rounding(narrow.shape[1], np.sqrt(norms), here.longest, l2)
+            )
+            unsure = np.concatenate(
+                [
+                    np.zeros(0, bool),
+                    *pool.map(lambda part: here.search(q, top, part), _blocks(len(own), threads)),
+                ]
+            )
             here.search_densely(q, top, np.flatnonzero(unsure))
             del here  # or two chunks are held while the next is made
     return top
@@ -143,13 +209,15 @@ def _rounding(dim: int, q_norm: np.ndarray, longest: float, l2: bool) -> np.ndar
 class Chunk:
     """Rows [m, D] float16 from `start` on, ready to be searched."""
 
-    def __init__(self, rows: np.ndarray, start: int, l2: bool):
-        from dist_scan.search.index import Flat  # faiss is slow to import; configs are checked without it
+    def __init__(self, rows: np.ndarray, start: int, l2: bool) -> None:
+        from dist_scan.search.index import (
+            FlatIndex,  # faiss is slow to import; configs are checked without it
+        )
 
         self.rows, self.start, self.l2 = rows.astype(np.float32), start, l2
         self.squares = squares(self.rows)
         self.longest = float(np.sqrt(self.squares.max()))
-        self.flat = Flat(self.rows, "l2" if l2 else "inner_product")
+        self.flat = FlatIndex(self.rows, "l2" if l2 else "inner_product")
 
     def search(self, queries: Queries, top: Top, part: slice) -> np.ndarray:
         """Merge this chunk's candidates into the top K of a part of the queries; which of them [n] bool are not sure to be right."""
@@ -158,8 +226,12 @@ class Chunk:
         q, mine = Queries(*(a[part] for a in queries)), Top(*(a[part] for a in top))
         unsure = np.zeros(len(q.own), bool)
         if len(unsure):
-            rough, places = self.flat.nearest(q.rows, min(mine.ids.shape[1] + SPARE, len(self.rows)))
-            add_candidates(q, self.rows, self.squares, self.start, rough, places, self.l2, mine, unsure)
+            rough, places = self.flat.nearest(
+                q.rows, min(mine.ids.shape[1] + SPARE, len(self.rows))
+            )
+            add_candidates(
+                q, self.rows, self.squares, self.start, rough, places, self.l2, mine, unsure
+            )
         return unsure
 
     def search_densely(self, queries: Queries, top: Top, names: np.ndarray) -> None:
@@ -170,12 +242,19 @@ class Chunk:
         best, ids = top.scores[names], top.ids[names]
         best[inside], ids[inside] = -np.inf, np.iinfo(np.int64).max  # found again below
         order = np.lexsort((ids, -best), axis=1)
-        top.scores[names], top.ids[names] = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
+        top.scores[names], top.ids[names] = (
+            np.take_along_axis(best, order, 1),
+            np.take_along_axis(ids, order, 1),
+        )
         for b in range(0, len(names), PIECE // 8):
-            part = names[b:b + PIECE // 8]
+            part = names[b : b + PIECE // 8]
             q = torch.from_numpy(queries.rows[part]).double()
             for r in range(0, len(self.rows), PIECE):
-                scores = (q @ torch.from_numpy(self.rows[r:r + PIECE]).double().T).numpy()
+                scores = (q @ torch.from_numpy(self.rows[r : r + PIECE]).double().T).numpy()
                 if self.l2:
-                    scores = 2 * scores - queries.squares[part][:, None] - self.squares[None, r:r + PIECE]
+                    scores = (
+                        2 * scores
+                        - queries.squares[part][:, None]
+                        - self.squares[None, r : r + PIECE]
+                    )
                 add_dense(scores, part, queries.own, self.start + r, top.ids, top.scores)

@@ -1,4 +1,5 @@
 """How far new images lie from everything a run was trained on: the cosine distance to the nearest row of its feature table."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,12 +8,17 @@ import numpy as np
 import torch
 
 from dist_scan.data.tables import FeatureTable, NeighbourTable
-from dist_scan.search.rows import unit_rows
+from dist_scan.search.exact_rows import unit_rows
 
 CHUNK, BLOCK, CANDIDATES = 65_536, 4_096, 4
 
 
-def nearest_row(features: np.ndarray, table: FeatureTable, device: torch.device, advance: Callable[[int], None] = lambda rows: None) -> tuple[np.ndarray, np.ndarray]:
+def nearest_row(
+    features: np.ndarray,
+    table: FeatureTable,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> tuple[np.ndarray, np.ndarray]:
     """For each of `features` [n, D] (float16, as the table's): (cosine distance [n] float32, row [n] int64) of the nearest row of view 0.
 
     Four candidates a chunk in float32, scored again exactly (search/rows.py), ties to the first row: the distance does not depend on
@@ -20,7 +26,9 @@ def nearest_row(features: np.ndarray, table: FeatureTable, device: torch.device,
     everything. `advance(rows)` is told of every chunk. Raises ValueError when the widths differ.
     """
     if features.shape[1] != table.dim:
-        raise ValueError(f"features of {features.shape[1]} numbers against a table of {table.dim}; give the table made with the same backbone")
+        raise ValueError(
+            f"features of {features.shape[1]} numbers against a table of {table.dim}; give the table made with the same backbone"
+        )
     queries = _unit(features)
     best, row = np.full(len(queries), -np.inf), np.full(len(queries), table.num_rows)
     for start in range(0, table.num_rows, CHUNK):
@@ -30,7 +38,10 @@ def nearest_row(features: np.ndarray, table: FeatureTable, device: torch.device,
             part = slice(b, b + BLOCK)
             score, place = _best(queries[part], rows, there)
             better = score > best[part]  # strictly: of equals the first row stays
-            best[part], row[part] = np.where(better, score, best[part]), np.where(better, place + start, row[part])
+            best[part], row[part] = (
+                np.where(better, score, best[part]),
+                np.where(better, place + start, row[part]),
+            )
         advance(len(rows))
     return np.maximum(1 - best, 0).astype(np.float32), row
 
@@ -40,11 +51,15 @@ def _unit(rows: np.ndarray) -> np.ndarray:
         return np.nan_to_num(unit_rows(rows))
 
 
-def _best(queries: np.ndarray, rows: np.ndarray, there: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _best(
+    queries: np.ndarray, rows: np.ndarray, there: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     """(exact cosine [n] float64, place [n]) of the best of `rows` for each query."""
     rough = torch.from_numpy(queries).to(there.device).float() @ there.T
     places = np.sort(rough.topk(min(CANDIDATES, len(rows)), 1).indices.cpu().numpy(), 1)
-    exact = np.matmul(rows[places].astype(np.float64), queries.astype(np.float64)[:, :, None])[:, :, 0]
+    exact = np.matmul(rows[places].astype(np.float64), queries.astype(np.float64)[:, :, None])[
+        :, :, 0
+    ]
     first = exact.argmax(1)
     return exact[np.arange(len(first)), first], places[np.arange(len(first)), first]
 

@@ -7,6 +7,7 @@ nowhere are roots, and a cluster is what leads to a root. A cluster of one row j
 Each rank holds the edges of N/W rows and all of v; sums run along a row's edges in order of id and v is normalised as a whole, so every bit
 is the same for any number of ranks. Memory per rank: 60 bytes an edge of A + A^T (2 K N / W, more where a rank has the hubs) and 40 N.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from scipy import sparse
 
 from dist_scan.data.tables import NeighbourTable
-from dist_scan.progress import Progress, Stopped
+from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.world.collectives import agree, all_max, gather_rows
 from dist_scan.world.world import current
 
@@ -34,8 +35,16 @@ class PicResult:
     num_joined: int
 
 
-def pic(neighbours: NeighbourTable, *, sigma: float = 0.2, alpha: float = 1e-3, iterations: int = 200,
-        teleport: Literal["paper", "released"] = "paper", stop: Callable[[], bool] = lambda: False, progress: bool = False) -> PicResult:
+def pic(
+    neighbours: NeighbourTable,
+    *,
+    sigma: float = 0.2,
+    alpha: float = 1e-3,
+    iterations: int = 200,
+    teleport: Literal["paper", "released"] = "paper",
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = False,
+) -> PicResult:
     """Clusters of a table mined with l2 or cosine (of unit rows d^2 = 2 - 2 cos). Collective; the number of clusters is found, not given.
 
     teleport: v <- alpha (A + A^T) v + (1 - alpha) v, as the paper writes it, or ... + (1 - alpha) / N, as the released code does.
@@ -46,12 +55,14 @@ def pic(neighbours: NeighbourTable, *, sigma: float = 0.2, alpha: float = 1e-3, 
     span = world.rank * n // world.world_size, (world.rank + 1) * n // world.world_size
     graph = symmetric_graph(neighbours, span, sigma)
     if float(all_max(torch.tensor(graph.data.max(initial=0.0)))) == 0:
-        raise ValueError(f"every edge of {neighbours.path} weighs 0 at sigma {sigma}: the rows lie too far apart; raise sigma, or use unit rows")
+        raise ValueError(
+            f"every edge of {neighbours.path} weighs 0 at sigma {sigma}: the rows lie too far apart; raise sigma, or use unit rows"
+        )
     v = np.full(n, 1 / n)
     with Progress("power iteration", iterations, "iterations", enabled=progress) as line:
         for _ in range(iterations):
             if agree(stop()):
-                raise Stopped()
+                raise StopRequested()
             pulled = graph @ v
             stays = v[slice(*span)] if teleport == "paper" else 1 / n
             v = _everyone(alpha * pulled + (1 - alpha) * stays)
@@ -63,14 +74,20 @@ def pic(neighbours: NeighbourTable, *, sigma: float = 0.2, alpha: float = 1e-3, 
 
 def _check(table: NeighbourTable, sigma: float, alpha: float, teleport: str) -> None:
     if table.facts.get("metric") not in ("l2", "cosine"):
-        raise ValueError(f"{table.path} was mined with {table.facts.get('metric')}; distances need a table mined with l2 or cosine")
+        raise ValueError(
+            f"{table.path} was mined with {table.facts.get('metric')}; distances need a table mined with l2 or cosine"
+        )
     if not sigma > 0 or not 0 < alpha <= 1:
-        raise ValueError(f"sigma {sigma} and alpha {alpha}; allowed: sigma above 0, alpha above 0 and at most 1")
+        raise ValueError(
+            f"sigma {sigma} and alpha {alpha}; allowed: sigma above 0, alpha above 0 and at most 1"
+        )
     if teleport not in ("paper", "released"):
         raise ValueError(f"teleport {teleport!r}; allowed: paper, released")
 
 
-def symmetric_graph(table: NeighbourTable, span: tuple[int, int], sigma: float) -> sparse.csr_matrix:
+def symmetric_graph(
+    table: NeighbourTable, span: tuple[int, int], sigma: float
+) -> sparse.csr_matrix:
     """Rows span[0]..span[1]-1 of A + A^T as [n, N], columns in ascending order. Every rank reads the whole table once, a block at a time."""
     rows, columns, weights = [], [], []
     for start in range(0, table.num_rows, BLOCK):
@@ -85,7 +102,9 @@ def symmetric_graph(table: NeighbourTable, span: tuple[int, int], sigma: float) 
             columns.append(there[mine])
             weights.append(weight[mine])
     shape = (span[1] - span[0], table.num_rows)
-    graph = sparse.coo_matrix((np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))), shape=shape).tocsr()
+    graph = sparse.coo_matrix(
+        (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))), shape=shape
+    ).tocsr()
     graph.sort_indices()
     return graph
 
@@ -99,7 +118,9 @@ def _pointers(graph: sparse.csr_matrix, v: np.ndarray, span: tuple[int, int]) ->
     own = np.arange(*span)
     source = np.repeat(own, np.diff(graph.indptr))
     pull = graph.data * (v[graph.indices] - v[source])
-    order = np.lexsort((graph.indices, -pull, source))  # each row's strongest first; every row has an edge
+    order = np.lexsort(
+        (graph.indices, -pull, source)
+    )  # each row's strongest first; every row has an edge
     first = order[graph.indptr[:-1]]
     return np.where(pull[first] > 0, graph.indices[first], own).astype(np.int64)
 

@@ -6,6 +6,7 @@ chunk; chunks and ranks add up in integers. The eigenvectors are rank 0's and li
 (LAPACK may round differently with another number of threads: then the eigenvectors differ in their last bits.)
 Memory: 40 D^2 bytes and 24 D bytes for each of CHUNK rows. One all-reduce of 16 D^2 bytes.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -19,9 +20,18 @@ import torch
 from torch import Tensor
 
 from dist_scan.data.tables import FeatureTable
-from dist_scan.progress import Stopped
-from dist_scan.search.rows import check_view, content, held_by_rank
-from dist_scan.world.collectives import agree, all_max, all_sum, barrier, broadcast, broadcast_object, gather_objects, on_every_rank
+from dist_scan.monitoring.progress import StopRequested
+from dist_scan.search.exact_rows import check_view, content, held_by_rank
+from dist_scan.world.collectives import (
+    agree,
+    all_max,
+    all_sum,
+    barrier,
+    broadcast,
+    broadcast_object,
+    gather_objects,
+    on_every_rank,
+)
 from dist_scan.world.world import current
 
 CHUNK = 8192  # 2^13 products below 2^39 units each fit float64's 53 bits
@@ -55,15 +65,25 @@ class Whitening:
         A row's result depends on the row alone. Raises ValueError for rows of another width, or that are no numbers.
         """
         if rows.ndim != 2 or rows.shape[1] != len(self.mean):
-            raise ValueError(f"rows of shape {list(rows.shape)}; this whitening was made from rows of {len(self.mean)} features: "
-                             f"give [n, {len(self.mean)}]")
+            raise ValueError(
+                f"rows of shape {list(rows.shape)}; this whitening was made from rows of {len(self.mean)} features: "
+                f"give [n, {len(self.mean)}]"
+            )
         if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
-            raise ValueError(f"rows {bad[:8].tolist()} to be whitened are NaN or Inf; look at what made them")
+            raise ValueError(
+                f"rows {bad[:8].tolist()} to be whitened are NaN or Inf; look at what made them"
+            )
         device, axes = current().device, np.rint(self.components * (2 * GRID)) / GRID
         offset = (axes * (self.mean * self.scale)).sum(1)
-        project, shrink = torch.from_numpy(axes.T).to(device), 1 / (2 * self.scale * np.sqrt(self.eigenvalues))
-        pieces = (rows[b:b + CHUNK] for b in range(0, len(rows), CHUNK))
-        parts = [(torch.mm(on_grid(piece, self.scale), project).cpu().numpy() - offset) * shrink for piece in pieces]
+        project, shrink = (
+            torch.from_numpy(axes.T).to(device),
+            1 / (2 * self.scale * np.sqrt(self.eigenvalues)),
+        )
+        pieces = (rows[b : b + CHUNK] for b in range(0, len(rows), CHUNK))
+        parts = [
+            (torch.mm(on_grid(piece, self.scale), project).cpu().numpy() - offset) * shrink
+            for piece in pieces
+        ]
         return np.concatenate([*parts, np.zeros((0, len(shrink)))]).astype(np.float32)
 
 
@@ -74,7 +94,9 @@ def whiten(rows: np.ndarray, dim: int) -> Whitening:
     """
     if rows.ndim != 2:
         raise ValueError(f"rows to be whitened of shape {list(rows.shape)}; allowed: [n, D]")
-    return _whiten(lambda: (rows[b:b + CHUNK] for b in range(0, len(rows), CHUNK)), rows.shape[1], dim)
+    return _whiten(
+        lambda: (rows[b : b + CHUNK] for b in range(0, len(rows), CHUNK)), rows.shape[1], dim
+    )
 
 
 def whiten_table(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
@@ -84,38 +106,60 @@ def whiten_table(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
     def blocks() -> Iterator[np.ndarray]:
         for s in range(current().rank, table.num_shards, current().world_size):
             rows = table.shard(s)
-            yield from (rows[b:b + CHUNK, view] for b in range(0, len(rows), CHUNK))
+            yield from (rows[b : b + CHUNK, view] for b in range(0, len(rows), CHUNK))
+
     return _whiten(blocks, table.dim, dim)
 
 
-def whitened(table: FeatureTable, whitening: Whitening, out: Path, view: int = 0, unit: bool = True,
-             stop: Callable[[], bool] = lambda: False) -> FeatureTable:
+def whitened(
+    table: FeatureTable,
+    whitening: Whitening,
+    out: Path,
+    view: int = 0,
+    unit: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> FeatureTable:
     """A new table [N, 1, dim] of a view's whitened rows, of unit length when `unit`. Collective; goes on from the shards that are there.
 
     Raises ValueError when `out` was made of other rows, or by another whitening (or view, or unit): it stands for what it was made from.
     """
     world, view = current(), check_view(table, view)
-    asked = {"whitening": whitening.mark(view, unit), "of": content(table, held_by_rank(table), view), "num_rows": table.num_rows, "num_shards": table.num_shards}
+    asked = {
+        "whitening": whitening.mark(view, unit),
+        "of": content(table, held_by_rank(table), view),
+        "num_rows": table.num_rows,
+        "num_shards": table.num_shards,
+    }
 
     def opened() -> FeatureTable:
         made = FeatureTable.open(out)
         if (found := {name: made.facts.get(name) for name in asked}) != asked:
-            raise ValueError(f"{out} holds other rows, or of another whitening ({found}, asked for: {asked}); give another folder, or remove it")
+            raise ValueError(
+                f"{out} holds other rows, or of another whitening ({found}, asked for: {asked}); give another folder, or remove it"
+            )
         return made
 
     def created() -> None:
         if world.rank == 0 and not (Path(out) / "table.json").exists():
-            FeatureTable.create(out, table.num_rows, 1, len(whitening.eigenvalues), table.num_shards, whitening=asked["whitening"], of=asked["of"])
+            FeatureTable.create(
+                out,
+                table.num_rows,
+                1,
+                len(whitening.eigenvalues),
+                table.num_shards,
+                whitening=asked["whitening"],
+                of=asked["of"],
+            )
 
     on_every_rank(created)
     made = on_every_rank(opened)
     missing = broadcast_object(made.missing_shards())
     for turn in range(0, len(missing), world.world_size):
         if agree(stop()):
-            raise Stopped()
-        for s in missing[turn:turn + world.world_size][world.rank:world.rank + 1]:
+            raise StopRequested()
+        for s in missing[turn : turn + world.world_size][world.rank : world.rank + 1]:
             rows = whitening.apply(table.shard(s)[:, view]).astype(np.float64)
-            length = np.sqrt((rows ** 2).sum(1, keepdims=True)) if unit else 1.0
+            length = np.sqrt((rows**2).sum(1, keepdims=True)) if unit else 1.0
             made.write_shard(s, (rows / np.maximum(length, 1e-30))[:, None])
     barrier()
     return FeatureTable.open(out)
@@ -123,7 +167,13 @@ def whitened(table: FeatureTable, whitening: Whitening, out: Path, view: int = 0
 
 def on_grid(rows: np.ndarray, scale: float) -> Tensor:
     """[n, D] float64 on the device: scaled, rounded to multiples of 2^-24."""
-    return torch.from_numpy(np.asarray(rows, np.float64)).to(current().device).mul(scale * GRID).round_().div_(GRID)
+    return (
+        torch.from_numpy(np.asarray(rows, np.float64))
+        .to(current().device)
+        .mul(scale * GRID)
+        .round_()
+        .div_(GRID)
+    )
 
 
 def _whiten(blocks: Blocks, width: int, dim: int) -> Whitening:
@@ -132,12 +182,18 @@ def _whiten(blocks: Blocks, width: int, dim: int) -> Whitening:
     scale = _scale(blocks)
     count, total, products = _moments(blocks, width, scale)
     if count <= dim:
-        raise ValueError(f"{count} rows cannot be whitened to {dim} dimensions; allowed: at most {max(count - 1, 0)}. Lower it, or give more rows")
+        raise ValueError(
+            f"{count} rows cannot be whitened to {dim} dimensions; allowed: at most {max(count - 1, 0)}. Lower it, or give more rows"
+        )
     mean = total / count
     values, vectors = _eigen(products / count - torch.outer(mean, mean), dim)
-    noise = width * 2.0**-50 * float(values[0])  # what rounding leaves of a direction in which nothing varies
+    noise = (
+        width * 2.0**-50 * float(values[0])
+    )  # what rounding leaves of a direction in which nothing varies
     if not float(values[-1]) > noise:
-        raise ValueError(f"the rows vary in {int((values > noise).sum())} directions only and cannot be whitened to {dim}; lower it to that")
+        raise ValueError(
+            f"the rows vary in {int((values > noise).sum())} directions only and cannot be whitened to {dim}; lower it to that"
+        )
     return Whitening((mean / scale).numpy(), vectors.numpy(), (values / scale**2).numpy(), scale)
 
 
@@ -147,13 +203,20 @@ def _scale(blocks: Blocks) -> float:
         wide = np.asarray(rows, np.float64)
         bad += int((~np.isfinite(wide).all(1)).sum())
         with np.errstate(over="ignore"):
-            longest = max(longest, float(np.sqrt(np.nan_to_num((wide ** 2).sum(1), posinf=np.inf).max(initial=0))))
+            longest = max(
+                longest,
+                float(np.sqrt(np.nan_to_num((wide**2).sum(1), posinf=np.inf).max(initial=0))),
+            )
     bad_by_rank = gather_objects(bad)
     if any(bad_by_rank):
-        raise ValueError(f"rows to be whitened are NaN or Inf (how many on each rank: {bad_by_rank}); look at what made them")
+        raise ValueError(
+            f"rows to be whitened are NaN or Inf (how many on each rank: {bad_by_rank}); look at what made them"
+        )
     longest = float(all_max(torch.tensor(longest, dtype=torch.float64)))
     if not 1e-30 < longest < 1e30:
-        raise ValueError(f"the longest of the rows to be whitened has a length of {longest:.3g}; allowed: 1e-30 to 1e30, scale them")
+        raise ValueError(
+            f"the longest of the rows to be whitened has a length of {longest:.3g}; allowed: 1e-30 to 1e30, scale them"
+        )
     return 2.0 ** math.floor(math.log2(4.0 / longest))
 
 
@@ -161,7 +224,9 @@ def _moments(blocks: Blocks, width: int, scale: float) -> tuple[int, Tensor, Ten
     """(n, sum of x [D], sum of x x^T [D, D]) of all ranks' scaled rows, float64, each correctly rounded from exact integers."""
     device = current().device
     count, total = 0, torch.zeros(width, dtype=torch.int64, device=device)
-    high, low = (torch.zeros(width, width, dtype=torch.int64, device=device) for _ in range(2))  # high * 2^-16 + low * 2^-48
+    high, low = (
+        torch.zeros(width, width, dtype=torch.int64, device=device) for _ in range(2)
+    )  # high * 2^-16 + low * 2^-48
     for rows in blocks():
         x = on_grid(rows, scale)
         coarse = (x * COARSE).round_().div_(COARSE)
@@ -182,7 +247,10 @@ def _moments(blocks: Blocks, width: int, scale: float) -> tuple[int, Tensor, Ten
 
 def _eigen(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The `dim` largest eigenvalues, descending, and their vectors [dim, D] with fixed signs: rank 0's, on all ranks."""
-    values, vectors = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, len(covariance), dtype=torch.float64)
+    values, vectors = (
+        torch.zeros(dim, dtype=torch.float64),
+        torch.zeros(dim, len(covariance), dtype=torch.float64),
+    )
     if current().rank == 0:
         ascending, columns = torch.linalg.eigh(covariance.to(current().device))
         values, vectors = ascending.flip(0)[:dim].cpu(), columns.T.flip(0)[:dim].cpu()

@@ -1,8 +1,9 @@
 """A published cluster model + images (or their features) -> a cluster, its probability and the top clusters of every image."""
+
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from dist_scan.config import RunConfig
 from dist_scan.data.assignments import Assignments
-from dist_scan.data.augment import RecipeConfig
+from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.engine.precision import Precision, autocast, memory_format
 from dist_scan.engine.predict import TOP, top_clusters
-from dist_scan.models.cluster import ClusterModel, load_cluster_model
+from dist_scan.models.cluster_model import ClusterModel, load_cluster_model
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.world.collectives import barrier, gather_rows
 
@@ -38,7 +39,9 @@ class AssignConfig(StageConfig):
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """One source of rows."""
         if (self.images is None) == (self.features is None):
-            raise ValueError(f"stages.{name}: give exactly one of images (train or val) and features (a stage's name)")
+            raise ValueError(
+                f"stages.{name}: give exactly one of images (train or val) and features (a stage's name)"
+            )
 
 
 class AssignStage(Stage):
@@ -54,10 +57,14 @@ class AssignStage(Stage):
         parts = [top_clusters(logits.float()) for logits in self._logits(model)]
         width = min(TOP, model.num_clusters)
         probability = torch.cat([p for p, _ in parts]) if parts else torch.empty(0, width)
-        top = torch.cat([t for _, t in parts]) if parts else torch.empty(0, width, dtype=torch.int64)
+        top = (
+            torch.cat([t for _, t in parts]) if parts else torch.empty(0, width, dtype=torch.int64)
+        )
         probability, top = gather_rows(probability), gather_rows(top)
         if c.world.rank == 0:
-            Assignments(top[:, 0].numpy(), model.num_clusters, probability[:, 0].numpy(), top.numpy()).save(c.out)
+            Assignments(
+                top[:, 0].numpy(), model.num_clusters, probability[:, 0].numpy(), top.numpy()
+            ).save(c.out)
         barrier()
 
     def _logits(self, model: ClusterModel) -> Iterator[Tensor]:
@@ -67,13 +74,17 @@ class AssignStage(Stage):
 
             table = FeatureTable.open(c.inputs["features"])
             for rows in _chunks(table.num_rows, config.batch, c.world.rank, c.world.world_size):
-                yield model.from_features(torch.from_numpy(table.rows(rows, 0)).to(c.world.device).float())
+                yield model.from_features(
+                    torch.from_numpy(table.rows(rows, 0)).to(c.world.device).float()
+                )
             return
         from dist_scan.data.feed import eval_batches
-        from dist_scan.engine.images import open_images
+        from dist_scan.data.images import open_images
         from dist_scan.stages.beton import beton_path
 
-        loader, recipes = open_images(beton_path(c.inputs["images"]), (config.recipe,), config.batch, c.run, c.world)
+        loader, recipes = open_images(
+            beton_path(c.inputs["images"]), (config.recipe,), config.batch, c.run, c.world
+        )
         blocks = _chunks(loader.num_images, config.batch, c.world.rank, c.world.world_size)
         rows = np.concatenate(blocks) if blocks else np.arange(0)
         for batch in eval_batches(loader, recipes[0], rows, c.world.device):

@@ -1,4 +1,5 @@
 """A stage: a folder made from other folders. Its config names its inputs; the pipeline decides whether it must run."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from dist_scan.config import RunConfig, Strict
+from dist_scan.config import RunConfig, StrictModel
 from dist_scan.engine.stop import Stop
 from dist_scan.world.world import World
 
@@ -16,8 +17,16 @@ Ref = Annotated[str, REF]
 Images = Annotated[Literal["train", "val"], IMAGES]
 
 
-TAKES = {"features": "features", "held_out_features": "features", "neighbours": "neighbours", "held_out_neighbours": "neighbours",
-         "backbone": "backbone", "model": "model", "subjects": "clusters", "evaluate": "evaluation"}
+TAKES = {
+    "features": "features",
+    "held_out_features": "features",
+    "neighbours": "neighbours",
+    "held_out_neighbours": "neighbours",
+    "backbone": "backbone",
+    "model": "model",
+    "subjects": "clusters",
+    "evaluate": "evaluation",
+}
 """What must lie in the folder that a role refers to (subjects.mine is of the role subjects)."""
 
 
@@ -26,7 +35,7 @@ def beton_stage(split: str) -> str:
     return f"beton_{split}"
 
 
-class StageConfig(Strict):
+class StageConfig(StrictModel):
     """Settings of a stage; `kind` is the name of its file."""
 
     kind: str
@@ -52,9 +61,15 @@ class StageConfig(Strict):
         for role, target in self.inputs().items():
             wanted, stage = TAKES.get(role.split(".")[0]), earlier[target]
             if wanted and wanted not in (stage.publishes() if stage is not None else ("images",)):
-                fitting = [other for other, s in earlier.items() if s is not None and wanted in s.publishes()]
-                raise ValueError(f"stages.{name}.{role}: '{target}'{f' (kind {stage.kind})' if stage is not None else ''} publishes no {wanted}; "
-                                 f"allowed: {', '.join(fitting) or f'none; put a stage that publishes {wanted} before it'}")
+                fitting = [
+                    other
+                    for other, s in earlier.items()
+                    if s is not None and wanted in s.publishes()
+                ]
+                raise ValueError(
+                    f"stages.{name}.{role}: '{target}'{f' (kind {stage.kind})' if stage is not None else ''} publishes no {wanted}; "
+                    f"allowed: {', '.join(fitting) or f'none; put a stage that publishes {wanted} before it'}"
+                )
 
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """Raise ValueError when this stage does not fit the stages it refers to (before any work)."""
@@ -116,7 +131,7 @@ class Stage(ABC):
     for_people: ClassVar[tuple[str, ...]] = ()
     """Files of this stage that are copied to the top of the run's folder."""
 
-    def __init__(self, config: StageConfig, context: Context):
+    def __init__(self, config: StageConfig, context: Context) -> None:
         self.config, self.context = config, context
 
     @abstractmethod

@@ -1,11 +1,12 @@
 """Images in, one checked .beton out. The pipeline puts this stage first, once for each split of `data:`."""
+
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Literal
 
-from dist_scan.data.sources import DataConfig, open_source
+from dist_scan.data.sources.base import DataConfig, open_source
 from dist_scan.stages.base import Stage, StageConfig
 from dist_scan.world.collectives import broadcast_object
 
@@ -45,7 +46,9 @@ class BetonStage(Stage):
         workers = run.runtime.workers or len(os.sched_getaffinity(0))
         report = write_beton(source, self.context.out / FILE, config.data, workers)
         if report.num_bad:
-            self.context.say(f"{self.context.name}: {report.num_bad} of {report.num_bad + report.num_images} images could not be read; listed in {report.bad_path}")
+            self.context.say(
+                f"{self.context.name}: {report.num_bad} of {report.num_bad + report.num_images} images could not be read; listed in {report.bad_path}"
+            )
 
 
 def beton_path(folder: Path) -> Path:

@@ -1,13 +1,15 @@
 """Backbone + images -> FeatureTable [N, V, D]: the bank of cached views."""
+
 from __future__ import annotations
 
-from typing import Any, Literal, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from dist_scan.config import RunConfig
-from dist_scan.data.augment import RecipeConfig
+from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.engine.precision import Precision
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_embedder
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
@@ -37,9 +39,13 @@ class EmbedConfig(StageConfig):
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """Either a backbone or pixels; one centre crop is enough."""
         if self.pixels == (self.backbone is not None):
-            raise ValueError(f"stages.{name}: give either backbone (a stage's name) or pixels: true")
+            raise ValueError(
+                f"stages.{name}: give either backbone (a stage's name) or pixels: true"
+            )
         if self.views > 1 and self.recipe.name == "center":
-            raise ValueError(f"stages.{name}.views: {self.views} centre crops would be equal; allowed: 1. Give a random recipe, or views: 1")
+            raise ValueError(
+                f"stages.{name}.views: {self.views} centre crops would be equal; allowed: 1. Give a random recipe, or views: 1"
+            )
 
 
 class EmbedStage(Stage):
@@ -49,8 +55,8 @@ class EmbedStage(Stage):
 
     def run(self) -> None:
         """Collective; goes on from the shards that are there."""
+        from dist_scan.data.images import open_images
         from dist_scan.engine.embed import checked, embed_images
-        from dist_scan.engine.images import open_images
         from dist_scan.stages.beton import beton_path
 
         config, c = self.config, self.context
@@ -58,10 +64,36 @@ class EmbedStage(Stage):
             network = build_backbone(BackboneConfig(name="pixels"))
         else:
             network = checked(load_embedder(c.inputs["backbone"], config.projection))
-        loader, recipes = open_images(beton_path(c.inputs["images"]), (config.recipe,) * config.views, config.batch, c.run, c.world)
-        sample = recipes[0](torch.zeros(1, recipes[0].crop.size, recipes[0].crop.size, 3, dtype=torch.uint8), [0], seed=0, epoch=0, view=0)
+        loader, recipes = open_images(
+            beton_path(c.inputs["images"]),
+            (config.recipe,) * config.views,
+            config.batch,
+            c.run,
+            c.world,
+        )
+        sample = recipes[0](
+            torch.zeros(1, recipes[0].crop.size, recipes[0].crop.size, 3, dtype=torch.uint8),
+            [0],
+            seed=0,
+            epoch=0,
+            view=0,
+        )
         with torch.inference_mode():
             dim = network.eval()(sample).shape[1]
-        c.say(f"{c.name}: {loader.num_images:,} images x {config.views} view{'s' * (config.views > 1)} x {dim} in float16: "
-              f"{loader.num_images * config.views * dim * 2 / 2**30:.3g} GiB in {config.num_shards} shards")
-        embed_images(network, loader, recipes, c.out, dim, config.num_shards, c.run.seed, c.world, c.stop, config.precision, c.name)
+        c.say(
+            f"{c.name}: {loader.num_images:,} images x {config.views} view{'s' * (config.views > 1)} x {dim} in float16: "
+            f"{loader.num_images * config.views * dim * 2 / 2**30:.3g} GiB in {config.num_shards} shards"
+        )
+        embed_images(
+            network,
+            loader,
+            recipes,
+            c.out,
+            dim,
+            config.num_shards,
+            c.run.seed,
+            c.world,
+            c.stop,
+            config.precision,
+            c.name,
+        )

@@ -1,4 +1,5 @@
 """Assignments meet labels, for the first and only time. Without labels: what can be said without them."""
+
 from __future__ import annotations
 
 import json
@@ -7,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dist_scan.artefacts import MANIFEST, write_json
 from dist_scan.data.assignments import Assignments
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.stages.beton import beton_path
+from dist_scan.storage.artifacts import MANIFEST, write_json
 from dist_scan.world.collectives import barrier
 
 PURITY_AT = (1, 5, 20, 50)
@@ -33,7 +34,9 @@ class EvaluateConfig(StageConfig):
 
     def inputs(self) -> dict[str, str]:
         """The subjects are references too."""
-        return super().inputs() | {f"subjects.{name}": stage for name, stage in self.subjects.items()}
+        return super().inputs() | {
+            f"subjects.{name}": stage for name, stage in self.subjects.items()
+        }
 
 
 class EvaluateStage(Stage):
@@ -52,8 +55,12 @@ class EvaluateStage(Stage):
 
         labels = read_labels(beton_path(self.context.inputs["images"]))
         subjects = {name: self._subject(name, labels) for name in self.config.subjects}
-        facts: dict[str, Any] = {"num_images": len(labels), "num_labelled": int((labels >= 0).sum()),
-                                 "num_classes": int(labels.max()) + 1 if (labels >= 0).any() else 0, "subjects": subjects}
+        facts: dict[str, Any] = {
+            "num_images": len(labels),
+            "num_labelled": int((labels >= 0).sum()),
+            "num_classes": int(labels.max()) + 1 if (labels >= 0).any() else 0,
+            "subjects": subjects,
+        }
         if self.config.neighbours is not None:
             facts["neighbour_purity"] = self._neighbour_purity(labels)
         if self.config.heads is not None:
@@ -67,12 +74,19 @@ class EvaluateStage(Stage):
         stage = self.config.subjects[name]
         found = Assignments.load(self.context.inputs[f"subjects.{name}"])
         if len(found.cluster) != len(labels):
-            raise ValueError(f"stages.{self.context.name}.subjects.{name}: stage '{stage}' assigned {len(found.cluster)} images, "
-                             f"'{self.config.images}' has {len(labels)}; evaluate it on the split it was made from")
+            raise ValueError(
+                f"stages.{self.context.name}.subjects.{name}: stage '{stage}' assigned {len(found.cluster)} images, "
+                f"'{self.config.images}' has {len(labels)}; evaluate it on the split it was made from"
+            )
         sizes = np.bincount(found.cluster, minlength=found.num_clusters)
         scores = evaluate_assignment(found.cluster, labels, found.num_clusters, found.top)
-        return {**scores, "seconds": round(chain_seconds(self.context.inputs[f"subjects.{name}"]), 1),
-                "num_clusters": found.num_clusters, **cluster_health(sizes), **self._history(name, labels)}
+        return {
+            **scores,
+            "seconds": round(chain_seconds(self.context.inputs[f"subjects.{name}"]), 1),
+            "num_clusters": found.num_clusters,
+            **cluster_health(sizes),
+            **self._history(name, labels),
+        }
 
     def _history(self, name: str, labels: np.ndarray) -> dict[str, Any]:
         """Agreement with the labels of every clustering that a method kept (DeepCluster's Figure 2a): geometric NMI, as in its paper."""
@@ -85,8 +99,17 @@ class EvaluateStage(Stage):
             epochs, clusters = kept["epoch"], kept["cluster"]
         held = (clusters >= 0).any(1)
         epochs, clusters = epochs[held], clusters[held]
-        tables = (contingency(c[c >= 0], labels[c >= 0], int(c.max()) + 1, int(labels.max()) + 1) for c in clusters)
-        return {"history": {"epoch": epochs.tolist(), "nmi": [nmi(t, "geometric") for t in tables], "nmi_variant": "geometric"}}
+        tables = (
+            contingency(c[c >= 0], labels[c >= 0], int(c.max()) + 1, int(labels.max()) + 1)
+            for c in clusters
+        )
+        return {
+            "history": {
+                "epoch": epochs.tolist(),
+                "nmi": [nmi(t, "geometric") for t in tables],
+                "nmi_variant": "geometric",
+            }
+        }
 
     def _neighbour_purity(self, labels: np.ndarray) -> dict[str, float] | None:
         from dist_scan.data.tables import NeighbourTable
@@ -96,7 +119,9 @@ class EvaluateStage(Stage):
         if not (labels >= 0).any():
             return None
         ids = table.rows(np.arange(table.num_rows))[0]
-        return {str(k): neighbour_purity(ids, labels, k) for k in PURITY_AT if k <= table.num_neighbours}
+        return {
+            str(k): neighbour_purity(ids, labels, k) for k in PURITY_AT if k <= table.num_neighbours
+        }
 
     def _heads(self, labels: np.ndarray) -> Any:
         """The heads' table; with every head's scores when a subject is a consensus stage of these heads on this split."""
@@ -106,7 +131,9 @@ class EvaluateStage(Stage):
         if not (folder / "heads.json").is_file():
             return None
         table = json.loads((folder / "heads.json").read_text())
-        for file in (self.context.inputs[f"subjects.{name}"] / "heads.npz" for name in self.config.subjects):
+        for file in (
+            self.context.inputs[f"subjects.{name}"] / "heads.npz" for name in self.config.subjects
+        ):
             if not file.is_file():
                 continue
             model = json.loads((file.parent / MANIFEST).read_text())["inputs"].get("model", "")
@@ -115,7 +142,11 @@ class EvaluateStage(Stage):
             with np.load(file) as every:
                 for row, cluster, number in zip(table["heads"], every["cluster"], every["sizes"]):
                     scores = evaluate_assignment(cluster, labels, int(number))
-                    row |= {key: scores[key] for key in ("acc", "nmi", "ari", "many_to_one") if scores.get(key) is not None}
+                    row |= {
+                        key: scores[key]
+                        for key in ("acc", "nmi", "ari", "many_to_one")
+                        if scores.get(key) is not None
+                    }
             break
         return table
 

@@ -1,18 +1,20 @@
 """A backbone or features that exist already, in the place of a pretext or an embedding of our own."""
+
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
 
 from dist_scan.config import RunConfig
-from dist_scan.data.augment import RecipeConfig
-from dist_scan.engine.images import input_facts
+from dist_scan.data.augment.recipes import RecipeConfig
+from dist_scan.data.images import input_facts
 from dist_scan.models.backbone import BackboneConfig, build_backbone, save_backbone
-from dist_scan.models.checkpoints import read_cluster_head
-from dist_scan.models.cluster import ClusterModel, save_cluster_model
+from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
+from dist_scan.models.import_weights import read_cluster_head
 from dist_scan.models.layers import FeatureNorm
 from dist_scan.stages.base import Images, Stage, StageConfig
 from dist_scan.world.collectives import barrier
@@ -32,17 +34,29 @@ class GivenConfig(StageConfig):
     num_shards: int = Field(default=16, ge=1)
 
     def publishes(self) -> tuple[str, ...]:
-        return ("features",) if self.features is not None else ("backbone",) if self.cluster_head is None else ("backbone", "model")
+        return (
+            ("features",)
+            if self.features is not None
+            else ("backbone",)
+            if self.cluster_head is None
+            else ("backbone", "model")
+        )
 
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """One of the two, and the files exist."""
         if (self.backbone is None) == (self.features is None):
             raise ValueError(f"stages.{name}: give exactly one of backbone and features")
-        if self.cluster_head is not None and (self.backbone is None or self.backbone.checkpoint is None):
-            raise ValueError(f"stages.{name}.cluster_head: {self.cluster_head!r}, but there is no backbone.checkpoint to take it from; give one, or remove it")
+        if self.cluster_head is not None and (
+            self.backbone is None or self.backbone.checkpoint is None
+        ):
+            raise ValueError(
+                f"stages.{name}.cluster_head: {self.cluster_head!r}, but there is no backbone.checkpoint to take it from; give one, or remove it"
+            )
         path = self.features or (self.backbone and self.backbone.checkpoint)
         if path and not Path(path).is_file():
-            raise ValueError(f"stages.{name}: the file '{path}' does not exist; give the path of a .npy of features or of a checkpoint")
+            raise ValueError(
+                f"stages.{name}: the file '{path}' does not exist; give the path of a .npy of features or of a checkpoint"
+            )
 
 
 class GivenStage(Stage):
@@ -58,7 +72,9 @@ class GivenStage(Stage):
             else:
                 from dist_scan.data.tables import FeatureTable
 
-                FeatureTable.from_npy(self.config.features, self.context.out, self.config.num_shards)
+                FeatureTable.from_npy(
+                    self.config.features, self.context.out, self.config.num_shards
+                )
         barrier()
 
     def _publish_network(self) -> None:
@@ -68,12 +84,22 @@ class GivenStage(Stage):
         save_backbone(c.out, backbone, config)
         if self.config.cluster_head is None:
             return
-        found = read_cluster_head(config.checkpoint, None if self.config.cluster_head == "best" else self.config.cluster_head)
+        found = read_cluster_head(
+            config.checkpoint,
+            None if self.config.cluster_head == "best" else self.config.cluster_head,
+        )
         if found.weight.shape[1] != backbone.num_features:
-            raise ValueError(f"stages.{c.name}: the head of '{config.checkpoint}' reads {found.weight.shape[1]} features, "
-                             f"{config.name} makes {backbone.num_features}; give the backbone that it was trained on")
+            raise ValueError(
+                f"stages.{c.name}: the head of '{config.checkpoint}' reads {found.weight.shape[1]} features, "
+                f"{config.name} makes {backbone.num_features}; give the backbone that it was trained on"
+            )
         head = nn.Linear(*found.weight.shape[::-1])
         head.load_state_dict({"weight": found.weight, "bias": found.bias})
-        save_cluster_model(c.out, ClusterModel(backbone, FeatureNorm("none", backbone.num_features), head, config), best_head=found.number,
-                           input=input_facts(RecipeConfig(name="center"), c.run), provenance={"file": Path(config.checkpoint).name, "stage": c.name})
+        save_cluster_model(
+            c.out,
+            ClusterModel(backbone, FeatureNorm("none", backbone.num_features), head, config),
+            best_head=found.number,
+            input=input_facts(RecipeConfig(name="center"), c.run),
+            provenance={"file": Path(config.checkpoint).name, "stage": c.name},
+        )
         c.say(f"{c.name}: head {found.number} of {found.num_heads}, {len(found.bias)} clusters")

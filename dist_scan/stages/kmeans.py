@@ -1,7 +1,9 @@
 """FeatureTable -> a cluster for every image by exact k-means: the baseline on pixels and on pretext features."""
+
 from __future__ import annotations
 
-from typing import Any, Literal, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -35,13 +37,17 @@ class KMeansConfig(StageConfig):
     def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
         """Whitened rows have unit length."""
         if self.whiten_dim is not None and not self.normalise:
-            raise ValueError(f"stages.{name}.normalise: false, but whitened rows get unit length; leave it out, or whiten_dim")
+            raise ValueError(
+                f"stages.{name}.normalise: false, but whitened rows get unit length; leave it out, or whiten_dim"
+            )
 
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """Every cluster needs an image."""
         if self.num_clusters > num_images:
-            raise ValueError(f"stages.{name}.num_clusters: {self.num_clusters} clusters of {num_images} images; "
-                             f"allowed: at most {num_images}. Lower it, or give more images")
+            raise ValueError(
+                f"stages.{name}.num_clusters: {self.num_clusters} clusters of {num_images} images; "
+                f"allowed: at most {num_images}. Lower it, or give more images"
+            )
 
 
 class KMeansStage(Stage):
@@ -52,18 +58,34 @@ class KMeansStage(Stage):
 
     def run(self) -> None:
         """Collective."""
-        from dist_scan.artefacts import WORK, write_atomic
         from dist_scan.data.tables import FeatureTable
         from dist_scan.search.kmeans import kmeans
         from dist_scan.search.whiten import whiten_table, whitened
+        from dist_scan.storage.artifacts import WORK, write_atomic
 
         c, s = self.context, self.config
         table = FeatureTable.open(c.inputs["features"])
         if s.whiten_dim is not None:
-            table = whitened(table, whiten_table(table, s.whiten_dim), c.out / WORK / "whitened", stop=lambda: c.stop.asked)
-        result = kmeans(table, s.num_clusters, iterations=s.iterations, tolerance=s.tolerance, init=s.init,
-                        restarts=s.restarts, spherical=s.spherical, normalise=s.normalise, seed=c.run.seed,
-                        stop=lambda: c.stop.asked, progress=c.world.rank == 0, keep=c.out / WORK / "kmeans.npz")
+            table = whitened(
+                table,
+                whiten_table(table, s.whiten_dim),
+                c.out / WORK / "whitened",
+                stop=lambda: c.stop.asked,
+            )
+        result = kmeans(
+            table,
+            s.num_clusters,
+            iterations=s.iterations,
+            tolerance=s.tolerance,
+            init=s.init,
+            restarts=s.restarts,
+            spherical=s.spherical,
+            normalise=s.normalise,
+            seed=c.run.seed,
+            stop=lambda: c.stop.asked,
+            progress=c.world.rank == 0,
+            keep=c.out / WORK / "kmeans.npz",
+        )
         if c.world.rank == 0:
             Assignments(result.assignment, s.num_clusters).save(c.out)
             write_atomic(c.out / "centroids.npy", lambda f: np.save(f, result.centroids))

@@ -1,7 +1,9 @@
 """FeatureTable -> NeighbourTable [N, K]: the exact nearest others of every image, itself removed by index."""
+
 from __future__ import annotations
 
-from typing import Any, Literal, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -22,8 +24,10 @@ class NeighboursConfig(StageConfig):
     def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
         """K must leave room: an image is not its own neighbour."""
         if self.num_neighbours >= num_images:
-            raise ValueError(f"stages.{name}.num_neighbours: {self.num_neighbours} neighbours need more than {num_images} images; "
-                             f"allowed: at most {num_images - 1}. Lower it, or give more images")
+            raise ValueError(
+                f"stages.{name}.num_neighbours: {self.num_neighbours} neighbours need more than {num_images} images; "
+                f"allowed: at most {num_images - 1}. Lower it, or give more images"
+            )
 
 
 class NeighboursStage(Stage):
@@ -37,5 +41,11 @@ class NeighboursStage(Stage):
         from dist_scan.search.neighbours import mine_neighbours
 
         c = self.context
-        mine_neighbours(FeatureTable.open(c.inputs["features"]), c.out, self.config.num_neighbours, metric=self.config.metric,
-                        stop=lambda: c.stop.asked, progress=c.world.rank == 0)
+        mine_neighbours(
+            FeatureTable.open(c.inputs["features"]),
+            c.out,
+            self.config.num_neighbours,
+            metric=self.config.metric,
+            stop=lambda: c.stop.asked,
+            progress=c.world.rank == 0,
+        )

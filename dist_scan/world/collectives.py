@@ -1,4 +1,5 @@
 """What ranks say to each other. Every function is the identity when alone, so no algorithm asks whether it is."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_scan.sections import section
+from dist_scan.monitoring.step_timer import section
 
-from .world import current
+from dist_scan.world.world import current
 
 TALK = section("all_reduce")
 
@@ -75,7 +76,7 @@ class _AllRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         start = current().rank * ctx.rows
-        return all_sum(grad.contiguous())[start:start + ctx.rows]
+        return all_sum(grad.contiguous())[start : start + ctx.rows]
 
 
 def all_rows(x: Tensor) -> Tensor:
@@ -90,12 +91,14 @@ def gather_rows(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order, uneven counts allowed, no gradient."""
     if _alone():
         return x
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(current().world_size)]
+    sizes = [
+        torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(current().world_size)
+    ]
     with TALK:
         dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
     counts = [int(s) for s in sizes]
     padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[:x.shape[0]] = x.detach()
+    padded[: x.shape[0]] = x.detach()
     out = [torch.empty_like(padded) for _ in counts]
     with TALK:
         dist.all_gather(out, padded)

@@ -1,4 +1,5 @@
 """The processes that work together: who this one is, on which device, and how they meet. GPU or CPU, place 1 of 4."""
+
 from __future__ import annotations
 
 import os
@@ -46,9 +47,13 @@ def device_for(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("runtime.device: 'cuda' was asked for but this machine has no GPU; allowed: auto, cpu")
+        raise ValueError(
+            "runtime.device: 'cuda' was asked for but this machine has no GPU; allowed: auto, cpu"
+        )
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer processes")
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer processes"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -66,13 +71,19 @@ def open_world(device: str = "auto", timeout_s: float = 1800.0) -> World:
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
-        store = _store_on_this_machine(rank, world_size, limit) if env.get("MASTER_ADDR") == LOOPBACK else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        store = (
+            _store_on_this_machine(rank, world_size, limit)
+            if env.get("MASTER_ADDR") == LOOPBACK
+            else None
+        )
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
+        )
     _current = World(rank, world_size, local_rank, local_size, place)
     return _current
 
 
-def _store_on_this_machine(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def _store_on_this_machine(rank: int, world_size: int, timeout: timedelta) -> dist.ArtifactStore:
     """The rendezvous of a run on one machine, which nobody outside can reach: torch's own would listen on every address.
     gloo's connections stay on the loopback interface too."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -83,7 +94,9 @@ def _store_on_this_machine(rank: int, world_size: int, timeout: timedelta) -> di
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK, port))
     listener.listen(4096)
-    return dist.TCPStore(LOOPBACK, port, world_size, True, timeout, master_listen_fd=listener.detach())
+    return dist.TCPStore(
+        LOOPBACK, port, world_size, True, timeout, master_listen_fd=listener.detach()
+    )
 
 
 def close_world() -> None:
@@ -102,7 +115,9 @@ def wrap(module: torch.nn.Module) -> torch.nn.Module:
     """
     if _current.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
-    return torch.nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return torch.nn.parallel.DistributedDataParallel(
+        module, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def free_bytes(device: torch.device) -> int:
@@ -111,7 +126,10 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
     room = [int(available[1]) * 1024] if available else []
-    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    limit, used = (
+        _text("/sys/fs/cgroup/memory.max").strip(),
+        _text("/sys/fs/cgroup/memory.current").strip(),
+    )
     room += [int(limit) - int(used)] if limit.isdigit() and used.isdigit() else []
     return max(min(room, default=0), 0)
 

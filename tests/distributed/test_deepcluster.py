@@ -1,5 +1,8 @@
 """DeepCluster's (v1, v2) whole-set moment and its training: W ranks equal one; the assignment is kept; labels are not needed."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,31 +12,46 @@ from tests.ranks import run_ranks
 
 N, B, STEPS = 96, 24, 3
 KMEANS = dict(num_clusters=8, whiten_dim=6, top_lr_scale=2.0, track=True)
-CASES = {"kmeans": KMEANS, "released": KMEANS | dict(sampler="released_order", whiten_dim=None, top_momentum=0.5), "images": KMEANS | dict(sampler="images"),
-         "v2": dict(num_clusters=6, num_heads=3, projection_dim=8, hidden_dim=16, small_crops=1),
-         "pic": dict(num_clusters=3, clustering="pic", whiten_dim=6, pic_sigma=0.7, pic_neighbours=3)}
+CASES = {
+    "kmeans": KMEANS,
+    "released": KMEANS | dict(sampler="released_order", whiten_dim=None, top_momentum=0.5),
+    "images": KMEANS | dict(sampler="images"),
+    "v2": dict(num_clusters=6, num_heads=3, projection_dim=8, hidden_dim=16, small_crops=1),
+    "pic": dict(num_clusters=3, clustering="pic", whiten_dim=6, pic_sigma=0.7, pic_neighbours=3),
+}
 
 
 def images() -> torch.Tensor:
     """Six kinds of pictures with noise, in float64."""
     gen = torch.Generator().manual_seed(5)
     kinds = torch.randn(6, 3, 8, 8, generator=gen, dtype=torch.float64)
-    return kinds[torch.arange(N) % 6] + 0.5 * torch.randn(N, 3, 8, 8, generator=gen, dtype=torch.float64)
+    return kinds[torch.arange(N) % 6] + 0.5 * torch.randn(
+        N, 3, 8, 8, generator=gen, dtype=torch.float64
+    )
 
 
 def make(settings: dict, folder, epochs: int = 2):
     """The method in float64 on a tiny network, and an embed over all ranks into folder."""
     from dist_scan.config import kind_class
     from dist_scan.data.tables import FeatureTable
-    from dist_scan.methods.base import Given
+    from dist_scan.methods.base import MethodInputs
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import current
 
     torch.manual_seed(0)
     config = BackboneConfig(name="resnet_small", width=4)
-    given = Given(num_images=N, global_batch=B, seed=3, total_steps=2 * STEPS, feature_dim=16, backbone=build_backbone(config),
-                  backbone_config=config, epochs=epochs, work_dir=folder / f"work-{current().world_size}")
+    given = MethodInputs(
+        num_images=N,
+        global_batch=B,
+        seed=3,
+        total_steps=2 * STEPS,
+        feature_dim=16,
+        backbone=build_backbone(config),
+        backbone_config=config,
+        epochs=epochs,
+        work_dir=folder / f"work-{current().world_size}",
+    )
 
     @torch.no_grad()
     def embed(network, recipe="center"):
@@ -42,26 +60,37 @@ def make(settings: dict, folder, epochs: int = 2):
         if current().rank == 0:
             table = FeatureTable.create(out, N, 1, network.num_features, 8)
             for s in range(8):
-                table.write_shard(s, network.eval()(images()[slice(*table.shard_range(s))])[:, None].numpy())
+                table.write_shard(
+                    s, network.eval()(images()[slice(*table.shard_range(s))])[:, None].numpy()
+                )
         network.eval()
         barrier()
         return FeatureTable.open(out)
 
-    cls = kind_class("dist_scan.methods", "deepcluster_v2" if "small_crops" in settings else "deepcluster")
+    cls = kind_class(
+        "dist_scan.methods", "deepcluster_v2" if "small_crops" in settings else "deepcluster"
+    )
     return cls(cls.Config(**settings), given).double(), embed
 
 
 def train(settings: dict, folder):
     """Two epochs of a few steps through DDP: losses, assignments, rows visited, the state at the end, what is logged."""
     from dist_scan.data.batch import Batch
-    from dist_scan.engine.optim import OptimizerConfig, build_optimizer, forget, set_learning_rate
+    from dist_scan.engine.optimizer import (
+        OptimizerConfig,
+        build_optimizer,
+        forget,
+        set_learning_rate,
+    )
     from dist_scan.models.layers import sync_running_stats
     from dist_scan.world.collectives import all_mean
     from dist_scan.world.world import current, wrap
 
     method, embed = make(settings, folder)
     network, world, x = wrap(method), current(), images()
-    optimizer = build_optimizer(OptimizerConfig(lr=0.02, weight_decay=1e-3), method.parameter_groups())
+    optimizer = build_optimizer(
+        OptimizerConfig(lr=0.02, weight_decay=1e-3), method.parameter_groups()
+    )
     losses, assigned, visited = [], [], []
     for epoch in range(2):
         forget(optimizer, method.begin_epoch(epoch, embed))
@@ -71,9 +100,11 @@ def train(settings: dict, folder):
         assigned.append(method.targets.numpy().copy())
         visited.append(order)
         for s in range(STEPS):
-            rows = torch.from_numpy(order[s * B:(s + 1) * B]).chunk(world.world_size)[world.rank]
+            rows = torch.from_numpy(order[s * B : (s + 1) * B]).chunk(world.world_size)[world.rank]
             set_learning_rate(optimizer, 0.02)
-            views = (x[rows], x[rows].flip(3), x[rows, :, 1:7, 1:7])[:len(method.recipes_for(method.config))]
+            views = (x[rows], x[rows].flip(3), x[rows, :, 1:7, 1:7])[
+                : len(method.recipes_for(method.config))
+            ]
             batch = Batch(rows, views, epoch, s)
             step = network(batch)
             step.loss.backward()
@@ -83,13 +114,23 @@ def train(settings: dict, folder):
             optimizer.zero_grad()
             losses.append(float(all_mean(step.loss.detach())))
     method.collect()
-    return losses, assigned, visited, {k: v.numpy() for k, v in method.state_dict().items()}, method.end_epoch(1, None)
+    return (
+        losses,
+        assigned,
+        visited,
+        {k: v.numpy() for k, v in method.state_dict().items()},
+        method.end_epoch(1, None),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one(name, tmp_path):
+def test_ranks_equal_one(name, tmp_path: Path) -> None:
     losses, assigned, visited, state, logged = train(CASES[name], tmp_path)
-    assert len(np.unique(assigned[1])) > 2 and (losses[2] < losses[0] or name == "v2") and 0 < logged["nmi_previous"] <= 1
+    assert (
+        len(np.unique(assigned[1])) > 2
+        and (losses[2] < losses[0] or name == "v2")
+        and 0 < logged["nmi_previous"] <= 1
+    )
     for world_size in (3,) if name == "kmeans" else (2,):
         for other in run_ranks(train, world_size, CASES[name], tmp_path):
             np.testing.assert_allclose(other[0], losses, rtol=1e-6)
@@ -100,7 +141,7 @@ def test_ranks_equal_one(name, tmp_path):
             assert other[4] == pytest.approx(logged)
 
 
-def test_pic_beyond_the_top_layer_leaves_the_smallest_clusters_out(tmp_path):
+def test_pic_beyond_the_top_layer_leaves_the_smallest_clusters_out(tmp_path: Path) -> None:
     method, embed = make(CASES["pic"], tmp_path)
     method.begin_epoch(0, embed)
     order = method.epoch_rows(0, np.arange(N))
@@ -109,21 +150,29 @@ def test_pic_beyond_the_top_layer_leaves_the_smallest_clusters_out(tmp_path):
     assert len(order) == N and (targets[order] >= 0).all()
 
 
-def test_every_epoch_has_a_new_top_layer_without_memory_and_clusters_no_gaps(tmp_path):
+def test_every_epoch_has_a_new_top_layer_without_memory_and_clusters_no_gaps(
+    tmp_path: Path,
+) -> None:
     method, embed = make(KMEANS | dict(num_clusters=40, reassign=2), tmp_path, epochs=3)
     fresh = method.begin_epoch(0, embed)
-    assert [p.shape for p in fresh] == [(40, 16), (40,)] and not fresh[1].any() and 0.005 < float(fresh[0].detach().std()) < 0.015
+    assert (
+        [p.shape for p in fresh] == [(40, 16), (40,)]
+        and not fresh[1].any()
+        and 0.005 < float(fresh[0].detach().std()) < 0.015
+    )
     first = fresh[0].detach().clone()
     method.epoch_rows(0, np.arange(N))
     targets = method.targets.numpy()
-    assert set(targets) == set(range(int(method.used))) and int(method.facts[1]) == 40 - int(method.used)
+    assert set(targets) == set(range(int(method.used))) and int(method.facts[1]) == 40 - int(
+        method.used
+    )
     assert method.begin_epoch(1, embed) == () and torch.equal(method.top.weight, first)
     method.begin_epoch(2, embed)
     assert not torch.equal(method.top.weight, first)
     assert [g.momentum for g in method.parameter_groups()] == [None, 0.0]
 
 
-def test_what_is_published(tmp_path):
+def test_what_is_published(tmp_path: Path) -> None:
     from dist_scan.data.assignments import Assignments
     from dist_scan.models.backbone import load_backbone
 
@@ -135,11 +184,15 @@ def test_what_is_published(tmp_path):
     method.publish(tmp_path / "out")
     found, history = Assignments.load(tmp_path / "out"), np.load(tmp_path / "out" / "history.npz")
     np.testing.assert_array_equal(found.cluster, method.assignment.whole().numpy())
-    assert history["cluster"].shape == (2, N) and (history["cluster"][1] == found.cluster).all() and history["epoch"].tolist() == [0, 1]
+    assert (
+        history["cluster"].shape == (2, N)
+        and (history["cluster"][1] == found.cluster).all()
+        and history["epoch"].tolist() == [0, 1]
+    )
     assert load_backbone(tmp_path / "out")[0].num_features == 16
 
 
-def test_v2_tracks_the_first_head_and_publishes_clusters(tmp_path):
+def test_v2_tracks_the_first_head_and_publishes_clusters(tmp_path: Path) -> None:
     from dist_scan.data.assignments import Assignments
 
     method, embed = make(CASES["v2"] | dict(track=True), tmp_path)
@@ -157,7 +210,7 @@ def test_v2_tracks_the_first_head_and_publishes_clusters(tmp_path):
     np.testing.assert_array_equal(Assignments.load(tmp_path / "out").cluster, seen[-1])
 
 
-def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path):
+def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path: Path) -> None:
     from dist_scan.data.batch import Batch
 
     method, embed = make(CASES["v2"], tmp_path)
@@ -165,17 +218,25 @@ def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path)
     method.begin_epoch(0, embed)
     rows = torch.arange(B)
     method.epoch_rows(0, np.arange(N))
-    method.projections.write(torch.arange(N), torch.nn.functional.normalize(torch.randn(N, 2, 8), dim=2))
+    method.projections.write(
+        torch.arange(N), torch.nn.functional.normalize(torch.randn(N, 2, 8), dim=2)
+    )
     method.begin_epoch(1, embed)
     method.epoch_rows(1, np.arange(N))
     for head in range(3):  # nearest prototype by cosine of the view it looks at
-        nearest = (method.projections.whole()[:, head % 2] @ method.prototypes[head].float().T).argmax(1)
+        nearest = (
+            method.projections.whole()[:, head % 2] @ method.prototypes[head].float().T
+        ).argmax(1)
         assert (nearest == method.targets[:, head]).double().mean() > 0.9
     method.eval()
     x = images()[rows]
     both = method(Batch(rows, (x, x.flip(3), x[:, :, 1:7, 1:7]), 1, 0))
     one = [float(method(Batch(rows, (v, v), 1, 0)).loss) for v in (x, x.flip(3), x[:, :, 1:7, 1:7])]
-    assert float(both.loss) == pytest.approx(np.mean(one)) and both.keep["projections"].shape == (B, 2, 8)
+    assert float(both.loss) == pytest.approx(np.mean(one)) and both.keep["projections"].shape == (
+        B,
+        2,
+        8,
+    )
     method.end_step(Batch(rows, (x,), 1, 0), both)
     torch.testing.assert_close(method.projections.read(rows), both.keep["projections"].float())
     assert [p is method.prototypes for p in method.begin_epoch(2, embed)] == [True]
@@ -192,8 +253,13 @@ class Pictures:
 
         x, order = images(), epoch_order(self.rows, 0, epoch) if order is None else order
         for s in range(first_step, self.steps_per_epoch):
-            rows = torch.from_numpy(order[s * B:(s + 1) * B])
-            yield Batch(rows, (x[rows], x[rows].flip(3), x[rows, :, 1:7, 1:7]), epoch, epoch * self.steps_per_epoch + s)
+            rows = torch.from_numpy(order[s * B : (s + 1) * B])
+            yield Batch(
+                rows,
+                (x[rows], x[rows].flip(3), x[rows, :, 1:7, 1:7]),
+                epoch,
+                epoch * self.steps_per_epoch + s,
+            )
 
 
 class StopAt:
@@ -201,22 +267,22 @@ class StopAt:
 
     stage = "train"
 
-    def __init__(self, step=-1):
+    def __init__(self, step=-1) -> None:
         self.step, self.asked = step, False
 
-    def row(self, step, values):
+    def row(self, step, values) -> None:
         self.asked |= step == self.step - 1
 
-    def timing(self, step, values):
+    def timing(self, step, values) -> None:
         pass
 
 
 def trainer(name, folder, stop, embeds):
-    from dist_scan.engine.checkpoint import Checkpoints
-    from dist_scan.engine.loop import Schooling, Trainer
-    from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.position import Saver
-    from dist_scan.engine.profile import Setting, Timing
+    from dist_scan.engine.checkpoint import CheckpointStore
+    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+    from dist_scan.engine.train_state import Checkpointer
+    from dist_scan.engine.training_loop import Trainer, TrainSettings
+    from dist_scan.monitoring.profile import TrainingProfile, TrainingSetup
 
     method, embed = make(CASES[name], folder, epochs=3)
 
@@ -224,26 +290,40 @@ def trainer(name, folder, stop, embeds):
         embeds.append(len(embeds))
         return embed(network, recipe)
 
-    schooling = Schooling(OptimizerConfig(lr=0.02), ScheduleConfig(), 3, 0, "fp64", log_every=1)
-    return method, Trainer(method, Pictures(), schooling, counted, Saver(Checkpoints(folder / "checkpoints", 2, print), 1e9), stop, stop,
-                           Timing(stop, folder, Setting(B, 1)))
+    schooling = TrainSettings(OptimizerConfig(lr=0.02), ScheduleConfig(), 3, 0, "fp64", log_every=1)
+    return method, Trainer(
+        method,
+        Pictures(),
+        schooling,
+        counted,
+        Checkpointer(CheckpointStore(folder / "checkpoints", 2, print), 1e9),
+        stop,
+        stop,
+        TrainingProfile(stop, folder, TrainingSetup(B, 1)),
+    )
 
 
 @pytest.mark.parametrize("name", ["kmeans", "v2"])
-def test_a_run_resumed_inside_an_epoch_does_not_cluster_again(name, tmp_path, monkeypatch):
+def test_a_run_resumed_inside_an_epoch_does_not_cluster_again(
+    name, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dist_scan.methods import deepcluster, deepcluster_v2
-    from dist_scan.progress import Stopped
+    from dist_scan.monitoring.progress import StopRequested
 
     calls = []
     for module in (deepcluster, deepcluster_v2):
-        monkeypatch.setattr(module, "kmeans", lambda *a, real=module.kmeans, **k: (calls.append(1), real(*a, **k))[1])
+        monkeypatch.setattr(
+            module,
+            "kmeans",
+            lambda *a, real=module.kmeans, **k: (calls.append(1), real(*a, **k))[1],
+        )
     whole, run = trainer(name, tmp_path / "whole", StopAt(), [])
     run.run()
     wanted, per_epoch = len(calls), len(calls) // 3
     for step in (6, 4):  # in the second epoch; at the very end of the first
         folder, embeds = tmp_path / str(step), []
         calls.clear()
-        with pytest.raises(Stopped):
+        with pytest.raises(StopRequested):
             trainer(name, folder, StopAt(step), embeds)[1].run()
         before = len(calls)
         resumed, run = trainer(name, folder, StopAt(), embeds)
@@ -255,14 +335,16 @@ def test_a_run_resumed_inside_an_epoch_does_not_cluster_again(name, tmp_path, mo
         assert torch.equal(resumed.assignment.whole(), whole.assignment.whole())
 
 
-def test_a_crash_right_after_the_moment_finds_its_checkpoint(tmp_path, monkeypatch):
+def test_a_crash_right_after_the_moment_finds_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the same step there is a checkpoint from the end of the epoch before: the newer one is used."""
-    from dist_scan.progress import Stopped
+    from dist_scan.monitoring.progress import StopRequested
 
     embeds = []
     _, run = trainer("kmeans", tmp_path, StopAt(4), embeds)
     run.saver.interval_s = 0.0  # a checkpoint at every step, also at the epoch's last
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequested):
         run.run()
     assert len(embeds) == 1
     _, run = trainer("kmeans", tmp_path, StopAt(), embeds)
@@ -275,14 +357,18 @@ def test_a_crash_right_after_the_moment_finds_its_checkpoint(tmp_path, monkeypat
     assert len(embeds) == 3 and run.at.epoch == 3
 
 
-def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(tmp_path, monkeypatch):
+def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dist_scan.methods import deepcluster
-    from dist_scan.progress import Stopped
+    from dist_scan.monitoring.progress import StopRequested
 
     embeds, real = [], deepcluster.kmeans
-    monkeypatch.setattr(deepcluster, "kmeans", lambda *a, **k: real(*a, **{**k, "stop": lambda: len(embeds) == 2}))
+    monkeypatch.setattr(
+        deepcluster, "kmeans", lambda *a, **k: real(*a, **{**k, "stop": lambda: len(embeds) == 2})
+    )
     _, run = trainer("kmeans", tmp_path, StopAt(), embeds)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequested):
         run.run()
     monkeypatch.setattr(deepcluster, "kmeans", real)
     resumed, run = trainer("kmeans", tmp_path, StopAt(), embeds)
@@ -290,4 +376,6 @@ def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(tmp_path, monkey
     run.run()
     whole, other = trainer("kmeans", tmp_path / "whole", StopAt(), [])
     other.run()
-    assert len(embeds) == 4 and all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
+    assert len(embeds) == 4 and all(
+        torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items()
+    )

@@ -1,9 +1,11 @@
 """MMDC: W ranks equal one, the targets stay the same ones over any number of ranks, refinement, resume."""
+
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,23 +26,37 @@ CASES = {
 
 def make(name: str):
     """The method in float64 on a tiny network."""
-    from dist_scan.methods.base import Given
-    from dist_scan.methods.mmdc import MMDC, MMDCConfig
+    from dist_scan.methods.base import MethodInputs
+    from dist_scan.methods.mmdc import MMDCConfig, MMDCMethod
     from dist_scan.models.backbone import BackboneConfig, build_backbone
 
     torch.manual_seed(0)
     config = BackboneConfig(name="vgg_small", width=2)
     backbone = build_backbone(config)
-    given = Given(num_images=N, global_batch=B, seed=3, total_steps=STEPS, epochs=STEPS, feature_dim=backbone.num_features, backbone=backbone, backbone_config=config)
-    return MMDC(MMDCConfig(num_clusters=4, **{"rotation": False, **CASES[name]}), given).double()
+    given = MethodInputs(
+        num_images=N,
+        global_batch=B,
+        seed=3,
+        total_steps=STEPS,
+        epochs=STEPS,
+        feature_dim=backbone.num_features,
+        backbone=backbone,
+        backbone_config=config,
+    )
+    return MMDCMethod(
+        MMDCConfig(num_clusters=4, **{"rotation": False, **CASES[name]}), given
+    ).double()
 
 
 def images(*keys: int) -> torch.Tensor:
-    return torch.randn(*keys[1:], 3, 16, 16, generator=torch.Generator().manual_seed(keys[0]), dtype=torch.float64)
+    return torch.randn(
+        *keys[1:], 3, 16, 16, generator=torch.Generator().manual_seed(keys[0]), dtype=torch.float64
+    )
 
 
 def embed_with(folder):
     """What the stage hands to begin_epoch, on made images."""
+
     def embed(network, recipe):
         from dist_scan.data.tables import FeatureTable
         from dist_scan.world.collectives import barrier
@@ -53,6 +69,7 @@ def embed_with(folder):
                 table.write_shard(0, network.eval()(images(99, N)).float().numpy()[:, None])
         barrier()
         return FeatureTable.open(folder)
+
     return embed
 
 
@@ -64,13 +81,18 @@ def train(name: str, folder=None):
     from dist_scan.world.world import current, wrap
 
     method, world = make(name), current()
-    network, mine = wrap(method), slice(world.rank * B // world.world_size, (world.rank + 1) * B // world.world_size)
+    network, mine = (
+        wrap(method),
+        slice(world.rank * B // world.world_size, (world.rank + 1) * B // world.world_size),
+    )
     groups = method.parameter_groups()
     optimizer = torch.optim.SGD([p for g in groups for p in g.parameters], lr=0.5, momentum=0.9)
     losses, first = [], {}
     for s in range(STEPS):
         epoch = s  # an epoch of one step: with rotation every second one rotates
-        method.begin_epoch(epoch, embed_with(folder / str(world.world_size) / str(s)) if folder else None)
+        method.begin_epoch(
+            epoch, embed_with(folder / str(world.world_size) / str(s)) if folder else None
+        )
         method.train()
         index = torch.from_numpy(np.random.default_rng(s).permutation(N)[:B])
         views = tuple(images(10 * s + v, B)[mine] for v in range(len(method.views_of(epoch))))
@@ -84,9 +106,18 @@ def train(name: str, folder=None):
         sync_running_stats(method)
         optimizer.zero_grad()
     history = method.history.whole().numpy() if method.history is not None else np.zeros((N, 0))
-    state = method.target_id.state()  # as plain numbers: a tensor sent between processes dies with its sender
+    state = (
+        method.target_id.state()
+    )  # as plain numbers: a tensor sent between processes dies with its sender
     state["shards"] = {s: t.tolist() for s, t in state["shards"].items()}
-    return losses, first, {k: v.numpy() for k, v in method.state_dict().items()}, method.target_id.whole().numpy(), state, history
+    return (
+        losses,
+        first,
+        {k: v.numpy() for k, v in method.state_dict().items()},
+        method.target_id.whole().numpy(),
+        state,
+        history,
+    )
 
 
 @cache
@@ -95,13 +126,15 @@ def trained(world_size: int, name: str, folder=None):
     return [train(name, folder)] if world_size == 1 else run_ranks(train, world_size, name, folder)
 
 
-def close(a, b, what):
+def close(a, b, what) -> None:
     scale = max(float(np.abs(b).max()), 1e-3) if np.size(b) else 1.0
-    assert np.allclose(a, b, rtol=1e-6, atol=1e-6 * scale), f"{what}: {np.abs(a - b).max()} of {scale}"
+    assert np.allclose(a, b, rtol=1e-6, atol=1e-6 * scale), (
+        f"{what}: {np.abs(a - b).max()} of {scale}"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one(name, tmp_path):
+def test_ranks_equal_one(name, tmp_path: Path) -> None:
     folder = tmp_path if name == "refined" else None
     alone = trained(1, name, folder)[0]
     assert np.any(alone[1]["network.head.weight"]) and len(set(alone[0])) == STEPS
@@ -116,13 +149,13 @@ def test_ranks_equal_one(name, tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_multiset_of_targets_is_kept(world_size):
+def test_the_multiset_of_targets_is_kept(world_size: int) -> None:
     ids = trained(world_size, "small blocks")[0][3]
     assert np.array_equal(np.sort(ids), np.arange(N)), "nothing padded, doubled or lost"
     assert not np.array_equal(ids, np.arange(N)), "targets move"
 
 
-def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_path):
+def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_path: Path) -> None:
     from dist_scan.data.tables import FeatureTable
     from dist_scan.search.kmeans import kmeans
 
@@ -132,29 +165,41 @@ def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_pa
     method.begin_epoch(0, embed)
     ids = method.target_id.whole().numpy()
     assert ids.min() >= N and ids.max() < N + 4
-    found = kmeans(FeatureTable.open(tmp_path / "table"), 4, iterations=300, restarts=2, seed=3).assignment
+    found = kmeans(
+        FeatureTable.open(tmp_path / "table"), 4, iterations=300, restarts=2, seed=3
+    ).assignment
     assert len(set(zip(found, ids))) == len(set(found)), "k-means' clusters, renamed"
-    assert (before == ids - N).sum() == max((before == np.array(p)[found]).sum() for p in permutations(range(4)))
+    assert (before == ids - N).sum() == max(
+        (before == np.array(p)[found]).sum() for p in permutations(range(4))
+    )
 
 
-def test_refinement_that_was_asked_to_leave_goes_on(tmp_path):
-    from dist_scan.progress import Stopped
+def test_refinement_that_was_asked_to_leave_goes_on(tmp_path: Path) -> None:
+    from dist_scan.monitoring.progress import StopRequested
 
     targets, polls = [], iter(range(3))
-    for name, stop in (("whole", lambda: False), ("asked", lambda: next(polls, None) is None), ("asked", lambda: False)):
+    for name, stop in (
+        ("whole", lambda: False),
+        ("asked", lambda: next(polls, None) is None),
+        ("asked", lambda: False),
+    ):
         method = make("refined").eval()
         method.given = replace(method.given, work_dir=tmp_path / name, stop=stop)
         try:
             method.begin_epoch(0, embed_with(tmp_path / f"table {len(targets)}"))
-        except Stopped:
+        except StopRequested:
             assert (tmp_path / name / "refinement.npz").is_file()
             targets.append("stopped")
         else:
             targets.append(method.target_id.whole().tolist())
-    assert targets[1] == "stopped" and targets[2] == targets[0] and not (tmp_path / "asked" / "refinement.npz").exists()
+    assert (
+        targets[1] == "stopped"
+        and targets[2] == targets[0]
+        and not (tmp_path / "asked" / "refinement.npz").exists()
+    )
 
 
-def test_refinement_comes_once_a_round(tmp_path):
+def test_refinement_comes_once_a_round(tmp_path: Path) -> None:
     from dist_scan.methods.mmdc import MMDCConfig
 
     method = make("rotation")
@@ -173,7 +218,7 @@ def test_refinement_comes_once_a_round(tmp_path):
     assert [method.rotates(e) for e in range(4)] == [True, False, True, False]
 
 
-def test_rotations_are_told_apart_by_their_label():
+def test_rotations_are_told_apart_by_their_label() -> None:
     """A head that reads the corner which each quarter turn brings to the top left has the rotation's label."""
     from dist_scan.data.batch import Batch
 
@@ -183,9 +228,14 @@ def test_rotations_are_told_apart_by_their_label():
         def forward(self, x):
             return torch.stack([x[:, 0, 0, 0], x[:, 0, 0, -1], x[:, 0, -1, -1], x[:, 0, -1, 0]], 1)
 
-    method.network.backbone, method.rotation_head = Corners(), torch.nn.Linear(4, 4, bias=False, dtype=torch.float64)
+    method.network.backbone, method.rotation_head = (
+        Corners(),
+        torch.nn.Linear(4, 4, bias=False, dtype=torch.float64),
+    )
     picture = torch.zeros(5, 3, 8, 8, dtype=torch.float64)
-    picture[:, :, 0, 0] = 1  # turned counter-clockwise the top left corner goes to the bottom left, bottom right, top right
+    picture[:, :, 0, 0] = (
+        1  # turned counter-clockwise the top left corner goes to the bottom left, bottom right, top right
+    )
     with torch.no_grad():
         method.rotation_head.weight.copy_(50 * torch.eye(4, dtype=torch.float64)[[0, 3, 2, 1]])
     step = method(Batch(torch.arange(5), (picture,) * 4, 1, 0))
@@ -194,23 +244,31 @@ def test_rotations_are_told_apart_by_their_label():
 
 def load_whole(states):
     method = make("plain")
-    method.target_id.load([{**state, "shards": {s: torch.tensor(rows) for s, rows in state["shards"].items()}} for state in states])
+    method.target_id.load(
+        [
+            {**state, "shards": {s: torch.tensor(rows) for s, rows in state["shards"].items()}}
+            for state in states
+        ]
+    )
     return method.target_id.whole().tolist()
 
 
-def test_target_ids_survive_another_number_of_ranks():
+def test_target_ids_survive_another_number_of_ranks() -> None:
     results = trained(3, "small blocks")
     states = [r[4] for r in results]
     assert load_whole(states) == results[0][3].tolist()
     assert run_ranks(load_whole, 2, states) == [results[0][3].tolist()] * 2
 
 
-def test_a_tracked_round_holds_the_nearest_mean_of_what_was_matched(tmp_path):
+def test_a_tracked_round_holds_the_nearest_mean_of_what_was_matched(tmp_path: Path) -> None:
     """A round of two epochs has one column: the clusters of the batch of its epoch of codes; images it did not meet have none."""
     from dist_scan.data.batch import Batch
 
     history = trained(1, "tracked")[0][5]
-    assert history.shape == (N, STEPS // 2) and [(column >= 0).sum() for column in history.T] == [B, B]
+    assert history.shape == (N, STEPS // 2) and [(column >= 0).sum() for column in history.T] == [
+        B,
+        B,
+    ]
     method, rows, x = make("tracked"), torch.arange(5, 5 + B), images(3, B)
     with torch.no_grad():
         method.network.head.weight.normal_()
@@ -219,11 +277,11 @@ def test_a_tracked_round_holds_the_nearest_mean_of_what_was_matched(tmp_path):
     outputs = method.eval().network(x).detach().numpy()
     nearest = np.linalg.norm(outputs[:, None] - method.codes.means[None], axis=2).argmin(1)
     kept = method.history.whole().numpy()
-    assert len(set(nearest)) > 1 and np.array_equal(kept[5:5 + B, 1], nearest)
+    assert len(set(nearest)) > 1 and np.array_equal(kept[5 : 5 + B, 1], nearest)
     assert (kept[:, 0] == -1).all() and (np.delete(kept[:, 1], range(5, 5 + B)) == -1).all()
 
 
-def test_what_was_tracked_is_published_beside_the_last_targets(tmp_path):
+def test_what_was_tracked_is_published_beside_the_last_targets(tmp_path: Path) -> None:
     from dist_scan.data.assignments import Assignments
 
     method, embed = make("refined"), embed_with(tmp_path / "table")
@@ -233,20 +291,26 @@ def test_what_was_tracked_is_published_beside_the_last_targets(tmp_path):
     method.publish(tmp_path)
     with np.load(tmp_path / "history.npz") as kept:
         assert kept["epoch"].tolist() == [0, 1, 2, 3] and (kept["cluster"][[0, 1, 3]] == -1).all()
-        assert np.array_equal(kept["cluster"][2], outputs.argmax(1)), "of refinement: the nearest mean of what k-means saw"
+        assert np.array_equal(kept["cluster"][2], outputs.argmax(1)), (
+            "of refinement: the nearest mean of what k-means saw"
+        )
     found = Assignments.load(tmp_path)
-    assert found.num_clusters == 4 and np.array_equal(found.cluster, method.codes.component(method.target_id.whole().numpy()))
+    assert found.num_clusters == 4 and np.array_equal(
+        found.cluster, method.codes.component(method.target_id.whole().numpy())
+    )
 
 
-def test_what_is_published_assigns_to_the_nearest_mean(tmp_path):
+def test_what_is_published_assigns_to_the_nearest_mean(tmp_path: Path) -> None:
     from dist_scan.models.backbone import load_backbone
-    from dist_scan.models.cluster import load_cluster_model
+    from dist_scan.models.cluster_model import load_cluster_model
 
     method, x = make("spread").float().eval(), images(5, 30).float()
     with torch.no_grad():
         head = method.network.head
         head.weight.normal_()
-        head.bias.copy_(-head.weight @ method.network.backbone(x).mean(0))  # outputs in all directions
+        head.bias.copy_(
+            -head.weight @ method.network.backbone(x).mean(0)
+        )  # outputs in all directions
     method.publish(tmp_path)
     outputs = method.network(x).detach().numpy()
     nearest = np.linalg.norm(outputs[:, None] - method.codes.means[None], axis=2).argmin(1)
@@ -255,16 +319,25 @@ def test_what_is_published_assigns_to_the_nearest_mean(tmp_path):
     torch.testing.assert_close(load_backbone(tmp_path)[0].eval()(x), method.network.backbone(x))
 
 
-@pytest.mark.parametrize(("settings", "text"), [
-    (dict(refine_from=3), "allowed with rotation: even"), (dict(rotation=False, rotation_first=True), "set rotation: true"),
-    (dict(code_dim=7), "set means: random")])
-def test_settings_that_do_not_fit_are_refused(settings, text):
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(refine_from=3), "allowed with rotation: even"),
+        (dict(rotation=False, rotation_first=True), "set rotation: true"),
+        (dict(code_dim=7), "set means: random"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, text) -> None:
     from dist_scan.methods.mmdc import MMDCConfig
 
     with pytest.raises(ValueError, match=text):
         MMDCConfig(num_clusters=4, **settings)
 
 
-def test_no_weight_decay_on_vectors():
+def test_no_weight_decay_on_vectors() -> None:
     decayed, free = make("rotation").parameter_groups()
-    assert all(p.ndim > 1 for p in decayed.parameters) and all(p.ndim == 1 for p in free.parameters) and free.weight_decay == 0.0
+    assert (
+        all(p.ndim > 1 for p in decayed.parameters)
+        and all(p.ndim == 1 for p in free.parameters)
+        and free.weight_decay == 0.0
+    )

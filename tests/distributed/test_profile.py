@@ -1,15 +1,17 @@
 """Trainings made slow on purpose, in one section at a time: the verdict names each. Real loader, loop, checkpoints and gloo ranks."""
+
 from __future__ import annotations
 
 import gzip
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dist_scan.engine.log import read_rows
-from dist_scan.sections import NAMES
+from dist_scan.monitoring.log import read_rows
+from dist_scan.monitoring.step_timer import NAMES
 from tests.betons import build, folder
 from tests.ranks import run_ranks
 
@@ -19,6 +21,7 @@ REDUCE_NAP_S = 0.04  # a step has a dozen of them (batch norm's, the gradient's,
 
 def slowed(function, nap_s: float = NAP_S):
     """The same function, later."""
+
     def late(*args, **kwargs):
         time.sleep(nap_s)
         return function(*args, **kwargs)
@@ -30,10 +33,10 @@ def make_slow(what: str, rank: int) -> None:
     """Slow one part of this process."""
     import torch.distributed as dist
 
-    from dist_scan.data.augment import Recipe
+    from dist_scan.data.augment.recipes import Recipe
     from dist_scan.data.beton.loader import BetonLoader
-    from dist_scan.engine.checkpoint import Checkpoints
-    from dist_scan.methods.simclr import SimCLR
+    from dist_scan.engine.checkpoint import CheckpointStore
+    from dist_scan.methods.simclr import SimCLRMethod
 
     if what == "data_wait":
         BetonLoader._cut = slowed(BetonLoader._cut)
@@ -42,66 +45,124 @@ def make_slow(what: str, rank: int) -> None:
     elif what == "all_reduce":
         dist.all_reduce = slowed(dist.all_reduce, REDUCE_NAP_S)
     elif what == "save" and rank == 0:
-        Checkpoints._write = slowed(Checkpoints._write)
+        CheckpointStore._write = slowed(CheckpointStore._write)
     elif what == "model" or (what == "rank" and rank == 1):
-        SimCLR.forward = slowed(SimCLR.forward)
+        SimCLRMethod.forward = slowed(SimCLRMethod.forward)
     elif what == "end_step":
-        SimCLR.end_step = slowed(SimCLR.end_step)
+        SimCLRMethod.end_step = slowed(SimCLRMethod.end_step)
 
 
 def train(what: str, beton, out):
     """A profiled training; returns what was said."""
     from dist_scan.config import kind_class
-    from dist_scan.data.augment import RecipeConfig, build_recipe
+    from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
     from dist_scan.data.feed import ImageFeed, Plan
-    from dist_scan.engine.checkpoint import Checkpoints
-    from dist_scan.engine.log import Log
-    from dist_scan.engine.loop import Schooling, Trainer
-    from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.position import Saver
-    from dist_scan.engine import profile
+    from dist_scan.engine.checkpoint import CheckpointStore
+    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
     from dist_scan.engine.stop import Stop
-    from dist_scan.engine.verdict import Setting
-    from dist_scan.methods.base import Given
+    from dist_scan.engine.train_state import Checkpointer
+    from dist_scan.engine.training_loop import Trainer, TrainSettings
+    from dist_scan.methods.base import MethodInputs
     from dist_scan.models.backbone import BackboneConfig, build_backbone
+    from dist_scan.monitoring import profile
+    from dist_scan.monitoring.bottleneck import TrainingSetup
+    from dist_scan.monitoring.log import StageLog
     from dist_scan.world.world import current
 
     world, said, profile.TRACED = current(), [], 2
     make_slow(what, world.rank)
-    recipes = tuple(build_recipe(RecipeConfig(name="standard"), 16, (0.5,) * 3, (0.5,) * 3) for _ in range(2))
-    loader = BetonLoader(beton, tuple(r.crop for r in recipes), seed=0, batch_size=BATCH // world.world_size, workers=1)
-    feed = ImageFeed(loader, recipes, Plan(np.arange(loader.num_images), BATCH, 0, world), world.device)
+    recipes = tuple(
+        build_recipe(RecipeConfig(name="standard"), 16, (0.5,) * 3, (0.5,) * 3) for _ in range(2)
+    )
+    loader = BetonLoader(
+        beton,
+        tuple(r.crop for r in recipes),
+        seed=0,
+        batch_size=BATCH // world.world_size,
+        workers=1,
+    )
+    feed = ImageFeed(
+        loader, recipes, Plan(np.arange(loader.num_images), BATCH, 0, world), world.device
+    )
     network = BackboneConfig(name="resnet_small", width=4)
     cls = kind_class("dist_scan.methods", "simclr")
-    method = cls(cls.Config(kind="simclr", projection_dim=8),
-                 Given(num_images=loader.num_images, global_batch=BATCH, seed=0, total_steps=24, feature_dim=16, backbone=build_backbone(network), backbone_config=network))
-    log = Log(out, "pretext")
-    timing = profile.Timing(log, out, Setting(BATCH, world.world_size, stored="jpeg", resolution=40, size=16), STEPS, said.append)
-    saver = Saver(Checkpoints(out / "checkpoints", 1, said.append), 0.001 if what == "save" else 1e9)
+    method = cls(
+        cls.Config(kind="simclr", projection_dim=8),
+        MethodInputs(
+            num_images=loader.num_images,
+            global_batch=BATCH,
+            seed=0,
+            total_steps=24,
+            feature_dim=16,
+            backbone=build_backbone(network),
+            backbone_config=network,
+        ),
+    )
+    log = StageLog(out, "pretext")
+    timing = profile.TrainingProfile(
+        log,
+        out,
+        TrainingSetup(BATCH, world.world_size, stored="jpeg", resolution=40, size=16),
+        STEPS,
+        said.append,
+    )
+    saver = Checkpointer(
+        CheckpointStore(out / "checkpoints", 1, said.append), 0.001 if what == "save" else 1e9
+    )
     epochs = -(-(STEPS + 3) // feed.steps_per_epoch)
-    Trainer(method, feed, Schooling(OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), epochs, 0), lambda *a: None, saver, Stop(), log, timing).run()
+    Trainer(
+        method,
+        feed,
+        TrainSettings(OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), epochs, 0),
+        lambda *a: None,
+        saver,
+        Stop(),
+        log,
+        timing,
+    ).run()
     log.close()
     return said
 
 
 @pytest.fixture(scope="module")
-def beton(tmp_path_factory):
+def beton(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("images")
     return build(folder(path / "in", 48), path / "images.beton")
 
 
-@pytest.mark.parametrize(("what", "ranks"), [("data_wait", 1), ("augmentation", 1), ("end_step", 1), ("model", 1), ("all_reduce", 2), ("rank", 2), ("save", 1)])
-def test_what_was_made_slow_is_what_the_verdict_names(beton, tmp_path, what, ranks):
+@pytest.mark.parametrize(
+    ("what", "ranks"),
+    [
+        ("data_wait", 1),
+        ("augmentation", 1),
+        ("end_step", 1),
+        ("model", 1),
+        ("all_reduce", 2),
+        ("rank", 2),
+        ("save", 1),
+    ],
+)
+def test_what_was_made_slow_is_what_the_verdict_names(beton, tmp_path: Path, what, ranks) -> None:
     said = run_ranks(train, ranks, what, beton, tmp_path)
     facts = json.loads((tmp_path / "timing.json").read_text())
     assert facts["waits_for"] == what, facts["verdict"]
     assert any(facts["verdict"] in text and f"profile of {STEPS} steps" in text for text in said[0])
     assert facts["verdict"].startswith("rank 1") == (what == "rank")
     whole = sum(sum(facts["seconds_by_rank"][name]) for name in NAMES) / ranks
-    assert whole >= 0.9 * STEPS * NAP_S  # the sections hold the time there was; a loader ahead of its reader hides part of a nap
-    rows = [r["timing"] for r in read_rows(tmp_path / "logs" / "pretext.metrics.jsonl") if "timing" in r]
+    assert (
+        whole >= 0.9 * STEPS * NAP_S
+    )  # the sections hold the time there was; a loader ahead of its reader hides part of a nap
+    rows = [
+        r["timing"] for r in read_rows(tmp_path / "logs" / "pretext.metrics.jsonl") if "timing" in r
+    ]
     assert rows and rows[0]["steps"] == STEPS and set(rows[0]["sections"]) <= set(NAMES)
     for rank in range(ranks):
-        trace = json.loads(gzip.decompress((tmp_path / "logs" / f"pretext.trace-rank{rank:05d}.json.gz").read_bytes()))
-        assert {"forward", "backward", "optimizer"} <= {event.get("name") for event in trace["traceEvents"]}
+        trace = json.loads(
+            gzip.decompress(
+                (tmp_path / "logs" / f"pretext.trace-rank{rank:05d}.json.gz").read_bytes()
+            )
+        )
+        assert {"forward", "backward", "optimizer"} <= {
+            event.get("name") for event in trace["traceEvents"]
+        }

@@ -1,5 +1,8 @@
 """Whitening and power iteration clustering: equal to slow references, and bit for bit to themselves on any number of ranks."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +21,19 @@ from tests.reference.whitening import whitened as slow_whitened
 
 def correlated(n=700, d=40, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + 3 * rng.standard_normal(d)).astype(np.float16)
+    return (
+        rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + 3 * rng.standard_normal(d)
+    ).astype(np.float16)
 
 
 def share(x, cut):
     """This rank's rows: contiguous, or every W-th."""
     w = current()
-    return x[w.rank * len(x) // w.world_size:(w.rank + 1) * len(x) // w.world_size] if cut == "contiguous" else x[w.rank::w.world_size]
+    return (
+        x[w.rank * len(x) // w.world_size : (w.rank + 1) * len(x) // w.world_size]
+        if cut == "contiguous"
+        else x[w.rank :: w.world_size]
+    )
 
 
 def whiten_share(x, dim, cut):
@@ -33,14 +42,14 @@ def whiten_share(x, dim, cut):
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
-def test_whitening_equals_the_reference(factor):
+def test_whitening_equals_the_reference(factor) -> None:
     x = correlated().astype(np.float64) * factor
     got = whiten(x, 12).apply(x)
     assert np.allclose(got, slow_whitened(x, 12), atol=2e-5)
     assert np.allclose(np.cov(got.T, bias=True), np.eye(12), atol=1e-4)
 
 
-def test_whitening_equals_faiss_up_to_sign_and_scale():
+def test_whitening_equals_faiss_up_to_sign_and_scale() -> None:
     import faiss
 
     x = correlated().astype(np.float32)
@@ -51,7 +60,7 @@ def test_whitening_equals_faiss_up_to_sign_and_scale():
     assert np.allclose(np.abs(cosine), 1, atol=1e-4)
 
 
-def test_whitening_is_the_same_bits_on_any_number_of_ranks_and_cut():
+def test_whitening_is_the_same_bits_on_any_number_of_ranks_and_cut() -> None:
     x = correlated()
     alone = run_ranks(whiten_share, 1, x, 12, "contiguous")[0]
     for world_size, cut in ((2, "contiguous"), (3, "strided"), (4, "contiguous")):
@@ -59,7 +68,7 @@ def test_whitening_is_the_same_bits_on_any_number_of_ranks_and_cut():
             assert got == alone
 
 
-def test_a_row_is_whitened_alone_as_among_others_and_for_any_number_of_threads():
+def test_a_row_is_whitened_alone_as_among_others_and_for_any_number_of_threads() -> None:
     x = correlated()
     w = whiten(x, 12)
     together = w.apply(x)
@@ -68,7 +77,7 @@ def test_a_row_is_whitened_alone_as_among_others_and_for_any_number_of_threads()
         assert (w.apply(x) == together).all()
     finally:
         torch.set_num_threads(1)
-    assert (np.concatenate([w.apply(x[i:i + 1]) for i in range(50)]) == together[:50]).all()
+    assert (np.concatenate([w.apply(x[i : i + 1]) for i in range(50)]) == together[:50]).all()
 
 
 def table_whitened(root, out):
@@ -77,7 +86,7 @@ def table_whitened(root, out):
     return made.rows(np.arange(made.num_rows)).tobytes()
 
 
-def test_a_table_is_whitened_by_shards(tmp_path):
+def test_a_table_is_whitened_by_shards(tmp_path: Path) -> None:
     x = correlated()
     table(x, tmp_path / "f")
     alone = run_ranks(table_whitened, 1, tmp_path / "f", tmp_path / "1")[0]
@@ -87,21 +96,25 @@ def test_a_table_is_whitened_by_shards(tmp_path):
     assert np.allclose(rows, want / np.linalg.norm(want, axis=1, keepdims=True), atol=2e-3)
 
 
-def test_a_table_of_another_whitening_is_not_taken_up(tmp_path):
+def test_a_table_of_another_whitening_is_not_taken_up(tmp_path: Path) -> None:
     x = correlated()
     one, other = table(x, tmp_path / "f"), table(x[::-1] * 2, tmp_path / "g")
     made = whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x)))
-    assert (whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x))) == made).all()
+    assert (
+        whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x))) == made
+    ).all()
     for source, by in ((other, other), (other, one)):
         with pytest.raises(ValueError, match="of another whitening"):
             whitened(source, whiten_table(by, 8), tmp_path / "w")
 
 
-def test_rows_that_cannot_be_whitened_are_refused():
+def test_rows_that_cannot_be_whitened_are_refused() -> None:
     x = correlated()
     with pytest.raises(ValueError, match="allowed: \\[n, D\\]"):
         whiten(x[0], 3)
-    with pytest.raises(ValueError, match="12 rows cannot be whitened to 12 dimensions; allowed: at most 11"):
+    with pytest.raises(
+        ValueError, match="12 rows cannot be whitened to 12 dimensions; allowed: at most 11"
+    ):
         whiten(x[:12], 12)
     with pytest.raises(ValueError, match="allowed: 1 to 40"):
         whiten(x, 41)
@@ -131,26 +144,44 @@ def blobs(n=230, d=6, centres=9, seed=1):
 
 
 def cluster(root, sigma, teleport, iterations):
-    r = pic(NeighbourTable.open(root), sigma=sigma, teleport=teleport, alpha=0.05, iterations=iterations)
+    r = pic(
+        NeighbourTable.open(root), sigma=sigma, teleport=teleport, alpha=0.05, iterations=iterations
+    )
     return r.assignment.tobytes(), r.num_clusters, r.num_joined
 
 
-@pytest.mark.parametrize("teleport, sigma, iterations, metric", [("paper", 0.2, 200, "l2"), ("released", 0.2, 200, "l2"),
-                                                                 ("released", 0.02, 50, "l2"), ("paper", 0.5, 20, "cosine")])
-def test_pic_equals_the_reference_on_any_number_of_ranks(teleport, sigma, iterations, metric, tmp_path):
+@pytest.mark.parametrize(
+    "teleport, sigma, iterations, metric",
+    [
+        ("paper", 0.2, 200, "l2"),
+        ("released", 0.2, 200, "l2"),
+        ("released", 0.02, 50, "l2"),
+        ("paper", 0.5, 20, "cosine"),
+    ],
+)
+def test_pic_equals_the_reference_on_any_number_of_ranks(
+    teleport, sigma, iterations, metric, tmp_path: Path
+) -> None:
     neighbours = mine_neighbours(table(blobs(), tmp_path / "f"), tmp_path / "n", 5, metric=metric)
     ids, scores = neighbours.rows(np.arange(neighbours.num_rows))
-    want, joined = slow_pic(ids, -scores if metric == "l2" else 2 - 2 * scores, sigma, 0.05, iterations, teleport)
+    want, joined = slow_pic(
+        ids, -scores if metric == "l2" else 2 - 2 * scores, sigma, 0.05, iterations, teleport
+    )
     alone = run_ranks(cluster, 1, tmp_path / "n", sigma, teleport, iterations)[0]
     assert (np.frombuffer(alone[0], np.int32) == want).all() and alone[1] == want.max() + 1
     # at a small sigma many rows have the same v but for its last bit, which says who is alone before joining; not where they end
     assert alone[2] == joined or sigma < 0.1
-    assert joined > 0 or sigma > 0.1  # at a small sigma the edges of rows on their own weigh nothing
+    assert (
+        joined > 0 or sigma > 0.1
+    )  # at a small sigma the edges of rows on their own weigh nothing
     for world_size in (2, 3):
-        assert all(got == alone for got in run_ranks(cluster, world_size, tmp_path / "n", sigma, teleport, iterations))
+        assert all(
+            got == alone
+            for got in run_ranks(cluster, world_size, tmp_path / "n", sigma, teleport, iterations)
+        )
 
 
-def test_pic_refuses_what_it_cannot_use(tmp_path):
+def test_pic_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     t = table(blobs(), tmp_path / "f")
     with pytest.raises(ValueError, match="mined with inner_product"):
         pic(mine_neighbours(t, tmp_path / "ip", 5, metric="inner_product"))
@@ -158,6 +189,8 @@ def test_pic_refuses_what_it_cannot_use(tmp_path):
     for wrong in ({"sigma": 0.0}, {"alpha": 0.0}, {"teleport": "code"}):
         with pytest.raises(ValueError, match="allowed"):
             pic(n, **wrong)
-    far = mine_neighbours(table((blobs() * 100).astype(np.float16), tmp_path / "far"), tmp_path / "m", 5, metric="l2")
+    far = mine_neighbours(
+        table((blobs() * 100).astype(np.float16), tmp_path / "far"), tmp_path / "m", 5, metric="l2"
+    )
     with pytest.raises(ValueError, match="raise sigma"):
         pic(far, sigma=0.01)

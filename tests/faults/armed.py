@@ -1,5 +1,6 @@
 """The product with a fault armed: launch/local.py's own main in a process forked from one that has imported everything (a start
 costs no 8 s of imports), its ranks real processes below it. A tiny run: 10 steps an epoch, 2 epochs, 240 digits."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_scan.engine.log import read_rows
+from dist_scan.monitoring.log import read_rows
 from tests.launches import enter
 from tests.ranks import CONTEXT
 
@@ -42,7 +43,11 @@ class Ended:
 
     def losses(self, stage: str = "pretext") -> dict[int, float]:
         """Loss by step, as a reader sees them."""
-        return {r["step"]: r["loss"] for r in read_rows(self.folder / "logs" / f"{stage}.metrics.jsonl") if "loss" in r}
+        return {
+            r["step"]: r["loss"]
+            for r in read_rows(self.folder / "logs" / f"{stage}.metrics.jsonl")
+            if "loss" in r
+        }
 
     def weights(self) -> dict[str, bytes]:
         """Every published file of weights of the pretext, byte for byte."""
@@ -52,7 +57,7 @@ class Ended:
 class Run:
     """One run folder. `run(...)` starts the launcher and waits for its end."""
 
-    def __init__(self, folder: Path, stages: str = PRETEXT, text: str = TINY):
+    def __init__(self, folder: Path, stages: str = PRETEXT, text: str = TINY) -> None:
         self.folder, self.fault_path = folder / "run", folder / "fault.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "tiny.yaml"
@@ -64,15 +69,25 @@ class Run:
         path = Path(f"{self.fault_path}.fired")
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def start(self, *overrides: str, processes: int = 2, moment: bool = False, taken_port: int | None = None):
+    def start(
+        self,
+        *overrides: str,
+        processes: int = 2,
+        moment: bool = False,
+        taken_port: int | None = None,
+    ):
         self.starts += 1
         out = self.config.parent / f"said{self.starts}.txt"
         arguments = [str(self.config), "--processes", str(processes), *overrides]
-        launcher = CONTEXT.Process(target=_launcher, args=(arguments, out, str(self.fault_path), moment, taken_port))
+        launcher = CONTEXT.Process(
+            target=_launcher, args=(arguments, out, str(self.fault_path), moment, taken_port)
+        )
         launcher.start()
         return launcher, out
 
-    def __call__(self, *overrides: str, faults: Sequence[dict] = (), timeout_s: float = 300, **more) -> Ended:
+    def __call__(
+        self, *overrides: str, faults: Sequence[dict] = (), timeout_s: float = 300, **more
+    ) -> Ended:
         """Start the launcher with these faults armed, wait for its end. Fails when one of them has not fired."""
         if faults:
             self.fault_path.write_text(json.dumps(list(faults)))
@@ -83,13 +98,15 @@ class Run:
             launcher.kill()
             launcher.join()
             raise TimeoutError(f"the launcher did not end in {timeout_s} s:\n{out.read_text()}")
-        assert not self.fault_path.exists(), f"never fired: {self.fault_path.read_text()}\n{out.read_text()}"
+        assert not self.fault_path.exists(), (
+            f"never fired: {self.fault_path.read_text()}\n{out.read_text()}"
+        )
         return Ended(launcher.exitcode, out.read_text(), time.monotonic() - began, self.folder)
 
 
 def _give_simclr_a_moment() -> None:
     """A whole-set moment before each epoch, whose outcome changes the weights a little."""
-    from dist_scan.methods.simclr import SimCLR
+    from dist_scan.methods.simclr import SimCLRMethod
 
     def begin_epoch(self, epoch, embed):
         table = embed(self.backbone, num_shards=6)
@@ -98,16 +115,20 @@ def _give_simclr_a_moment() -> None:
             self.backbone.bn1.bias.add_(0.1 * mean)
         return ()
 
-    SimCLR.begin_epoch = begin_epoch
+    SimCLRMethod.begin_epoch = begin_epoch
 
 
-def _launcher(arguments: list[str], out: Path, fault: str, moment: bool, taken_port: int | None) -> None:
+def _launcher(
+    arguments: list[str], out: Path, fault: str, moment: bool, taken_port: int | None
+) -> None:
     enter(out, DIST_SCAN_FAULT=fault)
     if moment:
         _give_simclr_a_moment()
     from launch import local, recovery
 
-    if taken_port is not None:  # the first look for a free port finds one that somebody takes at that moment
+    if (
+        taken_port is not None
+    ):  # the first look for a free port finds one that somebody takes at that moment
         free, ports = recovery.free_port, [taken_port]
         recovery.free_port = lambda: ports.pop() if ports else free()
     sys.exit(local.main(arguments))

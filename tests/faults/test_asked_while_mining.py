@@ -1,4 +1,5 @@
 """RELIABILITY.md's row 12 in the neighbour search: a notice between two rounds and inside one, to one rank of two."""
+
 from __future__ import annotations
 
 import json
@@ -22,27 +23,41 @@ def mining(root: Path, out: Path, fault: Path, inside: int | None):
     """One start of the search, a shard a round and 11 chunks a shard: what it ended with, and the shards that this rank searched."""
     from dist_scan.engine import faults
     from dist_scan.engine.stop import Stop
-    from dist_scan.progress import Stopped
+    from dist_scan.monitoring.progress import StopRequested
     from dist_scan.world.world import current
 
     stop, searched = Stop(), []
     stop.install()
     faults.Faults(fault, current().rank).arm()
     if inside is not None and current().rank == 0:  # in the middle of its work
-        faults.before(Chunk, "search", lambda *_: searched.append(0) or len(searched) == inside and os.kill(os.getpid(), signal.SIGUSR2))
+        faults.before(
+            Chunk,
+            "search",
+            lambda *_: (
+                searched.append(0)
+                or len(searched) == inside
+                and os.kill(os.getpid(), signal.SIGUSR2)
+            ),
+        )
     try:
-        found = mine_neighbours(FeatureTable.open(root), out, K, stop=lambda: stop.asked, chunk=40, queries=1)
-    except Stopped:
+        found = mine_neighbours(
+            FeatureTable.open(root), out, K, stop=lambda: stop.asked, chunk=40, queries=1
+        )
+    except StopRequested:
         return "stopped"
     return found.rows(np.arange(found.num_rows))
 
 
 def finished(out: Path) -> dict[str, int]:
     """Files of shards, each with the moment it was written."""
-    return {p.name: p.stat().st_mtime_ns for p in out.glob("*-[0-9]*.npy") if not p.name.startswith(".tmp")}
+    return {
+        p.name: p.stat().st_mtime_ns
+        for p in out.glob("*-[0-9]*.npy")
+        if not p.name.startswith(".tmp")
+    }
 
 
-def test_a_notice_costs_the_shards_in_work_and_none_that_is_finished(tmp_path):
+def test_a_notice_costs_the_shards_in_work_and_none_that_is_finished(tmp_path: Path) -> None:
     x, fault, out = rows(), tmp_path / "fault.json", tmp_path / "neighbours"
     table(x, tmp_path / "features", SHARDS)
     fault.write_text(json.dumps([{"kind": "signal", "rank": 1, "at": "shard", "step": 0}]))
@@ -51,7 +66,9 @@ def test_a_notice_costs_the_shards_in_work_and_none_that_is_finished(tmp_path):
     assert not fault.exists() and numbers(one) == 2, "the round in which it came is finished"
     assert run_ranks(mining, 2, tmp_path / "features", out, fault, 15) == ["stopped"] * 2
     two = finished(out)
-    assert one.items() < two.items() and numbers(two) == 4, "in the second round of this start: its first is kept, its own shards are not"
+    assert one.items() < two.items() and numbers(two) == 4, (
+        "in the second round of this start: its first is kept, its own shards are not"
+    )
     for got in run_ranks(mining, 2, tmp_path / "features", out, fault, None):
         ids, scores = oracle(x, K, "cosine")
         assert (got[0] == ids).all() and (got[1] == scores).all()

@@ -1,13 +1,16 @@
 """SCAN's heads on images, augmented and sent through the network at every step as published, against the cached bank: with views that are the
 same the two are one training, up to float16's rounding of what is cached."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from dist_scan.config import load
-from dist_scan.engine.log import read_rows
 from dist_scan.engine.stop import Stop
+from dist_scan.monitoring.log import read_rows
 from dist_scan.pipeline import Pipeline
 from dist_scan.world.world import current
 
@@ -27,19 +30,32 @@ runtime: {{log_every: 1}}
 """
 
 
-def test_fresh_views_equal_cached_ones_when_the_views_are_the_same(tmp_path):
+def test_fresh_views_equal_cached_ones_when_the_views_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "fresh.yaml").write_text(CONFIG)
     run = load(tmp_path / "fresh.yaml", [f"runtime.run_dir={tmp_path / 'run'}"])
     (tmp_path / "run" / "logs").mkdir(parents=True)
     folders = Pipeline(run, current(), Stop(), lambda text: None).run()
     losses, weights = {}, {}
     for name in ("cached", "fresh", "augmented"):
-        rows = [r for r in read_rows(tmp_path / "run" / "logs" / f"{name}.metrics.jsonl") if "loss" in r]
+        rows = [
+            r for r in read_rows(tmp_path / "run" / "logs" / f"{name}.metrics.jsonl") if "loss" in r
+        ]
         losses[name] = np.array([r["loss"] for r in rows])
         files = list(folders[name].rglob("*.safetensors"))
-        weights[name] = {key: value for file in files for key, value in load_file(file).items() if "weight" in key and value.shape[0] == 10}
+        weights[name] = {
+            key: value
+            for file in files
+            for key, value in load_file(file).items()
+            if "weight" in key and value.shape[0] == 10
+        }
     assert len(losses["cached"]) == 15 and np.ptp(losses["cached"]) > 0.01, "something was learnt"
-    apart = {name: float(np.abs(losses[name] - losses["cached"]).max()) for name in ("fresh", "augmented")}
+    apart = {
+        name: float(np.abs(losses[name] - losses["cached"]).max())
+        for name in ("fresh", "augmented")
+    }
     assert apart["fresh"] < 2e-4, (losses["fresh"], losses["cached"])
     assert apart["augmented"] > 10 * apart["fresh"], f"another view is another loss: {apart}"
-    assert weights["fresh"] and all(np.allclose(value, weights["cached"][key], atol=2e-3) for key, value in weights["fresh"].items())
+    assert weights["fresh"] and all(
+        np.allclose(value, weights["cached"][key], atol=2e-3)
+        for key, value in weights["fresh"].items()
+    )

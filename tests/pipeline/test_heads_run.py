@@ -1,7 +1,9 @@
 """Heads through the pipeline, in this process: several numbers of clusters, TEMI on the same bank, the consensus, every head in the report."""
+
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,48 +57,73 @@ stages:
 """
 
 
-def config(tmp_path, *overrides):
+def config(tmp_path: Path, *overrides):
     path = tmp_path / "heads.yaml"
     path.write_text(CONFIG.replace("&heads", ""))
     return load(path, [f"runtime.run_dir={tmp_path / 'run'}", *overrides])
 
 
-def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path):
+def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Path) -> None:
     run = config(tmp_path)
     (tmp_path / "run" / "logs").mkdir(parents=True)
     said: list[str] = []
     folders = Pipeline(run, current(), Stop(), said.append).run()
     assert "pixels: 300 images x 1 view x 192 in float16: 0.000107 GiB in 2 shards" in said
-    assert sum("bank of 300 images x 1 views x 192" in line and "read from host memory" in line for line in said) == 2
+    assert (
+        sum(
+            "bank of 300 images x 1 views x 192" in line and "read from host memory" in line
+            for line in said
+        )
+        == 2
+    )
     assert not [line for line in said if line.startswith("warning")]
     facts = json.loads((tmp_path / "run" / "report.json").read_text())
     rows = facts["heads"]["heads"]
-    assert [r["num_clusters"] for r in rows] == [10] * 3 + [20] * 3 and sum(r["chosen"] for r in rows) == 2
+    assert [r["num_clusters"] for r in rows] == [10] * 3 + [20] * 3 and sum(
+        r["chosen"] for r in rows
+    ) == 2
     for row in rows:
-        assert 0.2 < row["acc"] < 1 and -1 <= row["stability"] <= 1 and row["held_out_loss"] is not None
+        assert (
+            0.2 < row["acc"] < 1
+            and -1 <= row["stability"] <= 1
+            and row["held_out_loss"] is not None
+        )
     assert facts["fourth"]["num_clusters"] == 20 and facts["fourth"]["acc"] == rows[4]["acc"]
-    assert facts["consensus"]["acc"] > 0.5 and facts["temi"]["acc"] > 0.4 and facts["temi_consensus"]["acc"] > 0.4
+    assert (
+        facts["consensus"]["acc"] > 0.5
+        and facts["temi"]["acc"] > 0.4
+        and facts["temi_consensus"]["acc"] > 0.4
+    )
     assert "many_to_one" in rows[4] and Assignments.load(folders["consensus20"]).cluster.max() < 20
     assert "stability" in (tmp_path / "run" / "report.html").read_text().lower()
 
 
-@pytest.mark.parametrize("override, message", [
-    ("stages.consensus.num_clusters=30", "allowed: 10, 20"),
-    ("stages.consensus.head=6", "allowed: 0 to 5"),
-    ("stages.consensus.model=neighbours", "publishes no model"),
-    ("stages.heads.method.num_clusters=1", "at least 2"),
-    ("stages.heads.method.num_clusters=[10, 1]", "at least 2"),
-    ("stages.heads.method.num_clusters=[]", "at least 2"),
-    ("stages.heads={kind: train, images: train, network: {name: pixels}, neighbours: neighbours, method: {kind: scan, num_clusters: 10, normalise: l2},"
-     " optimizer: {lr: 1.0}, epochs: 1, global_batch: 100, held_out_share: 0.3, held_out_features: pixels}", "chooses on images too; give held_out_images"),
-])
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path, override, message):
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stages.consensus.num_clusters=30", "allowed: 10, 20"),
+        ("stages.consensus.head=6", "allowed: 0 to 5"),
+        ("stages.consensus.model=neighbours", "publishes no model"),
+        ("stages.heads.method.num_clusters=1", "at least 2"),
+        ("stages.heads.method.num_clusters=[10, 1]", "at least 2"),
+        ("stages.heads.method.num_clusters=[]", "at least 2"),
+        (
+            "stages.heads={kind: train, images: train, network: {name: pixels}, neighbours: neighbours, method: {kind: scan, num_clusters: 10, normalise: l2},"
+            " optimizer: {lr: 1.0}, epochs: 1, global_batch: 100, held_out_share: 0.3, held_out_features: pixels}",
+            "chooses on images too; give held_out_images",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, override, message) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, override)
 
 
-def test_a_share_that_holds_out_nothing_is_refused(tmp_path):
+def test_a_share_that_holds_out_nothing_is_refused(tmp_path: Path) -> None:
     run = config(tmp_path, "stages.heads.held_out_share=1e-6")
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    with pytest.raises(ValueError, match="stages.heads.held_out_share: 1e-06 of 300 images holds out none; allowed: 0, or enough.*0.33"):
+    with pytest.raises(
+        ValueError,
+        match="stages.heads.held_out_share: 1e-06 of 300 images holds out none; allowed: 0, or enough.*0.33",
+    ):
         Pipeline(run, current(), Stop(), lambda text: None).run()

@@ -1,4 +1,5 @@
 """k-means the slow, obvious way."""
+
 import numpy as np
 
 
@@ -10,6 +11,9 @@ def lloyd(x, centroids, iterations):
         if assignment is not None and (new == assignment).all():
             break
         assignment = new
-        objective = sum(((x[assignment == c] - x[assignment == c].mean(0)) ** 2).sum() for c in range(len(centroids)))
+        objective = sum(
+            ((x[assignment == c] - x[assignment == c].mean(0)) ** 2).sum()
+            for c in range(len(centroids))
+        )
         centroids = np.stack([x[assignment == c].mean(0) for c in range(len(centroids))])
     return centroids, assignment, objective

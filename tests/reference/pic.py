@@ -1,4 +1,5 @@
 """Power iteration clustering the slow, obvious way: a dense graph and loops."""
+
 import math
 
 import numpy as np

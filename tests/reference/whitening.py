@@ -1,4 +1,5 @@
 """PCA whitening the slow, obvious way."""
+
 import numpy as np
 
 

@@ -3,6 +3,7 @@
 munged, slurmctld and four slurmd in a folder and on ports of their own, for the tests and for trying launch/slurm.py at home.
 Needs root and the packages slurm-wlm and munge. Nothing outside the folder is written; processes are ended by their own pid.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,7 +18,17 @@ import time
 from pathlib import Path
 
 NODES = 4
-COMMANDS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch", "srun", "scontrol", "squeue", "scancel")
+COMMANDS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sinfo",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "scancel",
+)
 DEFAULT = Path("/tmp") / f"dist_scan-slurm-{os.getuid()}"
 
 CONF = """
@@ -70,7 +81,9 @@ def check() -> None:
     """Raises Missing unless this host can run the cluster."""
     lacking = [c for c in COMMANDS if shutil.which(c) is None]
     if lacking:
-        raise Missing(f"no test cluster here: {', '.join(lacking)} not found; apt-get install slurm-wlm munge")
+        raise Missing(
+            f"no test cluster here: {', '.join(lacking)} not found; apt-get install slurm-wlm munge"
+        )
     if os.getuid() != 0:
         raise Missing("no test cluster here: it runs as root (slurmd starts job steps)")
 
@@ -78,7 +91,7 @@ def check() -> None:
 class Cluster:
     """The cluster in one folder. `up` and `down` may be called at any time; both wait until it is so."""
 
-    def __init__(self, folder: Path = DEFAULT):
+    def __init__(self, folder: Path = DEFAULT) -> None:
         self.folder = Path(folder).resolve()
         self.conf = self.folder / "slurm.conf"
 
@@ -90,8 +103,13 @@ class Cluster:
         """A Slurm command's output. A slurmctld that does not answer for a moment is asked again for 20 s."""
         deadline = time.monotonic() + 20
         while True:
-            done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=60)
-            if "Unable to contact slurm controller" not in done.stderr or time.monotonic() > deadline:
+            done = subprocess.run(
+                command, env=self.environment(), capture_output=True, text=True, timeout=60
+            )
+            if (
+                "Unable to contact slurm controller" not in done.stderr
+                or time.monotonic() > deadline
+            ):
                 break
             time.sleep(0.5)
         if check and done.returncode:
@@ -107,8 +125,14 @@ class Cluster:
         self.start_controller()
         for node in range(1, NODES + 1):
             self.start_node(node)
-        self.wait(lambda: self.call("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D", check=False).strip() == str(NODES), 60,
-                  "four idle nodes")
+        self.wait(
+            lambda: (
+                self.call("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D", check=False).strip()
+                == str(NODES)
+            ),
+            60,
+            "four idle nodes",
+        )
 
     def down(self) -> None:
         """End everything, by pid, jobs included."""
@@ -130,7 +154,11 @@ class Cluster:
                 words = (process / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if mark in words and any(w.startswith(b"SLURM_JOB_ID=") for w in words) and int(process.name) != os.getpid():
+            if (
+                mark in words
+                and any(w.startswith(b"SLURM_JOB_ID=") for w in words)
+                and int(process.name) != os.getpid()
+            ):
                 found.append(int(process.name))
         return found
 
@@ -138,8 +166,16 @@ class Cluster:
         if not self.pid("munged"):
             at = self.folder / "munge"
             (at / "socket").unlink(missing_ok=True)
-            self._run("munged", "--force", f"--socket={at}/socket", f"--key-file={at}/key", f"--pid-file={self.folder}/munged.pid",
-                      f"--log-file={self.folder}/munged.log", f"--seed-file={at}/seed", "--num-threads=2")
+            self._run(
+                "munged",
+                "--force",
+                f"--socket={at}/socket",
+                f"--key-file={at}/key",
+                f"--pid-file={self.folder}/munged.pid",
+                f"--log-file={self.folder}/munged.log",
+                f"--seed-file={at}/seed",
+                "--num-threads=2",
+            )
             self.wait(lambda: (at / "socket").exists(), 10, "munged's socket")
 
     def start_controller(self) -> None:
@@ -184,7 +220,14 @@ class Cluster:
             time.sleep(0.1)
 
     def _run(self, *command: str) -> None:
-        done = subprocess.run(command, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+        done = subprocess.run(
+            command,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
         if done.returncode:
             raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stdout.strip()}")
 
@@ -197,9 +240,19 @@ class Cluster:
         key.chmod(0o400)
         ports = free_ports(NODES + 1)
         # sockets: a node's cores are said, not found, so that four nodes fit on two cores
-        nodes = "\n".join(f"NodeName=n{n} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[n]} CPUs=4 RealMemory=4000 State=UNKNOWN"
-                          for n in range(1, NODES + 1))
-        self.conf.write_text(CONF.format(host=socket.gethostname(), folder=self.folder, ctl=ports[0], nodes=nodes, count=NODES))
+        nodes = "\n".join(
+            f"NodeName=n{n} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[n]} CPUs=4 RealMemory=4000 State=UNKNOWN"
+            for n in range(1, NODES + 1)
+        )
+        self.conf.write_text(
+            CONF.format(
+                host=socket.gethostname(),
+                folder=self.folder,
+                ctl=ports[0],
+                nodes=nodes,
+                count=NODES,
+            )
+        )
 
 
 def free_ports(count: int) -> list[int]:
@@ -221,13 +274,23 @@ def free_ports(count: int) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: the command's; 2 when this host cannot run it."""
-    parser = argparse.ArgumentParser(prog="tests/slurm/cluster.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="tests/slurm/cluster.py", description=__doc__.splitlines()[0]
+    )
     actions = parser.add_subparsers(dest="action", required=True)
-    for name, meaning in (("up", "start it"), ("down", "end it, jobs included"), ("run", "run a command that finds this Slurm (default: sinfo)")):
+    for name, meaning in (
+        ("up", "start it"),
+        ("down", "end it, jobs included"),
+        ("run", "run a command that finds this Slurm (default: sinfo)"),
+    ):
         action = actions.add_parser(name, help=meaning)
-        action.add_argument("--dir", type=Path, default=DEFAULT, help=f"its folder (default {DEFAULT})")
+        action.add_argument(
+            "--dir", type=Path, default=DEFAULT, help=f"its folder (default {DEFAULT})"
+        )
         if name == "run":
-            action.add_argument("command", nargs=argparse.REMAINDER, help="the command and its own options")
+            action.add_argument(
+                "command", nargs=argparse.REMAINDER, help="the command and its own options"
+            )
     args = parser.parse_args(argv)
     cluster = Cluster(args.dir)
     try:
@@ -237,7 +300,9 @@ def main(argv: list[str] | None = None) -> int:
             cluster.up()
             print(f"up: export SLURM_CONF={cluster.conf}")
         elif not cluster.pid("slurmctld"):
-            raise Missing(f"no cluster runs in {cluster.folder}; start it with: python tests/slurm/cluster.py up --dir {cluster.folder}")
+            raise Missing(
+                f"no cluster runs in {cluster.folder}; start it with: python tests/slurm/cluster.py up --dir {cluster.folder}"
+            )
         else:
             return subprocess.run(args.command or ["sinfo"], env=cluster.environment()).returncode
     except (Missing, RuntimeError) as error:

@@ -1,4 +1,5 @@
 """The live cluster of a test file: four nodes, up for the file and down after it."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +12,7 @@ from tests.slurm.jobs import LONG
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(tmp_path_factory: pytest.TempPathFactory):
     try:
         check()
     except Missing as why:
@@ -25,7 +26,7 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory: pytest.TempPathFactory):
     """Two local processes, nothing happens to them: their run folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     done = run(folder, *LONG, processes=2)

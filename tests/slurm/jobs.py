@@ -1,4 +1,5 @@
 """Runs on the test cluster: submit as a user does, find ranks, wait for what should happen, count what was done again."""
+
 from __future__ import annotations
 
 import json
@@ -13,18 +14,38 @@ import pyarrow.parquet as pq
 from tests.launches import ROOT, SMALL, environment, report
 from tests.slurm.cluster import Cluster
 
-LONG = ["stages.pretext.epochs=60", "runtime.checkpoint_s=1", "runtime.log_every=1"]  # 240 small steps: long enough to be disturbed four times
+LONG = [
+    "stages.pretext.epochs=60",
+    "runtime.checkpoint_s=1",
+    "runtime.log_every=1",
+]  # 240 small steps: long enough to be disturbed four times
 
 
 class Job:
     """One run folder submitted to the cluster."""
 
-    def __init__(self, cluster: Cluster, run_dir: Path, nodes: int, *overrides: str, flags: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        cluster: Cluster,
+        run_dir: Path,
+        nodes: int,
+        *overrides: str,
+        flags: tuple[str, ...] = (),
+    ) -> None:
         self.cluster, self.run_dir = cluster, run_dir
-        self.command = [sys.executable, str(ROOT / "launch" / "slurm.py"), "--nodes", str(nodes), *flags, str(ROOT / "configs" / "quickstart.yaml"),
-                        f"runtime.run_dir={run_dir}", *SMALL, *overrides]
+        self.command = [
+            sys.executable,
+            str(ROOT / "launch" / "slurm.py"),
+            "--nodes",
+            str(nodes),
+            *flags,
+            str(ROOT / "configs" / "quickstart.yaml"),
+            f"runtime.run_dir={run_dir}",
+            *SMALL,
+            *overrides,
+        ]
 
-    def submit(self) -> "Job":
+    def submit(self) -> Job:
         """Submit; fails the test when it is refused."""
         done = self.try_submit()
         assert done.returncode == 0, done.stdout
@@ -34,7 +55,15 @@ class Job:
     def try_submit(self) -> subprocess.CompletedProcess:
         """Submit; the finished command with its output."""
         env = environment() | {"SLURM_CONF": str(self.cluster.conf)}
-        return subprocess.run(self.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.run_dir.parent, timeout=120)
+        return subprocess.run(
+            self.command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.run_dir.parent,
+            timeout=120,
+        )
 
     def log(self) -> str:
         """The batch script's output so far."""
@@ -57,7 +86,10 @@ class Job:
 
     def state(self) -> str:
         """squeue's word for it; GONE when it has left the queue."""
-        return self.cluster.call("squeue", "-h", "-j", self.id, "-o", "%T", check=False).strip() or "GONE"
+        return (
+            self.cluster.call("squeue", "-h", "-j", self.id, "-o", "%T", check=False).strip()
+            or "GONE"
+        )
 
     def ranks(self, node: str | None = None) -> dict[int, int]:
         """{rank: pid} of the live ranks, on one node if named."""
@@ -66,7 +98,10 @@ class Job:
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 if words[1:4] == [b"-m", b"dist_scan.run", str(self.run_dir).encode()]:
-                    env = dict(pair.partition("=")[::2] for pair in (process / "environ").read_bytes().decode().split("\0"))
+                    env = dict(
+                        pair.partition("=")[::2]
+                        for pair in (process / "environ").read_bytes().decode().split("\0")
+                    )
                     if node is None or env["SLURMD_NODENAME"] == node:
                         found[int(env["RANK"])] = int(process.name)
             except (OSError, ValueError, KeyError):
@@ -77,7 +112,9 @@ class Job:
         """Poll until it is so; fails with the job's log."""
         deadline = time.monotonic() + seconds
         while not until():
-            assert time.monotonic() < deadline, f"waited {seconds} s for {what}; {self.state()}\n{self.log()[-4000:]}"
+            assert time.monotonic() < deadline, (
+                f"waited {seconds} s for {what}; {self.state()}\n{self.log()[-4000:]}"
+            )
             time.sleep(0.2)
 
     def wait_training(self, steps: int = 10) -> int:
@@ -89,7 +126,11 @@ class Job:
 
     def finish(self, seconds: float = 300) -> str:
         """Wait until the job has left the queue and the run is done; returns its log."""
-        self.wait(lambda: (self.run_dir / "DONE").exists() and self.state() in ("GONE", "COMPLETED"), seconds, "the end")
+        self.wait(
+            lambda: (self.run_dir / "DONE").exists() and self.state() in ("GONE", "COMPLETED"),
+            seconds,
+            "the end",
+        )
         return self.log()
 
     def restarts(self) -> int:
@@ -105,7 +146,11 @@ class Job:
 def differences(one: Path, other: Path) -> list[str]:
     """Which of losses, report and clusters two runs do not share to the last bit."""
     tables = [pq.read_table(run / "assignments.parquet") for run in (one, other)]
-    same = {"losses": losses(one) == losses(other), "report": report(one) == report(other), "clusters": tables[0].equals(tables[1])}
+    same = {
+        "losses": losses(one) == losses(other),
+        "report": report(one) == report(other),
+        "clusters": tables[0].equals(tables[1]),
+    }
     return [what for what, equal in same.items() if not equal]
 
 
@@ -125,5 +170,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     """Loss by step; a step that was trained twice must have given the same, bit for bit."""
     found: dict[int, float] = {}
     for row in rows(run_dir):
-        assert found.setdefault(row["step"], row["loss"]) == row["loss"], f"step {row['step']} gave another loss"
+        assert found.setdefault(row["step"], row["loss"]) == row["loss"], (
+            f"step {row['step']} gave another loss"
+        )
     return found

@@ -2,6 +2,7 @@
 
 The ranks' program stands where dist_scan/run.py would; everything else (script, recovery.py, Slurm, signals) is the real thing.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dist_scan.settings import SlurmConfig
-from launch import batch
+from launch import sbatch_script as batch
 from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -44,7 +45,9 @@ if starts > 0 or list(run.glob("DONE")): sys.exit(0)
 class Toy:
     """A job of the real batch script whose ranks run a few lines; at their second start they are done."""
 
-    def __init__(self, cluster: Cluster, folder: Path, body: str, nodes: int = 2, **options):
+    def __init__(
+        self, cluster: Cluster, folder: Path, body: str, nodes: int = 2, **options
+    ) -> None:
         self.cluster, self.run_dir = cluster, folder / "a run"
         root = folder / "code"
         (root / "dist_scan").mkdir(parents=True)
@@ -52,9 +55,11 @@ class Toy:
         (root / "dist_scan" / "__init__.py").write_text("")
         (root / "dist_scan" / "run.py").write_text(RANK + body)
         (self.run_dir / "slurm").mkdir(parents=True)
-        self.text = batch.script(SlurmConfig(nodes=nodes, **options), self.run_dir, "toy", sys.executable, root, 3)
+        self.text = batch.script(
+            SlurmConfig(nodes=nodes, **options), self.run_dir, "toy", sys.executable, root, 3
+        )
 
-    def submit(self) -> "Toy":
+    def submit(self) -> Toy:
         script = self.run_dir / "slurm" / "script.sh"
         script.write_text(self.text)
         self.id = self.cluster.call("sbatch", "--parsable", str(script)).strip()
@@ -67,7 +72,9 @@ class Toy:
     def wait(self, until, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not until():
-            assert time.monotonic() < deadline, self.cluster.call("scontrol", "show", "job", self.id, check=False) + self.log()
+            assert time.monotonic() < deadline, (
+                self.cluster.call("scontrol", "show", "job", self.id, check=False) + self.log()
+            )
             time.sleep(0.1)
 
     def wait_ranks(self) -> None:
@@ -81,34 +88,48 @@ class Toy:
 
     def ended(self, seconds: float = 90) -> dict[str, str]:
         """Wait until the job is over; its last facts."""
-        self.wait(lambda: self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), seconds)
+        self.wait(
+            lambda: self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"),
+            seconds,
+        )
         return self.facts()
 
 
-def test_a_preemption_told_by_term_alone_comes_back(cluster, tmp_path):
+def test_a_preemption_told_by_term_alone_comes_back(cluster, tmp_path: Path) -> None:
     """Without --signal, or preempt_send_user_signal, Slurm sends TERM at the start of the grace time: as scancel does."""
     toy = Toy(cluster, tmp_path, "standing(); wait()", partition="low")
     toy.text = toy.text.replace("#SBATCH --signal=USR2@120\n", "")
     assert "--signal" not in toy.text
     toy.submit().wait_ranks()
-    cluster.call("sbatch", "-p", "high", "-N", "4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    cluster.call(
+        "sbatch", "-p", "high", "-N", "4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+    )
     facts = toy.ended()
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (toy.run_dir / "DONE").exists()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
+        toy.run_dir / "DONE"
+    ).exists()
     assert "requeue: SIGTERM" in toy.log()
 
 
-def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(cluster, tmp_path):
+def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(cluster, tmp_path: Path) -> None:
     """Stuck ranks, or a notice that came while none ran: the script asks for the requeue when Slurm ends the job."""
     toy = Toy(cluster, tmp_path, "time.sleep(600)", time="1", notice_s=5).submit()
     facts = toy.ended(180)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (toy.run_dir / "DONE").exists()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
+        toy.run_dir / "DONE"
+    ).exists()
     assert "requeue: Slurm ends the job before the ranks have left" in toy.log()
 
 
 @pytest.mark.parametrize("old_env", [False, True])
-def test_a_notice_before_the_handlers_stand_is_kept(cluster, tmp_path, old_env):
+def test_a_notice_before_the_handlers_stand_is_kept(cluster, tmp_path: Path, old_env) -> None:
     """While a rank imports: kept by env, or where env is too old by a line of Python."""
-    toy = Toy(cluster, tmp_path, "time.sleep(3); standing(); wait()", setup=("env() { return 125; }",) if old_env else ())
+    toy = Toy(
+        cluster,
+        tmp_path,
+        "time.sleep(3); standing(); wait()",
+        setup=("env() { return 125; }",) if old_env else (),
+    )
     toy.submit().wait_ranks()
     cluster.call("scancel", "--signal=USR2", toy.id)
     facts = toy.ended()
@@ -116,7 +137,7 @@ def test_a_notice_before_the_handlers_stand_is_kept(cluster, tmp_path, old_env):
     assert "requeue: SIGUSR2" in toy.log() and toy.log().count(": start 0") == 2
 
 
-def test_the_requeue_waits_for_a_controller_that_is_away(cluster, tmp_path):
+def test_the_requeue_waits_for_a_controller_that_is_away(cluster, tmp_path: Path) -> None:
     toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
     toy.wait_ranks()
     cluster.stop("slurmctld")  # in good order: killed, it would forget a job this young
@@ -126,44 +147,57 @@ def test_the_requeue_waits_for_a_controller_that_is_away(cluster, tmp_path):
     time.sleep(4)
     cluster.start_controller()
     facts = toy.ended(240)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (toy.run_dir / "DONE").exists(), toy.log()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
+        toy.run_dir / "DONE"
+    ).exists(), toy.log()
 
 
-def test_scancel_stays_away(cluster, tmp_path):
+def test_scancel_stays_away(cluster, tmp_path: Path) -> None:
     toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
     toy.wait_ranks()
     cluster.call("scancel", toy.id)
     assert toy.ended()["JobState"] == "CANCELLED"
     time.sleep(2)
-    assert toy.facts()["Restarts"] == "0" and not (toy.run_dir / "DONE").exists() and "requeue" not in toy.log() and "relaunch" not in toy.log()
+    assert (
+        toy.facts()["Restarts"] == "0"
+        and not (toy.run_dir / "DONE").exists()
+        and "requeue" not in toy.log()
+        and "relaunch" not in toy.log()
+    )
 
 
-def test_a_term_that_slurm_did_not_mean_is_no_end(cluster, tmp_path):
+def test_a_term_that_slurm_did_not_mean_is_no_end(cluster, tmp_path: Path) -> None:
     """slurmctld tells a node that was away the end of an older step of the same number: to one rank, while the job runs on."""
     toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
     toy.wait_ranks()
     for path in toy.run_dir.glob("start-*"):
         os.kill(json.loads(path.read_text())["PID"], signal.SIGTERM)
     facts = toy.ended()
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0") and (toy.run_dir / "DONE").exists(), toy.log()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0") and (
+        toy.run_dir / "DONE"
+    ).exists(), toy.log()
     assert "relaunch: SIGTERM" in toy.log() and "Slurm lets this job run on" in toy.log()
 
 
-def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster, tmp_path):
+def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster, tmp_path: Path) -> None:
     toy = Toy(cluster, tmp_path, "standing(); wait()")
     with open(toy.run_dir / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         print("process 123 on elsewhere", file=lock, flush=True)
         assert toy.submit().ended()["JobState"] == "FAILED"
-    assert "in use by process 123 on elsewhere; this job leaves" in toy.log() and not list(toy.run_dir.glob("start-*"))
+    assert "in use by process 123 on elsewhere; this job leaves" in toy.log() and not list(
+        toy.run_dir.glob("start-*")
+    )
 
 
-def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(cluster, tmp_path):
+def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(cluster, tmp_path: Path) -> None:
     """A file server frees a dead client's lock after a minute or two: the requeued job must not leave because of itself."""
     toy = Toy(cluster, tmp_path, "(run / 'DONE').write_text('now')", nodes=1)
     with open(toy.run_dir / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        toy.text = toy.text.replace("exec 9>>", 'echo -n "job $SLURM_JOB_ID on gone" >"$RUN/lock"\nexec 9>>')  # it was this job
+        toy.text = toy.text.replace(
+            "exec 9>>", 'echo -n "job $SLURM_JOB_ID on gone" >"$RUN/lock"\nexec 9>>'
+        )  # it was this job
         toy.submit()
         toy.wait(lambda: "former start still holds" in toy.log())
         time.sleep(1)
@@ -171,7 +205,7 @@ def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(cluster, tmp_path):
     assert toy.ended()["JobState"] == "COMPLETED" and "done: " in toy.log()
 
 
-def test_every_rank_gets_its_cores_and_its_place(cluster, tmp_path):
+def test_every_rank_gets_its_cores_and_its_place(cluster, tmp_path: Path) -> None:
     body = """
 import subprocess
 words = subprocess.run(["scontrol", "show", "step", "-o", os.environ["SLURM_JOB_ID"] + ".0"], capture_output=True, text=True).stdout
@@ -179,8 +213,23 @@ if rank == 0: (run / "step").write_text(words); (run / "DONE").write_text("now")
 """
     toy = Toy(cluster, tmp_path, body, processes_per_node=2, cpus_per_task=2)
     toy.submit().ended()
-    assert "CPUs=8 " in (toy.run_dir / "step").read_text(), "2 nodes x 2 ranks x 2 cores; srun alone would take 4"
+    assert "CPUs=8 " in (toy.run_dir / "step").read_text(), (
+        "2 nodes x 2 ranks x 2 cores; srun alone would take 4"
+    )
     places = [json.loads(p.read_text()) for p in toy.run_dir.glob("start-*")]
     threads = os.environ.get("OMP_NUM_THREADS", "2")  # whoever sets it at submission is obeyed
-    got = sorted((e["RANK"], e["LOCAL_RANK"], e["LOCAL_WORLD_SIZE"], e["WORLD_SIZE"], e["MASTER_ADDR"], e["OMP_NUM_THREADS"]) for e in places)
-    assert got == [(str(r), str(r % 2), "2", "4", "127.0.0.1", threads) for r in range(4)] and len({e["MASTER_PORT"] for e in places}) == 1
+    got = sorted(
+        (
+            e["RANK"],
+            e["LOCAL_RANK"],
+            e["LOCAL_WORLD_SIZE"],
+            e["WORLD_SIZE"],
+            e["MASTER_ADDR"],
+            e["OMP_NUM_THREADS"],
+        )
+        for e in places
+    )
+    assert (
+        got == [(str(r), str(r % 2), "2", "4", "127.0.0.1", threads) for r in range(4)]
+        and len({e["MASTER_PORT"] for e in places}) == 1
+    )

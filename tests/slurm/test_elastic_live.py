@@ -1,4 +1,5 @@
 """Rows 6, 18 and 19 of RELIABILITY.md's catalogue on the real Slurm: what one start leaves, and the next one finds."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,11 +11,16 @@ from tests.slurm.jobs import losses, rows
 from tests.slurm.tiny import Tiny, local
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-EXACT = ("stages.pretext.precision=fp64", "runtime.keep_checkpoints=4")  # in fp64 nothing hides a difference
+EXACT = (
+    "stages.pretext.precision=fp64",
+    "runtime.keep_checkpoints=4",
+)  # in fp64 nothing hides a difference
 LEAVE = {"kind": "signal", "signal": "SIGTERM", "rank": 0}
 
 
-def test_four_nodes_then_two_then_three_are_one_run_and_bad_checkpoints_cost_their_steps(cluster, tmp_path):
+def test_four_nodes_then_two_then_three_are_one_run_and_bad_checkpoints_cost_their_steps(
+    cluster, tmp_path: Path
+) -> None:
     """The same images at each step on any number of ranks. A TERM to a rank ends the job where none may be relaunched."""
     folder, once = tmp_path / "nodes", "runtime.relaunches=0"
     Tiny(cluster, folder, 4, *EXACT, once, faults=({**LEAVE, "step": 6},)).stopped()
@@ -25,27 +31,46 @@ def test_four_nodes_then_two_then_three_are_one_run_and_bad_checkpoints_cost_the
     job.stopped()
     assert "3 ranks" in job.log()
     said = (job.run_dir / "logs" / "run.log").read_text()
-    for path, why in zip(bad, ("state.pt does not match its sha256", "No such file", "bytes instead of")):
-        assert [line for line in said.splitlines() if f"{path} is bad" in line and why in line and f"bad-{path.name}" in line], said
+    for path, why in zip(
+        bad, ("state.pt does not match its sha256", "No such file", "bytes instead of")
+    ):
+        assert [
+            line
+            for line in said.splitlines()
+            if f"{path} is bad" in line and why in line and f"bad-{path.name}" in line
+        ], said
     expected, trained = losses(local(tmp_path / "one", *EXACT, processes=1)), rows(job.run_dir)
-    assert len(trained) == 20 + 1 + 2 and {row["step"] for row in trained} == set(expected), "a step for each bad one, none was left out"
+    assert len(trained) == 20 + 1 + 2 and {row["step"] for row in trained} == set(expected), (
+        "a step for each bad one, none was left out"
+    )
     assert all(abs(expected[row["step"]] - row["loss"]) < 1e-5 for row in trained)
     kept = shards(job)
     job = Tiny(cluster, folder, 2, *EXACT).submit()
     job.finish()
-    assert kept and kept.items() < shards(job).items(), "the shards that three ranks had finished are used by two"
+    assert kept and kept.items() < shards(job).items(), (
+        "the shards that three ranks had finished are used by two"
+    )
     started_again(cluster, folder)
 
 
 def started_again(cluster: Cluster, folder: Path) -> None:
     """After the end: as it is, after a runtime edit, after an edit of a stage's meaning."""
     everything = ["beton_train", "features", "kmeans", "neighbours", "pretext"]
-    for edit, skipped in ((), everything), (("runtime.log_every=2",), everything), (("stages.features.num_shards=5",), ["beton_train", "pretext"]):
+    for edit, skipped in (
+        ((), everything),
+        (("runtime.log_every=2",), everything),
+        (("stages.features.num_shards=5",), ["beton_train", "pretext"]),
+    ):
         before = (folder / "run" / "logs" / "run.log").read_text()
         Tiny(cluster, folder, 1, *EXACT, *edit).submit().finish()
         added = (folder / "run" / "logs" / "run.log").read_text().removeprefix(before)
-        stages = {name: [line.split()[1][:-1] for line in added.splitlines() if f": {name} " in line] for name in ("done before", "starts")}
-        assert sorted(stages["done before"]) == skipped and sorted(stages["starts"]) == sorted(set(everything) - set(skipped)), (edit, added)
+        stages = {
+            name: [line.split()[1][:-1] for line in added.splitlines() if f": {name} " in line]
+            for name in ("done before", "starts")
+        }
+        assert sorted(stages["done before"]) == skipped and sorted(stages["starts"]) == sorted(
+            set(everything) - set(skipped)
+        ), (edit, added)
 
 
 def saved(folder: Path) -> list[Path]:
@@ -75,4 +100,6 @@ def without(checkpoint: Path) -> Path:
 
 def shards(job: Tiny) -> dict[str, int]:
     """The embed stage's finished shards, each with the moment it was written."""
-    return {p.name: p.stat().st_mtime_ns for p in job.run_dir.glob("stages/features/*/*-[0-9]*.npy")}
+    return {
+        p.name: p.stat().st_mtime_ns for p in job.run_dir.glob("stages/features/*/*-[0-9]*.npy")
+    }

@@ -1,4 +1,5 @@
 """The cluster itself fails under a run: its controller, a node, its user's patience."""
+
 from __future__ import annotations
 
 import os
@@ -14,7 +15,9 @@ from tests.slurm.jobs import LONG, Job
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 
 
-def test_one_job_without_a_controller_without_a_node_and_cancelled_gives_the_undisturbed_result(cluster, undisturbed, tmp_path):
+def test_one_job_without_a_controller_without_a_node_and_cancelled_gives_the_undisturbed_result(
+    cluster, undisturbed, tmp_path: Path
+) -> None:
     job = Job(cluster, tmp_path / "run", 2, *LONG).submit()
 
     job.wait_training()
@@ -22,9 +25,16 @@ def test_one_job_without_a_controller_without_a_node_and_cancelled_gives_the_und
     job.wait_training()  # nobody is there
     cluster.start_controller()
     saved = job.wait_training()
-    assert job.restarts() == 0 and job.log().count(": start ") == 1 and job.again() == [], "the job is undisturbed"
+    assert job.restarts() == 0 and job.log().count(": start ") == 1 and job.again() == [], (
+        "the job is undisturbed"
+    )
 
-    node = cluster.call("scontrol", "show", "hostnames", cluster.call("squeue", "-h", "-j", job.id, "-o", "%N").strip()).split()[-1]
+    node = cluster.call(
+        "scontrol",
+        "show",
+        "hostnames",
+        cluster.call("squeue", "-h", "-j", job.id, "-o", "%N").strip(),
+    ).split()[-1]
     kill_node(cluster, job, node)
     job.wait(lambda: job.restarts() == 1, 90, "the requeue")
     cluster.start_node(int(node[1:]))
@@ -45,7 +55,11 @@ def test_one_job_without_a_controller_without_a_node_and_cancelled_gives_the_und
 
 def kill_node(cluster: Cluster, job: Job, node: str) -> None:
     """slurmd, its step daemons and its tasks at once, by pid."""
-    steps = [int(process.name) for process in Path("/proc").glob("[0-9]*") if _is_stepd(process, job.id, node)]
+    steps = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if _is_stepd(process, job.id, node)
+    ]
     for pid in [cluster.pid(f"slurmd-{node}"), *steps, *job.ranks(node).values()]:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,5 @@
 """A tiny run with faults armed in its ranks, on the test cluster and on this machine."""
+
 from __future__ import annotations
 
 import json
@@ -14,8 +15,10 @@ from tests.slurm.jobs import Job
 EVERY_STEP = "runtime.checkpoint_s=1e-9"
 STAGES = PRETEXT + LONG
 # The batch script's first look for a port finds one that somebody takes at that moment; all else is launch/slurm.py.
-TAKEN = "import sys; from launch import batch, slurm; real = batch.script; batch.script = lambda *a, **k: real(*a, **k).replace(" \
-        "'$(ask port)', '$([ $used = 0 ] && echo {port} || ask port)'); sys.exit(slurm.main())"
+TAKEN = (
+    "import sys; from launch import batch, slurm; real = batch.script; batch.script = lambda *a, **k: real(*a, **k).replace("
+    "'$(ask port)', '$([ $used = 0 ] && echo {port} || ask port)'); sys.exit(slurm.main())"
+)
 
 
 def config(folder: Path, stages: str) -> Path:
@@ -28,8 +31,22 @@ def config(folder: Path, stages: str) -> Path:
 
 def local(folder: Path, *overrides: str, processes: int, stages: str = STAGES) -> Path:
     """The undisturbed run on this machine: its folder."""
-    done = subprocess.run([*LOCAL, str(config(folder, stages)), "--processes", str(processes), EVERY_STEP, *overrides], env=environment(), cwd=folder,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    done = subprocess.run(
+        [
+            *LOCAL,
+            str(config(folder, stages)),
+            "--processes",
+            str(processes),
+            EVERY_STEP,
+            *overrides,
+        ],
+        env=environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout
     return folder / "run"
 
@@ -37,20 +54,51 @@ def local(folder: Path, *overrides: str, processes: int, stages: str = STAGES) -
 class Tiny(Job):
     """The same run on the cluster, with faults armed for its ranks."""
 
-    def __init__(self, cluster: Cluster, folder: Path, nodes: int, *overrides: str, faults: tuple[dict, ...] = (), stages: str = STAGES,
-                 taken_port: int | None = None):
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        nodes: int,
+        *overrides: str,
+        faults: tuple[dict, ...] = (),
+        stages: str = STAGES,
+        taken_port: int | None = None,
+    ) -> None:
         super().__init__(cluster, folder / "run", nodes)
         self.faults_path = folder / "fault.json"
-        start = [str(ROOT / "launch" / "slurm.py")] if taken_port is None else ["-c", TAKEN.format(port=taken_port)]
-        self.command = [sys.executable, *start, "--nodes", str(nodes), str(config(folder, stages)), EVERY_STEP, *overrides]
+        start = (
+            [str(ROOT / "launch" / "slurm.py")]
+            if taken_port is None
+            else ["-c", TAKEN.format(port=taken_port)]
+        )
+        self.command = [
+            sys.executable,
+            *start,
+            "--nodes",
+            str(nodes),
+            str(config(folder, stages)),
+            EVERY_STEP,
+            *overrides,
+        ]
         self.seen: set[tuple[str, int]] = set()
         self.faults_path.unlink(missing_ok=True)
         if faults:
             self.faults_path.write_text(json.dumps(faults))
 
     def try_submit(self) -> subprocess.CompletedProcess:
-        env = environment(PYTHONPATH=str(ROOT)) | {"SLURM_CONF": str(self.cluster.conf), "DIST_SCAN_FAULT": str(self.faults_path)}
-        return subprocess.run(self.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.run_dir.parent, timeout=120)
+        env = environment(PYTHONPATH=str(ROOT)) | {
+            "SLURM_CONF": str(self.cluster.conf),
+            "DIST_SCAN_FAULT": str(self.faults_path),
+        }
+        return subprocess.run(
+            self.command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.run_dir.parent,
+            timeout=120,
+        )
 
     def wait(self, until, seconds: float, what: str) -> None:
         """As a job waits; meanwhile every shard that is finished is remembered with the moment of its writing."""
@@ -58,7 +106,11 @@ class Tiny(Job):
 
     def look(self) -> None:
         """Remember what is finished."""
-        for pattern in ("features/*/*-[0-9]*.npy", "neighbours/*/*-[0-9]*.npy", "clusters/*/work/embed/*-[0-9]*.npy"):
+        for pattern in (
+            "features/*/*-[0-9]*.npy",
+            "neighbours/*/*-[0-9]*.npy",
+            "clusters/*/work/embed/*-[0-9]*.npy",
+        ):
             for path in self.run_dir.glob(f"stages/{pattern}"):
                 try:
                     self.seen.add((str(path.relative_to(self.run_dir)), path.stat().st_mtime_ns))
@@ -72,7 +124,11 @@ class Tiny(Job):
 
     def stopped(self) -> None:
         """Submit, and wait until its ranks have left as the fault tells them."""
-        self.submit().wait(lambda: "stopped: SIGTERM" in self.log() and self.state() in ("GONE", "COMPLETED"), 120, "the stop")
+        self.submit().wait(
+            lambda: "stopped: SIGTERM" in self.log() and self.state() in ("GONE", "COMPLETED"),
+            120,
+            "the stop",
+        )
 
     def fired(self) -> list[tuple[str, str]]:
         """The faults that have fired, in order: what and where."""
@@ -84,6 +140,12 @@ def results(run_dir: Path) -> dict[str, bytes]:
     """Weights, features, clusters and neighbours, byte for byte, by stage and name."""
     found = {}
     for folder in run_dir.glob("stages/*/*"):
-        found |= {f"{folder.parent.name}/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.suffix in (".npy", ".safetensors")}
-    assert {"pretext", "features", "kmeans", "neighbours"} <= {name.split("/")[0] for name in found}, sorted(found)
+        found |= {
+            f"{folder.parent.name}/{p.relative_to(folder)}": p.read_bytes()
+            for p in folder.rglob("*")
+            if p.suffix in (".npy", ".safetensors")
+        }
+    assert {"pretext", "features", "kmeans", "neighbours"} <= {
+        name.split("/")[0] for name in found
+    }, sorted(found)
     return found

@@ -1,12 +1,13 @@
 """Triton's kernels of the head step against the PyTorch form. Run by test_head_kernel.py in a process of its own: Triton decides when it is
 first imported whether its interpreter runs the kernels, and PyTorch may have imported it before."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dist_scan import head_kernel as kernel
-from dist_scan import head_step
+from dist_scan.heads import autograd as head_step
+from dist_scan.heads import gpu_kernels as kernel
 from dist_scan.losses import scan_heads_loss
 
 
@@ -23,20 +24,28 @@ def done(head, weight: float = 5.0):
 
 @pytest.mark.parametrize("scale", [1, 30, 300])
 @pytest.mark.parametrize("b, clusters, columns", [(5, 7, 2048), (40, 130, 64), (3, 64, 64)])
-def test_the_kernels_are_the_torch_form(monkeypatch, b, clusters, columns, scale):
-    monkeypatch.setattr(kernel, "MOST_COLUMNS", columns)  # 130 columns: three blocks, the last one short
-    monkeypatch.setattr(kernel, "ROWS_PER_SUM", 32)       # 40 rows: two partial sums, the second one short
+def test_the_kernels_are_the_torch_form(
+    monkeypatch: pytest.MonkeyPatch, b, clusters, columns, scale
+) -> None:
+    monkeypatch.setattr(
+        kernel, "MOST_COLUMNS", columns
+    )  # 130 columns: three blocks, the last one short
+    monkeypatch.setattr(
+        kernel, "ROWS_PER_SUM", 32
+    )  # 40 rows: two partial sums, the second one short
     mine, given = logits(b, clusters, scale), logits(b, clusters, scale)
     slow = given.double()
     total, nll = done(kernel.KernelHead(mine, b))
-    wanted_total, wanted_nll = done(head_step.TorchHead(slow, b, lambda rows: (given[rows].double(), given[rows + b].double())))
+    wanted_total, wanted_nll = done(
+        head_step.TorchHead(slow, b, lambda rows: (given[rows].double(), given[rows + b].double()))
+    )
     torch.testing.assert_close(total.double(), wanted_total, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(nll.double(), wanted_nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.double(), slow, rtol=1e-5, atol=1e-5)
     assert float(mine.abs().max()) > 0.1
 
 
-def test_a_step_with_the_kernels_is_a_step_without(monkeypatch):
+def test_a_step_with_the_kernels_is_a_step_without(monkeypatch: pytest.MonkeyPatch) -> None:
     gen, sizes = torch.Generator().manual_seed(0), (7, 7, 12)
     tensors = [torch.randn(*shape, generator=gen) for shape in ((9, 6), (9, 6), (26, 6), (26,))]
 
@@ -48,13 +57,19 @@ def test_a_step_with_the_kernels_is_a_step_without(monkeypatch):
 
     wanted, opened = step(), []
     monkeypatch.setattr(head_step, "in_loops", lambda weight: False)
-    monkeypatch.setattr(head_step, "open_head", lambda x, weight, bias: opened.append(x.b) or kernel.KernelHead(x.logits(weight, bias), x.b))
+    monkeypatch.setattr(
+        head_step,
+        "open_head",
+        lambda x, weight, bias: (
+            opened.append(x.b) or kernel.KernelHead(x.logits(weight, bias), x.b)
+        ),
+    )
     for got, want in zip(step(), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert opened == [9, 9, 9]
 
 
-def test_no_number_stays_no_number_and_no_row_is_no_work():
+def test_no_number_stays_no_number_and_no_row_is_no_work() -> None:
     mine = logits(4, 6, 1)
     mine[1, 2] = float("nan")
     total, nll = done(kernel.KernelHead(mine, 4))
@@ -63,7 +78,7 @@ def test_no_number_stays_no_number_and_no_row_is_no_work():
     assert total.tolist() == [0.0] * 6 and nll == 0
 
 
-def test_what_the_kernels_cannot_read_is_refused():
+def test_what_the_kernels_cannot_read_is_refused() -> None:
     for bad in (logits(4, 6, 1).double(), torch.zeros(6, 8).T, logits(5, 6, 1)):
         with pytest.raises(ValueError, match="contiguous float32"):
             kernel.KernelHead(bad, 4)

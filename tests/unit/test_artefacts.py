@@ -1,18 +1,22 @@
 """Done means: the manifest is there. Nothing else does."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
-from dist_scan.artefacts import WORK, Store, fingerprint, write_atomic, write_text
+from dist_scan.storage.artifacts import WORK, ArtifactStore, fingerprint, write_atomic, write_text
+from typing import Never
 
 
-def test_a_fingerprint_names_a_meaning():
+def test_a_fingerprint_names_a_meaning() -> None:
     assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2}) and len(fingerprint()) == 16
 
 
-def test_an_artefact_is_found_only_after_it_was_published(tmp_path):
-    store = Store(tmp_path)
+def test_an_artefact_is_found_only_after_it_was_published(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
     assert store.find("embed", "f") is None and not store.started("embed", "f")
     folder = store.folder("embed", "f")
     (folder / WORK).mkdir(parents=True)
@@ -25,8 +29,8 @@ def test_an_artefact_is_found_only_after_it_was_published(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
-def test_a_damaged_artefact_is_refused_by_name(tmp_path, damage):
-    store = Store(tmp_path)
+def test_a_damaged_artefact_is_refused_by_name(tmp_path: Path, damage) -> None:
+    store = ArtifactStore(tmp_path)
     folder = store.folder("embed", "f")
     folder.mkdir(parents=True)
     write_text(folder / "x.txt", "hello")
@@ -36,18 +40,37 @@ def test_a_damaged_artefact_is_refused_by_name(tmp_path, damage):
         store.find("embed", "f")
 
 
-@pytest.mark.parametrize("text", [b'{"name": "embed", "fi', b"", b"[]", b"7", b"null", b'{"files": 7}', b'{"files": {"x.txt": 7}}', b'{"files": {"x.txt": {}}}', b"{}", b"\xff\xfe"])
-def test_a_manifest_that_is_torn_or_foreign_is_refused_by_name_with_the_way_out(tmp_path, text):
-    store = Store(tmp_path)
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"name": "embed", "fi',
+        b"",
+        b"[]",
+        b"7",
+        b"null",
+        b'{"files": 7}',
+        b'{"files": {"x.txt": 7}}',
+        b'{"files": {"x.txt": {}}}',
+        b"{}",
+        b"\xff\xfe",
+    ],
+)
+def test_a_manifest_that_is_torn_or_foreign_is_refused_by_name_with_the_way_out(
+    tmp_path: Path, text
+) -> None:
+    store = ArtifactStore(tmp_path)
     folder = store.folder("embed", "f")
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"embed/f/manifest\.json is not what was written .*remove the folder and start again"):
+    with pytest.raises(
+        ValueError,
+        match=r"embed/f/manifest\.json is not what was written .*remove the folder and start again",
+    ):
         store.find("embed", "f")
 
 
-def test_files_are_held_against_their_sums_and_leftovers_go(tmp_path):
-    store = Store(tmp_path)
+def test_files_are_held_against_their_sums_and_leftovers_go(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
     folder = store.folder("embed", "f")
     folder.mkdir(parents=True)
     write_text(folder / "x.txt", "hello")
@@ -62,7 +85,7 @@ def test_files_are_held_against_their_sums_and_leftovers_go(tmp_path):
         store.verify(found)
 
 
-def test_the_lock_of_a_launcher_that_was_killed_is_waited_for(tmp_path):
+def test_the_lock_of_a_launcher_that_was_killed_is_waited_for(tmp_path: Path) -> None:
     """Its ranks hold it until they have noticed; one that lives is named at once."""
     import fcntl
     import os
@@ -91,10 +114,10 @@ def test_the_lock_of_a_launcher_that_was_killed_is_waited_for(tmp_path):
         assert time.monotonic() - began >= 0.9
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "old")
 
-    def fail(f):
+    def fail(f) -> Never:
         f.write(b"new")
         raise OSError("full")
 
@@ -103,17 +126,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     assert (tmp_path / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_full_disk_is_said_with_the_file_and_the_way_out(tmp_path):
+def test_a_full_disk_is_said_with_the_file_and_the_way_out(tmp_path: Path) -> None:
     import errno
 
-    def fail(f):
+    def fail(f) -> Never:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="make room there and start the same command again.*images"):
         write_atomic(tmp_path / "images", fail)
 
 
-def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(tmp_path, monkeypatch):
+def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import threading
     import time
 
@@ -121,17 +146,17 @@ def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(tmp_path, monkeypatc
 
     begun, written, quick = threading.Event(), threading.Event(), pipeline.write_text
 
-    def write(path, text):
+    def write(path, text) -> None:
         begun.set()
         time.sleep(0.3)
         quick(path, text)
         written.set()
 
     monkeypatch.setattr(pipeline, "write_text", write)
-    monkeypatch.setattr(pipeline.Clock, "TICK_S", 0.01)
-    store = Store(tmp_path)
+    monkeypatch.setattr(pipeline.StageTimer, "TICK_S", 0.01)
+    store = ArtifactStore(tmp_path)
     folder = store.folder("heads", "a" * 16)
-    clock = pipeline.Clock(folder / WORK / "seconds", True)
+    clock = pipeline.StageTimer(folder / WORK / "seconds", True)
     assert begun.wait(10)
     assert clock.stop() > 0.2 and written.is_set(), "the write was waited for"
     store.publish("heads", "a" * 16, {"kind": "train"})

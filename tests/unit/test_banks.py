@@ -1,13 +1,14 @@
 """Queue and bank on one rank (several: tests/distributed/test_methods_over_ranks.py)."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dist_scan.banks import Bank, Queue
+from dist_scan.models.memory_bank import MemoryBank, Queue
 
 
-def test_queue_replaces_the_oldest():
+def test_queue_replaces_the_oldest() -> None:
     queue = Queue(8, 2, 4, seed=0)
     first = queue.rows.clone()
     queue.enqueue(torch.ones(4, 2))
@@ -17,16 +18,22 @@ def test_queue_replaces_the_oldest():
     assert (queue.rows[:4] == 3).all() and (queue.rows[4:] == 2).all() and queue.pointer == 4
 
 
-def test_queue_refuses_a_size_that_does_not_divide():
+def test_queue_refuses_a_size_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match="queue_size: 10 .* 8 or 12"):
         Queue(10, 2, 4, seed=0)
 
 
-def test_bank_writes_reads_and_loads():
-    bank = Bank(11, (2,), num_shards=3, fill=-1)
-    bank.write(torch.tensor([10, 0, 5, 5]), torch.arange(8.).view(4, 2))
-    assert bank.read(torch.tensor([5, 1, 10, 0, 5])).tolist() == [[6, 7], [-1, -1], [0, 1], [2, 3], [6, 7]]
-    other = Bank(11, (2,), num_shards=3)
+def test_bank_writes_reads_and_loads() -> None:
+    bank = MemoryBank(11, (2,), num_shards=3, fill=-1)
+    bank.write(torch.tensor([10, 0, 5, 5]), torch.arange(8.0).view(4, 2))
+    assert bank.read(torch.tensor([5, 1, 10, 0, 5])).tolist() == [
+        [6, 7],
+        [-1, -1],
+        [0, 1],
+        [2, 3],
+        [6, 7],
+    ]
+    other = MemoryBank(11, (2,), num_shards=3)
     other.load([bank.state()])
     assert torch.equal(other.read(torch.arange(11)), bank.read(torch.arange(11)))
     with pytest.raises(ValueError, match="lacks shards"):
@@ -35,14 +42,20 @@ def test_bank_writes_reads_and_loads():
         bank.read(torch.tensor([11]))
 
 
-def test_fill_and_whole_are_inverse():
-    bank = Bank(10, (2,), torch.int32, num_shards=3)
+def test_fill_and_whole_are_inverse() -> None:
+    bank = MemoryBank(10, (2,), torch.int32, num_shards=3)
     bank.fill(torch.arange(20).view(10, 2))
     bank.fill(torch.full((10,), 9), column=1)
-    assert bank.whole().tolist() == [[2 * i, 9] for i in range(10)] and bank.whole().dtype == torch.int32
+    assert (
+        bank.whole().tolist() == [[2 * i, 9] for i in range(10)]
+        and bank.whole().dtype == torch.int32
+    )
 
 
-def test_one_column_of_some_rows_is_written():
-    bank = Bank(10, (3,), torch.int32, num_shards=3, fill=-1)
+def test_one_column_of_some_rows_is_written() -> None:
+    bank = MemoryBank(10, (3,), torch.int32, num_shards=3, fill=-1)
     bank.write(torch.tensor([9, 0, 4]), torch.tensor([7, 8, 6]), column=1)
-    assert bank.whole()[:, 1].tolist() == [8, -1, -1, -1, 6, -1, -1, -1, -1, 7] and (bank.whole()[:, [0, 2]] == -1).all()
+    assert (
+        bank.whole()[:, 1].tolist() == [8, -1, -1, -1, 6, -1, -1, -1, -1, 7]
+        and (bank.whole()[:, [0, 2]] == -1).all()
+    )

@@ -1,4 +1,5 @@
 """benchmarks/startup.py with a launcher that does nothing but start: what is counted, when a start counts as done, that nothing is left."""
+
 from __future__ import annotations
 
 import os
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,11 +24,19 @@ time.sleep(60)
 """
 
 
-def test_all_processes_of_a_start_are_counted():
+def test_all_processes_of_a_start_are_counted() -> None:
     """The one that was started, a child that lives, and one that has ended."""
     child = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {BURN!r}]); exec({BURN!r}); print('ready', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         assert family_s(process.pid) >= 0.7
@@ -41,7 +51,7 @@ def checkout(folder, first: str) -> Checkout:
     return Checkout(folder, folder / "work")
 
 
-def test_a_start_lasts_until_its_first_step_and_is_ended_then(tmp_path):
+def test_a_start_lasts_until_its_first_step_and_is_ended_then(tmp_path: Path) -> None:
     began = time.monotonic()
     took = checkout(tmp_path / "good", "time.sleep(0.5)").first_step("c.yaml", 1, cold=False)
     assert 0.5 <= took.wall_s < 20 and time.monotonic() - began < 30
@@ -49,7 +59,7 @@ def test_a_start_lasts_until_its_first_step_and_is_ended_then(tmp_path):
         checkout(tmp_path / "bad", "sys.exit('no such setting')").first_step("c.yaml", 1, cold=True)
 
 
-def test_the_earlier_commit_has_a_worktree_of_its_own_while_it_is_measured():
+def test_the_earlier_commit_has_a_worktree_of_its_own_while_it_is_measured() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout: there are no earlier commits")
     with checkouts("HEAD") as versions:
@@ -58,8 +68,15 @@ def test_the_earlier_commit_has_a_worktree_of_its_own_while_it_is_measured():
     assert not place.exists()
 
 
-def test_a_launcher_that_does_not_leave_is_killed(monkeypatch):
-    deaf = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+def test_a_launcher_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+    )
     deaf.stdout.readline()
     waits = deaf.wait
     monkeypatch.setattr(deaf, "wait", lambda limit=None: waits(0.5 if limit else None))

@@ -1,4 +1,5 @@
 """The comparison: its arithmetic, its words, its page, and what it refuses before any work."""
+
 from __future__ import annotations
 
 import json
@@ -7,6 +8,7 @@ import signal
 import threading
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,44 +16,74 @@ import pytest
 from dist_scan.commands import compare
 from dist_scan.commands.compare import Runs, planned, read_comparison, same_data
 from dist_scan.config import ConfigError
-from dist_scan.evaluate.compare import Comparison, Row, cell, markdown, write_page
+from dist_scan.report.comparison import Comparison, Row, cell, markdown, write_page
 from tests.launches import ROOT
 
 QUICK = ROOT / "configs" / "quickstart.yaml"
 
 
 def row(name, *accuracies, seconds=10.0):
-    return Row(name, {seed: {"acc": a, "nmi": a, "ari": None, "seconds": seconds + seed} for seed, a in enumerate(accuracies)})
+    return Row(
+        name,
+        {
+            seed: {"acc": a, "nmi": a, "ari": None, "seconds": seconds + seed}
+            for seed, a in enumerate(accuracies)
+        },
+    )
 
 
-ROWS = [row("base", 0.5, 0.7), row("better", 0.8, 0.9), row("mixed", 0.9, 0.6), row("worse", 0.2, 0.3), row("undone"), Row("unlabelled", {0: {"acc": None, "seconds": 3.2}})]
+ROWS = [
+    row("base", 0.5, 0.7),
+    row("better", 0.8, 0.9),
+    row("mixed", 0.9, 0.6),
+    row("worse", 0.2, 0.3),
+    row("undone"),
+    Row("unlabelled", {0: {"acc": None, "seconds": 3.2}}),
+]
 FOUND = Comparison("x", 1797, ROWS, "base", 2)
 
 
-def test_mean_and_sample_standard_deviation():
-    assert cell(ROWS[0], "acc") == "0.600 ± 0.141" and cell(ROWS[0], "seconds") == "10 ± 1" and cell(ROWS[0], "ari") == "-"
-    assert cell(row("one", 0.25), "acc") == "0.250" and cell(ROWS[5], "seconds") == "3" and cell(ROWS[4], "acc") == "-"
+def test_mean_and_sample_standard_deviation() -> None:
+    assert (
+        cell(ROWS[0], "acc") == "0.600 ± 0.141"
+        and cell(ROWS[0], "seconds") == "10 ± 1"
+        and cell(ROWS[0], "ari") == "-"
+    )
+    assert (
+        cell(row("one", 0.25), "acc") == "0.250"
+        and cell(ROWS[5], "seconds") == "3"
+        and cell(ROWS[4], "acc") == "-"
+    )
 
 
-def test_it_says_plainly_what_is_not_above_the_baseline():
+def test_it_says_plainly_what_is_not_above_the_baseline() -> None:
     words = FOUND.against_baseline()
     assert len(words) == 2
     assert words[0].startswith("mixed is above base in the mean") and words[0].endswith("seed 1.")
     assert words[1] == "worse is not above base: 0.250 against 0.600 (mean ACC)."
 
 
-def test_the_table_and_the_page_hold_every_row(tmp_path):
+def test_the_table_and_the_page_hold_every_row(tmp_path: Path) -> None:
     text = markdown(FOUND)
     lines = text.splitlines()
-    assert len({line.count("|") for line in lines[:8]}) == 1 and lines[2].startswith("| base") and lines[-1].startswith("worse is not above")
+    assert (
+        len({line.count("|") for line in lines[:8]}) == 1
+        and lines[2].startswith("| base")
+        and lines[-1].startswith("worse is not above")
+    )
     write_page(FOUND, tmp_path / "compare.html")
     page = (tmp_path / "compare.html").read_text()
-    assert page.count("<svg") == 3 and page.count("<tr>") == 7 and page.count('class="best"') == 2 and "http://" not in page.replace("http://www.w3.org", "")
+    assert (
+        page.count("<svg") == 3
+        and page.count("<tr>") == 7
+        and page.count('class="best"') == 2
+        and "http://" not in page.replace("http://www.w3.org", "")
+    )
     assert page.count('role="alert"') == 2 and "0.850 ± 0.071" in page
     HTMLParser().feed(page)
 
 
-def comparison(tmp_path, text):
+def comparison(tmp_path: Path, text):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     return read_comparison(path), path
@@ -67,25 +99,37 @@ baseline: pixels
 """
 
 
-def test_it_plans_a_folder_for_each_member_and_seed(tmp_path):
+def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
     found, path = comparison(tmp_path, WHOLE)
     runs = planned(found, path.parent, tmp_path / "out")
     assert [(key, run.seed, run.run_dir.name) for key, run in runs.items()] == [
-        ((m, s), s, f"{m}-seed{s}") for s in (0, 4) for m in "ab"]
-    assert runs["b", 4].stages["pretext"].epochs == 3 and len({run.runtime.cache_dir for run in runs.values()}) == 1
+        ((m, s), s, f"{m}-seed{s}") for s in (0, 4) for m in "ab"
+    ]
+    assert (
+        runs["b", 4].stages["pretext"].epochs == 3
+        and len({run.runtime.cache_dir for run in runs.values()}) == 1
+    )
     same_data(runs)
 
 
-@pytest.mark.parametrize(("before", "after", "message"), [
-    ("baseline: pixels", "baseline: pixel", "baseline: 'pixel' is no row; allowed: pixels, heads"),
-    ("b.scan", "c.scan", "names no member; allowed: a.SUBJECT, b.SUBJECT"),
-    ("b.scan", "b.scam", "'scam' is no subject of b; allowed: b.kmeans_pixels"),
-    ("seeds: [0, 4]", "seeds: [4, 4]", "allowed: different numbers"),
-    ("seeds:", "seed:", "seed"),
-    ("stages.pretext.epochs=3", "data.train.limit=1000", "do not cluster the same images"),
-    ("stages.pretext.epochs=3", "stages.pretext.epoch=3", "did you mean 'epochs'"),
-    (str(QUICK), "nowhere.yaml", "does not exist")])
-def test_mistakes_are_told_before_any_work(tmp_path, before, after, message):
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "baseline: pixels",
+            "baseline: pixel",
+            "baseline: 'pixel' is no row; allowed: pixels, heads",
+        ),
+        ("b.scan", "c.scan", "names no member; allowed: a.SUBJECT, b.SUBJECT"),
+        ("b.scan", "b.scam", "'scam' is no subject of b; allowed: b.kmeans_pixels"),
+        ("seeds: [0, 4]", "seeds: [4, 4]", "allowed: different numbers"),
+        ("seeds:", "seed:", "seed"),
+        ("stages.pretext.epochs=3", "data.train.limit=1000", "do not cluster the same images"),
+        ("stages.pretext.epochs=3", "stages.pretext.epoch=3", "did you mean 'epochs'"),
+        (str(QUICK), "nowhere.yaml", "does not exist"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path: Path, before, after, message) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         found, path = comparison(tmp_path, WHOLE.replace(before, after))
         same_data(planned(found, path.parent, tmp_path / "out"))
@@ -107,7 +151,7 @@ sys.exit(folder.name == "fails" and 3)
 
 
 @pytest.fixture
-def started(tmp_path, monkeypatch):
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs of these names by a launcher that sleeps; returns the exit code and how often a run's end was told."""
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     monkeypatch.setattr(compare, "LOCAL", tmp_path / "launcher.py")
@@ -117,6 +161,7 @@ def started(tmp_path, monkeypatch):
     def go(*names: str, at_once: int):
         told, runs = [], {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
         return Runs(1, at_once, [tmp_path / "data"]).all(runs, lambda: told.append(1)), len(told)
+
     return go
 
 
@@ -124,31 +169,49 @@ def span(folder) -> tuple[float, float]:
     return json.loads((folder / "began").read_text())[0], json.loads((folder / "ended").read_text())
 
 
-def test_runs_share_the_cores_and_the_first_builds_the_data_alone(started, tmp_path):
+def test_runs_share_the_cores_and_the_first_builds_the_data_alone(started, tmp_path: Path) -> None:
     assert started("a", "b", "c", "d", at_once=2) == (0, 4)
     a, b, c, d = (span(tmp_path / name) for name in "abcd")
-    assert json.loads((tmp_path / "data").read_text()) < b[0] < a[1], "a alone until the data is there, then b beside it"
+    assert json.loads((tmp_path / "data").read_text()) < b[0] < a[1], (
+        "a alone until the data is there, then b beside it"
+    )
     assert c[0] > min(a[1], b[1]) and d[0] > min(b[1], c[1]), "never three"
     threads = json.loads((tmp_path / "b" / "began").read_text())[1]
-    assert threads == str(max(1, len(os.sched_getaffinity(0)) // 2)) and (tmp_path / "b" / "said.txt").read_text() == "said by b\n"
-    assert started("e", "f", at_once=2) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
+    assert (
+        threads == str(max(1, len(os.sched_getaffinity(0)) // 2))
+        and (tmp_path / "b" / "said.txt").read_text() == "said by b\n"
+    )
+    assert (
+        started("e", "f", at_once=2) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
+    )
     (tmp_path / "data").unlink()
-    assert started("g", "h", "i", at_once=2) == (0, 3), "nobody says that the data is built: the first that ends well has built it"
-    assert span(tmp_path / "g")[1] < span(tmp_path / "h")[0] and span(tmp_path / "i")[0] < span(tmp_path / "h")[1]
+    assert started("g", "h", "i", at_once=2) == (0, 3), (
+        "nobody says that the data is built: the first that ends well has built it"
+    )
+    assert (
+        span(tmp_path / "g")[1] < span(tmp_path / "h")[0]
+        and span(tmp_path / "i")[0] < span(tmp_path / "h")[1]
+    )
 
 
-def test_a_run_that_fails_ends_the_others_and_nothing_is_started_after_it(started, tmp_path, capfd):
+def test_a_run_that_fails_ends_the_others_and_nothing_is_started_after_it(
+    started, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     began = time.monotonic()
     (tmp_path / "data").touch()
     assert started("long", "fails", "never", at_once=2) == (3, 0)
-    assert time.monotonic() - began < 15 and not (tmp_path / "long" / "ended").exists() and not (tmp_path / "never").exists()
+    assert (
+        time.monotonic() - began < 15
+        and not (tmp_path / "long" / "ended").exists()
+        and not (tmp_path / "never").exists()
+    )
     assert "fails: ended with 3; the same command goes on" in capfd.readouterr().err
 
 
-def test_a_notice_reaches_every_run(started, tmp_path):
+def test_a_notice_reaches_every_run(started, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    def ask():
+    def ask() -> None:
         while not all((tmp_path / name / "began").exists() for name in ("long", "a")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -156,4 +219,8 @@ def test_a_notice_reaches_every_run(started, tmp_path):
     threading.Thread(target=ask).start()
     (tmp_path / "data").touch()
     assert started("long", "a", "never", at_once=2)[0] == 128 + signal.SIGTERM
-    assert not (tmp_path / "never").exists() and not (tmp_path / "long" / "ended").exists() and signal.getsignal(signal.SIGTERM) is before
+    assert (
+        not (tmp_path / "never").exists()
+        and not (tmp_path / "long" / "ended").exists()
+        and signal.getsignal(signal.SIGTERM) is before
+    )

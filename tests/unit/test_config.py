@@ -1,4 +1,5 @@
 """Settings: strict, with errors that name path, value, what is allowed and the way out."""
+
 from __future__ import annotations
 
 import subprocess
@@ -9,7 +10,11 @@ import pytest
 
 from dist_scan.config import ConfigError, dump, load, override, read_yaml, validate
 
-CONFIGS = sorted(p for p in (Path(__file__).resolve().parents[2] / "configs").glob("*.yaml") if not p.stem.startswith("compare_"))
+CONFIGS = sorted(
+    p
+    for p in (Path(__file__).resolve().parents[2] / "configs").glob("*.yaml")
+    if not p.stem.startswith("compare_")
+)
 QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
@@ -19,19 +24,28 @@ def message(*overrides: str) -> str:
     return str(error.value)
 
 
-def test_yaml_reads_numbers_and_words_as_yaml_1_2_does():
+def test_yaml_reads_numbers_and_words_as_yaml_1_2_does() -> None:
     tree = read_yaml("a: 3e-2\nb: no\nc: true\nd: 010\ne: 1.\nf: 2024-01-02\ng: [1e5, -3]\nh: null")
-    assert tree == {"a": 0.03, "b": "no", "c": True, "d": 10, "e": 1.0, "f": "2024-01-02", "g": [1e5, -3], "h": None}
+    assert tree == {
+        "a": 0.03,
+        "b": "no",
+        "c": True,
+        "d": 10,
+        "e": 1.0,
+        "f": "2024-01-02",
+        "g": [1e5, -3],
+        "h": None,
+    }
 
 
-def test_a_key_given_twice_is_refused_with_its_line():
+def test_a_key_given_twice_is_refused_with_its_line() -> None:
     with pytest.raises(ConfigError, match=r"line 3: the key 'b' is given twice"):
         read_yaml("a: 1\nb: 2\nb: 3")
     with pytest.raises(ConfigError, match="twice"):
         read_yaml("a: {x: 1, x: 2}")
 
 
-def test_overrides_edit_the_raw_tree():
+def test_overrides_edit_the_raw_tree() -> None:
     tree = override({"a": {"b": 1, "c": 2}}, ["a.b=3e-2", "a.d.e=[1, 2]", "a.c="])
     assert tree == {"a": {"b": 0.03, "d": {"e": [1, 2]}}}
     with pytest.raises(ConfigError, match="dotted.path=value"):
@@ -40,107 +54,165 @@ def test_overrides_edit_the_raw_tree():
         override({"a": {"b": 1}}, ["a.b.c=2"])
 
 
-def test_an_override_reaches_the_config():
+def test_an_override_reaches_the_config() -> None:
     assert load(QUICK, ["stages.heads.epochs=5", "seed=7"]).stages["heads"].epochs == 5
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["stages.heads.epoch=5"], ["stages.heads.epoch", "unknown setting", "5", "epochs"]),
-    (["stages.heads.method.lambda=5"], ["stages.heads.method.lambda", "entropy_weight"]),
-    (["stages.heads.epochs=ten"], ["stages.heads.epochs", "'ten'", "integer"]),
-    (["stages.heads.epochs=0"], ["stages.heads.epochs", "greater than or equal to 1", "0"]),
-    (["stages.heads.method.kind=scam"], ["stages.heads.method", "'scam'", "moco", "did you mean scan"]),
-    (["stages.heads.kind=trian"], ["stages.heads", "'trian'", "did you mean train"]),
-    (["stages.heads.neighbours=neighbors"], ["stages.heads.neighbours", "'neighbors' is no earlier stage", "features"]),
-    (["stages.heads.neighbours="], ["stages.heads.neighbours", "needs neighbours"]),
-    (["stages.heads.images=train"], ["stages.heads", "exactly one of images"]),
-    (["stages.bank.recipe=center"], ["stages.bank.views", "allowed: 1"]),
-    (["stages.pretext.recipes=[digits]"], ["stages.pretext.recipes", "1 given", "wants 2"]),
-    (["stages.pretext.recipes=[digit, digits]"], ["recipes", "digit"]),
-    (["stages.heads.num_neighbours=21"], ["stages.heads.num_neighbours", "21", "20"]),
-    (["runtime.device=gpu"], ["runtime.device", "'gpu'", "cuda"]),
-    (["name=a/b"], ["name", "'a/b'"]),
-    (["data.train="], ["data.train", "missing"]),
-])
-def test_mistakes_are_named(overrides, words):
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["stages.heads.epoch=5"], ["stages.heads.epoch", "unknown setting", "5", "epochs"]),
+        (["stages.heads.method.lambda=5"], ["stages.heads.method.lambda", "entropy_weight"]),
+        (["stages.heads.epochs=ten"], ["stages.heads.epochs", "'ten'", "integer"]),
+        (["stages.heads.epochs=0"], ["stages.heads.epochs", "greater than or equal to 1", "0"]),
+        (
+            ["stages.heads.method.kind=scam"],
+            ["stages.heads.method", "'scam'", "moco", "did you mean scan"],
+        ),
+        (["stages.heads.kind=trian"], ["stages.heads", "'trian'", "did you mean train"]),
+        (
+            ["stages.heads.neighbours=neighbors"],
+            ["stages.heads.neighbours", "'neighbors' is no earlier stage", "features"],
+        ),
+        (["stages.heads.neighbours="], ["stages.heads.neighbours", "needs neighbours"]),
+        (["stages.heads.images=train"], ["stages.heads", "exactly one of images"]),
+        (["stages.bank.recipe=center"], ["stages.bank.views", "allowed: 1"]),
+        (["stages.pretext.recipes=[digits]"], ["stages.pretext.recipes", "1 given", "wants 2"]),
+        (["stages.pretext.recipes=[digit, digits]"], ["recipes", "digit"]),
+        (["stages.heads.num_neighbours=21"], ["stages.heads.num_neighbours", "21", "20"]),
+        (["runtime.device=gpu"], ["runtime.device", "'gpu'", "cuda"]),
+        (["name=a/b"], ["name", "'a/b'"]),
+        (["data.train="], ["data.train", "missing"]),
+    ],
+)
+def test_mistakes_are_named(overrides, words) -> None:
     text = message(*overrides)
     missing = [w for w in words if w not in text]
     assert not missing, f"{missing} not in:\n{text}"
 
 
-@pytest.mark.parametrize("override, words", [
-    ("stages.heads.neighbours=kmeans_features", "stages.heads.neighbours: 'kmeans_features' (kind kmeans) publishes no neighbours; allowed: neighbours"),
-    ("stages.heads.features=neighbours", "publishes no features; allowed: pixels, features, bank"),
-    ("stages.scan.model=pretext", "publishes no model; allowed: heads"),
-    ("stages.evaluate.subjects={mine: pretext}", "stages.evaluate.subjects.mine: 'pretext' (kind train) publishes no clusters"),
-    ("stages.a b={kind: kmeans, features: pixels, num_clusters: 4}", "'a b' cannot be a stage's name"),
-    ("stages.beton_train={kind: kmeans, features: pixels, num_clusters: 4}", "'beton_train' cannot be a stage's name"),
-    ("seed=99999999999999999999", "seed: Input should be less than"), ("data.std=[0.2, 0, 0.2]", "data.std.1: Input should be greater than 0"),
-])
-def test_a_reference_to_the_wrong_kind_is_refused_at_the_door(override, words):
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        (
+            "stages.heads.neighbours=kmeans_features",
+            "stages.heads.neighbours: 'kmeans_features' (kind kmeans) publishes no neighbours; allowed: neighbours",
+        ),
+        (
+            "stages.heads.features=neighbours",
+            "publishes no features; allowed: pixels, features, bank",
+        ),
+        ("stages.scan.model=pretext", "publishes no model; allowed: heads"),
+        (
+            "stages.evaluate.subjects={mine: pretext}",
+            "stages.evaluate.subjects.mine: 'pretext' (kind train) publishes no clusters",
+        ),
+        (
+            "stages.a b={kind: kmeans, features: pixels, num_clusters: 4}",
+            "'a b' cannot be a stage's name",
+        ),
+        (
+            "stages.beton_train={kind: kmeans, features: pixels, num_clusters: 4}",
+            "'beton_train' cannot be a stage's name",
+        ),
+        ("seed=99999999999999999999", "seed: Input should be less than"),
+        ("data.std=[0.2, 0, 0.2]", "data.std.1: Input should be greater than 0"),
+    ],
+)
+def test_a_reference_to_the_wrong_kind_is_refused_at_the_door(override, words) -> None:
     with pytest.raises(ConfigError) as told:
         load(CONFIGS[[p.stem for p in CONFIGS].index("quickstart")], [override])
     assert words in str(told.value)
 
 
-def test_every_mistake_is_listed_at_once():
+def test_every_mistake_is_listed_at_once() -> None:
     text = message("stages.heads.epochs=0", "seed=-1")
     assert "2 mistakes" in text and "seed" in text and "stages.heads.epochs" in text
 
 
-def test_a_missing_file_names_those_there_are():
+def test_a_missing_file_names_those_there_are() -> None:
     with pytest.raises(ConfigError, match="does not exist.*quickstart.yaml"):
         load(QUICK.with_name("quikstart.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_shipped_configs_load_and_survive_a_round_trip(path):
+def test_shipped_configs_load_and_survive_a_round_trip(path) -> None:
     run = load(path)
     assert validate(read_yaml(dump(run))) == run
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_shipped_configs_look_at_whole_images(path):
+def test_shipped_configs_look_at_whole_images(path) -> None:
     from dist_scan.pipeline import notes
 
     assert notes(load(path)) == []
 
 
-def test_a_size_that_does_not_fit_is_said_once_by_the_first_stage_that_meets_it():
+def test_a_size_that_does_not_fit_is_said_once_by_the_first_stage_that_meets_it() -> None:
     from dist_scan.pipeline import notes
 
     found = notes(load(QUICK, ["data.resolution=256"]))
-    assert [text.split(":")[0] for text in found] == ["stages.pretext", "stages.pixels", "stages.selflabelling"] and all("2% of a square image" in text for text in found)
+    assert [text.split(":")[0] for text in found] == [
+        "stages.pretext",
+        "stages.pixels",
+        "stages.selflabelling",
+    ] and all("2% of a square image" in text for text in found)
 
 
-def test_settings_are_frozen():
+def test_settings_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         load(QUICK).seed = 3
 
 
-def test_reading_a_config_imports_nothing_slow():
+def test_reading_a_config_imports_nothing_slow() -> None:
     """torchvision, timm and the compiler behind them cost five seconds at every start; only building a network needs them."""
-    code = ("import sys; from dist_scan.config import load; load('configs/quickstart.yaml'); import dist_scan.run; "
-            "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn', 'numba') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS[0].parents[1], capture_output=True, text=True)
+    code = (
+        "import sys; from dist_scan.config import load; load('configs/quickstart.yaml'); import dist_scan.run; "
+        "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn', 'numba') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONFIGS[0].parents[1], capture_output=True, text=True
+    )
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
 
 
-def test_what_a_batch_allows_is_said_at_the_door():
-    assert "queue_size: 300 is no multiple of the 128 keys" in message("stages.pretext.method={kind: moco, queue_size: 300}")
-    assert "bn_groups: 3 does not divide global_batch 128" in message("stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 3}")
-    run = load(QUICK, ["stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 8}", "stages.pretext.global_batch=96", "stages.pretext.method.queue_size=960"])
-    with pytest.raises(ValueError, match="stages.pretext: bn_groups: 8 and 3 ranks: one must divide the other"):
+def test_what_a_batch_allows_is_said_at_the_door() -> None:
+    assert "queue_size: 300 is no multiple of the 128 keys" in message(
+        "stages.pretext.method={kind: moco, queue_size: 300}"
+    )
+    assert "bn_groups: 3 does not divide global_batch 128" in message(
+        "stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 3}"
+    )
+    run = load(
+        QUICK,
+        [
+            "stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 8}",
+            "stages.pretext.global_batch=96",
+            "stages.pretext.method.queue_size=960",
+        ],
+    )
+    with pytest.raises(
+        ValueError, match="stages.pretext: bn_groups: 8 and 3 ranks: one must divide the other"
+    ):
         run.stages["pretext"].check_ranks("pretext", 3)
-    with pytest.raises(ValueError, match="global_batch: 96 does not divide over 5 processes; nearest that do: 95, 100"):
+    with pytest.raises(
+        ValueError,
+        match="global_batch: 96 does not divide over 5 processes; nearest that do: 95, 100",
+    ):
         run.stages["pretext"].check_ranks("pretext", 5)
 
 
-@pytest.mark.parametrize("data, words", [
-    (b"name: \xff", "no text in UTF-8"), (b"a: \x00", "not valid YAML"), (b"[1, 2]: 3", "line 1: the key"), (b"3: 4", "is no name"),
-    (b"a: &x {b: 1}\nc: {<<: *x}", "merge keys"),
-])
-def test_files_that_are_no_settings(tmp_path, data, words):
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"name: \xff", "no text in UTF-8"),
+        (b"a: \x00", "not valid YAML"),
+        (b"[1, 2]: 3", "line 1: the key"),
+        (b"3: 4", "is no name"),
+        (b"a: &x {b: 1}\nc: {<<: *x}", "merge keys"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path: Path, data, words) -> None:
     (tmp_path / "bad.yaml").write_bytes(data)
     with pytest.raises(ConfigError, match=words):
         load(tmp_path / "bad.yaml")
@@ -148,14 +220,21 @@ def test_files_that_are_no_settings(tmp_path, data, words):
         load(tmp_path)
 
 
-def test_a_method_that_does_not_name_its_kind_is_told_the_line(tmp_path, monkeypatch):
+def test_a_method_that_does_not_name_its_kind_is_told_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without it a mistyped setting was answered with an empty list of what is allowed."""
     import dist_scan.methods
     from dist_scan.config import kind_class
 
     monkeypatch.setattr(dist_scan.methods, "__path__", [*dist_scan.methods.__path__, str(tmp_path)])
     for name, line in (("unnamed", ""), ("misnamed", '    kind: Literal["other"] = "other"\n')):
-        (tmp_path / f"{name}.py").write_text(f"from typing import Literal\nfrom dist_scan.methods.base import MethodConfig\n\nclass C(MethodConfig):\n    weight: float = 1.0\n{line}\n"
-                                             "class M:\n    Config = C\n")
-        with pytest.raises(ConfigError, match=f'needs a line that names its kind: `kind: Literal\\["{name}"\\] = "{name}"`'):
+        (tmp_path / f"{name}.py").write_text(
+            f"from typing import Literal\nfrom dist_scan.methods.base import MethodConfig\n\nclass C(MethodConfig):\n    weight: float = 1.0\n{line}\n"
+            "class M:\n    Config = C\n"
+        )
+        with pytest.raises(
+            ConfigError,
+            match=f'needs a line that names its kind: `kind: Literal\\["{name}"\\] = "{name}"`',
+        ):
             kind_class("dist_scan.methods", name)

@@ -1,45 +1,58 @@
 """The bank gives the same rows from every place, and the place is chosen by size, in words, or refused."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dist_scan.data.feature_bank import FeatureBank, choose_place
+from dist_scan.data.feature_cache import FeatureCache, choose_place
 from dist_scan.data.feed import FeatureFeed, Plan
 from dist_scan.data.order import cached_views
 from dist_scan.data.tables import FeatureTable
-from dist_scan.head_products import one_above_other
-from dist_scan.models.headed import HeadFeatures
+from dist_scan.heads.features import HeadFeatures
+from dist_scan.heads.products import one_above_other
 from dist_scan.world.world import current, free_bytes
 
 GIB = 2**30
 
 
-def test_rows_are_the_same_from_every_place(tmp_path):
+def test_rows_are_the_same_from_every_place(tmp_path: Path) -> None:
     table = FeatureTable.create(tmp_path, 23, 3, 5, 4)
     rows = np.random.default_rng(0).normal(size=(23, 3, 5)).astype(np.float32)
     for shard in range(table.num_shards):
         table.write_shard(shard, rows[slice(*table.shard_range(shard))])
     index, view = np.array([22, 0, 7, 7, 13]), np.array([2, 0, 1, 2, 0])
     for place in ("device", "host", "mapped"):
-        bank = FeatureBank(table, place, torch.device("cpu"))
+        bank = FeatureCache(table, place, torch.device("cpu"))
         for views in (view, 1):
             found = bank.read(index, views)
-            assert found.dtype == torch.float16 and np.array_equal(found.numpy(), rows.astype(np.float16)[index, views])
+            assert found.dtype == torch.float16 and np.array_equal(
+                found.numpy(), rows.astype(np.float16)[index, views]
+            )
 
 
-def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path):
+def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path: Path) -> None:
     table = FeatureTable.create(tmp_path, 20, 4, 5, 3)
     for shard in range(table.num_shards):
-        table.write_shard(shard, np.random.default_rng(shard).normal(size=(len(range(*table.shard_range(shard))), 4, 5)).astype(np.float32))
+        table.write_shard(
+            shard,
+            np.random.default_rng(shard)
+            .normal(size=(len(range(*table.shard_range(shard))), 4, 5))
+            .astype(np.float32),
+        )
     feed = FeatureFeed(table, Plan(np.arange(20), 6, 3, current()), torch.device("cpu"))
     batches = list(feed.batches(2, first_step=1))
     assert len(batches) == 2
     for batch in batches:
         index = batch.index.numpy()
         for slot, view in enumerate(batch.views):
-            assert torch.equal(view, torch.from_numpy(table.rows(index, cached_views(index, 3, 2, slot, 4))).float())
+            assert torch.equal(
+                view,
+                torch.from_numpy(table.rows(index, cached_views(index, 3, 2, slot, 4))).float(),
+            )
         assert one_above_other(*batch.views) is not None and not torch.equal(*batch.views)
         for kind in ("none", "l2", "standardise"):
             features = HeadFeatures(None, 5, kind, table.moments(), trained=False)
@@ -52,20 +65,33 @@ def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path):
         assert len(only.views) == 1 and torch.equal(only.views[0], batch.views[1])
 
 
-@pytest.mark.parametrize("on_gpu, device, host, copies, place", [
-    (True, 80, 500, 8, "device"), (True, 60, 900, 8, "host"), (True, 60, 500, 8, "mapped"), (False, 80, 100, 1, "host"), (False, 0, 80, 1, "mapped")])
-def test_the_first_place_with_room_is_taken(on_gpu, device, host, copies, place):
-    chosen, why = choose_place(40 * GIB + (3 * GIB if place == "mapped" else 0), on_gpu, device * GIB, host * GIB, copies)
+@pytest.mark.parametrize(
+    "on_gpu, device, host, copies, place",
+    [
+        (True, 80, 500, 8, "device"),
+        (True, 60, 900, 8, "host"),
+        (True, 60, 500, 8, "mapped"),
+        (False, 80, 100, 1, "host"),
+        (False, 0, 80, 1, "mapped"),
+    ],
+)
+def test_the_first_place_with_room_is_taken(on_gpu, device, host, copies, place) -> None:
+    chosen, why = choose_place(
+        40 * GIB + (3 * GIB if place == "mapped" else 0), on_gpu, device * GIB, host * GIB, copies
+    )
     assert chosen == place and "GiB" in why
 
 
-def test_what_was_asked_for_is_given_or_refused():
-    assert choose_place(GIB, True, 80 * GIB, 80 * GIB, 1, "mapped") == ("mapped", "asked for by runtime.bank")
+def test_what_was_asked_for_is_given_or_refused() -> None:
+    assert choose_place(GIB, True, 80 * GIB, 80 * GIB, 1, "mapped") == (
+        "mapped",
+        "asked for by runtime.bank",
+    )
     with pytest.raises(ValueError, match="no GPU; allowed: auto, host, mapped"):
         choose_place(GIB, False, 0, 80 * GIB, 1, "device")
     with pytest.raises(ValueError, match="5.00 GiB of host.*allowed: auto, mapped"):
         choose_place(6 * GIB, False, 0, 20 * GIB, 2, "host")
 
 
-def test_free_memory_of_this_machine():
+def test_free_memory_of_this_machine() -> None:
     assert 0 < free_bytes(torch.device("cpu")) < 2**50

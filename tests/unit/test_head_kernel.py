@@ -1,4 +1,5 @@
 """Triton's kernels of the head step: run by Triton's interpreter on the CPU, and compiled for GPUs that are not here."""
+
 from __future__ import annotations
 
 import os
@@ -12,11 +13,19 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels canno
 CASES = Path(__file__).with_name("head_kernel_cases.py")
 
 
-def test_the_interpreter_gives_what_pytorch_gives():
+def test_the_interpreter_gives_what_pytorch_gives() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)], env=env, cwd=CASES.parents[2],
-                           capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0 and "12 passed" in found.stdout, found.stdout[-5000:] + found.stderr[-2000:]
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        env=env,
+        cwd=CASES.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert found.returncode == 0 and "12 passed" in found.stdout, (
+        found.stdout[-5000:] + found.stderr[-2000:]
+    )
 
 
 COMPILE = """
@@ -37,10 +46,12 @@ for architecture in (80, 90):
 """
 
 
-def test_they_compile_for_gpus(tmp_path):
+def test_they_compile_for_gpus(tmp_path: Path) -> None:
     """Up to PTX and beyond, for A100 and H100: what the interpreter bears and the compiler does not would show here."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
-    found = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == 0, found.stderr
     assert [line.split()[-1] for line in found.stdout.splitlines()] == ["True"] * 6

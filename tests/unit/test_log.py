@@ -1,25 +1,28 @@
 """metrics.jsonl: a torn line breaks no reader, a step written again counts as written last, and a full disk costs rows and nothing else."""
+
 from __future__ import annotations
 
 import errno
 import io
 import os
+from pathlib import Path
 
 import pytest
 
-from dist_scan.engine import log as module
-from dist_scan.engine.log import Board, Lines, Log, read_rows
-from dist_scan.progress import Progress, duration, tell
+from dist_scan.monitoring import log as module
+from dist_scan.monitoring.log import JsonLinesFile, StageLog, TensorBoardWriter, read_rows
+from dist_scan.monitoring.progress import Progress, duration, tell
+from typing import Never
 
 
-def test_torn_lines_and_repeated_steps(tmp_path):
-    log = Log(tmp_path, "a", enabled=True)
+def test_torn_lines_and_repeated_steps(tmp_path: Path) -> None:
+    log = StageLog(tmp_path, "a", enabled=True)
     log.row(1, {"loss": 3.0})
     log.row(2, {"loss": 2.0})
     log.close()
     path = tmp_path / "logs" / "a.metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
-    log = Log(tmp_path, "a", enabled=True)
+    log = StageLog(tmp_path, "a", enabled=True)
     log.row(2, {"loss": 1.5})
     log.close()
     assert read_rows(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.5}]
@@ -27,7 +30,7 @@ def test_torn_lines_and_repeated_steps(tmp_path):
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_progress_says_its_last_line_once(live, monkeypatch):
+def test_progress_says_its_last_line_once(live, monkeypatch: pytest.MonkeyPatch) -> None:
     class Out(io.StringIO):
         def isatty(self):
             return live
@@ -39,12 +42,16 @@ def test_progress_says_its_last_line_once(live, monkeypatch):
     with Progress("long", 3, stream=out) as p:
         p.advance()
         p.advance()  # too soon to be printed
-    seen = "\n".join(line.rpartition("\r\x1b[K")[2] for line in out.getvalue().split("\n"))  # a live line is written over
+    seen = "\n".join(
+        line.rpartition("\r\x1b[K")[2] for line in out.getvalue().split("\n")
+    )  # a live line is written over
     for text in (seen, log.getvalue()):
-        assert text.count("neighbours: 2/2 shards (100 %)") == 1 == text.count("long: 2/3") and text.endswith("\n"), text
+        assert text.count("neighbours: 2/2 shards (100 %)") == 1 == text.count(
+            "long: 2/3"
+        ) and text.endswith("\n"), text
 
 
-def test_progress_says_share_rate_and_time_left():
+def test_progress_says_share_rate_and_time_left() -> None:
     out = io.StringIO()
     with Progress("embed", 100, "images", done=50, stream=out) as p:
         p.started -= 10
@@ -56,7 +63,7 @@ def test_progress_says_share_rate_and_time_left():
 class Disk:
     """Opens files that take so many bytes more; then they raise ENOSPC, as those of a full disk do: a part is written first."""
 
-    def __init__(self, room: int):
+    def __init__(self, room: int) -> None:
         self.room = room
 
     def open(self, path, mode, buffering=-1):
@@ -66,15 +73,17 @@ class Disk:
             def write(self, data):
                 if not disk.room:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                taken = data[:disk.room]
+                taken = data[: disk.room]
                 disk.room -= len(taken)
                 return super().write(taken)
 
         return File(path, mode.replace("b", ""))
 
 
-def test_a_full_disk_costs_rows_and_is_said_once(tmp_path, monkeypatch, capfd):
-    disk, log = Disk(10**9), Log(tmp_path, "a", enabled=True)
+def test_a_full_disk_costs_rows_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk, log = Disk(10**9), StageLog(tmp_path, "a", enabled=True)
     monkeypatch.setattr(module, "open", disk.open, raising=False)
     monkeypatch.setattr(module, "BOARD_AGAIN_S", 0.0)
     log.row(1, {"loss": 3.0})
@@ -88,10 +97,19 @@ def test_a_full_disk_costs_rows_and_is_said_once(tmp_path, monkeypatch, capfd):
     disk.room = 10**9
     log.row(7, {"loss": 0.25})
     log.close()
-    assert [r["step"] for r in read_rows(log.path)] == [1, 5, 6, 7], "the torn row took no other with it"
+    assert [r["step"] for r in read_rows(log.path)] == [1, 5, 6, 7], (
+        "the torn row took no other with it"
+    )
     said = capfd.readouterr().err
-    assert said.count("metrics.jsonl: No space left on device; its lines are lost") == 1 == said.count("can be written again; 3 lines were lost"), said
-    assert said.count("cannot write TensorBoard events") == 1 == said.count("are written again") and "Traceback" not in said, said
+    assert (
+        said.count("metrics.jsonl: No space left on device; its lines are lost")
+        == 1
+        == said.count("can be written again; 3 lines were lost")
+    ), said
+    assert (
+        said.count("cannot write TensorBoard events") == 1 == said.count("are written again")
+        and "Traceback" not in said
+    ), said
     assert events(log.board_dir) == {1: 3.0, 5: 1.0, 7: 0.25}
 
 
@@ -102,31 +120,37 @@ def events(folder) -> dict[int, float]:
     found = {}
     for file in sorted(folder.iterdir()):
         for event in EventFileLoader(str(file)).Load():
-            found |= {event.step: value.tensor.float_val[0] for value in event.summary.value if value.tag == "loss"}
+            found |= {
+                event.step: value.tensor.float_val[0]
+                for value in event.summary.value
+                if value.tag == "loss"
+            }
     return found
 
 
-def test_a_log_that_can_never_be_made_ends_nothing(tmp_path, capfd):
+def test_a_log_that_can_never_be_made_ends_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
-    log = Log(tmp_path, "a", enabled=True)
+    log = StageLog(tmp_path, "a", enabled=True)
     log.row(1, {"loss": 3.0})
     log.row(2, {"loss": 3.0})
     log.close()
-    assert not Lines(tmp_path / "logs" / "run.log").write("hello\n")
+    assert not JsonLinesFile(tmp_path / "logs" / "run.log").write("hello\n")
     assert capfd.readouterr().err.count("a.metrics.jsonl: File exists") == 1
 
 
-def test_tensorboard_reads_what_was_written(tmp_path):
-    board = Board(tmp_path / "board")
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    board = TensorBoardWriter(tmp_path / "board")
     for step in (1, 2):
         board.scalars(step, {"loss": step / 4, "acc": 1})
     board.close()
     assert events(tmp_path / "board") == {1: 0.25, 2: 0.5}
 
 
-def test_a_terminal_that_cannot_be_written_ends_nothing():
+def test_a_terminal_that_cannot_be_written_ends_nothing() -> None:
     class Full(io.StringIO):
-        def write(self, text):
+        def write(self, text) -> Never:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     tell("hello", Full())

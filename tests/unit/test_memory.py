@@ -1,4 +1,5 @@
 """A stage's peak is its own, not the one of the stage before."""
+
 from __future__ import annotations
 
 import sys
@@ -6,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from dist_scan.engine import memory
+from dist_scan.monitoring import peak_memory as memory
 
 MIB = 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")
-def test_a_large_stage_does_not_count_for_the_next():
+def test_a_large_stage_does_not_count_for_the_next() -> None:
     memory.begin_stage()
     before = memory.peaks()["peak_host_bytes"]
     block = np.ones(200 * MIB, np.uint8)

@@ -1,7 +1,9 @@
 """Methods on one rank: what they choose, average, skip and publish."""
+
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,13 @@ from torch import nn
 
 from dist_scan.config import kind_class
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.methods.base import Given
+from dist_scan.heads.selection import held_out_loss
+from dist_scan.methods.base import MethodInputs
 from dist_scan.methods.moco import shuffled
 from dist_scan.methods.nce import instance_loss
 from dist_scan.methods.rotnet import quarter_turns
-from dist_scan.models.choosing import held_out_loss
 from dist_scan.models.backbone import BackboneConfig, build_backbone
-from dist_scan.models.cluster import ClusterModel, load_cluster_model, save_cluster_model
+from dist_scan.models.cluster_model import ClusterModel, load_cluster_model, save_cluster_model
 from dist_scan.models.layers import FeatureNorm
 from tests.reference import losses as reference
 
@@ -27,28 +29,44 @@ CONFIG = BackboneConfig(name="resnet_small", width=4)
 def make(kind: str, settings: dict, **given):
     cls = kind_class("dist_scan.methods", kind)
     torch.manual_seed(0)
-    return cls(cls.Config(kind=kind, **settings), Given(num_images=64, global_batch=16, seed=0, total_steps=4, feature_dim=16,
-                                                        backbone=build_backbone(CONFIG), backbone_config=CONFIG, **given))
+    return cls(
+        cls.Config(kind=kind, **settings),
+        MethodInputs(
+            num_images=64,
+            global_batch=16,
+            seed=0,
+            total_steps=4,
+            feature_dim=16,
+            backbone=build_backbone(CONFIG),
+            backbone_config=CONFIG,
+            **given,
+        ),
+    )
 
 
 def batch(step: int = 0) -> Batch:
     gen = torch.Generator().manual_seed(step)
-    return Batch(torch.arange(16), tuple(torch.randn(16, 3, 8, 8, generator=gen) for _ in range(2)), 0, step)
+    return Batch(
+        torch.arange(16), tuple(torch.randn(16, 3, 8, 8, generator=gen) for _ in range(2)), 0, step
+    )
 
 
 @pytest.fixture
-def folder(tmp_path):
-    save_cluster_model(tmp_path, ClusterModel(build_backbone(CONFIG), FeatureNorm("none", 16), nn.Linear(16, 4), CONFIG))
+def folder(tmp_path: Path):
+    save_cluster_model(
+        tmp_path,
+        ClusterModel(build_backbone(CONFIG), FeatureNorm("none", 16), nn.Linear(16, 4), CONFIG),
+    )
     return tmp_path
 
 
-def test_held_out_loss_has_weight_one():
+def test_held_out_loss_has_weight_one() -> None:
     logits, neighbours = torch.randn(6, 3), torch.tensor([[3, 4], [5, 0]])
     expected = sum(reference.scan(logits[:2], logits[neighbours[:, k]], 1.0) for k in (0, 1)) / 2
     torch.testing.assert_close(held_out_loss(logits, neighbours), expected)
 
 
-def test_scan_keeps_the_best_epoch_and_head_and_publishes_it(tmp_path):
+def test_scan_keeps_the_best_epoch_and_head_and_publishes_it(tmp_path: Path) -> None:
     method = make("scan", dict(num_clusters=4, num_heads=3, normalise="none"), on_features=True)
     x = torch.randn(8, 16)
     held = HeldOut(lambda: iter([Batch(torch.arange(8), (x,), 0, 0)]), np.arange(8)[:, None])
@@ -67,8 +85,10 @@ def test_scan_keeps_the_best_epoch_and_head_and_publishes_it(tmp_path):
     assert facts["best_epoch"] == 0 and len(facts["heads"]) == 3
 
 
-def test_released_ema_is_sgd_at_a_smaller_rate_with_frozen_buffers(folder):
-    released = make("selflabel", dict(threshold=0.1, ema=0.9, ema_meaning="released"), inputs={"model": folder}).train()
+def test_released_ema_is_sgd_at_a_smaller_rate_with_frozen_buffers(folder) -> None:
+    released = make(
+        "selflabel", dict(threshold=0.1, ema=0.9, ema_meaning="released"), inputs={"model": folder}
+    ).train()
     plain = make("selflabel", dict(threshold=0.1), inputs={"model": folder}).train()
     buffers = {k: v.clone() for k, v in released.model.named_buffers()}
     for method, lr in ((released, 0.1), (plain, 0.01)):
@@ -84,12 +104,15 @@ def test_released_ema_is_sgd_at_a_smaller_rate_with_frozen_buffers(folder):
     assert all(torch.equal(v, buffers[k]) for k, v in released.model.named_buffers())
 
 
-def test_selflabel_skips_and_warns_when_nobody_is_confident(folder):
+def test_selflabel_skips_and_warns_when_nobody_is_confident(folder) -> None:
     method = make("selflabel", dict(threshold=0.999999), inputs={"model": folder}).train()
     step = method(batch())
     assert step.skip and step.loss == 0
     assert method.end_epoch(0, None)["clusters_used"] == 0
-    assert "lower method.threshold, or set method.ema" in method.warning() and "epoch 1: 0% of the clusters" in method.warning()
+    assert (
+        "lower method.threshold, or set method.ema" in method.warning()
+        and "epoch 1: 0% of the clusters" in method.warning()
+    )
 
 
 def confident(method, counts, seen=100):
@@ -99,10 +122,20 @@ def confident(method, counts, seen=100):
     return method.end_epoch(0, None)
 
 
-def test_selflabel_ends_when_the_number_of_confident_images_is_flat(folder):
+def test_selflabel_ends_when_the_number_of_confident_images_is_flat(folder) -> None:
     method = make("selflabel", dict(plateau_epochs=2, plateau_gain=0.02), inputs={"model": folder})
-    for counts in ([10, 10, 10, 10], [11, 11, 11, 11], [12, 11, 11, 11], [12, 12, 12, 12], [12, 12, 12, 12]):
-        assert confident(method, counts)["confident_share"] == sum(counts) / 100 and not method.finished() and not method.warning()
+    for counts in (
+        [10, 10, 10, 10],
+        [11, 11, 11, 11],
+        [12, 11, 11, 11],
+        [12, 12, 12, 12],
+        [12, 12, 12, 12],
+    ):
+        assert (
+            confident(method, counts)["confident_share"] == sum(counts) / 100
+            and not method.finished()
+            and not method.warning()
+        )
     again = make("selflabel", dict(plateau_epochs=2, plateau_gain=0.02), inputs={"model": folder})
     again.load_state_dict(method.state_dict())  # as after a restart
     confident(again, [12, 12, 13, 12])
@@ -113,7 +146,9 @@ def test_selflabel_ends_when_the_number_of_confident_images_is_flat(folder):
     assert released.finished() == ""
 
 
-def test_selflabel_publishes_the_average_and_the_counts_of_the_last_epoch(folder, tmp_path):
+def test_selflabel_publishes_the_average_and_the_counts_of_the_last_epoch(
+    folder, tmp_path: Path
+) -> None:
     method = make("selflabel", dict(threshold=0.1, ema=0.5), inputs={"model": folder}).train()
     optimizer = torch.optim.SGD(method.model.parameters(), lr=0.5)
     step = method(batch())
@@ -125,37 +160,72 @@ def test_selflabel_publishes_the_average_and_the_counts_of_the_last_epoch(folder
     method.end_epoch(0, None)
     method.publish(tmp_path / "out")
     published, trained = load_cluster_model(tmp_path / "out"), method.model.head.weight
-    assert torch.equal(published.head.weight, method.teacher.module.head.weight) and not torch.equal(published.head.weight, trained)
+    assert torch.equal(
+        published.head.weight, method.teacher.module.head.weight
+    ) and not torch.equal(published.head.weight, trained)
     facts = json.loads((tmp_path / "out" / "confident.json").read_text())
-    assert facts["per_cluster"] == counted.tolist() and facts["images"] == 16 and facts["confident_share"] == 1.0
+    assert (
+        facts["per_cluster"] == counted.tolist()
+        and facts["images"] == 16
+        and facts["confident_share"] == 1.0
+    )
 
 
-def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(folder, tmp_path):
+def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
+    folder, tmp_path: Path
+) -> None:
     from types import SimpleNamespace
 
-    from dist_scan.engine.checkpoint import Checkpoints
-    from dist_scan.engine.log import Log
-    from dist_scan.engine.loop import Schooling, Trainer
-    from dist_scan.engine.optim import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.position import Saver
-    from dist_scan.engine.profile import Timing
+    from dist_scan.engine.checkpoint import CheckpointStore
+    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
     from dist_scan.engine.stop import Stop
-    from dist_scan.engine.verdict import Setting
+    from dist_scan.engine.train_state import Checkpointer
+    from dist_scan.engine.training_loop import Trainer, TrainSettings
+    from dist_scan.monitoring.bottleneck import TrainingSetup
+    from dist_scan.monitoring.log import StageLog
+    from dist_scan.monitoring.profile import TrainingProfile
 
-    method, said = make("selflabel", dict(threshold=0.999999, plateau_epochs=2), inputs={"model": folder}), []
-    feed = SimpleNamespace(steps_per_epoch=2, rows=range(2), batches=lambda epoch, first=0, views=None, order=None: iter([batch(0), batch(1)][first:]))
-    saver = Saver(Checkpoints(tmp_path / "checkpoints", 2, said.append), 1e9)
-    log = Log(tmp_path, "selflabelling", enabled=False)
-    timing = Timing(log, tmp_path, Setting(16, 1, stored="raw", resolution=8, size=8))
-    trainer = Trainer(method, feed, Schooling(OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), 9, 0), None, saver, Stop(), log, timing,
-                      None, "selflabelling", said.append)
+    method, said = (
+        make("selflabel", dict(threshold=0.999999, plateau_epochs=2), inputs={"model": folder}),
+        [],
+    )
+    feed = SimpleNamespace(
+        steps_per_epoch=2,
+        rows=range(2),
+        batches=lambda epoch, first=0, views=None, order=None: iter([batch(0), batch(1)][first:]),
+    )
+    saver = Checkpointer(CheckpointStore(tmp_path / "checkpoints", 2, said.append), 1e9)
+    log = StageLog(tmp_path, "selflabelling", enabled=False)
+    timing = TrainingProfile(
+        log, tmp_path, TrainingSetup(16, 1, stored="raw", resolution=8, size=8)
+    )
+    trainer = Trainer(
+        method,
+        feed,
+        TrainSettings(OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), 9, 0),
+        None,
+        saver,
+        Stop(),
+        log,
+        timing,
+        None,
+        "selflabelling",
+        said.append,
+    )
     at = trainer.run()
-    assert at.epoch == 2 and at.skipped == 4 and len(at.warnings) == 2 and at.saved()["warnings"] == at.warnings
+    assert (
+        at.epoch == 2
+        and at.skipped == 4
+        and len(at.warnings) == 2
+        and at.saved()["warnings"] == at.warnings
+    )
     assert sum(line.startswith("warning: selflabelling: ") for line in said) == 2
-    assert said[-1].startswith("selflabelling: ended after epoch 2 of 9: the share of confident images has stayed at 0.0%")
+    assert said[-1].startswith(
+        "selflabelling: ended after epoch 2 of 9: the share of confident images has stayed at 0.0%"
+    )
 
 
-def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder):
+def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder) -> None:
     from dist_scan.engine.precision import autocast
 
     method = make("selflabel", dict(threshold=0.1, ema=0.9), inputs={"model": folder}).train()
@@ -166,23 +236,37 @@ def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder):
         step = method(batch())
     step.loss.backward()
     assert seen == [torch.bfloat16, torch.float32] and step.loss.dtype == torch.float32
-    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in method.model.parameters())
+    assert all(
+        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32
+        for p in method.model.parameters()
+    )
 
 
-def test_moco_shuffle_is_a_function_of_seed_and_step():
-    assert torch.equal(shuffled(8, 1, 2), shuffled(8, 1, 2)) and not torch.equal(shuffled(64, 1, 2), shuffled(64, 1, 3))
+def test_moco_shuffle_is_a_function_of_seed_and_step() -> None:
+    assert torch.equal(shuffled(8, 1, 2), shuffled(8, 1, 2)) and not torch.equal(
+        shuffled(64, 1, 2), shuffled(64, 1, 3)
+    )
     assert sorted(shuffled(8, 1, 2).tolist()) == list(range(8))
 
 
-def test_rotnet_turns_every_image_four_times():
+def test_rotnet_turns_every_image_four_times() -> None:
     images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
     turned, turns = quarter_turns(images)
-    assert turns.tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and torch.equal(turned[0], images[0]) and torch.equal(turned[6], images[1].flip((1, 2)))
-    assert torch.equal(turned[5][:, 0], images[1][:, :, -1])  # counter-clockwise: the last column becomes the first row
+    assert (
+        turns.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+        and torch.equal(turned[0], images[0])
+        and torch.equal(turned[6], images[1].flip((1, 2)))
+    )
+    assert torch.equal(
+        turned[5][:, 0], images[1][:, :, -1]
+    )  # counter-clockwise: the last column becomes the first row
 
 
-def test_instance_loss_is_a_softmax_over_the_memory():
-    z, memory = F.normalize(torch.randn(5, 8), dim=1).requires_grad_(), F.normalize(torch.randn(20, 8), dim=1)
+def test_instance_loss_is_a_softmax_over_the_memory() -> None:
+    z, memory = (
+        F.normalize(torch.randn(5, 8), dim=1).requires_grad_(),
+        F.normalize(torch.randn(20, 8), dim=1),
+    )
     own = torch.tensor([3, 0, 7, 7, 19])
     expected = F.cross_entropy(z @ memory.T / 0.1, own)
     loss = instance_loss(z, memory[own], memory, 0.1)
@@ -190,18 +274,20 @@ def test_instance_loss_is_a_softmax_over_the_memory():
     torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.autograd.grad(expected, z)[0])
 
 
-def test_nce_remembers_a_moving_average_of_unit_length():
+def test_nce_remembers_a_moving_average_of_unit_length() -> None:
     method = make("nce", dict(projection_dim=4, momentum=0.25)).train()
     before = method.memory.read(torch.arange(64))
     torch.testing.assert_close(before.norm(dim=1), torch.ones(64))
     step = method(batch())
     method.end_step(batch(), step)
     after = method.memory.read(torch.arange(64))
-    torch.testing.assert_close(after[:16], F.normalize(0.25 * before[:16] + 0.75 * step.keep["projections"], dim=1))
+    torch.testing.assert_close(
+        after[:16], F.normalize(0.25 * before[:16] + 0.75 * step.keep["projections"], dim=1)
+    )
     assert torch.equal(after[16:], before[16:])
 
 
-def test_moco_enqueues_the_keys_and_follows_slowly():
+def test_moco_enqueues_the_keys_and_follows_slowly() -> None:
     method = make("moco", dict(queue_size=32, projection_dim=4, momentum=0.5, bn_groups=4)).train()
     step = method(batch())
     before = method.key.module[0].conv1.weight.clone()
@@ -212,7 +298,7 @@ def test_moco_enqueues_the_keys_and_follows_slowly():
     torch.testing.assert_close(method.key.module[0].conv1.weight, before + 0.5)
 
 
-def test_simclr_pairs_the_two_views_of_an_image():
+def test_simclr_pairs_the_two_views_of_an_image() -> None:
     """Whatever the order in which they go through the network: the positive of row i's first view is its second."""
     method, b = make("simclr", dict(temperature=0.2, projection_dim=8)).double().eval(), batch()
     views = [v.double() for v in b.views]

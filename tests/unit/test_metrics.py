@@ -1,4 +1,5 @@
 """Scores from one table against scikit-learn, scipy and brute force, the degenerate tables included."""
+
 from __future__ import annotations
 
 from itertools import permutations
@@ -8,11 +9,13 @@ import pytest
 from sklearn import metrics as sk
 
 from dist_scan.evaluate import metrics as m
-from dist_scan.evaluate.expected import expected_mutual_information
+from dist_scan.evaluate.expected_mutual_information import expected_mutual_information
 from tests.ranks import run_ranks
 
 
-def drawn(n: int, clusters: int, classes: int, seed: int = 0, agree: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    n: int, clusters: int, classes: int, seed: int = 0, agree: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
     """Unbalanced classes, clusters that agree with them in part."""
     rng = np.random.default_rng(seed)
     label = rng.choice(classes, n, p=rng.dirichlet(np.full(classes, 2.0)))
@@ -31,25 +34,38 @@ CASES = {
     "all alone": (np.arange(12), np.arange(12)),
     "alone against pairs": (np.arange(12), np.arange(12) // 2),
     "one image": (np.zeros(1, int), np.zeros(1, int)),
-    "unlike sizes": (np.r_[np.zeros(900, int), np.arange(1, 101)], np.r_[np.arange(50), np.zeros(950, int)]),
+    "unlike sizes": (
+        np.r_[np.zeros(900, int), np.arange(1, 101)],
+        np.r_[np.arange(50), np.zeros(950, int)],
+    ),
     "empty clusters": (drawn(500, 4, 4)[0] * 3, drawn(500, 4, 4)[1] * 2),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("average", ["arithmetic", "geometric", "min", "max"])
-def test_scores_equal_scikit_learn(name, average):
+def test_scores_equal_scikit_learn(name, average) -> None:
     cluster, label = CASES[name]
     table = m.contingency(cluster, label, int(cluster.max()) + 3, int(label.max()) + 2)
-    if "one c" not in name or average not in ("geometric", "min"):  # 0/0 there: sklearn's eps, tested apart
-        assert m.nmi(table, average) == pytest.approx(sk.normalized_mutual_info_score(label, cluster, average_method=average), abs=1e-12)
-    if not name.startswith("one c") and (name, average) != ("alone against pairs", "min"):  # 0/0 there, rounding decides
-        assert m.ami(table, average) == pytest.approx(sk.adjusted_mutual_info_score(label, cluster, average_method=average), abs=1e-12)
+    if "one c" not in name or average not in (
+        "geometric",
+        "min",
+    ):  # 0/0 there: sklearn's eps, tested apart
+        assert m.nmi(table, average) == pytest.approx(
+            sk.normalized_mutual_info_score(label, cluster, average_method=average), abs=1e-12
+        )
+    if not name.startswith("one c") and (name, average) != (
+        "alone against pairs",
+        "min",
+    ):  # 0/0 there, rounding decides
+        assert m.ami(table, average) == pytest.approx(
+            sk.adjusted_mutual_info_score(label, cluster, average_method=average), abs=1e-12
+        )
     assert m.ari(table) == pytest.approx(sk.adjusted_rand_score(label, cluster), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["one cluster", "one class"])
-def test_one_cluster_or_one_class_tells_nothing(name):
+def test_one_cluster_or_one_class_tells_nothing(name) -> None:
     cluster, label = CASES[name]
     table = m.contingency(cluster, label, 5, 5)
     for average in ("arithmetic", "geometric", "min", "max"):
@@ -58,13 +74,17 @@ def test_one_cluster_or_one_class_tells_nothing(name):
     assert abs(m.ami(table)) < 1e-12
 
 
-def test_all_images_alone_on_both_sides_is_perfect():
+def test_all_images_alone_on_both_sides_is_perfect() -> None:
     table = m.contingency(np.arange(12), np.arange(12), 12, 12)
-    assert m.ami(table) == pytest.approx(1.0) and m.nmi(table) == pytest.approx(1.0) and m.ari(table) == 1.0
+    assert (
+        m.ami(table) == pytest.approx(1.0)
+        and m.nmi(table) == pytest.approx(1.0)
+        and m.ari(table) == 1.0
+    )
 
 
 @pytest.mark.parametrize("n, rows, columns", [(400, 3, 4), (5000, 60, 30), (300, 150, 2)])
-def test_chance_equals_the_literal_sum(n, rows, columns):
+def test_chance_equals_the_literal_sum(n, rows, columns) -> None:
     from scipy.stats import hypergeom
 
     cluster, label = drawn(n, rows, columns, 7)
@@ -77,14 +97,14 @@ def test_chance_equals_the_literal_sum(n, rows, columns):
     assert expected_mutual_information(a, b) == pytest.approx(slow, abs=1e-11)
 
 
-def test_hungarian_equals_all_permutations():
+def test_hungarian_equals_all_permutations() -> None:
     cluster, label = drawn(300, 5, 5, 3, agree=0.3)
     table = m.contingency(cluster, label, 5, 5)
     best = max(sum(table[i, p[i]] for i in range(5)) for p in permutations(range(5)))
     assert m.accuracy(table) == best / 300
 
 
-def test_clusters_left_over_are_matched_to_nothing_and_wrong():
+def test_clusters_left_over_are_matched_to_nothing_and_wrong() -> None:
     table = np.array([[5, 0], [4, 0], [0, 3], [0, 1]])
     assert m.hungarian(table).tolist() == [0, -1, 1, -1]
     assert m.accuracy(table) == 8 / 13 and m.many_to_one(table) == m.purity(table) == 1.0
@@ -92,12 +112,12 @@ def test_clusters_left_over_are_matched_to_nothing_and_wrong():
     assert m.hungarian(table.T).tolist() == [0, 2] and m.accuracy(table.T) == 8 / 13
 
 
-def test_confusion_by_hand():
+def test_confusion_by_hand() -> None:
     table = np.array([[5, 1], [4, 0], [0, 3]])
     assert m.confusion(table, np.array([0, -1, 1])).tolist() == [[5, 0, 4], [1, 3, 0]]
 
 
-def test_top_k_uses_the_same_matching():
+def test_top_k_uses_the_same_matching() -> None:
     mapping, top = np.array([2, -1, 0, 1]), np.array([[0, 1], [1, 3], [2, 0], [1, -1], [3, 2]])
     assert m.top_k_accuracy(top, np.array([2, 1, 1, 0, -1]), mapping) == 2 / 4
     cluster, label = drawn(1000, 6, 6)
@@ -105,16 +125,18 @@ def test_top_k_uses_the_same_matching():
     assert m.top_k_accuracy(cluster[:, None], label, m.hungarian(table)) == m.accuracy(table)
 
 
-def test_unknown_labels_are_left_out():
+def test_unknown_labels_are_left_out() -> None:
     cluster, label = drawn(500, 5, 5)
     hidden = label.copy()
     hidden[::3] = -1
     known = hidden >= 0
-    assert (m.contingency(cluster, hidden, 5, 5) == m.contingency(cluster[known], label[known], 5, 5)).all()
+    assert (
+        m.contingency(cluster, hidden, 5, 5) == m.contingency(cluster[known], label[known], 5, 5)
+    ).all()
     assert m.evaluate_assignment(cluster, hidden, 5)["num_labelled"] == known.sum()
 
 
-def test_without_labels_every_score_is_none():
+def test_without_labels_every_score_is_none() -> None:
     cluster = np.arange(20) % 4
     found = m.evaluate_assignment(cluster, np.full(20, -1), 4, np.stack([cluster] * 5, 1))
     assert found.pop("nmi_variant") == "arithmetic" and found.pop("num_labelled") == 0
@@ -122,30 +144,41 @@ def test_without_labels_every_score_is_none():
     assert m.neighbour_purity(np.zeros((20, 3), int), np.full(20, -1), 3) is None
 
 
-@pytest.mark.parametrize("cluster, label, named", [([0, 4], [0, 0], "cluster holds 4"), ([0, -1], [0, 0], "cluster holds -1"),
-                                                   ([0, 1], [0, 9], "label holds 9"), ([0], [0, 1], "shape")])
-def test_bad_ids_are_named(cluster, label, named):
+@pytest.mark.parametrize(
+    "cluster, label, named",
+    [
+        ([0, 4], [0, 0], "cluster holds 4"),
+        ([0, -1], [0, 0], "cluster holds -1"),
+        ([0, 1], [0, 9], "label holds 9"),
+        ([0], [0, 1], "shape"),
+    ],
+)
+def test_bad_ids_are_named(cluster, label, named) -> None:
     with pytest.raises(ValueError, match=named):
         m.contingency(np.array(cluster), np.array(label), 4, 3)
     with pytest.raises(ValueError, match="arithmetic"):
         m.nmi(np.ones((2, 2), int), "median")
 
 
-def test_nmi_variants_differ_on_an_unbalanced_toy():
+def test_nmi_variants_differ_on_an_unbalanced_toy() -> None:
     label = np.repeat([0, 1], [950, 50])
     table = m.contingency(np.arange(1000) // 25, label, 40, 2)
     found = [m.nmi(table, average) for average in ("max", "arithmetic", "geometric", "min")]
     assert (np.diff(found) > 0.04).all(), found
 
 
-def test_health_tells_a_collapse():
+def test_health_tells_a_collapse() -> None:
     even, gone = m.cluster_health(np.full(10, 7)), m.cluster_health(np.array([100, 0, 0, 0]))
-    assert even["used_share"] == 1 and even["balance"] == pytest.approx(1) and even["largest_share"] == pytest.approx(0.1)
+    assert (
+        even["used_share"] == 1
+        and even["balance"] == pytest.approx(1)
+        and even["largest_share"] == pytest.approx(0.1)
+    )
     assert gone == {"used_share": 0.25, "largest_share": 1.0, "entropy": 0.0, "balance": 0.0}
     assert m.cluster_health(np.zeros(3, int))["used_share"] == 0
 
 
-def test_neighbour_purity_by_hand(monkeypatch):
+def test_neighbour_purity_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     label, ids = np.array([0, 0, 1, -1]), np.array([[1, 2], [0, 3], [0, 1], [0, 1]])
     assert m.neighbour_purity(ids, label, 1) == 2 / 3
     assert m.neighbour_purity(ids, label, 2) == 2 / 5
@@ -163,5 +196,5 @@ def _scores_of_a_rank() -> dict:
     return m.scores(m.all_contingency(cluster[mine], label[mine], 9, 7))
 
 
-def test_three_ranks_equal_one():
+def test_three_ranks_equal_one() -> None:
     assert run_ranks(_scores_of_a_rank, 3) == [_scores_of_a_rank()] * 3

@@ -1,22 +1,24 @@
 """The clock of sections: exclusive times that add up, on the host and on a device's events."""
+
 from __future__ import annotations
 
 import time
 
 import pytest
 
-from dist_scan.sections import NAMES, Clock, section, use_clock, waited
+from dist_scan.monitoring.step_timer import NAMES, StepTimer, section, use_clock, waited
+from typing import Never
 
 
 @pytest.fixture
 def clock():
-    made = Clock()
+    made = StepTimer()
     use_clock(made)
     yield made
     use_clock(None)
 
 
-def test_inner_sections_are_taken_from_outer_ones_and_all_add_up(clock):
+def test_inner_sections_are_taken_from_outer_ones_and_all_add_up(clock) -> None:
     began = time.perf_counter()
     clock.reset()
     with section("forward"):
@@ -31,14 +33,14 @@ def test_inner_sections_are_taken_from_outer_ones_and_all_add_up(clock):
     assert sum(clock.read().values()) < 0.01  # a second reading starts at zero
 
 
-def test_what_ranks_say_while_saving_is_part_of_the_save(clock):
+def test_what_ranks_say_while_saving_is_part_of_the_save(clock) -> None:
     with section("save"), section("all_reduce"):
         time.sleep(0.02)
     found = clock.read()
     assert found["save"] >= 0.02 and found["all_reduce"] == 0
 
 
-def test_after_the_last_gradient_backward_only_waits(clock):
+def test_after_the_last_gradient_backward_only_waits(clock) -> None:
     with section("backward"):
         time.sleep(0.02)
         clock.gradient_ready()
@@ -48,13 +50,13 @@ def test_after_the_last_gradient_backward_only_waits(clock):
     assert 0.02 <= found["backward"] < found["all_reduce"] and found["all_reduce"] >= 0.05
 
 
-def test_an_error_leaves_the_clock_where_it_was(clock):
+def test_an_error_leaves_the_clock_where_it_was(clock) -> Never:
     with pytest.raises(KeyError), section("forward"), section("all_reduce"):
         raise KeyError
     assert clock.stack == ["other"] and not clock.spans
 
 
-def test_waiting_for_items_is_data_wait_less_what_is_named_inside(clock):
+def test_waiting_for_items_is_data_wait_less_what_is_named_inside(clock) -> None:
     def items():
         for i in range(3):
             time.sleep(0.01)
@@ -67,7 +69,7 @@ def test_waiting_for_items_is_data_wait_less_what_is_named_inside(clock):
     assert found["data_wait"] >= 0.03 and found["augmentation"] >= 0.06 and found["other"] < 0.01
 
 
-def test_without_a_clock_nothing_is_counted():
+def test_without_a_clock_nothing_is_counted() -> None:
     use_clock(None)
     with section("forward"):
         pass
@@ -77,7 +79,7 @@ def test_without_a_clock_nothing_is_counted():
 class Device:
     """A device's stream by hand: events pass when `now` has reached them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.issued, self.passed = 0.0, 0.0
 
     def mark(self):
@@ -85,13 +87,13 @@ class Device:
 
 
 class Event:
-    def __init__(self, device, at):
+    def __init__(self, device, at) -> None:
         self.device, self.at = device, at
 
     def query(self):
         return self.device.passed >= self.at
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         self.device.passed = max(self.device.passed, self.at)
 
     def elapsed_time(self, other):
@@ -99,9 +101,9 @@ class Event:
         return 1000 * (other.at - self.at)
 
 
-def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_for():
+def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_for() -> None:
     device = Device()
-    clock = Clock(device.mark)
+    clock = StepTimer(device.mark)
     use_clock(clock)
     try:
         with section("forward"):
@@ -113,8 +115,16 @@ def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_
             clock.only_waiting_since_ready("all_reduce")
         device.passed = 3.0
         clock.settle()
-        assert clock.seconds["forward"] == 3.0 and clock.seconds["backward"] == 0.0 and device.passed == 3.0
+        assert (
+            clock.seconds["forward"] == 3.0
+            and clock.seconds["backward"] == 0.0
+            and device.passed == 3.0
+        )
         found = clock.read()
-        assert (found["forward"], found["backward"], found["all_reduce"]) == (3.0, 4.0, 1.0) and sum(found.values()) == 8.0
+        assert (found["forward"], found["backward"], found["all_reduce"]) == (
+            3.0,
+            4.0,
+            1.0,
+        ) and sum(found.values()) == 8.0
     finally:
         use_clock(None)

@@ -1,4 +1,5 @@
 """A terminal that is closed under a local run."""
+
 from __future__ import annotations
 
 import os
@@ -14,13 +15,21 @@ from launch import local, terminal
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_is_said_to_a_closed_terminal_is_lost_and_no_more():
+def test_what_is_said_to_a_closed_terminal_is_lost_and_no_more() -> None:
     here, there = os.openpty()
-    program = ("import sys, pathlib; from launch import terminal; terminal.outlive(); print('before', flush=True); input(); "
-               "print('after', flush=True); print('error', file=sys.stderr); pathlib.Path('/dev/fd/3').write_text('lived')")
+    program = (
+        "import sys, pathlib; from launch import terminal; terminal.outlive(); print('before', flush=True); input(); "
+        "print('after', flush=True); print('error', file=sys.stderr); pathlib.Path('/dev/fd/3').write_text('lived')"
+    )
     told, tell = os.pipe()
-    lived = subprocess.Popen([sys.executable, "-c", f"import os; os.dup2({tell}, 3); {program}"], stdin=subprocess.PIPE, stdout=there, stderr=there,
-                             pass_fds=[tell], cwd=ROOT)
+    lived = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.dup2({tell}, 3); {program}"],
+        stdin=subprocess.PIPE,
+        stdout=there,
+        stderr=there,
+        pass_fds=[tell],
+        cwd=ROOT,
+    )
     os.close(there)
     os.close(tell)
     assert b"before" in os.read(here, 100)
@@ -29,7 +38,7 @@ def test_what_is_said_to_a_closed_terminal_is_lost_and_no_more():
     assert lived.returncode == 0 and os.read(told, 10) == b"lived"
 
 
-def test_a_file_or_a_pipe_is_left_as_it_is(tmp_path, monkeypatch):
+def test_a_file_or_a_pipe_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / "log", "w") as log:
         monkeypatch.setattr(sys, "stdout", log)
         terminal.outlive()
@@ -43,12 +52,14 @@ class Rank:
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_closed_terminal_asks_the_ranks_to_save(tmp_path, monkeypatch, nohup):
+def test_a_closed_terminal_asks_the_ranks_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nohup
+) -> None:
     """A hang-up reaches them as TERM; under nohup it reaches nobody."""
     sent, before = [], {number: signal.getsignal(number) for number in local.NOTICE}
     real = os.kill
 
-    def wait(ranks):
+    def wait(ranks) -> int:
         real(os.getpid(), signal.SIGHUP)
         return 0
 

@@ -1,5 +1,8 @@
 """False neighbours removed, and K = 0: what SCAN's ablation switches pair an image with."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 
@@ -9,26 +12,48 @@ from dist_scan.stages.true_neighbours import only_true
 from dist_scan.world.world import World
 
 LABELS = np.array([0, 0, 0, 1, 1, -1, 2])
-IDS = np.array([[1, 3, 2, 4], [3, 4, 5, 6], [0, 1, 3, 4], [4, 0, 1, 2], [3, 5, 6, 0], [0, 1, 2, 3], [5, 0, 1, 2]])
+IDS = np.array(
+    [
+        [1, 3, 2, 4],
+        [3, 4, 5, 6],
+        [0, 1, 3, 4],
+        [4, 0, 1, 2],
+        [3, 5, 6, 0],
+        [0, 1, 2, 3],
+        [5, 0, 1, 2],
+    ]
+)
 SCORES = np.linspace(1, 0, 28).reshape(7, 4)
 
 
-def test_only_neighbours_of_the_same_label_stay_in_order():
+def test_only_neighbours_of_the_same_label_stay_in_order() -> None:
     ids, scores = only_true(np.arange(7), IDS, SCORES, LABELS)
-    assert ids.tolist() == [[1, 2, 1, 2], [1, 1, 1, 1], [0, 1, 0, 1], [4] * 4, [3] * 4, [5] * 4, [6] * 4]
+    assert ids.tolist() == [
+        [1, 2, 1, 2],
+        [1, 1, 1, 1],
+        [0, 1, 0, 1],
+        [4] * 4,
+        [3] * 4,
+        [5] * 4,
+        [6] * 4,
+    ]
     assert np.array_equal(scores[0], SCORES[0, [0, 2, 0, 2]]) and (scores[[1, 5, 6]] == 1).all()
     part, _ = only_true(np.arange(2, 4), IDS[2:4], SCORES[2:4], LABELS)
     assert np.array_equal(part, ids[2:4])
 
 
-def plan(tmp_path, k):
+def plan(tmp_path: Path, k):
     table = NeighbourTable.create(tmp_path, 7, 4, 2)
     for shard in range(2):
-        table.write_shard(shard, IDS[slice(*table.shard_range(shard))], SCORES[slice(*table.shard_range(shard))])
-    return Plan(np.arange(7), 7, 0, World(), neighbours=NeighbourTable.open(tmp_path), num_neighbours=k)
+        table.write_shard(
+            shard, IDS[slice(*table.shard_range(shard))], SCORES[slice(*table.shard_range(shard))]
+        )
+    return Plan(
+        np.arange(7), 7, 0, World(), neighbours=NeighbourTable.open(tmp_path), num_neighbours=k
+    )
 
 
-def test_k_0_pairs_an_image_with_itself_and_no_number_with_all(tmp_path):
+def test_k_0_pairs_an_image_with_itself_and_no_number_with_all(tmp_path: Path) -> None:
     rows = np.arange(7)
     assert all(np.array_equal(plan(tmp_path, 0).partners(rows, e), rows) for e in range(20))
     for k, wanted in ((None, 4), (4, 4), (2, 2)):

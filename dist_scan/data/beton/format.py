@@ -5,6 +5,7 @@ cut one gives wrong pixels (FFCV.md 1). Here a file is built from finished chunk
 tables before anything is read natively. Beside IMAGES.beton lie IMAGES.json (facts), IMAGES.names.parquet, IMAGES.sums.npy and
 IMAGES.bad.csv (what could not be read, and why).
 """
+
 from __future__ import annotations
 
 import glob
@@ -14,11 +15,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from dist_scan.artefacts import write_atomic, write_json
+from dist_scan.storage.artifacts import write_atomic, write_json
 
 VERSION, PAGE = 2, 8 * 2**20
 IMAGE_FIELD, INT_FIELD = 2, 1
-HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")], align=True)
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
 FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ROW = np.dtype([("f0", IMAGE), ("f1", "<i8"), ("f2", "<i8")], align=True)
@@ -29,8 +39,10 @@ FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD), ("index", INT_FIELD))
 class BadBeton(ValueError):
     """A .beton that must not be read, and why."""
 
-    def __init__(self, path: Path, reason: str):
-        super().__init__(f"{path}: {reason}; remove it (of a run: the folder it lies in) and start the same command again")
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: {reason}; remove it (of a run: the folder it lies in) and start the same command again"
+        )
 
 
 class Tables(NamedTuple):
@@ -50,7 +62,9 @@ def checksum(data: bytes) -> int:
     """Sum of 64-bit words, each times its odd place, modulo 2^64: any one flipped bit shows, and it costs 1 % of decoding, so the
     loader takes it at every read (decode.py has the numba twin; CRC-32 would cost a fifth of reading raw images)."""
     words = np.frombuffer(data + b"\0" * (-len(data) % 8), "<u8")
-    return int((words * (2 * np.arange(len(words), dtype=np.uint64) + np.uint64(1))).sum(dtype=np.uint64))
+    return int(
+        (words * (2 * np.arange(len(words), dtype=np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
+    )
 
 
 def layout(sizes: np.ndarray) -> tuple[np.ndarray, int]:
@@ -65,7 +79,13 @@ def layout(sizes: np.ndarray) -> tuple[np.ndarray, int]:
     return starts, at
 
 
-def build_tables(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> tuple[bytes, bytes]:
+def build_tables(
+    modes: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    labels: np.ndarray,
+    sizes: np.ndarray,
+) -> tuple[bytes, bytes]:
     """What stands before the samples (header, fields, rows) and after them (the allocation table)."""
     n, (starts, end) = len(sizes), layout(sizes)
     header = np.zeros(1, HEADER)
@@ -73,9 +93,14 @@ def build_tables(modes: np.ndarray, heights: np.ndarray, widths: np.ndarray, lab
     fields = np.zeros(len(FIELDS), FIELD)
     for row, (name, kind) in zip(fields, FIELDS):
         row["type_id"] = kind
-        row["name"][:len(name)] = np.frombuffer(name.encode(), np.uint8)
+        row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     rows = np.zeros(n, ROW)
-    rows["f0"]["mode"], rows["f0"]["height"], rows["f0"]["width"], rows["f0"]["data_ptr"] = modes, heights, widths, starts
+    rows["f0"]["mode"], rows["f0"]["height"], rows["f0"]["width"], rows["f0"]["data_ptr"] = (
+        modes,
+        heights,
+        widths,
+        starts,
+    )
     rows["f1"], rows["f2"] = labels, np.arange(n)
     table = np.zeros(n, ALLOC)
     table["sample_id"], table["ptr"], table["size"] = np.arange(n), starts, sizes
@@ -94,7 +119,9 @@ def write_file(path: Path, before: bytes, after: bytes, data) -> None:
         f.seek(int(table["ptr"][-1] + table["size"][-1]))
         f.write(after)
 
-    for left in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):  # by a build that was killed: as large as the data
+    for left in path.parent.glob(
+        f".tmp-{glob.escape(path.name)}-*"
+    ):  # by a build that was killed: as large as the data
         left.unlink(missing_ok=True)
     write_atomic(path, write)
 
@@ -106,23 +133,37 @@ def check_beton(path: Path, whole: bool = False) -> Tables:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; build it with: python -m dist_scan beton SOURCE {path.name}")
+        raise ValueError(
+            f"{path} does not exist; build it with: python -m dist_scan beton SOURCE {path.name}"
+        )
     total = path.stat().st_size
     if total < HEADER.itemsize + len(FIELDS) * FIELD.itemsize:
         raise BadBeton(path, f"has only {total} bytes, too few for a header")
     header = np.fromfile(path, HEADER, 1)[0]
-    if header["version"] != VERSION or header["num_fields"] != len(FIELDS) or header["page_size"] != PAGE:
+    if (
+        header["version"] != VERSION
+        or header["num_fields"] != len(FIELDS)
+        or header["page_size"] != PAGE
+    ):
         raise BadBeton(path, "is no .beton of ours (another version or other fields)")
     fields = np.fromfile(path, FIELD, len(FIELDS), offset=HEADER.itemsize)
-    if [(bytes(f["name"]).rstrip(b"\0").decode("ascii", "replace"), int(f["type_id"])) for f in fields] != list(FIELDS):
+    if [
+        (bytes(f["name"]).rstrip(b"\0").decode("ascii", "replace"), int(f["type_id"]))
+        for f in fields
+    ] != list(FIELDS):
         raise BadBeton(path, "has other fields than image, label, index")
     n, end = int(header["num_samples"]), int(header["alloc_table_ptr"])
     if end == 0 or total != end + n * ALLOC.itemsize:
-        raise BadBeton(path, f"is cut or unfinished ({total:,} bytes, its header says {end + n * ALLOC.itemsize:,})")
+        raise BadBeton(
+            path,
+            f"is cut or unfinished ({total:,} bytes, its header says {end + n * ALLOC.itemsize:,})",
+        )
     rows = np.fromfile(path, ROW, n, offset=HEADER.itemsize + len(FIELDS) * FIELD.itemsize)
     table = np.fromfile(path, ALLOC, n, offset=end)
     _check_tables(path, rows, table, end)
-    sums = _check_sums(path, b"".join(part.tobytes() for part in (header, fields, rows)), table.tobytes(), n)
+    sums = _check_sums(
+        path, b"".join(part.tobytes() for part in (header, fields, rows)), table.tobytes(), n
+    )
     if whole:
         _check_bytes(path, rows, table["size"], sums)
     return Tables(rows, table["size"].copy(), sums)
@@ -136,7 +177,10 @@ def _check_sums(path: Path, before: bytes, after: bytes, n: int) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         raise BadBeton(path, f"{file.name} beside it is missing or damaged") from None
     if facts.get("tables") != checksum(before + after):
-        raise BadBeton(path, "its tables are not what was written (rotted, or the files beside it are another build's)")
+        raise BadBeton(
+            path,
+            "its tables are not what was written (rotted, or the files beside it are another build's)",
+        )
     if len(sums) != n or facts.get("sums") != checksum(sums.tobytes()):
         raise BadBeton(path, f"{file.name} beside it is damaged or another build's")
     return sums
@@ -147,20 +191,32 @@ def _check_tables(path: Path, rows: np.ndarray, table: np.ndarray, end: int) -> 
     starts, data_end = layout(table["size"])
     if n == 0:
         raise BadBeton(path, "holds no images")
-    if (table["size"] > PAGE).any() or data_end != end or not np.array_equal(starts, table["ptr"]) or not np.array_equal(starts, image["data_ptr"]):
+    if (
+        (table["size"] > PAGE).any()
+        or data_end != end
+        or not np.array_equal(starts, table["ptr"])
+        or not np.array_equal(starts, image["data_ptr"])
+    ):
         raise BadBeton(path, "its tables disagree about where images lie")
-    if not np.array_equal(table["sample_id"], np.arange(n)) or not np.array_equal(rows["f2"], np.arange(n)):
+    if not np.array_equal(table["sample_id"], np.arange(n)) or not np.array_equal(
+        rows["f2"], np.arange(n)
+    ):
         raise BadBeton(path, "its images are out of order")
     raw = image["mode"] == 1
     pixels = image["height"].astype(np.int64) * image["width"] * 3
-    if (image["mode"] > 1).any() or (pixels == 0).any() or (table["size"] == 0).any() or not np.array_equal(pixels[raw], table["size"][raw].astype(np.int64)):
+    if (
+        (image["mode"] > 1).any()
+        or (pixels == 0).any()
+        or (table["size"] == 0).any()
+        or not np.array_equal(pixels[raw], table["size"][raw].astype(np.int64))
+    ):
         raise BadBeton(path, "has an image whose size does not fit its bytes")
 
 
 def _check_bytes(path: Path, rows: np.ndarray, sizes: np.ndarray, sums: np.ndarray) -> None:
     data = np.memmap(path, np.uint8, "r")
     for i, (start, size) in enumerate(zip(rows["f0"]["data_ptr"].tolist(), sizes.tolist())):
-        if checksum(data[start:start + size].tobytes()) != int(sums[i]):
+        if checksum(data[start : start + size].tobytes()) != int(sums[i]):
             raise BadBeton(path, f"image {i} ({read_names(path)[i]}) does not match its checksum")
 
 

@@ -1,4 +1,5 @@
 """Building a .beton: in chunks, by worker processes, restartable, with a list of what could not be read."""
+
 from __future__ import annotations
 
 import csv
@@ -15,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_scan.artefacts import fingerprint, write_atomic, write_text
 from dist_scan.config import ConfigError
 from dist_scan.data.beton.decode import decodes
 from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_file, write_sidecars
 from dist_scan.data.encode import Stored, Unreadable, encode
-from dist_scan.data.sources import DataConfig, Source
-from dist_scan.progress import Progress
+from dist_scan.data.sources.base import DataConfig, Source
+from dist_scan.monitoring.progress import Progress
+from dist_scan.storage.artifacts import fingerprint, write_atomic, write_text
 
 CHUNK = 512  # images; the unit of work and of restarting
 MOST_CLASSES = 1 << 20
@@ -41,7 +42,9 @@ def storage_mark(source: str, config: DataConfig) -> str:
     return fingerprint(source, config.stored, config.resolution, config.max_side, config.quality)
 
 
-def write_beton(source: Source, out: Path, config: DataConfig, workers: int = 1, show: bool = True) -> BetonReport:
+def write_beton(
+    source: Source, out: Path, config: DataConfig, workers: int = 1, show: bool = True
+) -> BetonReport:
     """Build `out` (the same bytes for any number of workers). A killed build goes on from its finished chunks in OUT.parts/.
 
     Raises ConfigError when more than config.max_bad_share of the images cannot be read; the list is then still written.
@@ -67,19 +70,27 @@ def _span(chunk: int, source: Source) -> range:
     return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
 
 
-def _run(source: Source, config: DataConfig, parts: Path, missing: list[int], workers: int) -> Iterator[int]:
+def _run(
+    source: Source, config: DataConfig, parts: Path, missing: list[int], workers: int
+) -> Iterator[int]:
     """Make the missing chunks; yields how many images each held. A worker's crash ends the build with its error, never a hang."""
     if workers <= 1 or len(missing) * CHUNK <= ALONE_BELOW:
         yield from (_make_chunk(source, config, parts, chunk) for chunk in missing)
         return
-    context = multiprocessing.get_context("forkserver")  # forking a process that holds torch's threads can hang the child
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # forking a process that holds torch's threads can hang the child
     context.set_forkserver_preload(["dist_scan.data.encode"])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(source, config, parts)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(source, config, parts)
+    ) as pool:
         try:
             yield from pool.map(_worker_chunk, missing)
         except BrokenProcessPool:
-            raise ValueError("a process that encodes images was killed (out of memory?); the same command goes on from the finished chunks, "
-                             f"with fewer workers than {workers} it needs less memory") from None
+            raise ValueError(
+                "a process that encodes images was killed (out of memory?); the same command goes on from the finished chunks, "
+                f"with fewer workers than {workers} it needs less memory"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -110,8 +121,10 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
     span = _span(chunk, source)
     for row, sample in zip(span, source.read(span)):
         if not -1 <= sample.label < MOST_CLASSES:
-            raise ConfigError(f"image {row} ('{_printable(sample.name)}') has label {sample.label}; allowed: 0 to {MOST_CLASSES - 1}, or -1 for unknown. "
-                              "Number the classes from 0")
+            raise ConfigError(
+                f"image {row} ('{_printable(sample.name)}') has label {sample.label}; allowed: 0 to {MOST_CLASSES - 1}, or -1 for unknown. "
+                "Number the classes from 0"
+            )
         try:
             stored.append(_encoded(sample.data, config))
             names.append(_printable(sample.name))
@@ -121,15 +134,27 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
             bad.append((row, _printable(sample.name), str(reason)))
     write_atomic(parts / f"{chunk:06d}.bin", lambda f: f.writelines(s.data for s in stored))
     table = _table(stored)
-    write_atomic(parts / f"{chunk:06d}.npz", lambda f: np.savez(
-        f, names=np.array(names, dtype=np.str_), labels=np.array(labels, np.int64), bad=np.array(bad, dtype=np.str_).reshape(-1, 3), **table))
+    write_atomic(
+        parts / f"{chunk:06d}.npz",
+        lambda f: np.savez(
+            f,
+            names=np.array(names, dtype=np.str_),
+            labels=np.array(labels, np.int64),
+            bad=np.array(bad, dtype=np.str_).reshape(-1, 3),
+            **table,
+        ),
+    )
     return len(span)
 
 
 def _encoded(data: bytes, config: DataConfig) -> Stored:
     """As `encode`; a JPEG passed through must also decode without a complaint here, where it can still be re-encoded, not in training."""
     stored = encode(data, config)
-    if config.stored == "original" and stored.data is data and not decodes(stored.data, stored.height, stored.width):
+    if (
+        config.stored == "original"
+        and stored.data is data
+        and not decodes(stored.data, stored.height, stored.width)
+    ):
         return encode(data, config, pass_through=False)
     return stored
 
@@ -140,30 +165,55 @@ def _printable(name: str) -> str:
 
 
 def _table(stored: list[Stored]) -> dict[str, np.ndarray]:
-    return {"modes": np.array([s.mode for s in stored], np.uint8), "heights": np.array([s.height for s in stored], np.uint16),
-            "widths": np.array([s.width for s in stored], np.uint16), "sizes": np.array([len(s.data) for s in stored], np.uint64),
-            "sums": np.array([checksum(s.data) for s in stored], np.uint64)}
+    return {
+        "modes": np.array([s.mode for s in stored], np.uint8),
+        "heights": np.array([s.height for s in stored], np.uint16),
+        "widths": np.array([s.width for s in stored], np.uint16),
+        "sizes": np.array([len(s.data) for s in stored], np.uint64),
+        "sums": np.array([checksum(s.data) for s in stored], np.uint64),
+    }
 
 
-def _assemble(source: Source, known: str, out: Path, config: DataConfig, parts: Path, chunks: int) -> BetonReport:
+def _assemble(
+    source: Source, known: str, out: Path, config: DataConfig, parts: Path, chunks: int
+) -> BetonReport:
     pieces = []
     for chunk in range(chunks):
         with np.load(parts / f"{chunk:06d}.npz") as piece:
             pieces.append({name: piece[name] for name in piece.files})
-    whole = {name: np.concatenate([p[name] for p in pieces]) for name in ("modes", "heights", "widths", "labels", "sizes", "sums")}
+    whole = {
+        name: np.concatenate([p[name] for p in pieces])
+        for name in ("modes", "heights", "widths", "labels", "sizes", "sums")
+    }
     names = [str(n) for p in pieces for n in p["names"]]
     bad = [row for p in pieces for row in p["bad"].tolist()]
     _write_bad(sidecar(out, "bad.csv"), bad)
     share = len(bad) / len(source)
     if share > config.max_bad_share or not names:
         worst = "; ".join(f"{name}: {reason}" for _, name, reason in bad[:3])
-        raise ConfigError(f"{len(bad)} of {len(source)} images ({share:.1%}) cannot be read, more than data.max_bad_share = {config.max_bad_share:g} allows: "
-                          f"{worst}. All are listed in {sidecar(out, 'bad.csv')}; mend the source, or raise data.max_bad_share")
-    facts = {"num_images": len(names), "num_bad": len(bad), "class_names": source.class_names, "mark": storage_mark(known, config), "source": known,
-             "stored": config.stored, "resolution": config.resolution, "max_side": config.max_side, "quality": config.quality}
+        raise ConfigError(
+            f"{len(bad)} of {len(source)} images ({share:.1%}) cannot be read, more than data.max_bad_share = {config.max_bad_share:g} allows: "
+            f"{worst}. All are listed in {sidecar(out, 'bad.csv')}; mend the source, or raise data.max_bad_share"
+        )
+    facts = {
+        "num_images": len(names),
+        "num_bad": len(bad),
+        "class_names": source.class_names,
+        "mark": storage_mark(known, config),
+        "source": known,
+        "stored": config.stored,
+        "resolution": config.resolution,
+        "max_side": config.max_side,
+        "quality": config.quality,
+    }
     sums = whole.pop("sums")
     before, after = build_tables(**whole)
-    write_sidecars(out, names, sums, facts | {"tables": checksum(before + after), "sums": checksum(sums.tobytes())})
+    write_sidecars(
+        out,
+        names,
+        sums,
+        facts | {"tables": checksum(before + after), "sums": checksum(sums.tobytes())},
+    )
     write_file(out, before, after, _samples(parts, pieces))
     return BetonReport(len(names), len(bad), sidecar(out, "bad.csv"))
 
@@ -172,7 +222,7 @@ def _samples(parts: Path, pieces: list[dict[str, np.ndarray]]) -> Iterator[bytes
     for chunk, piece in enumerate(pieces):
         data, at = (parts / f"{chunk:06d}.bin").read_bytes(), 0
         for size in piece["sizes"].tolist():
-            yield data[at:at + size]
+            yield data[at : at + size]
             at += size
 
 
@@ -182,5 +232,3 @@ def _write_bad(path: Path, bad: list[list[str]]) -> None:
     writer.writerow(["row", "name", "reason"])
     writer.writerows(bad)
     write_text(path, text.getvalue())
-
-
