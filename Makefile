@@ -1,23 +1,37 @@
-# make quickstart: the whole way on real images.   make test: every test.   make test-slurm: the live cluster's alone.   All set the machine up first, once.
+# All targets set the machine up first, once.
 PYTHON ?= python3
 PY = .venv/bin/python
-# By name, not those with most tests first: the longest file has one test, and came last.
+SOURCES = dist_scan launch tests benchmarks
+# The order of names: the longest file has only one test and would otherwise start last.
 LIVE = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slurm tests/slurm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test test-slurm
+.PHONY: help setup lint format quickstart compare test test-fast test-slurm
 
 help:
-	@echo "make quickstart   set up, then cluster the handwritten digits: ends with a table and a report"
-	@echo "make compare      set up, then run every method on the digits over three seeds: ends with one table and one page"
-	@echo "make test         set up, then run all tests"
+	@echo "make quickstart   cluster the handwritten digits; ends with a table and a report"
+	@echo "make compare      run every method on the digits over three seeds; ends with one table and one page"
+	@echo "make lint         formatter, linter and type checker"
+	@echo "make format       format the sources and apply the linter's safe fixes"
+	@echo "make test-fast    the unit tests, in parallel"
+	@echo "make test         every test"
 	@echo "make test-slurm   the tests on a real Slurm of four nodes on this machine (packages slurm-wlm and munge, root)"
 
-# uv compiles no bytecode by itself: where none may be written later (read-only, PYTHONDONTWRITEBYTECODE) every start would spend 9 s compiling torch.
+# uv does not compile bytecode. Where none can be written later (a read-only folder,
+# PYTHONDONTWRITEBYTECODE), every start would spend 9 s on compiling torch.
 .venv/.ready: pyproject.toml launch/setup.sh
 	@UV_COMPILE_BYTECODE=1 PYTHON=$(PYTHON) bash launch/setup.sh
 
 setup: .venv/.ready
+
+lint: .venv/.ready
+	@$(PY) -m ruff format --check $(SOURCES)
+	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m mypy
+
+format: .venv/.ready
+	@$(PY) -m ruff check --fix --exit-zero -q $(SOURCES)
+	@$(PY) -m ruff format $(SOURCES)
 
 quickstart: .venv/.ready
 	@$(PY) launch/local.py configs/quickstart.yaml
@@ -25,7 +39,11 @@ quickstart: .venv/.ready
 compare: .venv/.ready
 	@$(PY) -m dist_scan compare --at-once 2 configs/compare_digits.yaml
 
-# The live cluster's tests come after the others: beside them, on two cores, every collective of either waits for turns (32 minutes, not 25).
+test-fast: .venv/.ready
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -q tests/unit
+
+# The live cluster's tests run after the others: on two cores, next to them, every collective
+# operation of either waits for the other (32 minutes in all, not 25).
 test: .venv/.ready
 	@export OMP_NUM_THREADS=1; status=0; \
 	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slurm" tests || status=$$?; \

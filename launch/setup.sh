@@ -40,6 +40,6 @@ fi
 [ -x .venv/bin/python ] || { echo "setup: making .venv, and fetching uv, which installs the rest"; "$python" -m venv .venv; }
 .venv/bin/python -m pip install -q --disable-pip-version-check uv
 echo "setup: installing dist_scan and what it needs into .venv (8 GB of disk the first time)"
-VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q -e '.[test]'
+VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q -e '.[dev]'
 touch .venv/.ready
 echo "setup: done"
