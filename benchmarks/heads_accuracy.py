@@ -18,8 +18,9 @@ import torch
 
 from benchmarks.rows import emit
 from dist_scan.config import kind_class
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import FeatureFeed, Plan, held_out_features
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.optimizer import OptimizerConfig, build_optimizer
 from dist_scan.engine.precision import seed_step, set_determinism
 from dist_scan.evaluate.metrics import evaluate_assignment

@@ -43,7 +43,7 @@ QUICK = [
 
 def write_rows(path: Path, rows: int, dim: int) -> None:
     """A feature table of unit rows."""
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.exact_rows import unit_rows
 
     rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def write_rows(path: Path, rows: int, dim: int) -> None:
 
 def begin(path: Path, k: int) -> tuple[np.ndarray, np.ndarray]:
     """All rows [N, D] float32 and k of them to begin with."""
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
 
     table = FeatureTable.open(path)
     rows = table.rows(np.arange(table.num_rows)).astype(np.float32)
@@ -81,7 +81,7 @@ def objective(rows: np.ndarray, centroids: np.ndarray) -> float:
 
 def ours(path: Path, k: int, iterations: int) -> Callable[[], tuple]:
     """A rank's turn: (assignments made, clusters split, centroids)."""
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.kmeans import kmeans
     from dist_scan.world.world import current
 

@@ -31,7 +31,7 @@ SHARDS = 16
 
 def write_rows(path: Path, rows: int, dim: int) -> None:
     """A feature table of unit rows."""
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.exact_rows import unit_rows
 
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def ours(path: Path, k: int, queries: int) -> Callable[[], float]:
     import resource
     import shutil
 
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.exact_rows import prepared
     from dist_scan.search.neighbours import CHUNK, QUERIES, mine_neighbours, nearest_others
     from dist_scan.world.collectives import barrier
@@ -93,7 +93,7 @@ def faiss_knn(path: Path, k: int, queries: int) -> Callable[[], None]:
 
     import faiss
 
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
 
     rows = FeatureTable.open(path)
     rows = rows.rows(np.arange(rows.num_rows)).astype(np.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.evaluate.metrics import accuracy, contingency, neighbour_purity, nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_scan.config import ConfigError, RunConfig, kind_class
-from dist_scan.data.sources.base import open_source
+from dist_scan.data.sources.open import open_source
 from dist_scan.engine.stop import Stop
 from dist_scan.monitoring import peak_memory as memory
 from dist_scan.stages.base import Context, StageConfig, beton_stage

@@ -107,7 +107,7 @@ def _on_gpu(run: Any) -> bool:
 
 def image_counts(run: Any) -> dict[str, int]:
     """Images of each split that the config gives, counted in its source."""
-    from dist_scan.data.sources.base import open_source
+    from dist_scan.data.sources.open import open_source
 
     return {
         s: len(open_source(getattr(run.data, s)))

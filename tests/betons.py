@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dist_scan.data.beton.write import write_beton
-from dist_scan.data.sources.base import DataConfig, SplitConfig, open_source
+from dist_scan.data.sources.base import DataConfig, SplitConfig
+from dist_scan.data.sources.open import open_source
 
 
 def settings(source: Path | str, **kwargs) -> DataConfig:

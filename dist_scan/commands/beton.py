@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dist_scan.config import ConfigError
-from dist_scan.data.sources.base import DataConfig, SplitConfig, open_source
+from dist_scan.data.sources.base import DataConfig, SplitConfig
+from dist_scan.data.sources.open import open_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--seed {args.seed} --tolerance {args.tolerance}; allowed: a seed of 0 to 2^63 - 1, a tolerance of 0 up to 1"
         )
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
 
     rows, views = FeatureTable.size_of(args.features)
     if not 1 <= args.k <= rows or not 0 <= args.view < views:
@@ -80,7 +80,7 @@ def _rank(args: argparse.Namespace) -> int:
     import numpy as np
 
     from dist_scan.data.assignments import Assignments
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.engine.stop import Stop
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.kmeans import kmeans

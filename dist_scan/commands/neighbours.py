@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Search; the same command goes on after a stop or a kill."""
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
 
     rows, views = FeatureTable.size_of(args.features)
     if not 1 <= args.k < rows or not 0 <= args.view < views or args.shards < 1:
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _rank(args: argparse.Namespace) -> int:
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.engine.stop import Stop
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.neighbours import mine_neighbours

@@ -215,7 +215,8 @@ def encoded(source: str, out: Path, data, workers: int) -> Path:
     """A .beton of the source in the work folder; the one of a stopped start is taken if it is of the same images."""
     from dist_scan.data.beton.format import read_facts, sidecar
     from dist_scan.data.beton.write import storage_mark, write_beton
-    from dist_scan.data.sources.base import SplitConfig, open_source
+    from dist_scan.data.sources.base import SplitConfig
+    from dist_scan.data.sources.open import open_source
 
     images, beton = open_source(SplitConfig(source=source)), work_of(out) / "images.beton"
     config = data.model_copy(update={"max_bad_share": 1.0})
@@ -357,7 +358,8 @@ def _novelty(done, table: str | None, device):
     """A function features [n, D] -> the columns about the nearest training image; none without a table of training features."""
     if table is None:
         return lambda features: {}
-    from dist_scan.data.tables import FeatureTable, NeighbourTable
+    from dist_scan.data.feature_table import FeatureTable
+    from dist_scan.data.neighbour_table import NeighbourTable
     from dist_scan.monitoring.progress import Progress
     from dist_scan.search.novelty import nearest_row, share_nearer, usual_distances
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 
 Place = Literal["device", "host", "mapped"]
 SHARE = 0.5  # of the free memory: the rest is for heads, optimizer and held-out rows

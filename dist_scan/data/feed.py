@@ -18,6 +18,8 @@ from dist_scan.data.augment.recipes import Recipe
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feature_cache import FeatureCache, Place
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.data.order import (
     batch_per_rank,
     cached_views,
@@ -25,7 +27,6 @@ from dist_scan.data.order import (
     partner_columns,
     rank_plan,
 )
-from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.monitoring.step_timer import section
 from dist_scan.world.world import World
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_scan.data.augment.recipes import Recipe
 from dist_scan.data.beton.loader import BetonLoader
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.engine.precision import Precision, autocast, in_precision, memory_format
 from dist_scan.engine.stop import Stop
 from dist_scan.monitoring.progress import Progress

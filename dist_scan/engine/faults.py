@@ -133,7 +133,8 @@ class Faults:
     def arm(self) -> None:
         """Wrap the places. Done once, before any work."""
         from dist_scan.data.beton.loader import BetonLoader
-        from dist_scan.data.tables import FeatureTable, NeighbourTable
+        from dist_scan.data.feature_table import FeatureTable
+        from dist_scan.data.neighbour_table import NeighbourTable
         from dist_scan.engine import checkpoint
         from dist_scan.engine import training_loop as loop
         from dist_scan.monitoring import peak_memory as memory

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.search.exact_rows import content, prepared, squares
 from dist_scan.search.kmeans_checkpoint import KMeansCheckpoint

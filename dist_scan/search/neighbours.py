@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.search.exact_rows import (
     LONGEST,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.exact_rows import unit_rows
 
 CHUNK, BLOCK, CANDIDATES = 65_536, 4_096, 4

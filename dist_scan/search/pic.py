@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from dist_scan.data.tables import NeighbourTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.world.collectives import agree, all_max, gather_rows
 from dist_scan.world.world import current

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_scan.data.tables import NeighbourTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.kmeans import KMeansResult
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.monitoring.progress import StopRequested
 from dist_scan.search.exact_rows import check_view, content, held_by_rank
 from dist_scan.world.collectives import (

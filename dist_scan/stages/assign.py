@@ -70,7 +70,7 @@ class AssignStage(Stage):
     def _logits(self, model: ClusterModel) -> Iterator[Tensor]:
         c, config = self.context, self.config
         if config.features is not None:
-            from dist_scan.data.tables import FeatureTable
+            from dist_scan.data.feature_table import FeatureTable
 
             table = FeatureTable.open(c.inputs["features"])
             for rows in _chunks(table.num_rows, config.batch, c.world.rank, c.world.world_size):

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from dist_scan.data.sources.base import DataConfig, open_source
+from dist_scan.data.sources.base import DataConfig
+from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import Stage, StageConfig
 from dist_scan.world.collectives import broadcast_object
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_scan.config import RunConfig
 from dist_scan.data.assignments import Assignments
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.heads.selection import PublishedHeads
 from dist_scan.models.cluster_model import load_cluster_model
 from dist_scan.stages.base import Ref, Stage, StageConfig

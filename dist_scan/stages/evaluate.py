@@ -112,7 +112,7 @@ class EvaluateStage(Stage):
         }
 
     def _neighbour_purity(self, labels: np.ndarray) -> dict[str, float] | None:
-        from dist_scan.data.tables import NeighbourTable
+        from dist_scan.data.neighbour_table import NeighbourTable
         from dist_scan.evaluate.metrics import neighbour_purity
 
         table = NeighbourTable.open(self.context.inputs["neighbours"])

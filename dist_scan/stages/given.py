@@ -70,7 +70,7 @@ class GivenStage(Stage):
             if self.config.backbone is not None:
                 self._publish_network()
             else:
-                from dist_scan.data.tables import FeatureTable
+                from dist_scan.data.feature_table import FeatureTable
 
                 FeatureTable.from_npy(
                     self.config.features, self.context.out, self.config.num_shards

@@ -58,7 +58,7 @@ class KMeansStage(Stage):
 
     def run(self) -> None:
         """Collective."""
-        from dist_scan.data.tables import FeatureTable
+        from dist_scan.data.feature_table import FeatureTable
         from dist_scan.search.kmeans import kmeans
         from dist_scan.search.whiten import whiten_table, whitened
         from dist_scan.storage.artifacts import WORK, write_atomic

@@ -37,7 +37,7 @@ class NeighboursStage(Stage):
 
     def run(self) -> None:
         """Collective; goes on from the shards that are there."""
-        from dist_scan.data.tables import FeatureTable
+        from dist_scan.data.feature_table import FeatureTable
         from dist_scan.search.neighbours import mine_neighbours
 
         c = self.context

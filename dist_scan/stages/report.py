@@ -268,7 +268,7 @@ class ReportStage(Stage):
         return out
 
     def _feature_rows(self, rows: np.ndarray) -> np.ndarray:
-        from dist_scan.data.tables import FeatureTable
+        from dist_scan.data.feature_table import FeatureTable
 
         return (
             FeatureTable.open(self.context.inputs["features"])
@@ -284,7 +284,7 @@ class ReportStage(Stage):
         return self.label_names[int(counts.argmax())], float(counts.max() / len(known))
 
     def _anchors(self) -> list:
-        from dist_scan.data.tables import NeighbourTable
+        from dist_scan.data.neighbour_table import NeighbourTable
         from dist_scan.report.html import Anchor
 
         if self.config.neighbours is None:

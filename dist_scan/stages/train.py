@@ -13,8 +13,9 @@ from pydantic import Field
 from dist_scan.config import RunConfig, kind_class, one_of
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.feature_cache import Place, choose_place
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.data.order import batch_per_rank, split_held_out
-from dist_scan.data.tables import FeatureTable, NeighbourTable
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, memory_format, seed_step
 from dist_scan.heads.partition import HeadPartition

@@ -41,7 +41,7 @@ class TrueNeighboursStage(Stage):
     def run(self) -> None:
         """Rank 0 works. Raises ValueError when nothing has a label."""
         from dist_scan.data.beton.format import read_labels
-        from dist_scan.data.tables import NeighbourTable
+        from dist_scan.data.neighbour_table import NeighbourTable
         from dist_scan.stages.beton import beton_path
 
         c = self.context

@@ -152,8 +152,9 @@ class StopAfter:
 
 def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
     """A Trainer on a feature table in folder."""
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.data.feed import FeatureFeed, Plan, held_out_features
-    from dist_scan.data.tables import FeatureTable, NeighbourTable
+    from dist_scan.data.neighbour_table import NeighbourTable
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
     from dist_scan.engine.train_state import Checkpointer
@@ -227,7 +228,7 @@ def schools(jobs: list[tuple]):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory):
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.neighbours import mine_neighbours
 
     folder = tmp_path_factory.mktemp("bank")

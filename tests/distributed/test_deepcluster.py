@@ -33,7 +33,7 @@ def images() -> torch.Tensor:
 def make(settings: dict, folder, epochs: int = 2):
     """The method in float64 on a tiny network, and an embed over all ranks into folder."""
     from dist_scan.config import kind_class
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.methods.base import MethodInputs
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.world.collectives import barrier

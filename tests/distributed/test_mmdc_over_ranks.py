@@ -58,7 +58,7 @@ def embed_with(folder):
     """What the stage hands to begin_epoch, on made images."""
 
     def embed(network, recipe):
-        from dist_scan.data.tables import FeatureTable
+        from dist_scan.data.feature_table import FeatureTable
         from dist_scan.world.collectives import barrier
         from dist_scan.world.world import current
 
@@ -156,7 +156,7 @@ def test_the_multiset_of_targets_is_kept(world_size: int) -> None:
 
 
 def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_path: Path) -> None:
-    from dist_scan.data.tables import FeatureTable
+    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.kmeans import kmeans
 
     method = make("refined").eval()

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.monitoring.progress import StopRequested
 from dist_scan.search.exact_rows import LONGEST_L2, prepared, unit_rows
 from dist_scan.search.kmeans import kmeans

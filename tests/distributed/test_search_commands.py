@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dist_scan.__main__ import main
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.world.spawn import first_host
 from tests.distributed.test_search import oracle, rows, table

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.pic import pic
 from dist_scan.search.whiten import whiten, whiten_table, whitened

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_scan.data.tables import FeatureTable
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.neighbours import Chunk, mine_neighbours
 from tests.distributed.test_search import oracle, rows, table
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from dist_scan.data.augment import colour, randaugment
-from dist_scan.data.augment.recipes import LOOKS, RecipeConfig, build_recipe
 from dist_scan.data.augment import recipes as augment
+from dist_scan.data.augment.recipes import LOOKS, RecipeConfig, build_recipe
 from tests.unit.test_augment_operations import photographs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

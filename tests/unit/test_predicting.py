@@ -11,7 +11,8 @@ from torch import nn
 
 from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
 from dist_scan.data.beton.loader import BetonLoader
-from dist_scan.data.tables import FeatureTable, NeighbourTable
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
 from dist_scan.engine.precision import free_memory
 from dist_scan.engine.predict import Embedder, Predictor

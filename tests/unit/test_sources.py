@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from dist_scan.config import ConfigError
-from dist_scan.data.sources.base import SplitConfig, open_source
+from dist_scan.data.sources.base import SplitConfig
+from dist_scan.data.sources.open import open_source
 from tests.betons import encoded, folder, picture
 from tests.shared_data import shared_data
 

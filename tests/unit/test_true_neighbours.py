@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_scan.data.feed import Plan
-from dist_scan.data.tables import NeighbourTable
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.stages.true_neighbours import only_true
 from dist_scan.world.world import World
 

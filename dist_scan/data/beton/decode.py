@@ -94,6 +94,6 @@ def cutter():
         binding.add_symbol(
             f"dist_scan_ffcv_{name}", ctypes.cast(getattr(library, name), ctypes.c_void_p).value
         )
-    from dist_scan.data.beton.cut import cut
+    from dist_scan.data.beton.crop_kernel import cut
 
     return cut

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dist_scan.data.feature_cache import FeatureCache, choose_place
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import FeatureFeed, Plan
 from dist_scan.data.order import cached_views
-from dist_scan.data.tables import FeatureTable
 from dist_scan.heads.features import HeadFeatures
 from dist_scan.heads.products import one_above_other
 from dist_scan.world.world import current, free_bytes
