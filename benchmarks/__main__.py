@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import COMMON, ROOT, device, facts, with_facts
+from benchmarks.rows import COMMON_FIELDS, ROOT, common_fields, device, with_common_fields
 
 QUICK_MINUTES = 9.5  # for all of them together
 LONGEST = 0.25  # share of that for one of them
@@ -123,7 +123,7 @@ def run(
     if timer:
         timer.cancel()
     rows = [
-        with_facts(json.loads(line), benchmark.name, arguments)
+        with_common_fields(json.loads(line), benchmark.name, arguments)
         for line in out.splitlines()
         if line.startswith("{") and line.endswith("}")
     ]
@@ -138,7 +138,7 @@ def figures(row: dict[str, Any]) -> str:
     return ", ".join(
         f"{k} {'-'.join(map(str, v)) if isinstance(v, list) else v}"
         for k, v in row.items()
-        if k not in (*COMMON, "row") and v not in ("", None)
+        if k not in (*COMMON_FIELDS, "row") and v not in ("", None)
     )
 
 
@@ -155,7 +155,7 @@ def write(
     folder: Path, name: str, rows: list[dict[str, Any]], problems: dict[str, str], command: str
 ) -> None:
     """NAME.jsonl, and NAME.md with the machine's description and the table."""
-    about = facts(
+    about = common_fields(
         ()
     )  # before anything is written: rows of an earlier time may be part of the checkout
     folder.mkdir(parents=True, exist_ok=True)

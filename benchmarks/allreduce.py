@@ -70,7 +70,7 @@ def timings(sizes: list[int], rounds: int, compare: bool) -> dict[int, list[tupl
 
 
 def worker(sizes: list[int], rounds: int, compare: bool) -> Callable[[], dict]:
-    """A rank's turn (benchmarks.turns)."""
+    """A rank's turn (benchmarks.interleaved)."""
     return lambda: timings(sizes, rounds, compare)
 
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args(argv)
-    from benchmarks.turns import Group, job_world
+    from benchmarks.interleaved import RankGroup, job_world
 
     if "RANK" in os.environ:
         from dist_scan.world.collectives import gather_objects
@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
                 report(by_rank)
         return
 
-    group = Group(worker, args.processes, args.processes, args.sizes, args.rounds, args.compare)
-    report(group.turn().values)
+    group = RankGroup(worker, args.processes, args.processes, args.sizes, args.rounds, args.compare)
+    report(group.measure().values)
     group.close()
 
 

@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit
-from benchmarks.turns import job_turns, job_world, typical
 from dist_scan.engine.precision import peak_memory, set_determinism
 from dist_scan.heads.autograd import entropy_and_slope, means_of
 from dist_scan.heads.cpu_loops import LoopHead
@@ -272,7 +272,7 @@ def over_ranks(args: argparse.Namespace) -> None:
             model.zero_grad(set_to_none=True)
             model(first, second).backward()
 
-        took = typical(job_turns(work, args.rounds))
+        took = medians(measure_job(work, args.rounds))
         if world.rank == 0:
             emit(
                 {

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.interleaved import Measurement, RankGroup, job_world, measure_job, medians
 from benchmarks.rows import emit
-from benchmarks.turns import Group, Turn, job_turns, job_world, typical
 
 CLUSTER = ["--folder", "{folder}", "--rows", "{rows}", "--dim", "{dim}", "--clusters", "{clusters}"]
 QUICK = [
@@ -128,17 +128,17 @@ def measure(k: int, args: argparse.Namespace) -> None:
         path = Path(folder) / "features"
         write_rows(path, args.rows, args.dim)
         groups = {
-            f"W={w}": Group(ours, w, args.threads, path, k, args.iterations)
+            f"W={w}": RankGroup(ours, w, args.threads, path, k, args.iterations)
             for w in args.world_sizes
         }
         if args.compare:
-            groups["faiss"] = Group(
+            groups["faiss"] = RankGroup(
                 faiss_kmeans, 1, args.threads, path, k, args.iterations, in_world=False
             )
-        turns: dict[str, list[Turn]] = {name: [] for name in groups}
+        turns: dict[str, list[Measurement]] = {name: [] for name in groups}
         for _ in range(args.rounds):
             for name, group in groups.items():
-                turns[name].append(group.turn())
+                turns[name].append(group.measure())
         for group in groups.values():
             group.close()
         rows = begin(path, k)[0]
@@ -187,8 +187,8 @@ def over_ranks(k: int, args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path, args.rows, args.dim)
         barrier()
-        turns = job_turns(ours(path, k, args.iterations), args.rounds)
-        took, assignments = typical(turns), turns[-1].values[0][0]
+        turns = measure_job(ours(path, k, args.iterations), args.rounds)
+        took, assignments = medians(turns), turns[-1].values[0][0]
         if world.rank == 0:
             emit(
                 {

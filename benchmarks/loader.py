@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit, spread
-from benchmarks.turns import job_turns, job_world, typical
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.beton.format import check_beton
 from dist_scan.data.beton.loader import BetonLoader
@@ -127,7 +127,7 @@ def over_ranks(args: argparse.Namespace) -> None:
             for _ in loader.batches(mine, next(epochs)):
                 pass
 
-        took = typical(job_turns(work, args.rounds))
+        took = medians(measure_job(work, args.rounds))
         if world.rank == 0:
             emit(
                 {

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.interleaved import Measurement, RankGroup, job_world, measure_job, medians
 from benchmarks.rows import emit
-from benchmarks.turns import Group, Turn, job_turns, job_world, typical
 
 CLUSTER = ["--folder", "{folder}", "--sizes", "{rows}x{dim}", "--k", "{k}"]
 QUICK = ["--sizes", "20000x128", "--queries", "2048", "--world-sizes", "1"]
@@ -127,16 +127,17 @@ def measure(rows: int, dim: int, args: argparse.Namespace) -> None:
         path = Path(folder) / "features"
         write_rows(path, rows, dim)
         groups = {
-            f"W={w}": Group(ours, w, args.threads, path, args.k, queries) for w in args.world_sizes
+            f"W={w}": RankGroup(ours, w, args.threads, path, args.k, queries)
+            for w in args.world_sizes
         }
         if args.compare:
-            groups["faiss"] = Group(
+            groups["faiss"] = RankGroup(
                 faiss_knn, 1, args.threads, path, args.k, queries, in_world=False
             )
-        turns: dict[str, list[Turn]] = {name: [] for name in groups}
+        turns: dict[str, list[Measurement]] = {name: [] for name in groups}
         for _ in range(args.rounds):
             for name, group in groups.items():
-                turns[name].append(group.turn())
+                turns[name].append(group.measure())
         for group in groups.values():
             group.close()
     for name, group in groups.items():
@@ -180,7 +181,7 @@ def over_ranks(rows: int, dim: int, args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path, rows, dim)
         barrier()
-        took = typical(job_turns(ours(path, args.k, rows), args.rounds))
+        took = medians(measure_job(ours(path, args.k, rows), args.rounds))
         if world.rank == 0:
             emit(
                 {

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disturbed import CONFIG, LOOK_S, SAVE_EVERY_S
+from benchmarks.faulted_run import CONFIG, LOOK_S, SAVE_EVERY_S
 from benchmarks.rows import ROOT
 from dist_scan.engine.faults import VARIABLE
 from tests.launches import SMALL

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.disturbed import (
+from benchmarks.faulted_run import (
     RANKS,
     SAVE_EVERY_S,
     Kills,

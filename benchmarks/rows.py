@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = (
+COMMON_FIELDS = (
     "benchmark",
     "machine",
     "device",
@@ -30,15 +30,17 @@ COMMON = (
 
 def emit(row: dict[str, Any]) -> None:
     """Print a row with the common fields, as one line."""
-    print(json.dumps(with_facts(row, module_name(), sys.argv[1:])), flush=True)
+    print(json.dumps(with_common_fields(row, module_name(), sys.argv[1:])), flush=True)
 
 
-def with_facts(row: dict[str, Any], benchmark: str, configuration: list[str]) -> dict[str, Any]:
+def with_common_fields(
+    row: dict[str, Any], benchmark: str, configuration: list[str]
+) -> dict[str, Any]:
     """The row with every common field that it does not have already."""
     return {
         "benchmark": benchmark,
         **row,
-        **{k: v for k, v in facts(tuple(configuration)).items() if k not in row},
+        **{k: v for k, v in common_fields(tuple(configuration)).items() if k not in row},
     }
 
 
@@ -49,7 +51,7 @@ def module_name() -> str:
 
 
 @cache
-def facts(configuration: tuple[str, ...]) -> dict[str, Any]:
+def common_fields(configuration: tuple[str, ...]) -> dict[str, Any]:
     """What is the same for all rows of one command. `load`: processes that wanted a core in the last minute, over the cores."""
     return {
         "machine": machine(),
@@ -139,4 +141,4 @@ def spread(ratios: Sequence[float], name: str) -> dict[str, float | list[float]]
 
 
 if __name__ == "__main__":  # what a job of launch/benchmark.py writes down about its first node
-    print(json.dumps(facts(())))
+    print(json.dumps(common_fields(())))

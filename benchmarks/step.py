@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args(argv)
-    from benchmarks.turns import job_world
+    from benchmarks.interleaved import job_world
     from dist_scan.engine.precision import set_determinism
 
     set_determinism()

@@ -7,7 +7,7 @@ import io
 import json
 from pathlib import Path
 
-from benchmarks.rows import COMMON
+from benchmarks.rows import COMMON_FIELDS
 from benchmarks.scaling import rate_of
 from tests.ranks import run_ranks
 
@@ -79,7 +79,7 @@ def test_rank_0_tells_the_rate_of_all(tmp_path: Path) -> None:
         name: 2 if name == "allreduce" else 1 for name in WORDS
     }
     for name, (row, *_) in first.items():
-        assert set(COMMON) <= row.keys() and row["world_size"] == 2, name
+        assert set(COMMON_FIELDS) <= row.keys() and row["world_size"] == 2, name
         assert rate_of(row)[0] > 0 and rate_of(row)[1] != "runs_per_s", name
     (loader,), (heads,) = first["loader"], first["heads"]
     assert loader["images"] == 50 and loader["images_per_s"] == round(50 / loader["wall_s"], 1)

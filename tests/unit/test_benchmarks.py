@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as suite
-from benchmarks.rows import COMMON, with_facts
+from benchmarks.rows import COMMON_FIELDS, with_common_fields
 from benchmarks.scaling import collect, curves, draw, page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,12 +93,12 @@ def test_rows_before_a_failure_or_the_limit_are_kept(
     )  # it would lead to the benchmarks that there are
     found, said = suite.run(made, False, False, 6.0 if "cut off" in problem else 60.0)
     assert len(found) == rows and said == problem
-    assert set(COMMON) <= found[0].keys() and found[0]["benchmark"] == "mine"
+    assert set(COMMON_FIELDS) <= found[0].keys() and found[0]["benchmark"] == "mine"
 
 
 def test_the_table_shows_every_row_and_every_problem(tmp_path: Path) -> None:
     rows = [
-        with_facts(
+        with_common_fields(
             {"row": "x", "images_per_s": 12.5, "speedup_quartiles": [1, 2]}, "step", ["--quick"]
         )
     ]
@@ -180,7 +180,7 @@ def test_the_page_stands_alone_names_the_worst_rank_and_escapes(tmp_path: Path) 
 
 
 def test_rows_tell_no_folder_of_the_machine() -> None:
-    from benchmarks.rows import facts
+    from benchmarks.rows import common_fields
 
     line = (
         "/srv/data/train.beton",
@@ -193,6 +193,6 @@ def test_rows_tell_no_folder_of_the_machine() -> None:
         "--compare",
     )
     assert (
-        facts(line)["configuration"]
+        common_fields(line)["configuration"]
         == "train.beton --dir views --out=y.json runtime.run_dir=run configs/a.yaml lr=0.1 --compare"
     )

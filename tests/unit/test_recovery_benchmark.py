@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.disturbed import (
-    ExactRows,
+from benchmarks.faulted_run import (
+    MetricsReader,
     Exit,
     Kills,
     Row,
@@ -69,7 +69,7 @@ def test_good_is_the_training_of_steps_that_were_kept() -> None:
 
 
 def test_rows_are_read_as_they_grow_and_torn_ones_left_out(tmp_path: Path) -> None:
-    rows = ExactRows(tmp_path / "pretext.metrics.jsonl")
+    rows = MetricsReader(tmp_path / "pretext.metrics.jsonl")
     rows.look()
     assert rows.seen == []
     whole = json.dumps({"step": 1, "loss": 2.5}) + "\n"

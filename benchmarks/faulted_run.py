@@ -57,7 +57,7 @@ class Exit(NamedTuple):
 
 
 @dataclass
-class ExactRows:
+class MetricsReader:
     """A metrics.jsonl that grows. `seen` is every row of a step in the order of writing, done again or not."""
 
     path: Path
@@ -154,7 +154,7 @@ class Run:
         )
         (folder / "recovery.yaml").write_text(CONFIG.format(epochs=epochs, every_s=SAVE_EVERY_S))
         self.rows, self.exits, self.shards = (
-            ExactRows(self.run_dir / "logs" / "pretext.metrics.jsonl"),
+            MetricsReader(self.run_dir / "logs" / "pretext.metrics.jsonl"),
             [],
             set(),
         )

@@ -17,7 +17,7 @@ Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Turn:
+class Measurement:
     """What one turn took: seconds until the last rank was done, CPU seconds of all, the largest rank's peak memory, and ranks' values."""
 
     wall_s: float
@@ -37,7 +37,7 @@ def job_world() -> Iterator[Any]:
         close_world()
 
 
-def job_turns(work: Work, rounds: int) -> list[Turn]:
+def measure_job(work: Work, rounds: int) -> list[Measurement]:
     """`work` on all ranks of the open world, `rounds` times after one to warm up; each time all begin together."""
     from dist_scan.engine.precision import device_mark
     from dist_scan.world.collectives import barrier, gather_objects
@@ -58,7 +58,7 @@ def job_turns(work: Work, rounds: int) -> list[Turn]:
         )
         all_ranks = gather_objects(mine)
         turns.append(
-            Turn(
+            Measurement(
                 max(a[0] for a in all_ranks),
                 sum(a[1] for a in all_ranks),
                 max(a[2] for a in all_ranks),
@@ -68,7 +68,7 @@ def job_turns(work: Work, rounds: int) -> list[Turn]:
     return turns[1:]
 
 
-def typical(turns: list[Turn]) -> dict[str, float]:
+def medians(turns: list[Measurement]) -> dict[str, float]:
     """Fields of a row: medians over turns, and the rank that held most memory."""
     return {
         "wall_s": round(statistics.median(t.wall_s for t in turns), 4),
@@ -77,7 +77,7 @@ def typical(turns: list[Turn]) -> dict[str, float]:
     }
 
 
-class Group:
+class RankGroup:
     """`make(*args) -> work` runs once in each of W new processes (ranks of one world, each with threads / W threads); `turn()` runs work once."""
 
     def __init__(
@@ -115,13 +115,13 @@ class Group:
             p.start()
         self._answers()
 
-    def turn(self) -> Turn:
+    def measure(self) -> Measurement:
         """All ranks work once."""
         begin = time.perf_counter()
         for orders in self.orders:
             orders.put(True)
         answers = self._answers()
-        return Turn(
+        return Measurement(
             time.perf_counter() - begin,
             sum(a[1] for a in answers),
             max(a[2] for a in answers),
