@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit
 from dist_scan.engine.precision import peak_memory, set_determinism
-from dist_scan.heads.autograd import entropy_and_slope, means_of
+from dist_scan.heads.autograd import means_of, scan_heads_loss
 from dist_scan.heads.cpu_loops import LoopHead
+from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import give_back
-from dist_scan.losses import scan_heads_loss, scan_loss_released
-from dist_scan.models.layers import ClusterHeads
+from dist_scan.heads.torch_head import entropy_and_slope
+from dist_scan.losses import scan_loss_released
 
 CLUSTER = ["--clusters", "{clusters}", "--dim", "{dim}"]
 QUICK = ["--compare", "--rounds", "3"]

@@ -6,17 +6,16 @@ Every loss is this rank's: its mean over ranks is the global loss, and with DDP'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_scan.heads.autograd import SMALLEST, ScanHeadsFunction, ScanLossFunction, TemiHeadsFunction
-from dist_scan.heads.split_clusters import ScanClustersFunction
 from dist_scan.world.collectives import all_mean, all_rows, all_sum
 from dist_scan.world.world import current
+
+SMALLEST = 1e-8  # the released code clamps mean probabilities here before the logarithm
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -67,63 +66,16 @@ class ScanTerms(NamedTuple):
 
 
 def scan_loss(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float) -> ScanTerms:
-    """SCAN's loss (Van Gansbeke et al., ECCV 2020, Eq. 2), of logits, with the entropy (nats) of the global batch's mean anchor.
+    """SCAN's loss (Van Gansbeke et al., ECCV 2020, Eq. 2) of logits.
 
-    -log<p, q> = LSE(a) + LSE(n) - LSE(a + n): no underflow, and a gradient that is bounded at any logit size, where the published
-    softmax + BCE form loses it (`scan_loss_released`). The gradient is written by hand. Ranks may hold different numbers of rows.
+    -log<p, q> is the log-sum-exp of log p + log q: nothing underflows. The entropy (nats) is that of the global batch's mean anchor.
     """
-    return ScanTerms(
-        *ScanLossFunction.apply(at_least_fp32(anchors_HBC), at_least_fp32(neighbours_HBC), entropy_weight)
-    )
-
-
-def scan_heads_loss(
-    anchors_BD: Tensor,
-    neighbours_BD: Tensor,
-    weight_SD: Tensor,
-    bias_S: Tensor,
-    sizes: Sequence[int],
-    entropy_weight: float,
-    whole_batch: bool = False,
-) -> ScanTerms:
-    """`scan_loss` of linear heads on features: head h owns the next sizes[h] rows of weight and bias, S = sum(sizes).
-
-    Heads are worked off in groups (one at a time when alone): a group's logits become its probabilities, then its gradients, in
-    place, then the weights' gradient. At once in memory: that gradient and one group's logits, whatever the number of heads.
-    whole_batch: these are all rows of the global batch (other ranks have other heads), and the loss is of them alone.
-    """
-    return ScanTerms(
-        *ScanHeadsFunction.apply(
-            at_least_fp32(anchors_BD),
-            at_least_fp32(neighbours_BD),
-            weight_SD,
-            bias_S,
-            tuple(sizes),
-            entropy_weight,
-            whole_batch,
-        )
-    )
-
-
-def scan_clusters_loss(
-    anchors_BD: Tensor,
-    neighbours_BD: Tensor,
-    weight_sD: Tensor,
-    bias_s: Tensor,
-    sizes: Sequence[int],
-    own_sizes: Sequence[int],
-    entropy_weight: float,
-) -> ScanTerms:
-    """`scan_heads_loss` on the whole global batch where each rank holds own_sizes[h] of the sizes[h] clusters of every head, s = sum(own_sizes).
-
-    Collective. The terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's clusters.
-    """
-    anchors, neighbours = at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD)
-    return ScanTerms(
-        *ScanClustersFunction.apply(
-            anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(own_sizes), entropy_weight
-        )
-    )
+    log_p = at_least_fp32(anchors_HBC).log_softmax(2)
+    log_q = at_least_fp32(neighbours_HBC).log_softmax(2)
+    consistency = -torch.logsumexp(log_p + log_q, 2).mean(1)
+    mean = all_mean(log_p.exp().mean(1)).clamp(min=SMALLEST)
+    entropy = -(mean * mean.log()).sum(1)
+    return ScanTerms(consistency - entropy_weight * entropy, consistency.detach(), entropy.detach())
 
 
 def scan_loss_released(
@@ -139,46 +91,6 @@ def scan_loss_released(
     mean = all_mean(p.mean(1)).clamp(min=SMALLEST)
     entropy = -(mean * mean.log()).sum(1)
     return ScanTerms(consistency - entropy_weight * entropy, consistency.detach(), entropy.detach())
-
-
-def pair_weights(teacher_log_p: Sequence[Tensor]) -> Tensor:
-    """TEMI's weight [B] of each pair: the mean over heads of <teacher of one view, teacher of the other>; log-probabilities [2B, C],
-    first views above second ones. Pairs that the teachers put into different clusters (wrong neighbours) weigh little."""
-    halves = (
-        (each.exp()[: len(each) // 2], each.exp()[len(each) // 2 :]) for each in teacher_log_p
-    )
-    return torch.stack([(p * q).sum(1) for p, q in halves]).mean(0)
-
-
-def temi_heads_loss(
-    first_BD: Tensor,
-    second_BD: Tensor,
-    weight_SD: Tensor,
-    bias_S: Tensor,
-    sizes: Sequence[int],
-    teacher_log_p: Sequence[Tensor],
-    marginals: Sequence[Tensor],
-    beta: float,
-    temperature: float,
-) -> Tensor:
-    """TEMI's loss [H] (Adaloglou et al., BMVC 2023, Sec. 3) of linear heads; layout of heads as in `scan_heads_loss`.
-
-    -w * log sum_c (student_c(x) teacher_c(x'))^beta / marginal_c, mean over pairs and both directions; w as `pair_weights` gives it, the
-    same for all heads. teacher_log_p: per head [2B, C]; marginals: per head [C], the running mean of the teacher's probabilities.
-    By log-sum-exp: bounded at any logit size. Memory: the teacher's probabilities of all heads, the student's of one.
-    """
-    return TemiHeadsFunction.apply(
-        at_least_fp32(first_BD),
-        at_least_fp32(second_BD),
-        weight_SD,
-        bias_S,
-        tuple(sizes),
-        teacher_log_p,
-        marginals,
-        pair_weights(teacher_log_p),
-        beta,
-        temperature,
-    )
 
 
 class Confident(NamedTuple):

@@ -23,7 +23,7 @@ from dist_scan.engine.precision import Precision, autocast, in_precision, seed_s
 from dist_scan.engine.stop import NonRetryableError, Stop
 from dist_scan.engine.train_state import Checkpointer, TrainState
 from dist_scan.methods.base import Embed, Method, Step
-from dist_scan.models.layers import sync_running_stats
+from dist_scan.models.batch_norm import sync_running_stats
 from dist_scan.monitoring.log import StageLog
 from dist_scan.monitoring.profile import TrainingProfile
 from dist_scan.monitoring.progress import Progress, StopRequested

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_scan.heads.products import FeaturePair, HeadGradients, LogitsOf, head_slices
+from dist_scan.heads.products import FeaturePair, HeadGradients, head_slices
+from dist_scan.heads.torch_head import TorchHead, entropy_and_slope
+from dist_scan.losses import ScanTerms, at_least_fp32
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
-SMALLEST = 1e-8  # the released code clamps mean probabilities here before the logarithm
 GROUP_COLUMNS = 4096  # logits [b, columns] held at once when ranks share a batch: one message a group instead of one a head
-BLOCK = 65536  # numbers a row block of the in-place gradient holds: what a core's cache keeps (1.04 to 1.15 times faster than whole heads)
 TRITON = find_spec("triton") is not None  # it comes with PyTorch where that knows GPUs
-SMALL = 1e-25  # below this <p, q> has lost digits in float32: such rows are done again from their logits
 
 
 def all_means(p_heads: Sequence[Tensor], whole_batch: bool = False) -> tuple[list[Tensor], Tensor]:
@@ -40,72 +39,6 @@ def means_of(
     return [total / count for total in sums], count[0]
 
 
-def entropy_and_slope(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Of a mean probability [C]: its entropy, and the slope [C] of -weight * entropy; flat where it is clamped."""
-    clamped = mean.clamp(min=SMALLEST)
-    log_mean = clamped.log()
-    return -torch.dot(clamped, log_mean), (log_mean + 1).mul_(weight).mul_(mean >= SMALLEST)
-
-
-def to_gradients_(p: Tensor, q: Tensor, slope: Tensor, logits_of: LogitsOf) -> Tensor:
-    """Probabilities [b, C] of one head become, in place, the gradients by the logits of sum(-log<p, q>) + <slope, sum p>.
-
-    By n: q - r; by a: p - r + p (slope - <p, slope>), with r = p q / <p, q>. Returns the sum of -log<p, q>. logits_of(rows) are
-    asked for where the product has underflown.
-    """
-    total, rows = p.new_zeros(()), max(1, BLOCK // p.shape[1])
-    scratch, factor = (torch.empty_like(p[:rows]) for _ in range(2))
-    for start in range(0, len(p), rows):
-        p_rows, q_rows = p[start : start + rows], q[start : start + rows]
-        r = torch.mul(p_rows, q_rows, out=scratch[: len(p_rows)])
-        s = r.sum(1, keepdim=True)
-        low = (s[:, 0] < SMALL).nonzero()[:, 0]
-        if len(low):
-            r[low], nll = from_logits(*logits_of(low + start))
-            r_scale = s.clone()
-            r_scale[low] = 1
-            total -= s.index_fill(0, low, 1).log().sum() - nll
-        else:
-            r_scale = s
-            total -= s.log().sum()
-        r.div_(r_scale)
-        q_rows.sub_(r)
-        own = torch.mv(p_rows, slope).sub_(1)[:, None]
-        p_rows.mul_(torch.sub(slope, own, out=factor[: len(p_rows)])).sub_(r)
-    return total
-
-
-def from_logits(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """(r [b, C], the sum of -log<p, q>) of logits of any size."""
-    a, n = (
-        a - a.amax(1, keepdim=True),
-        n - n.amax(1, keepdim=True),
-    )  # centred: the three LSEs below do not cancel
-    both = a + n
-    lse = torch.logsumexp(both, 1)
-    return (both - lse[:, None]).exp_(), (torch.logsumexp(a, 1) + torch.logsumexp(n, 1) - lse).sum()
-
-
-class TorchHead:
-    """One head's logits [2b, C], anchors above neighbours, worked on in place. Faster: head_loops.LoopHead on a CPU, head_kernel.KernelHead on a GPU."""
-
-    dbias: Tensor | None = None
-    """[C], where making the gradients has made their sum over rows too."""
-
-    def __init__(self, logits: Tensor, b: int, logits_of: LogitsOf) -> None:
-        self.logits, self.b, self.logits_of = torch.softmax(logits, 1, out=logits), b, logits_of
-
-    def anchor_sum(self) -> Tensor:
-        """[C]: the sum of the anchors' probabilities."""
-        return self.logits[: self.b].sum(0)
-
-    def to_gradients_(self, slope: Tensor, scale: Tensor) -> Tensor:
-        """The logits become scale times the gradients by them; see the function of this name, also for what is returned."""
-        nll = to_gradients_(self.logits[: self.b], self.logits[self.b :], slope, self.logits_of)
-        self.logits.mul_(scale)
-        return nll
-
-
 def in_loops(weight: Tensor) -> bool:
     """Whether heads of this weight run in compiled loops."""
     return weight.dtype == torch.float32 and weight.device.type == "cpu"
@@ -122,31 +55,6 @@ def open_head(x: FeaturePair, weight: Tensor, bias: Tensor) -> Any:
 
         return KernelHead(x.logits(weight, bias), x.b)
     return TorchHead(x.logits(weight, bias), x.b, x.again(weight, bias))
-
-
-class ScanLossFunction(torch.autograd.Function):
-    """On logits [H, B, C]: all heads are one group."""
-
-    @staticmethod
-    def forward(ctx, a, n, entropy_weight):
-        p, q = (torch.softmax(x, 2).contiguous() for x in (a, n))
-        means, count = all_means(list(p))
-        scale = current().world_size / count
-        entropies, slopes = zip(*(entropy_and_slope(mean, entropy_weight) for mean in means))
-        consistency = [
-            to_gradients_(p[h], q[h], slope, lambda rows, h=h: (a[h, rows], n[h, rows]))
-            for h, slope in enumerate(slopes)
-        ]
-        ctx.save_for_backward(p.mul_(scale), q.mul_(scale))
-        consistency, entropy = torch.stack(consistency) * scale, torch.stack(entropies)
-        ctx.mark_non_differentiable(consistency, entropy)
-        return consistency - entropy_weight * entropy, consistency, entropy
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        da, dn = ctx.saved_tensors
-        grad = grad.view(-1, 1, 1)
-        return da * grad, dn * grad, None
 
 
 class HeadsFunction(torch.autograd.Function):
@@ -282,3 +190,71 @@ def groups(sizes: Sequence[int], alone: bool = False) -> Iterator[list[tuple[int
             group = []
         group.append((h, at))
     yield group
+
+
+def scan_heads_loss(
+    anchors_BD: Tensor,
+    neighbours_BD: Tensor,
+    weight_SD: Tensor,
+    bias_S: Tensor,
+    sizes: Sequence[int],
+    entropy_weight: float,
+    whole_batch: bool = False,
+) -> ScanTerms:
+    """`scan_loss` of linear heads on features: head h owns the next sizes[h] rows of weight and bias, S = sum(sizes).
+
+    Heads are worked off in groups (one at a time when alone): a group's logits become its probabilities, then its gradients, in
+    place, then the weights' gradient. At once in memory: that gradient and one group's logits, whatever the number of heads.
+    whole_batch: these are all rows of the global batch (other ranks have other heads), and the loss is of them alone.
+    """
+    return ScanTerms(
+        *ScanHeadsFunction.apply(
+            at_least_fp32(anchors_BD),
+            at_least_fp32(neighbours_BD),
+            weight_SD,
+            bias_S,
+            tuple(sizes),
+            entropy_weight,
+            whole_batch,
+        )
+    )
+
+
+def pair_weights(teacher_log_p: Sequence[Tensor]) -> Tensor:
+    """TEMI's weight [B] of each pair: the mean over heads of <teacher of one view, teacher of the other>; log-probabilities [2B, C],
+    first views above second ones. Pairs that the teachers put into different clusters (wrong neighbours) weigh little."""
+    halves = (
+        (each.exp()[: len(each) // 2], each.exp()[len(each) // 2 :]) for each in teacher_log_p
+    )
+    return torch.stack([(p * q).sum(1) for p, q in halves]).mean(0)
+
+
+def temi_heads_loss(
+    first_BD: Tensor,
+    second_BD: Tensor,
+    weight_SD: Tensor,
+    bias_S: Tensor,
+    sizes: Sequence[int],
+    teacher_log_p: Sequence[Tensor],
+    marginals: Sequence[Tensor],
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """TEMI's loss [H] (Adaloglou et al., BMVC 2023, Sec. 3) of linear heads; layout of heads as in `scan_heads_loss`.
+
+    -w * log sum_c (student_c(x) teacher_c(x'))^beta / marginal_c, mean over pairs and both directions; w as `pair_weights` gives it, the
+    same for all heads. teacher_log_p: per head [2B, C]; marginals: per head [C], the running mean of the teacher's probabilities.
+    By log-sum-exp: bounded at any logit size. Memory: the teacher's probabilities of all heads, the student's of one.
+    """
+    return TemiHeadsFunction.apply(
+        at_least_fp32(first_BD),
+        at_least_fp32(second_BD),
+        weight_SD,
+        bias_S,
+        tuple(sizes),
+        teacher_log_p,
+        marginals,
+        pair_weights(teacher_log_p),
+        beta,
+        temperature,
+    )

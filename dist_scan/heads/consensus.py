@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -15,13 +14,6 @@ def shared_counts(a_N: np.ndarray, b_N: np.ndarray, num_a: int, num_b: int) -> n
     return np.bincount(a_N.astype(np.int64) * num_b + b_N, minlength=num_a * num_b).reshape(
         num_a, num_b
     )
-
-
-def align(reference_N: np.ndarray, other_N: np.ndarray, num_clusters: int) -> np.ndarray:
-    """[C] int64: the reference's cluster that each cluster of the other is, one-to-one, with the most rows in common (Hungarian)."""
-    return linear_sum_assignment(-shared_counts(other_N, reference_N, num_clusters, num_clusters))[
-        1
-    ].astype(np.int64)
 
 
 def rand_agreement(a_N: np.ndarray, b_N: np.ndarray, num_clusters: int) -> float:
@@ -53,7 +45,7 @@ def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[floa
 
 
 def consensus(logits: Sequence[Tensor], mappings: Sequence[Tensor]) -> Tensor:
-    """The heads' mean probability [B, C] in the reference's clusters; mappings [C] int64 as `align` gives them."""
+    """The heads' mean probability [B, C] in the reference's clusters; mappings [C] int64 as `match_clusters` gives them."""
     total = torch.zeros_like(logits[0])
     for each, mapping in zip(logits, mappings):
         total[:, mapping] += each.softmax(1)

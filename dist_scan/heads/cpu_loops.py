@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dist_scan.compiled import compiled, wide_vectors
-from dist_scan.heads.autograd import SMALL, SMALLEST, from_logits
 from dist_scan.heads.products import FeaturePair, HeadGradients, LogitsOf
+from dist_scan.heads.torch_head import SMALL, from_logits
+from dist_scan.losses import SMALLEST
 
 ROWS = 64
 SUMS = {

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_scan.data.batch import HeldOut
+from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import one_above_other
 from dist_scan.heads.selection import HeadSelection, number_or_none
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
-from dist_scan.models.layers import ClusterHeads, FeatureNorm, Normalise
+from dist_scan.models.layers import FeatureNorm, Normalise
 
 
 class HeadFeatures(nn.Module):

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_scan.heads.autograd import SMALLEST
-from dist_scan.heads.consensus import align, consensus, stability
+from dist_scan.heads.consensus import consensus, stability
+from dist_scan.heads.linear import ClusterHeads
+from dist_scan.losses import SMALLEST
 from dist_scan.models.backbone import load_tensors, save_tensors
-from dist_scan.models.layers import ClusterHeads
+from dist_scan.search.matching import match_clusters
 from dist_scan.storage.artifacts import write_json
 from dist_scan.world.collectives import all_max, all_sum, gather_rows
 
@@ -136,7 +137,7 @@ class HeadSelection(nn.Module):
             at = heads.own(h)
             self.losses[h], self.stability[h] = now[h], value
             self.alignment[heads.rows(h)] = torch.from_numpy(
-                align(assigned[best], assigned[h], number)
+                match_clusters(assigned[best], assigned[h], number)
             ).to(self.alignment.device)
             self.kept_weight[at], self.kept_bias[at] = heads.weight[at], heads.bias[at]
         return True

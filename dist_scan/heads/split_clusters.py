@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_scan.heads.autograd import HeadsFunction, entropy_and_slope, groups
+from dist_scan.heads.autograd import HeadsFunction, groups
 from dist_scan.heads.products import FeaturePair, HeadGradients, head_slices
+from dist_scan.heads.torch_head import entropy_and_slope
+from dist_scan.losses import ScanTerms, at_least_fp32
 from dist_scan.world.collectives import all_max, all_sum
 from dist_scan.world.world import current
 
@@ -86,3 +88,24 @@ class ScanClustersFunction(HeadsFunction):
     def backward(ctx, grad, *_):
         _, dweight, dbias = HeadsFunction.handed_on(ctx, grad)
         return None, None, dweight, dbias, None, None, None
+
+
+def scan_clusters_loss(
+    anchors_BD: Tensor,
+    neighbours_BD: Tensor,
+    weight_sD: Tensor,
+    bias_s: Tensor,
+    sizes: Sequence[int],
+    own_sizes: Sequence[int],
+    entropy_weight: float,
+) -> ScanTerms:
+    """`scan_heads_loss` on the whole global batch where each rank holds own_sizes[h] of the sizes[h] clusters of every head, s = sum(own_sizes).
+
+    Collective. The terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's clusters.
+    """
+    anchors, neighbours = at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD)
+    return ScanTerms(
+        *ScanClustersFunction.apply(
+            anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(own_sizes), entropy_weight
+        )
+    )

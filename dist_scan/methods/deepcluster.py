@@ -21,7 +21,7 @@ from dist_scan.data.order import labelled_order, released_order, uniform_over_la
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import convert_batch_norm
+from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans

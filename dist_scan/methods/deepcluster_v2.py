@@ -24,7 +24,8 @@ from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, Step
 from dist_scan.methods.deepcluster import SEED, emptied, seed_of
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import Projector, convert_batch_norm
+from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans

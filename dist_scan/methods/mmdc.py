@@ -19,12 +19,13 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
+from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
-from dist_scan.models.layers import FeatureNorm, convert_batch_norm
+from dist_scan.models.layers import FeatureNorm
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.models.sphere_codes import SphereCodes
 from dist_scan.search.kmeans import kmeans
-from dist_scan.search.matching import align, match_blocks
+from dist_scan.search.matching import match_blocks, relabel
 from dist_scan.world.collectives import gather_rows
 from dist_scan.world.world import current
 
@@ -168,7 +169,7 @@ class MMDCMethod(Method):
                 keep=self.given.work_dir and self.given.work_dir / "refinement.npz",
             )
             previous = self.codes.component(self.target_id.whole().numpy())
-            self.target_id.fill(n + torch.from_numpy(align(found.assignment, previous, k)))
+            self.target_id.fill(n + torch.from_numpy(relabel(found.assignment, previous, k)))
             if self.history is not None:
                 self._track_table(outputs, epoch)
         return ()

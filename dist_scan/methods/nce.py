@@ -18,7 +18,8 @@ from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import Projector, convert_batch_norm
+from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.collectives import all_max, all_rows, all_sum
 from dist_scan.world.world import current

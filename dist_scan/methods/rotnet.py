@@ -13,7 +13,7 @@ from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
-from dist_scan.models.layers import convert_batch_norm
+from dist_scan.models.batch_norm import convert_batch_norm
 
 TURNS = 4
 

@@ -11,18 +11,16 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.heads.autograd import scan_heads_loss
 from dist_scan.heads.features import BestNetwork, HeadFeatures, choose, publish
+from dist_scan.heads.linear import ClusterHeads, NumClusters, head_sizes
 from dist_scan.heads.partition import HeadPartition, choose_partition
 from dist_scan.heads.selection import HeadSelection
-from dist_scan.losses import ScanTerms, scan_clusters_loss, scan_heads_loss
+from dist_scan.heads.split_clusters import scan_clusters_loss
+from dist_scan.losses import ScanTerms
 from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
-from dist_scan.models.layers import (
-    ClusterHeads,
-    Normalise,
-    NumClusters,
-    convert_batch_norm,
-    head_sizes,
-)
+from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.models.layers import Normalise
 from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
 

@@ -11,8 +11,9 @@ from pydantic import Field
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.losses import confident_cross_entropy
 from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
+from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
-from dist_scan.models.layers import MomentumCopy, convert_batch_norm
+from dist_scan.models.layers import MomentumCopy
 from dist_scan.storage.artifacts import write_json
 
 

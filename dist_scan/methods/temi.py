@@ -11,14 +11,14 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.heads.autograd import all_means
+from dist_scan.heads.autograd import all_means, temi_heads_loss
 from dist_scan.heads.features import HeadFeatures, choose, publish
+from dist_scan.heads.linear import ClusterHeads, NumClusters
 from dist_scan.heads.partition import HeadPartition
 from dist_scan.heads.products import together
 from dist_scan.heads.selection import HeadSelection
-from dist_scan.losses import temi_heads_loss
 from dist_scan.methods.base import Method, MethodConfig, MethodInputs, ParameterGroup, Step
-from dist_scan.models.layers import ClusterHeads, MomentumCopy, Normalise, NumClusters
+from dist_scan.models.layers import MomentumCopy, Normalise
 
 
 class TemiConfig(MethodConfig):

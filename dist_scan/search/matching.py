@@ -35,9 +35,16 @@ def _equal_in_order(targets: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return out
 
 
-def align(labels: np.ndarray, previous: np.ndarray, num_labels: int) -> np.ndarray:
-    """labels [n] renumbered (a permutation of 0..num_labels-1) so that as many as possible equal `previous` [n]."""
-    table = np.bincount(
-        labels.astype(np.int64) * num_labels + previous, minlength=num_labels**2
-    ).reshape(num_labels, num_labels)
-    return linear_sum_assignment(table, maximize=True)[1][labels]
+def match_clusters(reference: np.ndarray, other: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Reference cluster [num_clusters] int64 of each cluster of `other`, one-to-one.
+
+    Hungarian matching of the two assignments [n]: as many rows as possible agree.
+    """
+    flat = other.astype(np.int64) * num_clusters + reference
+    table = np.bincount(flat, minlength=num_clusters**2).reshape(num_clusters, num_clusters)
+    return linear_sum_assignment(table, maximize=True)[1].astype(np.int64)
+
+
+def relabel(labels: np.ndarray, previous: np.ndarray, num_clusters: int) -> np.ndarray:
+    """labels [n], renumbered so that as many as possible equal `previous` [n]."""
+    return match_clusters(previous, labels, num_clusters)[labels]

@@ -82,7 +82,7 @@ def train(settings: dict, folder):
         forget,
         set_learning_rate,
     )
-    from dist_scan.models.layers import sync_running_stats
+    from dist_scan.models.batch_norm import sync_running_stats
     from dist_scan.world.collectives import all_mean
     from dist_scan.world.world import current, wrap
 

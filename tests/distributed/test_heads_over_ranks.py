@@ -14,8 +14,7 @@ PARTS = {1: [24], 2: [15, 9], 3: [4, 0, 20], 4: [1, 11, 7, 5]}
 
 def step(kind: str, sizes: tuple[int, ...]):
     """(loss [H], gradients of weight, bias and this rank's features; features put together over ranks), means over ranks."""
-    from dist_scan.heads.autograd import all_means
-    from dist_scan.losses import scan_heads_loss, temi_heads_loss
+    from dist_scan.heads.autograd import all_means, scan_heads_loss, temi_heads_loss
     from dist_scan.world.collectives import all_mean, gather_rows
     from dist_scan.world.world import current
 

@@ -56,7 +56,7 @@ def make(name: str, folder):
 def train(name: str, folder, skip_step: int = -1):
     """Losses (means over ranks), the first gradient, and the state after STEPS steps of SGD through DDP."""
     from dist_scan.data.batch import Batch, HeldOut
-    from dist_scan.models.layers import sync_running_stats
+    from dist_scan.models.batch_norm import sync_running_stats
     from dist_scan.world.collectives import all_mean
     from dist_scan.world.world import current, wrap
 
@@ -149,7 +149,7 @@ def test_a_skipped_step_leaves_ddp_usable(folder) -> None:
 
 def norm(groups: int):
     """Output, input gradient, weight gradient (summed) and running statistics of a batch norm on float32 with a large mean."""
-    from dist_scan.models.layers import GroupedBatchNorm, sync_running_stats
+    from dist_scan.models.batch_norm import GroupedBatchNorm, sync_running_stats
     from dist_scan.world.collectives import all_sum, gather_rows
     from dist_scan.world.world import current
 

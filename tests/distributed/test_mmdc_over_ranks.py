@@ -76,7 +76,7 @@ def embed_with(folder):
 def train(name: str, folder=None):
     """Losses, the first gradient, the state and all target ids after STEPS steps through DDP; and the method."""
     from dist_scan.data.batch import Batch
-    from dist_scan.models.layers import sync_running_stats
+    from dist_scan.models.batch_norm import sync_running_stats
     from dist_scan.world.collectives import all_mean
     from dist_scan.world.world import current, wrap
 

@@ -8,7 +8,7 @@ import torch
 
 from dist_scan.heads import autograd as head_step
 from dist_scan.heads import gpu_kernels as kernel
-from dist_scan.losses import scan_heads_loss
+from dist_scan.heads.autograd import scan_heads_loss
 
 
 def logits(b: int, clusters: int, scale: float) -> torch.Tensor:

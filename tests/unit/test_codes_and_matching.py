@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dist_scan.models.sphere_codes import SphereCodes
-from dist_scan.search.matching import align, match_blocks
+from dist_scan.search.matching import match_blocks, relabel
 
 
 def unit(rows):
@@ -105,7 +105,7 @@ def test_clusters_are_numbered_like_the_ones_before() -> None:
     renamed = np.array([4, 2, 0, 5, 1, 3])[before]
     flipped = rng.choice(300, 40, replace=False)
     renamed[flipped] = rng.integers(0, 6, 40)
-    after = align(renamed, before, 6)
+    after = relabel(renamed, before, 6)
     kept = np.setdiff1d(np.arange(300), flipped)
     assert np.array_equal(after[kept], before[kept])
     assert np.array_equal(np.unique(np.stack([renamed, after]), axis=1)[0], np.arange(6)), (

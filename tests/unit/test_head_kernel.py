@@ -32,7 +32,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dist_scan import head_kernel as k
+from dist_scan.heads import gpu_kernels as k
 pointers = lambda *names: dict.fromkeys(names, "*fp32")
 sources = [
     (k._row_stats, pointers("logits", "top_of", "total_of") | {"C": "i32"}, {"BLOCK": 1024}),

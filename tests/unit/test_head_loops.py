@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_scan.heads.autograd import TorchHead, entropy_and_slope, open_head
+from dist_scan.heads.autograd import open_head
 from dist_scan.heads.cpu_loops import ROWS, LoopHead
 from dist_scan.heads.products import FeaturePair, ScratchBuffer, one_above_other
+from dist_scan.heads.torch_head import TorchHead, entropy_and_slope
 
 SCALE = 0.75
 
@@ -204,7 +205,7 @@ def test_no_number_in_an_anchor_spoils_all_as_in_pytorch() -> None:
 def test_heads_of_different_sizes_hold_the_logits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from dist_scan.heads import cpu_loops as head_loops
     from dist_scan.heads import products as head_products
-    from dist_scan.losses import scan_heads_loss
+    from dist_scan.heads.autograd import scan_heads_loss
 
     held, alive = [], []
 
@@ -312,7 +313,7 @@ def test_spare_memory_is_never_lent_twice_at_once() -> None:
 
 
 def test_a_gradient_that_is_kept_is_not_written_into_by_the_next_step() -> None:
-    from dist_scan.losses import scan_heads_loss
+    from dist_scan.heads.autograd import scan_heads_loss
 
     weight, bias, kept = (
         torch.randn(10, 3, requires_grad=True),

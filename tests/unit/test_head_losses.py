@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_scan.heads.autograd import to_gradients_
+from dist_scan.heads.autograd import scan_heads_loss, temi_heads_loss
 from dist_scan.heads.products import head_slices
-from dist_scan.losses import scan_heads_loss, temi_heads_loss
+from dist_scan.heads.torch_head import to_gradients_
 from tests.reference import losses as reference
 
 SIZES, DIM, B = (7, 7, 12), 6, 24

@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_scan.models.layers import (
-    ClusterHeads,
-    FeatureNorm,
-    GroupedBatchNorm,
-    MomentumCopy,
-    Sobel,
-    convert_batch_norm,
-)
+from dist_scan.heads.linear import ClusterHeads
+from dist_scan.models.batch_norm import GroupedBatchNorm, convert_batch_norm
+from dist_scan.models.layers import FeatureNorm, MomentumCopy, Sobel
 
 
 def test_heads_equal_separate_linears_and_differ() -> None:

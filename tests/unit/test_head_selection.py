@@ -10,9 +10,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from dist_scan.heads.consensus import align, consensus, rand_agreement, stability
+from dist_scan.heads.consensus import consensus, rand_agreement, stability
+from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.selection import HeadSelection, PublishedHeads
-from dist_scan.models.layers import ClusterHeads
+from dist_scan.search.matching import match_clusters
 
 RNG = np.random.default_rng(0)
 
@@ -21,8 +22,8 @@ def test_alignment_undoes_a_renaming_and_bears_noise() -> None:
     reference, names = RNG.integers(0, 7, 500), RNG.permutation(7)
     other = np.argsort(names)[reference]
     other[:60] = RNG.integers(0, 7, 60)
-    assert (align(reference, other, 7) == names).all()
-    assert sorted(align(reference, np.zeros(500, int), 7)) == list(
+    assert (match_clusters(reference, other, 7) == names).all()
+    assert sorted(match_clusters(reference, np.zeros(500, int), 7)) == list(
         range(7)
     )  # one-to-one also with empty clusters
 
