@@ -247,7 +247,9 @@ class Run:
 def _launch(line: list[str], out: Path, faults: str) -> None:
     """launch/local.py's main, as a process of its own with all that it prints in a file."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.environ |= {"DIST_SCAN_FAULT": faults, "CUDA_VISIBLE_DEVICES": ""}
+    from tests.support.faults import environment  # here: it imports torch
+
+    os.environ |= environment(faults) | {"CUDA_VISIBLE_DEVICES": ""}
     to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(to, 1)
     os.dup2(to, 2)

@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks.faulted_run import CONFIG, LOOK_S, SAVE_EVERY_S
 from benchmarks.rows import ROOT
-from dist_scan.engine.faults import VARIABLE
 from tests.launches import SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, differences, losses
+from tests.support.faults import environment as fault_environment
 
 EPOCHS, NODES = 50, 4
 IN_PLACE_S, REQUEUED_S = 30.0, 75.0
@@ -223,12 +223,13 @@ def kills(seconds: dict[str, float], chance: random.Random) -> list[dict[str, An
 def armed(file: Path, faults: list[dict[str, Any]]) -> Iterator[None]:
     """What is submitted meanwhile has these faults ahead of it."""
     file.write_text(json.dumps(faults))
-    if faults:
-        os.environ[VARIABLE] = str(file)
+    variables = fault_environment(file) if faults else {}
+    os.environ |= variables
     try:
         yield
     finally:
-        os.environ.pop(VARIABLE, None)
+        for name in variables:
+            del os.environ[name]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ SHORT = (
 def main(run_dir: str) -> int:
     """Run everything the folder's config.yaml asks for. Returns the exit code."""
     folder, rank = Path(run_dir), int(os.environ.get("RANK", 0))
-    faults = _faults(rank)
+    if hook := os.environ.get("DIST_SCAN_TEST_HOOK"):  # fault injection of tests and benchmarks
+        importlib.import_module(hook).install(rank)
     stop = Stop()
     stop.install()
     if (folder / "config.yaml").is_file():
@@ -38,8 +40,6 @@ def main(run_dir: str) -> int:
     try:
         code = _work(folder, stop)
         markers.drop(folder, rank)
-        if faults is not None:
-            faults.look("done")
         return code
     except (ConfigError, NonRetryableError) as error:
         return _mistake(folder, rank, str(error))
@@ -57,19 +57,6 @@ def main(run_dir: str) -> int:
         os._exit(
             1
         )  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
-
-
-def _faults(rank: int):
-    """What a test has armed (engine/faults.py); None in every other life."""
-    path = os.environ.get("DIST_SCAN_FAULT")
-    if path is None:
-        return None
-    from dist_scan.engine.faults import Faults
-
-    faults = Faults(Path(path), rank)
-    faults.arm()
-    faults.look("start")
-    return faults
 
 
 def _work(folder: Path, stop: Stop) -> int:

@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(
         "dist_scan.run",
         "dist_scan.pipeline",
         "dist_scan.engine.training_loop",
-        "dist_scan.engine.faults",
+        "tests.support.faults",
         "dist_scan.engine.embed",
         "dist_scan.methods.simclr",
         "dist_scan.stages.train",

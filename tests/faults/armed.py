@@ -16,6 +16,7 @@ import torch
 from dist_scan.monitoring.log import read_rows
 from tests.launches import enter
 from tests.ranks import CONTEXT
+from tests.support import faults
 
 PRETEXT = """
   pretext: {kind: train, images: train, network: {name: resnet_small, width: 4}, method: {kind: simclr, projection_dim: 8}, recipes: [digits, digits],
@@ -121,7 +122,7 @@ def _give_simclr_a_moment() -> None:
 def _launcher(
     arguments: list[str], out: Path, fault: str, moment: bool, taken_port: int | None
 ) -> None:
-    enter(out, DIST_SCAN_FAULT=fault)
+    enter(out, **faults.environment(fault))
     if moment:
         _give_simclr_a_moment()
     from launch import local, recovery

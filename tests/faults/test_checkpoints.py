@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Never
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from dist_scan.engine.checkpoint import CheckpointError, CheckpointStore
 from dist_scan.storage.artifacts import sha256_of
 from dist_scan.world.world import current
 from tests.ranks import run_ranks
-from typing import Never
 
 CPU = torch.device("cpu")
 

@@ -97,7 +97,7 @@ def test_row_3_an_exception_on_one_rank_is_the_error_that_is_shown(whole, tmp_pa
     assert done.code == 1
     told = done.said[done.said.index("failed: ") :]
     assert told.startswith(
-        "failed: rank 1: InjectedError: a fault on purpose at step 5 of rank 1"
+        "failed: rank 1: InjectedError: injected fault at step 5 of rank 1"
     ), told
     assert "Traceback" not in told, "the first error comes last, alone"
     left = max(json.loads(p.read_text())["time"] for p in done.folder.glob("logs/error-rank*.json"))

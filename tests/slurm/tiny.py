@@ -11,6 +11,7 @@ from tests.faults.armed import LONG, PRETEXT, TINY
 from tests.launches import LOCAL, ROOT, environment
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
+from tests.support.faults import environment as faults_environment
 
 EVERY_STEP = "runtime.checkpoint_s=1e-9"
 STAGES = PRETEXT + LONG
@@ -86,10 +87,8 @@ class Tiny(Job):
             self.faults_path.write_text(json.dumps(faults))
 
     def try_submit(self) -> subprocess.CompletedProcess:
-        env = environment(PYTHONPATH=str(ROOT)) | {
-            "SLURM_CONF": str(self.cluster.conf),
-            "DIST_SCAN_FAULT": str(self.faults_path),
-        }
+        env = environment(PYTHONPATH=str(ROOT), SLURM_CONF=str(self.cluster.conf))
+        env |= faults_environment(self.faults_path)
         return subprocess.run(
             self.command,
             env=env,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faulted_run import (
-    MetricsReader,
     Exit,
     Kills,
+    MetricsReader,
     Row,
     children,
     differing,
@@ -26,7 +26,7 @@ from benchmarks.faulted_run import (
     steps_lost,
 )
 from benchmarks.recovery import CASES, flip, judged
-from dist_scan.engine.faults import Faults
+from tests.support.faults import FAULTS, Faults
 
 # ten steps a second; at 0.55 a rank is killed; the run comes back at 3 s with step 4, which was saved last as step 3
 SEEN = [Row(0.1 * n, n, 5.0 - n) for n in range(1, 6)] + [
@@ -140,8 +140,6 @@ def test_a_row_names_what_fell_short() -> None:
 
 
 def test_every_case_arms_a_fault_that_there_is() -> None:
-    from dist_scan.engine.faults import FAULTS
-
     for case in CASES.values():
         FAULTS.validate_python(list(case.faults))
 
@@ -173,6 +171,6 @@ def test_of_the_faults_at_stages_one_strikes_in_a_start(
         ]  # the last: rank 0, and later than the others to the stage
         for _ in range(2):
             for rank in ranks:
-                rank.look("stage")
+                rank.check("stage")
         assert len(struck) == expected, f"start {start}"
     assert not file.exists()
