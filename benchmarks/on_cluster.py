@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks.faulted_run import CONFIG, LOOK_S, SAVE_EVERY_S
 from benchmarks.rows import ROOT
-from tests.launches import SMALL
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, differences, losses
 from tests.support.faults import environment as fault_environment
+from tests.support.launches import SMALL
 
 EPOCHS, NODES = 50, 4
 IN_PLACE_S, REQUEUED_S = 30.0, 75.0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import problems, stage_rows
-from dist_scan.storage.artifacts import write_json, write_text
+from dist_scan.storage.atomic import write_json, write_text
 
 RATES = (
     "images_per_s",

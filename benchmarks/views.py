@@ -26,7 +26,7 @@ from dist_scan.config import override, read_yaml, validate
 from dist_scan.engine.precision import set_determinism
 from dist_scan.engine.stop import Stop
 from dist_scan.pipeline import Pipeline
-from dist_scan.storage.artifacts import write_json
+from dist_scan.storage.atomic import write_json
 from dist_scan.world.world import current
 
 QUICK = [

@@ -15,15 +15,8 @@ from dist_scan.engine.stop import Stop
 from dist_scan.monitoring import peak_memory as memory
 from dist_scan.stages.base import Context, StageConfig, beton_stage
 from dist_scan.stages.beton import BetonConfig
-from dist_scan.storage.artifacts import (
-    WORK,
-    Artifact,
-    ArtifactStore,
-    fingerprint,
-    write_atomic,
-    write_json,
-    write_text,
-)
+from dist_scan.storage.artifacts import WORK, Artifact, ArtifactStore, fingerprint
+from dist_scan.storage.atomic import write_atomic, write_json, write_text
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import World
 
@@ -154,7 +147,7 @@ class Pipeline:
 
     def _stage(self, name: str, config: StageConfig, mark: str) -> Artifact:
         store = self.cache if isinstance(config, BetonConfig) else self.store
-        found, begun = self._told(lambda: (store.find(name, mark), store.started(name, mark)))
+        found, begun = self._told(lambda: (store.find(name, mark), store.is_started(name, mark)))
         if found is not None:
             self.say(f"{name}: done before ({mark}), skipped")
             self.unread.add(name)
@@ -163,7 +156,7 @@ class Pipeline:
         out = store.folder(name, mark)
         if self.world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            store.clean(name, mark)
+            store.remove_temporary_files(name, mark)
         inputs = {role: self.done[target].path for role, target in config.inputs().items()}
         self._told(lambda: self._verify(config))
         context = Context(

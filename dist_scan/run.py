@@ -1,7 +1,8 @@
 """A process's life: signals, world, config, pipeline, exit. Launchers start it as `python -m dist_scan.run RUN_DIR`, once per rank.
 
 Exit codes do not survive srun, so what a launcher must know is a file in RUN_DIR: DONE, STOPPED with the signal's number,
-MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py reads them; engine/markers.py writes them, on a full disk too.
+MISTAKE (the user's, a relaunch would not help), PORT_TAKEN. launch/recovery.py reads them; storage/run_markers.py
+writes them, on a full disk too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from dist_scan.config import ConfigError, load
 from dist_scan.engine.stop import NonRetryableError, Stop
 from dist_scan.monitoring.progress import tell
-from dist_scan.storage import run_markers as markers
-from dist_scan.storage.artifacts import FULL
+from dist_scan.storage.atomic import DISK_FULL_ERRNOS
+from dist_scan.storage.run_markers import RunMarkers
 
 USER_MISTAKE = 2
 FIRST_WORD_S = 0.5  # a mistake that all ranks met is rank 0's to tell
@@ -33,25 +34,25 @@ def main(run_dir: str) -> int:
     folder, rank = Path(run_dir), int(os.environ.get("RANK", 0))
     if hook := os.environ.get("DIST_SCAN_TEST_HOOK"):  # fault injection of tests and benchmarks
         importlib.import_module(hook).install(rank)
+    markers = RunMarkers(folder, rank)
     stop = Stop()
     stop.install()
     if (folder / "config.yaml").is_file():
-        markers.keep(folder, rank)
+        markers.reserve()
     try:
-        code = _work(folder, stop)
-        markers.drop(folder, rank)
+        code = _work(folder, stop, markers)
+        markers.release()
         return code
     except (ConfigError, NonRetryableError) as error:
-        return _mistake(folder, rank, str(error))
+        return _mistake(markers, str(error))
     except ValueError as error:
         if os.environ.get("DIST_SCAN_TRACEBACK"):
             traceback.print_exc()
-        _remember(folder, rank, error, aloud=False)
-        return _mistake(folder, rank, str(error))
+        _remember(markers, error, aloud=False)
+        return _mistake(markers, str(error))
     except BaseException as error:
-        _remember(
-            folder, rank, error, aloud=not (isinstance(error, OSError) and error.errno in FULL)
-        )
+        disk_is_full = isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
+        _remember(markers, error, aloud=not disk_is_full)
         tell("", sys.stdout, end="")
         tell("", end="")
         os._exit(
@@ -59,7 +60,7 @@ def main(run_dir: str) -> int:
         )  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
 
 
-def _work(folder: Path, stop: Stop) -> int:
+def _work(folder: Path, stop: Stop, markers: RunMarkers) -> int:
     from dist_scan.engine.precision import set_determinism
     from dist_scan.monitoring.log import JsonLinesFile
     from dist_scan.monitoring.progress import Progress, StopRequested
@@ -78,16 +79,14 @@ def _work(folder: Path, stop: Stop) -> int:
         world = open_world(run.runtime.device, run.runtime.timeout_s)
     except (RuntimeError, OSError) as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
-            markers.put(
-                folder / "PORT_TAKEN", str(error), "marker", folder, int(os.environ.get("RANK", 0))
-            )
+            markers.write_marker("PORT_TAKEN", str(error))
         raise
     Watchdog(
         folder / "logs",
         world.rank,
         run.runtime.step_limit_s,
         run.runtime.section_limit_s,
-        lambda error: _remember(folder, world.rank, error),
+        lambda error: _remember(markers, error),
     ).start()
     if world.rank == 0:
         Progress.copy_to = JsonLinesFile(folder / "logs" / "run.log")
@@ -106,19 +105,11 @@ def _work(folder: Path, stop: Stop) -> int:
         number = signal.SIGUSR2 if signal.SIGUSR2 in signals else max(signals, default=None)
         say(f"stopped by signal {number}; everything is saved, the same command goes on")
         if world.rank == 0:
-            markers.put(
-                folder / "STOPPED",
-                json.dumps({"signal": number}) + "\n",
-                "marker",
-                folder,
-                world.rank,
-            )
+            markers.write_marker("STOPPED", json.dumps({"signal": number}) + "\n")
         close_world()  # or its threads abort the process at exit, which srun calls a fault
         return 0
     if world.rank == 0:
-        markers.put(
-            folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"), "marker", folder, world.rank
-        )
+        markers.write_marker("DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n"))
         if (folder / "summary.txt").is_file():
             say("\n" + (folder / "summary.txt").read_text())
         if (folder / "report.html").is_file():
@@ -127,8 +118,9 @@ def _work(folder: Path, stop: Stop) -> int:
     return 0
 
 
-def _mistake(folder: Path, rank: int, text: str) -> int:
+def _mistake(markers: RunMarkers, text: str) -> int:
     """Said once: by rank 0 when it met the mistake too, else by the launcher, which reads whose it is."""
+    folder, rank = markers.run_dir, markers.rank
     marker = folder / "MISTAKE"
     if rank == 0 or not (folder / "config.yaml").is_file():
         tell(f"error: {text}")
@@ -137,30 +129,23 @@ def _mistake(folder: Path, rank: int, text: str) -> int:
         text = f"rank {rank}: {text}"
     if folder.is_dir() and (rank == 0 or not marker.exists()):
         try:
-            markers.put(marker, text + "\n", "marker", folder, rank, short=text[:SHORT] + "\n")
+            markers.write_marker("MISTAKE", text + "\n", short=text[:SHORT] + "\n")
         except OSError as error:  # the exit code still says it
             tell(
                 f"error: {marker} cannot be written ({error.strerror}): the launcher may start again in vain; stop it, make room in {folder}"
             )
-    markers.drop(folder, rank)
+    markers.release()
     return USER_MISTAKE
 
 
-def _remember(folder: Path, rank: int, error: BaseException, aloud: bool = True) -> None:
+def _remember(markers: RunMarkers, error: BaseException, aloud: bool = True) -> None:
     """Leave the error where the launcher finds it; the earliest of all ranks is the one it shows. A mistake's traceback stays in the file."""
     name, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
-    facts = {"time": time.time(), "rank": rank, "error": name, "traceback": trace}
+    facts = {"time": time.time(), "rank": markers.rank, "error": name, "traceback": trace}
     try:
-        (folder / "logs").mkdir(exist_ok=True)
-        markers.put(
-            folder / "logs" / f"error-rank{rank:05d}.json",
-            json.dumps(facts),
-            "error",
-            folder,
-            rank,
-            short=json.dumps(facts | {"error": name[:SHORT], "traceback": trace[-SHORT:]}),
-            durable=False,
-        )
+        markers.logs.mkdir(exist_ok=True)
+        short = json.dumps(facts | {"error": name[:SHORT], "traceback": trace[-SHORT:]})
+        markers.write_error(json.dumps(facts), short)
     except OSError:
         pass  # it is said below, or by the one whose error this is
     if aloud:

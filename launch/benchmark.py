@@ -278,7 +278,7 @@ def describe(
     folder: Path, args: argparse.Namespace, wanted: Sequence[str], numbers: Sequence[int]
 ) -> None:
     """FOLDER/benchmark.json: what was asked for; the page says what of it is missing."""
-    from dist_scan.storage.artifacts import write_json
+    from dist_scan.storage.atomic import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -298,7 +298,7 @@ def describe(
 
 def remember_plan(run: Any) -> None:
     """RUN/plan.json: the memory that each training is expected to take, to be held against what it took."""
-    from dist_scan.storage.artifacts import write_json
+    from dist_scan.storage.atomic import write_json
     from launch.plan import memory
 
     run.run_dir.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with lock:
-        from dist_scan.storage.artifacts import write_text
+        from dist_scan.storage.atomic import write_text
 
         try:
             write_text(run.run_dir / "config.yaml", dump(run))

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_scan.storage.artifacts import ends_torn, write_all
+from dist_scan.storage.atomic import append_line
 
 
 def text(path: Path) -> str:
@@ -34,7 +34,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
 def append(path: Path, entry: dict[str, Any]) -> None:
     """One more line; a last line that was torn is ended first, so that this one stands alone. Raises OSError (a full disk)."""
     with open(path, "a+b", buffering=0) as f:
-        write_all(f, b"\n" * ends_torn(f) + json.dumps(entry).encode() + b"\n")
+        append_line(f, json.dumps(entry).encode() + b"\n")
 
 
 def number(value: Any) -> int | None:

@@ -20,7 +20,7 @@ def place(run, text: str) -> str:
     run folder that a job, a local run or another submission holds."""
     from dist_scan.config import dump
     from dist_scan.settings import ConfigError
-    from dist_scan.storage.artifacts import write_json, write_text
+    from dist_scan.storage.atomic import write_json, write_text
     from launch.local import take_lease
 
     look_for_slurm()

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dist_scan.config import ConfigError, RunConfig, StrictModel, dump, load, override, read_yaml
-from dist_scan.storage.artifacts import write_json, write_text
+from dist_scan.storage.atomic import write_json, write_text
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "local.py"
 NOTICE = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)

@@ -45,7 +45,7 @@ def export(done, stage: str, assign: str | None, out: Path) -> list[str]:
         loading_lines,
         plain_network,
     )
-    from dist_scan.storage.artifacts import write_json
+    from dist_scan.storage.atomic import write_json
 
     model = load_cluster_model(done.stages[stage].path).eval()
     config, lines = model.backbone_config, loading_lines(model)

@@ -85,7 +85,8 @@ def _rank(args: argparse.Namespace) -> int:
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.kmeans import kmeans
     from dist_scan.search.summary import kmeans_line
-    from dist_scan.storage.artifacts import WORK, write_atomic
+    from dist_scan.storage.artifacts import WORK
+    from dist_scan.storage.atomic import write_atomic
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import close_world, open_world
 

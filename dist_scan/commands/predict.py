@@ -252,7 +252,7 @@ def predict(
 
     from dist_scan.data.beton.format import read_names
     from dist_scan.monitoring.progress import Progress
-    from dist_scan.storage.artifacts import write_atomic
+    from dist_scan.storage.atomic import write_atomic
 
     predictor = opened(done, stage, assign, table, images, args)
     names, rows = read_names(images.beton), np.arange(len(images.index))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_scan.storage.artifacts import write_atomic
+from dist_scan.storage.atomic import write_atomic
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dist_scan.data.sharded_table import ShardedTable, load_npy, read_json_object
-from dist_scan.storage.artifacts import write_json
+from dist_scan.storage.atomic import write_json
 
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST = float(np.finfo(np.float16).tiny)  # below it float16 has fewer digits

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dist_scan.data.sharded_table import ShardedTable
-from dist_scan.storage.artifacts import write_atomic
+from dist_scan.storage.atomic import write_atomic
 
 
 class NeighbourTable(ShardedTable):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dist_scan.storage.artifacts import write_atomic, write_json
+from dist_scan.storage.atomic import write_atomic, write_json
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import torch
 
 from dist_scan.engine.stop import NonRetryableError
 from dist_scan.monitoring.watchdog import watched
-from dist_scan.storage.artifacts import MANIFEST, fsync_dir, sha256_of, write_json
+from dist_scan.storage.artifacts import MANIFEST, sha256_of
+from dist_scan.storage.atomic import fsync_dir, write_json
 from dist_scan.world.collectives import agree, barrier, broadcast_object, gather_objects
 from dist_scan.world.world import current
 

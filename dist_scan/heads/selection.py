@@ -15,7 +15,7 @@ from dist_scan.heads.linear import ClusterHeads
 from dist_scan.losses import SMALLEST
 from dist_scan.models.backbone import load_tensors, save_tensors
 from dist_scan.search.matching import match_clusters
-from dist_scan.storage.artifacts import write_json
+from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_max, all_sum, gather_rows
 
 LARGEST_LOGIT = 1e5  # float32 then resolves 0.008: a softmax of such logits is noise

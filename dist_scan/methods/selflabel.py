@@ -14,7 +14,7 @@ from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
 from dist_scan.models.layers import MomentumCopy
-from dist_scan.storage.artifacts import write_json
+from dist_scan.storage.atomic import write_json
 
 
 class SelfLabelConfig(NetworkConfig):

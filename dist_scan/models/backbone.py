@@ -15,7 +15,7 @@ from dist_scan.config import StrictModel
 from dist_scan.models.deepcluster_networks import alexnet_bn, vgg16_deep
 from dist_scan.models.import_weights import CheckpointKind, load_into
 from dist_scan.models.layers import Projector, Sobel
-from dist_scan.storage.artifacts import write_atomic, write_json
+from dist_scan.storage.atomic import write_atomic, write_json
 
 RESNETS = (
     "resnet18",

@@ -17,7 +17,7 @@ from dist_scan.models.backbone import (
     save_tensors,
 )
 from dist_scan.models.layers import FeatureNorm, Normalise
-from dist_scan.storage.artifacts import write_json
+from dist_scan.storage.atomic import write_json
 
 
 class ClusterModel(nn.Module):

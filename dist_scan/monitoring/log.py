@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_scan.monitoring.progress import tell
-from dist_scan.storage.artifacts import ends_torn, write_all
+from dist_scan.storage.atomic import append_line, write_all
 from dist_scan.world.world import current
 
 BOARD_AGAIN_S = 10.0  # every try leaves a file
@@ -48,8 +48,7 @@ class JsonLinesFile:
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b", buffering=0)
-            data = b"\n" * ends_torn(self.file) + data
-        write_all(self.file, data)
+        append_line(self.file, data)
 
     def close(self) -> None:
         """Close; the next write opens it again."""

@@ -20,7 +20,7 @@ from dist_scan.methods.base import Method
 from dist_scan.monitoring.bottleneck import Bottleneck, TrainingSetup, judge, summary_lines, table
 from dist_scan.monitoring.log import StageLog
 from dist_scan.monitoring.step_timer import NAMES, StepTimer, use_clock
-from dist_scan.storage.artifacts import write_json
+from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_rows, gather_objects
 from dist_scan.world.world import World, cores, current
 

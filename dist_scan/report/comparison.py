@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from dist_scan.report import figures
-from dist_scan.storage.artifacts import write_text
+from dist_scan.storage.atomic import write_text
 
 SCORES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "seconds": "seconds"}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_scan.storage.artifacts import write_atomic
+from dist_scan.storage.atomic import write_atomic
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import current
 

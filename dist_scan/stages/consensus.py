@@ -16,7 +16,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.heads.selection import PublishedHeads
 from dist_scan.models.cluster_model import load_cluster_model
 from dist_scan.stages.base import Ref, Stage, StageConfig
-from dist_scan.storage.artifacts import write_atomic
+from dist_scan.storage.atomic import write_atomic
 from dist_scan.world.collectives import barrier, gather_rows
 
 TOP = 5

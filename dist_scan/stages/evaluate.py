@@ -11,7 +11,8 @@ import numpy as np
 from dist_scan.data.assignments import Assignments
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.stages.beton import beton_path
-from dist_scan.storage.artifacts import MANIFEST, write_json
+from dist_scan.storage.artifacts import MANIFEST
+from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import barrier
 
 PURITY_AT = (1, 5, 20, 50)

@@ -61,7 +61,8 @@ class KMeansStage(Stage):
         from dist_scan.data.feature_table import FeatureTable
         from dist_scan.search.kmeans import kmeans
         from dist_scan.search.whiten import whiten_table, whitened
-        from dist_scan.storage.artifacts import WORK, write_atomic
+        from dist_scan.storage.artifacts import WORK
+        from dist_scan.storage.atomic import write_atomic
 
         c, s = self.context, self.config
         table = FeatureTable.open(c.inputs["features"])

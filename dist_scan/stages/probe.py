@@ -15,7 +15,8 @@ from dist_scan.data.order import batch_per_rank
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, autocast, memory_format, seed_step
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
-from dist_scan.storage.artifacts import WORK, write_json
+from dist_scan.storage.artifacts import WORK
+from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_sum, barrier
 
 

@@ -19,7 +19,8 @@ from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.profile import FILE
 from dist_scan.stages.base import Images, Ref, Stage, StageConfig
 from dist_scan.stages.beton import beton_path
-from dist_scan.storage.artifacts import MANIFEST, write_atomic, write_json, write_text
+from dist_scan.storage.artifacts import MANIFEST
+from dist_scan.storage.atomic import write_atomic, write_json, write_text
 from dist_scan.world.collectives import barrier
 
 CLUSTERS, PER_CLUSTER, ANCHORS, SHOWN_NEIGHBOURS = 100, 10, 12, 10

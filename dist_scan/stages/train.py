@@ -159,7 +159,8 @@ class TrainStage(Stage):
         from dist_scan.engine.training_loop import Trainer, TrainSettings
         from dist_scan.monitoring.log import StageLog
         from dist_scan.monitoring.profile import TrainingProfile, setting_of
-        from dist_scan.storage.artifacts import WORK, write_json
+        from dist_scan.storage.artifacts import WORK
+        from dist_scan.storage.atomic import write_json
 
         c, config = self.context, self.config
         seed_step(c.run.seed, 0, 0)
@@ -388,7 +389,8 @@ class TrainStage(Stage):
         from dist_scan.data.images import open_images
         from dist_scan.engine.embed import digest, embed_images
         from dist_scan.stages.beton import beton_path
-        from dist_scan.storage.artifacts import WORK, fingerprint, write_text
+        from dist_scan.storage.artifacts import WORK, fingerprint
+        from dist_scan.storage.atomic import write_text
 
         c = self.context
         chosen = (

@@ -1,88 +1,85 @@
-"""What the ranks leave for the launcher, written also where the disk is full: each rank keeps two files of a few blocks aside, and one
-that is needed is written over in place (which takes no new block) and renamed to what it has become.
+"""Marker and error files that ranks leave for the launcher, written even on a full disk.
+
+Each rank preallocates two files of a few blocks in RUN/logs. When an ordinary write fails, one of
+them is overwritten in place, which needs no new block, and renamed to the file to be written.
 """
 
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 from typing import Literal
 
-from dist_scan.storage.artifacts import write_text
+from dist_scan.storage.atomic import write_text
 
 SIZE = 16384
+"""Bytes of a preallocated file, and the most that a file written on a full disk can hold."""
 Kind = Literal["marker", "error"]
 KINDS: tuple[Kind, ...] = ("marker", "error")
 
 
-def keep(folder: Path, rank: int) -> None:
-    """Set this rank's files aside in RUN/logs. Never raises: on a disk that is full already those of an earlier start are still there."""
-    try:
-        (folder / "logs").mkdir(exist_ok=True)
-        for spare in _spares(folder, rank):
-            if not spare.is_file() or spare.stat().st_size != SIZE:
-                spare.write_bytes(
-                    os.urandom(SIZE)
-                )  # a file system that compresses would keep no block for zeros
-    except OSError:
-        pass  # they are wanted only when a marker cannot be written, and then that is said
+class RunMarkers:
+    """Marker and error files of one rank in the run folder ``run_dir``."""
 
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.run_dir = run_dir
+        self.rank = rank
+        self.logs = run_dir / "logs"
 
-def drop(folder: Path, rank: int) -> None:
-    """The rank ends in good order: remove what is left of them."""
-    for spare in _spares(folder, rank):
+    def reserve(self) -> None:
+        """Preallocate this rank's files; those of an earlier start are reused. Never raises."""
         try:
-            spare.unlink(missing_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            for path in map(self._reserved, KINDS):
+                if not path.is_file() or path.stat().st_size != SIZE:
+                    # Random bytes: a compressing file system would store no blocks for zeros.
+                    path.write_bytes(os.urandom(SIZE))
         except OSError:
-            pass  # a read-only disk keeps them; they are the next start's
+            pass  # Needed only if a later write fails, which is then reported.
 
+    def release(self) -> None:
+        """Remove the preallocated files; called when the rank ends normally. Never raises."""
+        for path in map(self._reserved, KINDS):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                pass  # On a read-only disk they stay; the next start reuses them.
 
-def put(
-    path: Path,
-    text: str,
-    kind: Kind,
-    folder: Path,
-    rank: int,
-    short: str | None = None,
-    durable: bool = True,
-) -> None:
-    """Write a file so that readers see all of it or nothing. On a full disk it takes the place of this rank's spare file of that kind, as
-    `short` (at most SIZE bytes; None: the text). durable: wait until the disk has it. Raises OSError when no way is left.
-    """
-    try:
-        (write_text if durable else write_at_once)(path, text)
-    except OSError as error:
+    def write_marker(self, name: str, text: str, short: str | None = None) -> None:
+        """Write the marker file RUN/``name`` (DONE, STOPPED, ...) atomically and durably.
+
+        On a full disk it holds ``short`` (default: ``text``), cut to SIZE bytes. Raises OSError if
+        it cannot be written at all.
+        """
+        self._write(self.run_dir / name, text, "marker", short, durable=True)
+
+    def write_error(self, text: str, short: str) -> None:
+        """Write this rank's error file, RUN/logs/error-rank*.json.
+
+        As `write_marker`, but does not wait for the disk: the process is about to end.
+        """
+        path = self.logs / f"error-rank{self.rank:05d}.json"
+        self._write(path, text, "error", short, durable=False)
+
+    def _write(self, path: Path, text: str, kind: Kind, short: str | None, durable: bool) -> None:
         try:
-            _over(
-                _spare(folder, rank, kind), path, (text if short is None else short).encode()[:SIZE]
-            )
-        except OSError:
-            raise error from None
+            write_text(path, text, durable)
+        except OSError as error:
+            data = (text if short is None else short).encode()[:SIZE]
+            try:
+                _overwrite(self._reserved(kind), data)
+                os.replace(self._reserved(kind), path)
+            except OSError:
+                raise error from None
+
+    def _reserved(self, kind: Kind) -> Path:
+        """Path of the preallocated file for this kind."""
+        return self.logs / f".kept-for-{kind}-rank{self.rank:05d}"
 
 
-def _over(spare: Path, path: Path, data: bytes) -> None:
-    with open(spare, "r+b", buffering=0) as f:
-        f.write(data)
-        f.truncate()
-        os.fsync(f.fileno())
-    os.replace(spare, path)
-
-
-def write_at_once(path: Path, text: str) -> None:
-    """write_text without waiting for the disk, for who is about to end: whole or not there. Raises OSError."""
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _spares(folder: Path, rank: int) -> list[Path]:
-    return [_spare(folder, rank, kind) for kind in KINDS]
-
-
-def _spare(folder: Path, rank: int, kind: Kind) -> Path:
-    return folder / "logs" / f".kept-for-{kind}-rank{rank:05d}"
+def _overwrite(path: Path, data: bytes) -> None:
+    """Replace a file's content in its own blocks."""
+    with open(path, "r+b", buffering=0) as file:
+        file.write(data)
+        file.truncate()
+        os.fsync(file.fileno())

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_scan.monitoring.step_timer import section
-
 from dist_scan.world.world import current
 
 TALK = section("all_reduce")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.rows import COMMON_FIELDS
 from benchmarks.scaling import rate_of
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 WORDS = {
     "step": [

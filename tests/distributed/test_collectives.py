@@ -7,7 +7,7 @@ import torch
 
 from dist_scan.world import collectives as c
 from dist_scan.world.world import current, wrap
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def everything():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 N, B, STEPS = 96, 24, 3
 KMEANS = dict(num_clusters=8, whiten_dim=6, top_lr_scale=2.0, track=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 B, DIM = 24, 5
 PARTS = {1: [24], 2: [15, 9], 3: [4, 0, 20], 4: [1, 11, 7, 5]}

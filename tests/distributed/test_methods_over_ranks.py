@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 B, STEPS = 24, 3
 CASES = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 N, B, STEPS = 60, 24, 4
 CASES = {

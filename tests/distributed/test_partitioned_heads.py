@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 B, DIM, STEPS, ROWS, EPOCHS = 24, 6, 4, 60, 3
 SCALES = (

@@ -12,8 +12,8 @@ import pytest
 
 from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.step_timer import NAMES
-from tests.betons import build, folder
-from tests.ranks import run_ranks
+from tests.support.betons import build, folder
+from tests.support.ranks import run_ranks
 
 NAP_S, STEPS, BATCH = 0.25, 8, 8
 REDUCE_NAP_S = 0.04  # a step has a dozen of them (batch norm's, the gradient's, the loop's)

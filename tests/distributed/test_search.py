@@ -14,7 +14,7 @@ from dist_scan.monitoring.progress import StopRequested
 from dist_scan.search.exact_rows import LONGEST_L2, prepared, unit_rows
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def rows(n=401, d=24, groups=(30, 45), seed=0):

@@ -18,8 +18,8 @@ from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.world.spawn import first_host
 from tests.distributed.test_search import oracle, rows, table
-from tests.launches import ROOT, environment
-from tests.ranks import CONTEXT, _enter, free_port, run_ranks
+from tests.support.launches import ROOT, environment
+from tests.support.ranks import CONTEXT, _enter, free_port, run_ranks
 
 
 @pytest.fixture(autouse=True)

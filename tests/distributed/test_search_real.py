@@ -10,7 +10,7 @@ import pytest
 from benchmarks.real_features import as_table, clusterings
 from dist_scan.evaluate.metrics import neighbour_purity
 from dist_scan.search.neighbours import mine_neighbours
-from tests.shared_data import shared_data
+from tests.support.shared_data import shared_data
 
 
 @pytest.fixture

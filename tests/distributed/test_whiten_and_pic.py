@@ -15,9 +15,9 @@ from dist_scan.search.pic import pic
 from dist_scan.search.whiten import whiten, whiten_table, whitened
 from dist_scan.world.world import current
 from tests.distributed.test_search import table
-from tests.ranks import run_ranks
 from tests.reference.pic import pic as slow_pic
 from tests.reference.whitening import whitened as slow_whitened
+from tests.support.ranks import run_ranks
 
 
 def correlated(n=700, d=40, seed=0):

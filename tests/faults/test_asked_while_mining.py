@@ -13,7 +13,7 @@ import pytest
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.neighbours import Chunk, mine_neighbours
 from tests.distributed.test_search import oracle, rows, table
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 SHARDS, K = 6, 20

@@ -29,7 +29,7 @@ from dist_scan.data.beton.format import (
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
 from dist_scan.data.sources.open import open_source
-from tests.betons import build, encoded, folder, picture, settings
+from tests.support.betons import build, encoded, folder, picture, settings
 
 pytestmark = pytest.mark.timeout(120)
 VIEW = (CropSpec("center", 32),)

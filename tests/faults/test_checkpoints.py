@@ -18,7 +18,7 @@ import torch
 from dist_scan.engine.checkpoint import CheckpointError, CheckpointStore
 from dist_scan.storage.artifacts import sha256_of
 from dist_scan.world.world import current
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

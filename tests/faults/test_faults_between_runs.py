@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.distributed.test_methods_over_ranks import B, close, folder, make  # noqa: F401  folder is a fixture
-from tests.faults.armed import LONG, PRETEXT, Ended, Run
-from tests.ranks import run_ranks
+from tests.support.faulted_run import LONG, PRETEXT, Ended, Run
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
 STOPPED = 128 + 12

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faults.armed import Ended, Run
+from tests.support.faulted_run import Ended, Run
 
 pytestmark = pytest.mark.timeout(600)
 STAGE = """

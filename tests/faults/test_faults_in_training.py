@@ -13,7 +13,7 @@ import torch
 
 from dist_scan.data.beton.format import FIELD, HEADER, ROW
 from dist_scan.monitoring.log import read_rows
-from tests.faults.armed import Ended, Run
+from tests.support.faulted_run import Ended, Run
 
 pytestmark = pytest.mark.timeout(600)
 EVERY_STEP = "runtime.checkpoint_s=1e-9"

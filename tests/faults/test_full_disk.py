@@ -15,9 +15,10 @@ import pytest
 
 from dist_scan import run as life
 from dist_scan.monitoring.log import read_rows
-from dist_scan.storage import run_markers as markers
+from dist_scan.storage import run_markers
+from dist_scan.storage.run_markers import RunMarkers
 from launch.recovery import first_error
-from tests.faults.armed import Run
+from tests.support.faulted_run import Run
 
 pytestmark = pytest.mark.timeout(600)
 LONG = "stages.pretext.epochs=2000"
@@ -131,7 +132,7 @@ def test_row_8_three_saves_that_fail_on_a_full_disk_end_the_run_once(disk, begin
         text.count("could not save") == 3
         and "3 checkpoints in a row could not be saved" in (disk / "MISTAKE").read_text()
     ), text
-    assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize <= 4 * markers.SIZE, (
+    assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize <= 4 * run_markers.SIZE, (
         "full but for what the two ranks had kept aside"
     )
     filler.unlink()
@@ -150,22 +151,21 @@ def raise_full(*given: object) -> None:
 def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder in which no new file can be written; what was kept aside can be written over."""
     (tmp_path / "config.yaml").touch()
-    markers.keep(tmp_path, 1)
-    monkeypatch.setattr(markers, "write_text", raise_full)
-    monkeypatch.setattr(markers, "write_at_once", raise_full)
+    RunMarkers(tmp_path, 1).reserve()
+    monkeypatch.setattr(run_markers, "write_text", raise_full)
     monkeypatch.setattr(life, "FIRST_WORD_S", 0.0)
     return tmp_path
 
 
 def test_a_mistake_and_an_error_are_left_where_no_new_block_can_be_had(full) -> None:
     error = ValueError("\u00e4" * 5000)
-    life._remember(full, 1, error)
+    life._remember(RunMarkers(full, 1), error)
     left = first_error(full)
     assert (
         left["error"] == "ValueError: " + "\u00e4" * (life.SHORT - len("ValueError: "))
         and left["rank"] == 1
     )
-    assert life._mistake(full, 1, "\u00e4" * 20000) == life.USER_MISTAKE
+    assert life._mistake(RunMarkers(full, 1), "\u00e4" * 20000) == life.USER_MISTAKE
     assert (full / "MISTAKE").read_text().startswith("rank 1: \u00e4") and not list(
         full.glob("logs/.kept*")
     )
@@ -174,9 +174,9 @@ def test_a_mistake_and_an_error_are_left_where_no_new_block_can_be_had(full) -> 
 def test_what_can_be_left_nowhere_is_said_and_raises_nothing(
     full, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    markers.drop(full, 1)
-    life._remember(full, 1, ValueError("bad"))
-    assert life._mistake(full, 1, "bad") == life.USER_MISTAKE
+    RunMarkers(full, 1).release()
+    life._remember(RunMarkers(full, 1), ValueError("bad"))
+    assert life._mistake(RunMarkers(full, 1), "bad") == life.USER_MISTAKE
     assert not (full / "MISTAKE").exists() and not list(full.glob("logs/*"))
     said = capfd.readouterr().err
     assert (
@@ -185,13 +185,14 @@ def test_what_can_be_left_nowhere_is_said_and_raises_nothing(
 
 
 def test_what_is_kept_aside_is_not_written_again_and_goes_in_the_end(tmp_path: Path) -> None:
-    markers.keep(tmp_path, 0)
+    markers = RunMarkers(tmp_path, 0)
+    markers.reserve()
     before = {p.name: p.stat().st_ino for p in (tmp_path / "logs").iterdir()}
-    markers.keep(tmp_path, 0)
+    markers.reserve()
     assert {p.name: p.stat().st_ino for p in (tmp_path / "logs").iterdir()} == before and len(
         before
     ) == 2
-    markers.put(tmp_path / "DONE", "now\n", "marker", tmp_path, 0)
+    markers.write_marker("DONE", "now\n")
     assert (tmp_path / "DONE").read_text() == "now\n"
-    markers.drop(tmp_path, 0)
+    markers.release()
     assert not list((tmp_path / "logs").iterdir())

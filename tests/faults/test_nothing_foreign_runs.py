@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dist_scan.engine.checkpoint import CheckpointError, CheckpointStore
-from dist_scan.storage.artifacts import sha256_of, write_json
-from tests.ranks import run_ranks
+from dist_scan.storage.artifacts import sha256_of
+from dist_scan.storage.atomic import write_json
+from tests.support.ranks import run_ranks
 
 LISTEN, LOOPBACK = "0A", "0100007F"
 

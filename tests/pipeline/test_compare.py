@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launches import ROOT, environment
+from tests.support.launches import ROOT, environment
 
 PIXELS = """
 data: {train: {source: "sklearn:digits", limit: 200}, size: 16, stored: raw, resolution: 16}

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from dist_scan.__main__ import main
-from tests.launches import LOCAL, ROOT, environment
+from tests.support.launches import LOCAL, ROOT, environment
 
 CONFIG = """
 name: tiny

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_scan.config import load
-from tests.launches import ROOT, Started, command, environment, report, run
+from tests.support.launches import ROOT, Started, command, environment, report, run
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def assert_a_flipped_bit_is_noticed(folder) -> None:
     done = run(folder, "stages.heads.method.entropy_weight=3.0")
     assert (
         done.returncode == 2
-        and f"{shard.name} is not what was written" in done.stdout
+        and f"{shard.name} has changed since it was written" in done.stdout
         and "Traceback" not in done.stdout
     ), done.stdout
     assert run(folder, "stages.heads.method.entropy_weight=4.0").returncode == 0, (
@@ -237,7 +237,7 @@ def test_a_method_is_one_file_and_resumes(tmp_path: Path) -> None:
     """The abstraction, proved: fifteen lines in a file of their own train two steps, are killed, and go on, bit for bit."""
     from safetensors.torch import load_file
 
-    from tests.launches import LOCAL
+    from tests.support.launches import LOCAL
 
     plugin = tmp_path / "plugin"
     plugin.mkdir()

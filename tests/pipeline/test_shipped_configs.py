@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tests.launches import ROOT, run
+from tests.support.launches import ROOT, run
 
 CONFIGS = sorted(
     p.stem for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("compare_")

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from tests.launches import run
 from tests.slurm.cluster import Cluster, Missing, check
 from tests.slurm.jobs import LONG
+from tests.support.launches import run
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.launches import ROOT, SMALL, environment, report
 from tests.slurm.cluster import Cluster
+from tests.support.launches import ROOT, SMALL, environment, report
 
 LONG = [
     "stages.pretext.epochs=60",

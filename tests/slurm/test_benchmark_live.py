@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_scan.config import load
-from tests.launches import ROOT, SMALL, environment
+from tests.support.launches import ROOT, SMALL, environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 QUICK = ROOT / "configs" / "quickstart.yaml"

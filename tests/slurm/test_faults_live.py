@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.armed import LONG, PRETEXT
 from tests.slurm.jobs import losses
 from tests.slurm.tiny import Tiny, local, results
+from tests.support.faulted_run import LONG, PRETEXT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 # a training whose epochs begin with a look at all images, between the pretext and the rest

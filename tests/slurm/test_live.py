@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.launches import run
 from tests.slurm.jobs import LONG, Job
+from tests.support.launches import run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.faults.armed import LONG, PRETEXT, TINY
-from tests.launches import LOCAL, ROOT, environment
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
+from tests.support.faulted_run import LONG, PRETEXT, TINY
 from tests.support.faults import environment as faults_environment
+from tests.support.launches import LOCAL, ROOT, environment
 
 EVERY_STEP = "runtime.checkpoint_s=1e-9"
 STAGES = PRETEXT + LONG

@@ -25,7 +25,7 @@ import torch
 from pydantic import TypeAdapter
 
 from dist_scan.settings import StrictModel
-from dist_scan.storage.artifacts import write_text
+from dist_scan.storage.atomic import write_text
 
 VARIABLE = "DIST_SCAN_FAULT"
 NON_FINITE = ("nan", "inf")

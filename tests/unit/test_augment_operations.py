@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import functional as tv
 
 from dist_scan.data.augment import colour, randaugment, warp
-from tests.shared_data import shared_data
+from tests.support.shared_data import shared_data
 
 AFFINE = Image.Transform.AFFINE
 PIL_OPERATIONS = {

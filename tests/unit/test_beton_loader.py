@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as F
 from dist_scan.data.augment.crops import CropSpec, crop_boxes
 from dist_scan.data.beton.format import check_beton
 from dist_scan.data.beton.loader import BetonLoader
-from tests.betons import build, folder
-from tests.shared_data import shared_data
+from tests.support.betons import build, folder
+from tests.support.shared_data import shared_data
 
 TWO = (CropSpec("random_resized", 32, flip=0.5), CropSpec("random", 24, resize=32, flip=0.5))
 

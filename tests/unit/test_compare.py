@@ -17,7 +17,7 @@ from dist_scan.commands import compare
 from dist_scan.commands.compare import Runs, planned, read_comparison, same_data
 from dist_scan.config import ConfigError
 from dist_scan.report.comparison import Comparison, Row, cell, markdown, write_page
-from tests.launches import ROOT
+from tests.support.launches import ROOT
 
 QUICK = ROOT / "configs" / "quickstart.yaml"
 

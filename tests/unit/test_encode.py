@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dist_scan.data.encode import JPEG, RAW, Unreadable, encode
-from tests.betons import encoded, picture, settings
+from tests.support.betons import encoded, picture, settings
 
 RAW40, ORIGINAL = settings("x", stored="raw"), settings("x", stored="original")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Never
 
 import pytest
 
-from dist_scan.storage import artifacts as artefacts
+from dist_scan.storage import atomic
 from launch import local
-from typing import Never
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml")
 
@@ -34,7 +34,7 @@ def test_settings_or_logs_that_cannot_be_written(
     if place == "logs":
         (tmp_path / "logs").write_text("a file")
     else:
-        monkeypatch.setattr(artefacts, "write_text", full)
+        monkeypatch.setattr(atomic, "write_text", full)
     assert local.main([QUICK, f"runtime.run_dir={tmp_path}"]) == 1
     said = capsys.readouterr().err.splitlines()
     assert (

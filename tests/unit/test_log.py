@@ -6,13 +6,13 @@ import errno
 import io
 import os
 from pathlib import Path
+from typing import Never
 
 import pytest
 
 from dist_scan.monitoring import log as module
 from dist_scan.monitoring.log import JsonLinesFile, StageLog, TensorBoardWriter, read_rows
 from dist_scan.monitoring.progress import Progress, duration, tell
-from typing import Never
 
 
 def test_torn_lines_and_repeated_steps(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from dist_scan.evaluate import metrics as m
 from dist_scan.evaluate.expected_mutual_information import expected_mutual_information
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def drawn(

@@ -20,7 +20,7 @@ from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster_model import ClusterModel
 from dist_scan.models.layers import FeatureNorm
 from dist_scan.search import novelty
-from tests.betons import build, folder
+from tests.support.betons import build, folder
 
 CPU = torch.device("cpu")
 

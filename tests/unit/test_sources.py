@@ -16,8 +16,8 @@ from PIL import Image
 from dist_scan.config import ConfigError
 from dist_scan.data.sources.base import SplitConfig
 from dist_scan.data.sources.open import open_source
-from tests.betons import encoded, folder, picture
-from tests.shared_data import shared_data
+from tests.support.betons import encoded, folder, picture
+from tests.support.shared_data import shared_data
 
 JPG = encoded(picture(), "JPEG")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Never
 
 import pytest
 
 from launch import records, recovery
-from typing import Never
 
 GARBAGE = [
     b"",

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from dist_scan.storage.artifacts import write_atomic, write_json
+from dist_scan.storage.atomic import write_atomic, write_json
 
 VERSION, PAGE = 2, 8 * 2**20
 IMAGE_FIELD, INT_FIELD = 2, 1

@@ -22,7 +22,8 @@ from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_f
 from dist_scan.data.encode import Stored, Unreadable, encode
 from dist_scan.data.sources.base import DataConfig, Source
 from dist_scan.monitoring.progress import Progress
-from dist_scan.storage.artifacts import fingerprint, write_atomic, write_text
+from dist_scan.storage.artifacts import fingerprint
+from dist_scan.storage.atomic import write_atomic, write_text
 
 CHUNK = 512  # images; the unit of work and of restarting
 MOST_CLASSES = 1 << 20

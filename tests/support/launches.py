@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.ranks import CONTEXT
+from tests.support.ranks import CONTEXT
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
 SMALL = [
     "data.train.limit=400",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(
-    os.environ.get("DIST_SCAN_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+    os.environ.get("DIST_SCAN_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
 )
 
 

@@ -35,7 +35,7 @@ CONTEXT.set_forkserver_preload(
         "tensorboard.compat.proto.event_pb2",
         "tensorboard.summary.writer.record_writer",
         "torchvision.models",
-        "tests.faults.warm",
+        "tests.support.preload",
     ]
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the fork server imports torch

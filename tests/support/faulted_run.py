@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from dist_scan.monitoring.log import read_rows
-from tests.launches import enter
-from tests.ranks import CONTEXT
 from tests.support import faults
+from tests.support.launches import enter
+from tests.support.ranks import CONTEXT
 
 PRETEXT = """
   pretext: {kind: train, images: train, network: {name: resnet_small, width: 4}, method: {kind: simclr, projection_dim: 8}, recipes: [digits, digits],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Never
 
 import pytest
 
-from dist_scan.storage.artifacts import WORK, ArtifactStore, fingerprint, write_atomic, write_text
-from typing import Never
+from dist_scan.storage.artifacts import WORK, ArtifactStore, fingerprint
+from dist_scan.storage.atomic import write_atomic, write_text
 
 
 def test_a_fingerprint_names_a_meaning() -> None:
@@ -17,12 +18,12 @@ def test_a_fingerprint_names_a_meaning() -> None:
 
 def test_an_artefact_is_found_only_after_it_was_published(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    assert store.find("embed", "f") is None and not store.started("embed", "f")
+    assert store.find("embed", "f") is None and not store.is_started("embed", "f")
     folder = store.folder("embed", "f")
     (folder / WORK).mkdir(parents=True)
     write_text(folder / "x.txt", "hello")
     write_text(folder / WORK / "checkpoint", "big")
-    assert store.find("embed", "f") is None and store.started("embed", "f")
+    assert store.find("embed", "f") is None and store.is_started("embed", "f")
     store.publish("embed", "f", {"seconds": 1.0})
     found = store.find("embed", "f")
     assert list(found.manifest["files"]) == ["x.txt"] and not (folder / WORK).exists()
@@ -64,7 +65,7 @@ def test_a_manifest_that_is_torn_or_foreign_is_refused_by_name_with_the_way_out(
     (folder / "manifest.json").write_bytes(text)
     with pytest.raises(
         ValueError,
-        match=r"embed/f/manifest\.json is not what was written .*remove the folder and start again",
+        match=r"embed/f/manifest\.json is not a valid manifest .*remove the folder and start again",
     ):
         store.find("embed", "f")
 
@@ -75,13 +76,13 @@ def test_files_are_held_against_their_sums_and_leftovers_go(tmp_path: Path) -> N
     folder.mkdir(parents=True)
     write_text(folder / "x.txt", "hello")
     (folder / ".tmp-x.txt-1234").write_text("hel")  # of a process that was killed
-    store.clean("embed", "f")
+    store.remove_temporary_files("embed", "f")
     assert [p.name for p in folder.iterdir()] == ["x.txt"]
     found = store.publish("embed", "f", {})
     store.verify(found)
     (folder / "x.txt").write_text("hallo")
     assert store.find("embed", "f") is not None, "the size is the same"
-    with pytest.raises(ValueError, match="x.txt is not what was written"):
+    with pytest.raises(ValueError, match="x.txt has changed since it was written"):
         store.verify(found)
 
 
@@ -132,7 +133,9 @@ def test_a_full_disk_is_said_with_the_file_and_the_way_out(tmp_path: Path) -> No
     def fail(f) -> Never:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="make room there and start the same command again.*images"):
+    with pytest.raises(
+        OSError, match="free some space there and start the same command again.*images"
+    ):
         write_atomic(tmp_path / "images", fail)
 
 

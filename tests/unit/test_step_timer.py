@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Never
 
 import pytest
 
 from dist_scan.monitoring.step_timer import NAMES, StepTimer, section, use_clock, waited
-from typing import Never
 
 
 @pytest.fixture
