@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from benchmarks.rows import emit, spread
-from dist_scan.data.augment.recipes import LOOKS, RecipeConfig, RecipeSpec, build_recipe
+from dist_scan.data.augment.recipes import RECIPES, RecipeConfig, RecipeSpec, build_recipe
 
 QUICK = ["--sizes", "32", "--recipes", "simclr", "moco_v2", "--repeats", "3"]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,7 +56,7 @@ def measure(name: str, colour: str, size: int, batch: int, repeats: int, compare
     recipe = build_recipe(RecipeConfig(name=name, colour=colour), size, MEAN, STD)
     array = crops(size, batch)
     images, index = torch.from_numpy(array), np.arange(batch)
-    other = peer(LOOKS[name]) if compare and colour == "exact" else None
+    other = peer(RECIPES[name]) if compare and colour == "exact" else None
     few = array[: min(batch, 64)]
     ours, theirs = [], []
     recipe(images, index, seed=0, epoch=0, view=0)
@@ -89,13 +89,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224])
-    parser.add_argument("--recipes", nargs="+", choices=list(LOOKS), default=list(LOOKS))
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for size in args.sizes:
         for name in args.recipes:
-            for colour in ("exact", "fused") if LOOKS[name].jitter else ("exact",):
+            for colour in ("exact", "fused") if RECIPES[name].jitter else ("exact",):
                 emit(
                     measure(
                         name, colour, size, 256 if size < 100 else 32, args.repeats, args.compare

@@ -93,10 +93,10 @@ def peer(beton: Path, network: torch.nn.Module, args: argparse.Namespace) -> Cal
     from torchvision import transforms as T
 
     from benchmarks.augment import peer as colours
-    from dist_scan.data.augment.recipes import LOOKS
+    from dist_scan.data.augment.recipes import RECIPES
     from dist_scan.data.beton.format import check_beton
 
-    look, tables, data = LOOKS[args.recipe], check_beton(beton), beton.read_bytes()
+    look, tables, data = RECIPES[args.recipe], check_beton(beton), beton.read_bytes()
     files = [
         data[s : s + n]
         for s, n in zip(tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist())

@@ -19,7 +19,7 @@ import torch
 from benchmarks.rows import emit
 from dist_scan.config import kind_class
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.feed import FeatureFeed, Plan, held_out_features
+from dist_scan.data.feed import EpochPlan, FeatureFeed, held_out_features
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.optimizer import OptimizerConfig, build_optimizer
 from dist_scan.engine.precision import seed_step, set_determinism
@@ -54,7 +54,7 @@ def train(
     )
     feed = FeatureFeed(
         table,
-        Plan(np.arange(table.num_rows), args.batch, seed, current(), None, neighbours),
+        EpochPlan(np.arange(table.num_rows), args.batch, seed, current(), None, neighbours),
         current().device,
     )
     seed_step(seed, 0, 0)
@@ -67,7 +67,7 @@ def train(
             total_steps=args.epochs * feed.steps_per_epoch,
             on_features=True,
             feature_dim=table.dim,
-            moments=table.moments(),
+            moments=table.mean_and_std(),
         ),
     )
     optimizer = build_optimizer(OptimizerConfig(**settings["optimizer"]), method.parameter_groups())

@@ -62,13 +62,15 @@ def preflight(run: RunConfig) -> dict[str, str]:
 
 def notes(run: RunConfig) -> list[str]:
     """What is allowed but seldom meant, each once: pictures stored in another size than the network looks at."""
-    from dist_scan.data.augment.recipes import misfit
+    from dist_scan.data.augment.recipes import resolution_warning
 
     data = run.data
     found: dict[str, str] = {}
     for name, stage in run.stages.items():
         for recipe in stage.recipes_seen():
-            found.setdefault(misfit(recipe, data.size, data.stored, data.resolution), name)
+            found.setdefault(
+                resolution_warning(recipe, data.size, data.stored, data.resolution), name
+            )
     return [f"stages.{name}: {text}" for text, name in found.items() if text]
 
 

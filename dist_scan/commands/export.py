@@ -36,7 +36,7 @@ def export(done, stage: str, assign: str | None, out: Path) -> list[str]:
     """The exported folder of one stage's model; returns the Python that loads it."""
     from dist_scan.config import tuples
     from dist_scan.data.augment.recipes import RecipeConfig
-    from dist_scan.data.images import input_facts
+    from dist_scan.data.images import input_description
     from dist_scan.models.backbone import save_tensors
     from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
     from dist_scan.models.timm_export import (
@@ -58,7 +58,7 @@ def export(done, stage: str, assign: str | None, out: Path) -> list[str]:
         "num_clusters": model.num_clusters,
         "feature_dim": model.head.in_features,
         "normalise": model.norm.kind,
-        "input": input_facts(recipe, done.run),
+        "input": input_description(recipe, done.run),
         "load": lines,
         "provenance": provenance(done, stage),
     }

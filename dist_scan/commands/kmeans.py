@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
         )
     from dist_scan.data.feature_table import FeatureTable
 
-    rows, views = FeatureTable.size_of(args.features)
+    rows, views = FeatureTable.num_rows_and_views(args.features)
     if not 1 <= args.k <= rows or not 0 <= args.view < views:
         raise ValueError(
             f"--k {args.k} --view {args.view}: '{args.features}' has {rows} rows and {views} views; allowed: --k 1 to {rows}, --view 0 to {views - 1}"
@@ -94,7 +94,7 @@ def _rank(args: argparse.Namespace) -> int:
     stop.install()
     world = open_world(args.device)
     try:
-        features = FeatureTable.given(args.features, out / "features", 16)
+        features = FeatureTable.open_or_convert(args.features, out / "features", 16)
         found = kmeans(
             features,
             args.k,

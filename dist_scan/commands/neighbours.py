@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     """Search; the same command goes on after a stop or a kill."""
     from dist_scan.data.feature_table import FeatureTable
 
-    rows, views = FeatureTable.size_of(args.features)
+    rows, views = FeatureTable.num_rows_and_views(args.features)
     if not 1 <= args.k < rows or not 0 <= args.view < views or args.shards < 1:
         raise ValueError(
             f"--k {args.k} --view {args.view} --shards {args.shards}: '{args.features}' has {rows} rows and {views} views; "
@@ -79,7 +79,7 @@ def _rank(args: argparse.Namespace) -> int:
     stop.install()
     world = open_world(args.device)
     try:
-        features = FeatureTable.given(args.features, out / "features", args.shards)
+        features = FeatureTable.open_or_convert(args.features, out / "features", args.shards)
         found = mine_neighbours(
             features,
             out,

@@ -178,10 +178,10 @@ def prepared(source: str, out: Path, data, workers: int) -> Images:
     """Encode the source as the run's own images were, or take a .beton that was. Raises ConfigError when nothing can be read."""
     import numpy as np
 
-    from dist_scan.data.beton.format import read_facts, sidecar
+    from dist_scan.data.beton.format import read_metadata, sidecar
 
     beton = Path(source) if source.endswith(".beton") else encoded(source, out, data, workers)
-    facts = read_facts(beton)
+    facts = read_metadata(beton)
     odd = [
         f"{k} {facts[k]} instead of {getattr(data, k)}"
         for k in ("stored", "resolution", "max_side", "quality")
@@ -213,14 +213,16 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def encoded(source: str, out: Path, data, workers: int) -> Path:
     """A .beton of the source in the work folder; the one of a stopped start is taken if it is of the same images."""
-    from dist_scan.data.beton.format import read_facts, sidecar
-    from dist_scan.data.beton.write import storage_mark, write_beton
+    from dist_scan.data.beton.format import read_metadata, sidecar
+    from dist_scan.data.beton.write import storage_fingerprint, write_beton
     from dist_scan.data.sources.base import SplitConfig
     from dist_scan.data.sources.open import open_source
 
     images, beton = open_source(SplitConfig(source=source)), work_of(out) / "images.beton"
     config = data.model_copy(update={"max_bad_share": 1.0})
-    if beton.is_file() and read_facts(beton)["mark"] == storage_mark(images.fingerprint(), config):
+    if beton.is_file() and read_metadata(beton)["mark"] == storage_fingerprint(
+        images.fingerprint(), config
+    ):
         return beton
     beton.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -19,11 +19,11 @@ MOST_PIXELS = (
 MOST_BYTES = 8 * 2**20 - 64  # a stored sample must fit into a page of the file
 
 
-class Unreadable(ValueError):
+class UnreadableImageError(ValueError):
     """Why an image was left out."""
 
 
-class Stored(NamedTuple):
+class EncodedImage(NamedTuple):
     """One image as it lies in the file."""
 
     data: bytes
@@ -32,33 +32,35 @@ class Stored(NamedTuple):
     width: int
 
 
-def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> Stored:
+def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> EncodedImage:
     """Decode, turn upright, make RGB, resize, store. Raises Unreadable with the reason.
 
     `pass_through=False` re-encodes what stored=original would hand on untouched.
     """
     if not data:
-        raise Unreadable("zero bytes")
+        raise UnreadableImageError("zero bytes")
     try:
         return _encode(data, config, pass_through)
-    except Unreadable:
+    except UnreadableImageError:
         raise
     except Exception as error:  # PIL lets struct.error and a dozen others through on damaged files; one image must not end a build
         text = re.sub(
             r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}"
         )  # an address: the list must be the same at each build
-        raise Unreadable(text[:200]) from None
+        raise UnreadableImageError(text[:200]) from None
 
 
-def _encode(data: bytes, config: DataConfig, pass_through: bool) -> Stored:
+def _encode(data: bytes, config: DataConfig, pass_through: bool) -> EncodedImage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd metadata of images it reads well
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MOST_PIXELS:
-            raise Unreadable(f"{image.width} x {image.height} pixels (allowed: {MOST_PIXELS:,})")
+            raise UnreadableImageError(
+                f"{image.width} x {image.height} pixels (allowed: {MOST_PIXELS:,})"
+            )
         if pass_through and config.stored == "original" and _as_it_is(image, len(data), config):
             image.load()  # a truncated file is found here
-            return Stored(data, JPEG, image.height, image.width)
+            return EncodedImage(data, JPEG, image.height, image.width)
         return _store(_resize(_rgb(ImageOps.exif_transpose(image)), config), config)
 
 
@@ -72,7 +74,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
         if not np.isfinite(values).all():
-            raise Unreadable("has pixels that are no numbers")
+            raise UnreadableImageError("has pixels that are no numbers")
         return Image.fromarray(
             np.clip(values / _top(image, float(values.max())) * 255 + 0.5, 0, 255).astype(np.uint8)
         ).convert("RGB")
@@ -96,15 +98,15 @@ def _resize(image: Image.Image, config: DataConfig) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.BILINEAR)
 
 
-def _store(image: Image.Image, config: DataConfig) -> Stored:
+def _store(image: Image.Image, config: DataConfig) -> EncodedImage:
     if config.stored == "raw":
-        stored = Stored(np.asarray(image).tobytes(), RAW, image.height, image.width)
+        stored = EncodedImage(np.asarray(image).tobytes(), RAW, image.height, image.width)
     else:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=config.quality)
-        stored = Stored(buffer.getvalue(), JPEG, image.height, image.width)
+        stored = EncodedImage(buffer.getvalue(), JPEG, image.height, image.width)
     if len(stored.data) > MOST_BYTES:
-        raise Unreadable(
+        raise UnreadableImageError(
             f"{len(stored.data):,} bytes when stored (allowed: {MOST_BYTES:,}); lower data.resolution or data.max_side"
         )
     return stored

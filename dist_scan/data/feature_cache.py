@@ -13,18 +13,18 @@ from torch import Tensor
 
 from dist_scan.data.feature_table import FeatureTable
 
-Place = Literal["device", "host", "mapped"]
+Placement = Literal["device", "host", "mapped"]
 SHARE = 0.5  # of the free memory: the rest is for heads, optimizer and held-out rows
 
 
-def choose_place(
+def choose_placement(
     num_bytes: int,
     on_gpu: bool,
     free_device: int,
     free_host: int,
     copies: int,
-    wanted: Place | Literal["auto"] = "auto",
-) -> tuple[Place, str]:
+    wanted: Placement | Literal["auto"] = "auto",
+) -> tuple[Placement, str]:
     """(place, why) for a bank of num_bytes; copies: processes of this machine that would each hold one in host memory.
 
     Raises ValueError when the place that was asked for is too small, or is a GPU that is not there.
@@ -59,7 +59,7 @@ def choose_place(
 class FeatureCache:
     """Rows of a table, read at random. Host and device memory: num_rows * num_views * dim * 2 bytes."""
 
-    def __init__(self, table: FeatureTable, place: Place, device: torch.device) -> None:
+    def __init__(self, table: FeatureTable, place: Placement, device: torch.device) -> None:
         self.table, self.place, self.device = table, place, device
         self.held = None if place == "mapped" else self._read()
 

@@ -85,7 +85,7 @@ class FeatureTable(ShardedTable):
         return array[:, None] if array.ndim == 2 else array
 
     @classmethod
-    def size_of(cls, source: str | Path) -> tuple[int, int]:
+    def num_rows_and_views(cls, source: str | Path) -> tuple[int, int]:
         """(rows, views) of what `given` would give, before anything is converted. Raises ValueError when there is neither table nor .npy."""
         if Path(source).is_dir():
             table = cls.open(source)
@@ -93,7 +93,7 @@ class FeatureTable(ShardedTable):
         return cls._mapped(source).shape[:2]
 
     @classmethod
-    def given(cls, source: str | Path, folder: Path, num_shards: int) -> FeatureTable:
+    def open_or_convert(cls, source: str | Path, folder: Path, num_shards: int) -> FeatureTable:
         """The table in the folder `source`, or of the .npy `source`: that is converted into `folder`, once. Collective.
 
         Raises ValueError on all ranks when there is neither, when the .npy does not fit, or when `folder` was made from another file
@@ -175,7 +175,7 @@ class FeatureTable(ShardedTable):
             out[at] = values
         return out
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+    def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation [D] float64 over rows and views; two passes, so nothing cancels. Collective: ranks share the reading,
         and add up in order of shards, so that every bit is the same for any number of them."""
         count = self.num_rows * self.num_views

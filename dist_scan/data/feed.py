@@ -17,14 +17,14 @@ from torch import Tensor
 from dist_scan.data.augment.recipes import Recipe
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.beton.loader import BetonLoader
-from dist_scan.data.feature_cache import FeatureCache, Place
+from dist_scan.data.feature_cache import FeatureCache, Placement
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.data.order import (
     batch_per_rank,
     cached_views,
     epoch_order,
-    partner_columns,
+    neighbour_columns,
     rank_plan,
 )
 from dist_scan.monitoring.step_timer import section
@@ -48,7 +48,7 @@ class Feed(Protocol):
         """views: the numbers of the recipes to decode; None: all. order: the rows of this epoch as the method wants them; None: each once, shuffled."""
 
 
-class Plan:
+class EpochPlan:
     """Rows of an epoch, and each row's partner: shared by both feeds."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Plan:
         """The row each row is paired with this epoch."""
         if self.neighbours is None:
             return index
-        column = partner_columns(
+        column = neighbour_columns(
             index, self.seed, epoch, self.num_neighbours, self.self_as_candidate
         )
         if self.num_neighbours == 0:
@@ -107,7 +107,11 @@ class ImageFeed:
     """Views decoded from a .beton, coloured on the device by their recipes."""
 
     def __init__(
-        self, loader: BetonLoader, recipes: tuple[Recipe, ...], plan: Plan, device: torch.device
+        self,
+        loader: BetonLoader,
+        recipes: tuple[Recipe, ...],
+        plan: EpochPlan,
+        device: torch.device,
     ) -> None:
         self.loader, self.recipes, self.plan, self.device = loader, recipes, plan, device
         self.paired = plan.neighbours is not None
@@ -162,7 +166,11 @@ class FeatureFeed:
     """Views are random cached views of rows of a feature table: anchor, and partner when there are neighbours."""
 
     def __init__(
-        self, table: FeatureTable, plan: Plan, device: torch.device, place: Place = "mapped"
+        self,
+        table: FeatureTable,
+        plan: EpochPlan,
+        device: torch.device,
+        place: Placement = "mapped",
     ) -> None:
         self.bank, self.plan = FeatureCache(table, place, device), plan
         self.steps_per_epoch, self.rows = plan.steps_per_epoch, plan.rows

@@ -21,7 +21,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def keyed(*keys: int | np.ndarray) -> np.ndarray:
+def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
     """One uint64 per broadcast element of the keys; the order of the keys matters."""
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
@@ -34,10 +34,10 @@ def keyed(*keys: int | np.ndarray) -> np.ndarray:
 
 def uniform(*keys: int | np.ndarray) -> np.ndarray:
     """float64 in [0, 1) per broadcast element of the keys (53 bits)."""
-    return (keyed(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (hash_keys(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def uniforms(
+def uniform_draws(
     seed: int, epoch: int, index: np.ndarray, view: int, count: int, stream: int = 0
 ) -> np.ndarray:
     """[B, count] float64 in [0, 1) for image rows `index` [B]. `stream` keeps users apart (crop, colour, pairs...)."""

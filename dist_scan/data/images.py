@@ -27,7 +27,7 @@ def open_images(
     return loader, built
 
 
-def input_facts(recipe: RecipeConfig, run: RunConfig) -> dict[str, Any]:
+def input_description(recipe: RecipeConfig, run: RunConfig) -> dict[str, Any]:
     """How an image file becomes what the network sees, in words a stranger can follow (JSON): for whoever loads a model elsewhere."""
     crop = build_recipe(recipe, run.data.size, run.data.mean, run.data.std).crop
     data = run.data

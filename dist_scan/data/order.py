@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_scan.data.hashing import keyed, uniform
+from dist_scan.data.hashing import hash_keys, uniform
 
 ORDER, PARTNER, VIEW, HELD_OUT, DRAW, SLOT = (
     101,
@@ -18,7 +18,7 @@ ORDER, PARTNER, VIEW, HELD_OUT, DRAW, SLOT = (
 
 def epoch_order(rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The rows [n] int64 shuffled: sorted by a hash of (seed, epoch, row)."""
-    return rows[np.argsort(keyed(seed, ORDER, epoch, rows), kind="stable")]
+    return rows[np.argsort(hash_keys(seed, ORDER, epoch, rows), kind="stable")]
 
 
 def rank_plan(
@@ -45,7 +45,7 @@ def batch_per_rank(global_batch: int, world_size: int) -> int:
     return global_batch // world_size
 
 
-def partner_columns(
+def neighbour_columns(
     index: np.ndarray, seed: int, epoch: int, num_neighbours: int, self_as_candidate: bool
 ) -> np.ndarray:
     """Which neighbour each row is paired with in this epoch: uniform over columns 0..K-1; -1 means the row itself.
@@ -76,7 +76,7 @@ def uniform_over_labels(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: 
     DeepCluster's sampler as the paper means it (Sec. 3.2): n // L + 1 rows of each of L labels, with replacement only where a label has
     fewer; then cut to n. Rows of label -1 are never drawn. Raises ValueError when no row has a label.
     """
-    kept, order, starts, sizes = _by_label(rows, labels, keyed(seed, DRAW, epoch, rows))
+    kept, order, starts, sizes = _by_label(rows, labels, hash_keys(seed, DRAW, epoch, rows))
     each = len(rows) // len(sizes) + 1
     place = np.arange(each)[None]
     again = np.floor(
@@ -85,7 +85,7 @@ def uniform_over_labels(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: 
     drawn = kept[order][
         (starts[:, None] + np.where(sizes[:, None] < each, again, place)).reshape(-1)
     ]
-    return drawn[np.argsort(keyed(seed, SLOT, epoch, np.arange(len(drawn))), kind="stable")][
+    return drawn[np.argsort(hash_keys(seed, SLOT, epoch, np.arange(len(drawn))), kind="stable")][
         : len(rows)
     ]
 

@@ -51,7 +51,7 @@ class ShardedTable(ABC):
     def _row_shape(self) -> tuple[int, ...]: ...
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path, self.facts = Path(path), facts
+        self.path, self.metadata = Path(path), facts
         self.num_rows, self.num_shards = int(facts["num_rows"]), int(facts["num_shards"])
         self._shards = cache(self._open_shard)
 

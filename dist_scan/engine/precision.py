@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from dist_scan.data.hashing import keyed
+from dist_scan.data.hashing import hash_keys
 
 Precision = Literal["fp32", "bf16", "fp64"]
 """fp64 is for showing that runs are equal: Adam at a usable learning rate grows fp32's rounding tenfold every few steps, so two
@@ -47,7 +47,7 @@ def in_precision(precision: Precision, views: tuple[torch.Tensor, ...]) -> tuple
 
 def seed_step(*keys: int) -> None:
     """Seed torch's generators (dropout, fresh layers) from (seed, stage, epoch, step, rank): nothing random is saved."""
-    torch.manual_seed(int(keyed(*keys) >> 1))
+    torch.manual_seed(int(hash_keys(*keys) >> 1))
 
 
 def memory_format(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:

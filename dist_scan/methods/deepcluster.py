@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.hashing import keyed
+from dist_scan.data.hashing import hash_keys
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
@@ -231,7 +231,7 @@ class DeepClusterMethod(Method):
 
 
 def seed_of(*keys: int) -> int:
-    return int(keyed(*keys) >> 33)
+    return int(hash_keys(*keys) >> 33)
 
 
 def emptied(folder: Path) -> Path:

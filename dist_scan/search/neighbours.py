@@ -113,7 +113,7 @@ def _table(out: Path, rows: ExactRows, k: int, metric: str) -> NeighbourTable:
 
     def opened() -> NeighbourTable:
         table = NeighbourTable.open(out)
-        found = {name: table.facts.get(name) for name in asked}
+        found = {name: table.metadata.get(name) for name in asked}
         if found != asked:
             raise ValueError(
                 f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it"

@@ -73,9 +73,9 @@ def pic(
 
 
 def _check(table: NeighbourTable, sigma: float, alpha: float, teleport: str) -> None:
-    if table.facts.get("metric") not in ("l2", "cosine"):
+    if table.metadata.get("metric") not in ("l2", "cosine"):
         raise ValueError(
-            f"{table.path} was mined with {table.facts.get('metric')}; distances need a table mined with l2 or cosine"
+            f"{table.path} was mined with {table.metadata.get('metric')}; distances need a table mined with l2 or cosine"
         )
     if not sigma > 0 or not 0 < alpha <= 1:
         raise ValueError(
@@ -93,7 +93,7 @@ def symmetric_graph(
     for start in range(0, table.num_rows, BLOCK):
         index = np.arange(start, min(start + BLOCK, table.num_rows))
         ids, scores = table.rows(index)
-        squared = -scores if table.facts["metric"] == "l2" else 2 - 2 * scores
+        squared = -scores if table.metadata["metric"] == "l2" else 2 - 2 * scores
         sources = np.broadcast_to(index[:, None], ids.shape)
         weight = np.exp(-squared / sigma**2)
         for here, there in ((sources, ids), (ids, sources)):

@@ -22,7 +22,7 @@ def neighbour_line(table: NeighbourTable) -> str:
         )
         popular += np.bincount(ids.reshape(-1), minlength=n)
     return (
-        f"{k} neighbours of {n} rows by {table.facts['metric']}; mean score {total / (n * k):.4f} (first {first / n:.4f}, last {last / n:.4f}); "
+        f"{k} neighbours of {n} rows by {table.metadata['metric']}; mean score {total / (n * k):.4f} (first {first / n:.4f}, last {last / n:.4f}); "
         f"the most popular row is a neighbour of {popular.max()} others, {(popular == 0).sum()} rows of none"
     )
 

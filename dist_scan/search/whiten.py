@@ -133,7 +133,7 @@ def whitened(
 
     def opened() -> FeatureTable:
         made = FeatureTable.open(out)
-        if (found := {name: made.facts.get(name) for name in asked}) != asked:
+        if (found := {name: made.metadata.get(name) for name in asked}) != asked:
             raise ValueError(
                 f"{out} holds other rows, or of another whitening ({found}, asked for: {asked}); give another folder, or remove it"
             )

@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_scan.config import RunConfig
 from dist_scan.data.augment.recipes import RecipeConfig
-from dist_scan.data.images import input_facts
+from dist_scan.data.images import input_description
 from dist_scan.models.backbone import BackboneConfig, build_backbone, save_backbone
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.import_weights import read_cluster_head
@@ -99,7 +99,7 @@ class GivenStage(Stage):
             c.out,
             ClusterModel(backbone, FeatureNorm("none", backbone.num_features), head, config),
             best_head=found.number,
-            input=input_facts(RecipeConfig(name="center"), c.run),
+            input=input_description(RecipeConfig(name="center"), c.run),
             provenance={"file": Path(config.checkpoint).name, "stage": c.name},
         )
         c.say(f"{c.name}: head {found.number} of {found.num_heads}, {len(found.bias)} clusters")

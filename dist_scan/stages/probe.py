@@ -116,7 +116,7 @@ class ProbeStage(Stage):
     def _opened(self):
         """The feed of labelled images, and fresh probes on the frozen network."""
         from dist_scan.data.beton.format import read_labels
-        from dist_scan.data.feed import ImageFeed, Plan
+        from dist_scan.data.feed import EpochPlan, ImageFeed
         from dist_scan.data.images import open_images
         from dist_scan.evaluate.linear_probe import LayerProbes, ProbesConfig
         from dist_scan.methods.base import MethodInputs
@@ -137,7 +137,7 @@ class ProbeStage(Stage):
         feed = ImageFeed(
             loader,
             recipes,
-            Plan(rows, config.global_batch, c.run.seed, c.world, config.steps_per_epoch),
+            EpochPlan(rows, config.global_batch, c.run.seed, c.world, config.steps_per_epoch),
             c.world.device,
         )
         backbone, backbone_config = load_backbone(c.inputs["backbone"])

@@ -107,9 +107,9 @@ class ReportStage(Stage):
     @cached_property
     def label_names(self) -> list[str]:
         """Of the classes; numbers when the source gave none."""
-        from dist_scan.data.beton.format import read_facts
+        from dist_scan.data.beton.format import read_metadata
 
-        names = read_facts(beton_path(self.context.inputs["images"])).get("class_names")
+        names = read_metadata(beton_path(self.context.inputs["images"])).get("class_names")
         return list(names) if names else [str(c) for c in range(self.facts["num_classes"])]
 
     def _stages(self) -> list[dict[str, Any]]:
@@ -181,9 +181,9 @@ class ReportStage(Stage):
         )
 
     def _data_facts(self) -> dict[str, Any]:
-        from dist_scan.data.beton.format import read_facts
+        from dist_scan.data.beton.format import read_metadata
 
-        facts = read_facts(beton_path(self.context.inputs["images"]))
+        facts = read_metadata(beton_path(self.context.inputs["images"]))
         return {
             "bad_images": facts.get("num_bad", 0),
             "source": getattr(self.context.run.data, self.config.images).source,

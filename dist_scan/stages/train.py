@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dist_scan.config import RunConfig, kind_class, one_of
 from dist_scan.data.augment.recipes import RecipeConfig
-from dist_scan.data.feature_cache import Place, choose_place
+from dist_scan.data.feature_cache import Placement, choose_placement
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.data.order import batch_per_rank, split_held_out
@@ -153,7 +153,7 @@ class TrainStage(Stage):
 
     def run(self) -> None:
         """Collective; goes on from the newest good checkpoint."""
-        from dist_scan.data.images import input_facts
+        from dist_scan.data.images import input_description
         from dist_scan.engine.checkpoint import CheckpointStore
         from dist_scan.engine.train_state import Checkpointer
         from dist_scan.engine.training_loop import Trainer, TrainSettings
@@ -218,7 +218,7 @@ class TrainStage(Stage):
                 )
             add_facts(
                 c.out,
-                input=input_facts(RecipeConfig(name="center"), c.run),
+                input=input_description(RecipeConfig(name="center"), c.run),
                 provenance={
                     "run": c.run.name,
                     "seed": c.run.seed,
@@ -231,7 +231,7 @@ class TrainStage(Stage):
 
     def _open(self) -> None:
         """The feed: which rows, from where."""
-        from dist_scan.data.feed import FeatureFeed, ImageFeed, Plan
+        from dist_scan.data.feed import EpochPlan, FeatureFeed, ImageFeed
         from dist_scan.data.images import open_images
         from dist_scan.stages.beton import beton_path
 
@@ -264,7 +264,7 @@ class TrainStage(Stage):
         readers = (
             c.world if self.share == "batch" else replace(c.world, rank=0, world_size=1)
         )  # else every rank reads the whole batch
-        plan = Plan(
+        plan = EpochPlan(
             rows,
             config.global_batch,
             c.run.seed,
@@ -297,10 +297,10 @@ class TrainStage(Stage):
             c.say(f"{c.name}: {c.world.world_size} ranks share the {share} ({why})")
         return share
 
-    def _place(self, table: FeatureTable) -> Place:
+    def _place(self, table: FeatureTable) -> Placement:
         """Where the bank is read from; said once, with the bytes and the reason. Ranks may differ: the rows are the same."""
         c, size = self.context, table.num_rows * table.num_views * table.dim * 2
-        place, why = choose_place(
+        place, why = choose_placement(
             size,
             c.world.device.type == "cuda",
             free_bytes(c.world.device),
@@ -333,7 +333,7 @@ class TrainStage(Stage):
             feature_dim=self.table.dim if self.table else getattr(backbone, "num_features", 0),
             backbone=backbone,
             backbone_config=backbone_config,
-            moments=self.table.moments() if self.table else None,
+            moments=self.table.mean_and_std() if self.table else None,
             inputs=c.inputs,
             share=self.share,
             epochs=config.epochs,

@@ -153,7 +153,7 @@ class StopAfter:
 def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
     """A Trainer on a feature table in folder."""
     from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.data.feed import FeatureFeed, Plan, held_out_features
+    from dist_scan.data.feed import EpochPlan, FeatureFeed, held_out_features
     from dist_scan.data.neighbour_table import NeighbourTable
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
@@ -169,7 +169,7 @@ def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
         FeatureTable.open(folder / "table"),
         NeighbourTable.open(folder / "neighbours"),
     )
-    plan = Plan(
+    plan = EpochPlan(
         np.arange(ROWS), B, 3, world if share == "batch" else World(), neighbours=neighbours
     )
     held = held_out_features(table, np.arange(20), neighbours.rows(np.arange(20))[0], world)

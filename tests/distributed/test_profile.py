@@ -39,7 +39,7 @@ def make_slow(what: str, rank: int) -> None:
     from dist_scan.methods.simclr import SimCLRMethod
 
     if what == "data_wait":
-        BetonLoader._cut = slowed(BetonLoader._cut)
+        BetonLoader._decode_part = slowed(BetonLoader._decode_part)
     elif what == "augmentation":
         Recipe.__call__ = slowed(Recipe.__call__)
     elif what == "all_reduce":
@@ -57,7 +57,7 @@ def train(what: str, beton, out):
     from dist_scan.config import kind_class
     from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
-    from dist_scan.data.feed import ImageFeed, Plan
+    from dist_scan.data.feed import EpochPlan, ImageFeed
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
     from dist_scan.engine.stop import Stop
@@ -83,7 +83,7 @@ def train(what: str, beton, out):
         workers=1,
     )
     feed = ImageFeed(
-        loader, recipes, Plan(np.arange(loader.num_images), BATCH, 0, world), world.device
+        loader, recipes, EpochPlan(np.arange(loader.num_images), BATCH, 0, world), world.device
     )
     network = BackboneConfig(name="resnet_small", width=4)
     cls = kind_class("dist_scan.methods", "simclr")

@@ -503,7 +503,7 @@ def test_rows_need_not_lie_where_every_rank_can_read_them(tmp_path: Path) -> Non
 
 
 def moments(root):
-    return [a.tobytes() for a in FeatureTable.open(root).moments()]
+    return [a.tobytes() for a in FeatureTable.open(root).mean_and_std()]
 
 
 def test_moments_are_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:

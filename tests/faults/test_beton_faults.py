@@ -21,7 +21,7 @@ from dist_scan.data.beton.format import (
     FIELD,
     HEADER,
     ROW,
-    BadBeton,
+    InvalidBetonError,
     check_beton,
     read_names,
     sidecar,
@@ -113,7 +113,7 @@ def test_every_truncation_is_refused_when_opened(good, tmp_path: Path, cut) -> N
     path = copied(
         good, tmp_path, lambda data: data[:keep] + (b"\0" * 24 if cut == "longer" else b"")
     )
-    with pytest.raises(BadBeton):
+    with pytest.raises(InvalidBetonError):
         BetonLoader(path, VIEW, seed=0, batch_size=2, workers=1)
 
 
@@ -122,7 +122,7 @@ def test_an_unfinished_header_is_refused(good, tmp_path: Path) -> None:
         at = HEADER.fields["alloc_table_ptr"][1]
         data[at : at + 8] = bytes(8)
 
-    with pytest.raises(BadBeton, match="unfinished"):
+    with pytest.raises(InvalidBetonError, match="unfinished"):
         check_beton(copied(good, tmp_path, unfinished))
 
 
@@ -138,7 +138,7 @@ def test_one_flipped_bit_in_the_tables_is_refused(good, tmp_path: Path, field) -
     def flip(data) -> None:
         data[at] ^= 1
 
-    with pytest.raises(BadBeton):
+    with pytest.raises(InvalidBetonError):
         check_beton(copied(good, tmp_path, flip))
 
 
@@ -147,12 +147,12 @@ def test_files_of_another_build_beside_it_are_refused(good, tmp_path: Path) -> N
     other = build(folder(tmp_path / "images", 12), tmp_path / "other.beton", resolution=32)
     for ending in ("sums.npy", "json"):
         shutil.copy(sidecar(other, ending), sidecar(path, ending))
-        with pytest.raises(BadBeton):
+        with pytest.raises(InvalidBetonError):
             check_beton(path)
         shutil.copy(sidecar(good, ending), sidecar(path, ending))
     check_beton(path)
     sidecar(path, "sums.npy").unlink()
-    with pytest.raises(BadBeton, match="missing"):
+    with pytest.raises(InvalidBetonError, match="missing"):
         check_beton(path)
 
 
@@ -168,7 +168,7 @@ def test_every_rotted_sample_raises_with_its_row_and_name(good, tmp_path: Path) 
     for row, name in enumerate(read_names(good)):
         with pytest.raises(ValueError, match=rf"image {row} \({name}\)"):
             list(loader.batches(np.array([row]), 0))
-    with pytest.raises(BadBeton, match="image 0 "):
+    with pytest.raises(InvalidBetonError, match="image 0 "):
         check_beton(loader.path, whole=True)
 
 

@@ -171,7 +171,7 @@ class Faults:
         call_before(Trainer, "_begin_epoch", lambda t: self.check("begin_epoch", t.at.step))
         wrap(Trainer, "_forward", self._make_non_finite)
         call_before(peak_memory, "begin_stage", lambda: self.check("stage"))
-        call_before(BetonLoader, "_cut", lambda *_: self.check("batch"))
+        call_before(BetonLoader, "_decode_part", lambda *_: self.check("batch"))
         for table in (FeatureTable, NeighbourTable):
             call_before(table, "write_shard", lambda *_: self.check("shard"))
         call_before(Lloyd, "_assign", lambda *_: self.check("iteration"))

@@ -9,13 +9,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from dist_scan.data.augment import colour, randaugment
 from dist_scan.data.augment import recipes as augment
-from dist_scan.data.augment.recipes import LOOKS, RecipeConfig, build_recipe
+from dist_scan.data.augment.recipes import RECIPES, RecipeConfig, build_recipe
 from tests.unit.test_augment_operations import photographs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VARIANTS = [
     (name, c)
-    for name, look in LOOKS.items()
+    for name, look in RECIPES.items()
     for c in (("exact", "fused") if look.jitter else ("exact",))
 ]
 
@@ -65,7 +65,7 @@ def test_large_images_do_not_see_their_batch_nor_the_threads(name, threads) -> N
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, look in LOOKS.items() if look.jitter or look.special != "none"]
+    "name", [n for n, look in RECIPES.items() if look.jitter or look.special != "none"]
 )
 def test_the_same_key_gives_the_same_and_another_key_another(name) -> None:
     recipe, images, index = made(name), photographs(32, 60), np.arange(60)
@@ -79,7 +79,7 @@ def test_the_same_key_gives_the_same_and_another_key_another(name) -> None:
 def test_input_is_left_alone() -> None:
     images = photographs(32, 20)
     before = images.copy()
-    for name in LOOKS:
+    for name in RECIPES:
         run(made(name), images, np.arange(20))
     assert np.array_equal(images, before)
 
@@ -224,7 +224,7 @@ def test_operations_are_drawn_evenly_with_replacement(monkeypatch: pytest.Monkey
 
 
 def test_crops_the_decoder_cuts() -> None:
-    crop = {name: made(name, 224).crop for name in LOOKS}
+    crop = {name: made(name, 224).crop for name in RECIPES}
     assert (crop["simclr"].kind, crop["simclr"].scale, crop["simclr"].flip) == (
         "random_resized",
         (0.2, 1.0),
@@ -408,11 +408,13 @@ def test_a_turn_is_counter_clockwise() -> None:
 def test_sizes_that_do_not_fit_are_told_with_the_way_out(
     settings, size, stored, resolution, words
 ) -> None:
-    text = augment.misfit(RecipeConfig(**settings), size, stored, resolution)
+    text = augment.resolution_warning(RecipeConfig(**settings), size, stored, resolution)
     assert bool(text) == bool(words) and all(word in text for word in words), text
 
 
 def test_the_way_out_fits() -> None:
     for name in ("center", "randaugment", "simclr"):
         for size in (16, 96, 224):
-            assert not augment.misfit(RecipeConfig(name=name), size, "raw", round(size * 256 / 224))
+            assert not augment.resolution_warning(
+                RecipeConfig(name=name), size, "raw", round(size * 256 / 224)
+            )

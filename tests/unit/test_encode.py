@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_scan.data.encode import JPEG, RAW, Unreadable, encode
+from dist_scan.data.encode import JPEG, RAW, UnreadableImageError, encode
 from tests.support.betons import encoded, picture, settings
 
 RAW40, ORIGINAL = settings("x", stored="raw"), settings("x", stored="original")
@@ -99,7 +99,7 @@ JPG = encoded(picture(), "JPEG")
     ids=["empty", "garbage", "truncated", "nan", "bomb"],
 )
 def test_what_cannot_be_read_says_why(data, reason) -> None:
-    with pytest.raises(Unreadable, match=reason):
+    with pytest.raises(UnreadableImageError, match=reason):
         encode(data, RAW40)
 
 
@@ -118,7 +118,7 @@ def test_damage_of_any_kind_is_listed_and_never_escapes() -> None:
             data[rng.randrange(min(len(data), rng.choice([64, 400, 10**6])))] = rng.randrange(256)
         try:
             encode(bytes(data), rng.choice([RAW40, ORIGINAL]))
-        except Unreadable:
+        except UnreadableImageError:
             listed += 1
     assert listed > 150
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dist_scan.data.feature_cache import FeatureCache, choose_place
+from dist_scan.data.feature_cache import FeatureCache, choose_placement
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.feed import FeatureFeed, Plan
+from dist_scan.data.feed import EpochPlan, FeatureFeed
 from dist_scan.data.order import cached_views
 from dist_scan.heads.features import HeadFeatures
 from dist_scan.heads.products import one_above_other
@@ -43,7 +43,7 @@ def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path: Pa
             .normal(size=(len(range(*table.shard_range(shard))), 4, 5))
             .astype(np.float32),
         )
-    feed = FeatureFeed(table, Plan(np.arange(20), 6, 3, current()), torch.device("cpu"))
+    feed = FeatureFeed(table, EpochPlan(np.arange(20), 6, 3, current()), torch.device("cpu"))
     batches = list(feed.batches(2, first_step=1))
     assert len(batches) == 2
     for batch in batches:
@@ -55,7 +55,7 @@ def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path: Pa
             )
         assert one_above_other(*batch.views) is not None and not torch.equal(*batch.views)
         for kind in ("none", "l2", "standardise"):
-            features = HeadFeatures(None, 5, kind, table.moments(), trained=False)
+            features = HeadFeatures(None, 5, kind, table.mean_and_std(), trained=False)
             pair = features.of_pair(*batch.views)
             assert one_above_other(*pair) is not None
             apart = features.of_pair(batch.views[0].clone(), batch.views[1].clone())
@@ -76,21 +76,21 @@ def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path: Pa
     ],
 )
 def test_the_first_place_with_room_is_taken(on_gpu, device, host, copies, place) -> None:
-    chosen, why = choose_place(
+    chosen, why = choose_placement(
         40 * GIB + (3 * GIB if place == "mapped" else 0), on_gpu, device * GIB, host * GIB, copies
     )
     assert chosen == place and "GiB" in why
 
 
 def test_what_was_asked_for_is_given_or_refused() -> None:
-    assert choose_place(GIB, True, 80 * GIB, 80 * GIB, 1, "mapped") == (
+    assert choose_placement(GIB, True, 80 * GIB, 80 * GIB, 1, "mapped") == (
         "mapped",
         "asked for by runtime.bank",
     )
     with pytest.raises(ValueError, match="no GPU; allowed: auto, host, mapped"):
-        choose_place(GIB, False, 0, 80 * GIB, 1, "device")
+        choose_placement(GIB, False, 0, 80 * GIB, 1, "device")
     with pytest.raises(ValueError, match="5.00 GiB of host.*allowed: auto, mapped"):
-        choose_place(6 * GIB, False, 0, 20 * GIB, 2, "host")
+        choose_placement(6 * GIB, False, 0, 20 * GIB, 2, "host")
 
 
 def test_free_memory_of_this_machine() -> None:

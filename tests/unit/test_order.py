@@ -10,7 +10,7 @@ from dist_scan.data.order import (
     cached_views,
     epoch_order,
     labelled_order,
-    partner_columns,
+    neighbour_columns,
     rank_plan,
     released_order,
     split_held_out,
@@ -50,10 +50,10 @@ def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
 
 def test_partners_are_uniform_and_self_only_when_asked() -> None:
     index = np.arange(60000)
-    plain = partner_columns(index, 0, 0, 20, False)
+    plain = neighbour_columns(index, 0, 0, 20, False)
     assert plain.min() == 0 and plain.max() == 19
     assert np.abs(np.bincount(plain) / len(index) - 1 / 20).max() < 0.005
-    released = partner_columns(index, 0, 0, 20, True)
+    released = neighbour_columns(index, 0, 0, 20, True)
     assert abs((released == -1).mean() - 1 / 21) < 0.004 and released.max() == 19
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_scan.data.feed import Plan
+from dist_scan.data.feed import EpochPlan
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.stages.true_neighbours import only_true
 from dist_scan.world.world import World
@@ -48,7 +48,7 @@ def plan(tmp_path: Path, k):
         table.write_shard(
             shard, IDS[slice(*table.shard_range(shard))], SCORES[slice(*table.shard_range(shard))]
         )
-    return Plan(
+    return EpochPlan(
         np.arange(7), 7, 0, World(), neighbours=NeighbourTable.open(tmp_path), num_neighbours=k
     )
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from dist_scan.data.hashing import uniforms
+from dist_scan.data.hashing import uniform_draws
 
 CROP = 201  # this use's stream of the hash
 TRIES = 10
@@ -41,7 +41,7 @@ def crop_boxes(
     view: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(boxes [n, 4] int64: top, left, height, width; flips [n] bool) for images of height [n] x width [n]."""
-    draws = uniforms(seed, epoch, index, view, 2 * TRIES + 3, CROP)
+    draws = uniform_draws(seed, epoch, index, view, 2 * TRIES + 3, CROP)
     height, width = height.astype(np.int64), width.astype(np.int64)
     flips = draws[:, -1] < spec.flip
     if spec.kind == "random_resized":

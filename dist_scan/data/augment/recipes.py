@@ -19,7 +19,7 @@ from dist_scan.config import StrictModel
 from dist_scan.data.augment import colour, warp
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.augment.randaugment import randaugment
-from dist_scan.data.hashing import uniforms
+from dist_scan.data.hashing import uniform_draws
 
 COLOUR = 301  # this use's stream of the hash
 NUM_DRAWS = 24
@@ -47,7 +47,7 @@ class RecipeSpec:
 
 
 SCAN_JITTER = (0.4, 0.4, 0.4, 0.1)
-LOOKS: dict[str, RecipeSpec] = {
+RECIPES: dict[str, RecipeSpec] = {
     "center": RecipeSpec("center"),
     "whole": RecipeSpec("center", share=(1.0,)),
     "crop": RecipeSpec("random", flip=0.5),
@@ -118,10 +118,10 @@ class RecipeConfig(StrictModel):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in LOOKS:
-            close = difflib.get_close_matches(name, LOOKS, 1)
+        if name not in RECIPES:
+            close = difflib.get_close_matches(name, RECIPES, 1)
             raise ValueError(
-                f"no such recipe; allowed: {', '.join(LOOKS)}{f'; did you mean {close[0]}?' if close else ''}"
+                f"no such recipe; allowed: {', '.join(RECIPES)}{f'; did you mean {close[0]}?' if close else ''}"
             )
         return name
 
@@ -134,7 +134,7 @@ class RecipeConfig(StrictModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> RecipeConfig:
-        look = LOOKS[self.name]
+        look = RECIPES[self.name]
         applies = {
             "scale": look.crop == "random_resized",
             "share": bool(look.share),
@@ -185,7 +185,7 @@ class Recipe:
             raise ValueError(
                 f"a recipe takes uint8 [B, S, S, 3] and B rows, got {images.dtype} {list(images.shape)} and {len(index)} rows"
             )
-        draws = uniforms(seed, epoch, np.asarray(index), view, NUM_DRAWS, COLOUR)
+        draws = uniform_draws(seed, epoch, np.asarray(index), view, NUM_DRAWS, COLOUR)
         x = self._special(images.permute(0, 3, 1, 2).contiguous().float(), draws).div_(255)
         x = self._colour(x, draws)
         if self.look.normalise:
@@ -234,7 +234,7 @@ def build_recipe(
     config: RecipeConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Recipe:
     """The recipe for views of `size` pixels. Centre and random crops of large images are of the 256/224 enlarged one, as published."""
-    base, size = LOOKS[config.name], config.size or size
+    base, size = RECIPES[config.name], config.size or size
     changes = {
         k: getattr(config, k)
         for k in ("scale", "share", "degrees", "flip", "blur_p", "grey_p")
@@ -258,9 +258,9 @@ def build_recipe(
     return Recipe(look, crop, mean, std, config.colour == "fused", hole)
 
 
-def misfit(config: RecipeConfig, size: int, stored: str, resolution: int) -> str:
+def resolution_warning(config: RecipeConfig, size: int, stored: str, resolution: int) -> str:
     """What views of images stored like this (see DataConfig) show that is seldom meant, and the way out; '' when the numbers fit."""
-    crop, look = build_recipe(config, size, (0.0,) * 3, (1.0,) * 3).crop, LOOKS[config.name]
+    crop, look = build_recipe(config, size, (0.0,) * 3, (1.0,) * 3).crop, RECIPES[config.name]
     fits = round(crop.size * 256 / 224)
     if look.share or (stored == "original" and (look.crop == "random_resized" or crop.resize)):
         return ""

@@ -36,7 +36,7 @@ ALLOC = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD), ("index", INT_FIELD))
 
 
-class BadBeton(ValueError):
+class InvalidBetonError(ValueError):
     """A .beton that must not be read, and why."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -138,23 +138,23 @@ def check_beton(path: Path, whole: bool = False) -> Tables:
         )
     total = path.stat().st_size
     if total < HEADER.itemsize + len(FIELDS) * FIELD.itemsize:
-        raise BadBeton(path, f"has only {total} bytes, too few for a header")
+        raise InvalidBetonError(path, f"has only {total} bytes, too few for a header")
     header = np.fromfile(path, HEADER, 1)[0]
     if (
         header["version"] != VERSION
         or header["num_fields"] != len(FIELDS)
         or header["page_size"] != PAGE
     ):
-        raise BadBeton(path, "is no .beton of ours (another version or other fields)")
+        raise InvalidBetonError(path, "is no .beton of ours (another version or other fields)")
     fields = np.fromfile(path, FIELD, len(FIELDS), offset=HEADER.itemsize)
     if [
         (bytes(f["name"]).rstrip(b"\0").decode("ascii", "replace"), int(f["type_id"]))
         for f in fields
     ] != list(FIELDS):
-        raise BadBeton(path, "has other fields than image, label, index")
+        raise InvalidBetonError(path, "has other fields than image, label, index")
     n, end = int(header["num_samples"]), int(header["alloc_table_ptr"])
     if end == 0 or total != end + n * ALLOC.itemsize:
-        raise BadBeton(
+        raise InvalidBetonError(
             path,
             f"is cut or unfinished ({total:,} bytes, its header says {end + n * ALLOC.itemsize:,})",
         )
@@ -171,18 +171,18 @@ def check_beton(path: Path, whole: bool = False) -> Tables:
 
 def _check_sums(path: Path, before: bytes, after: bytes, n: int) -> np.ndarray:
     """The checksums [N], once they and the tables match the facts: a flipped label or width, or another build's sidecars, show here."""
-    facts, file = read_facts(path), sidecar(path, "sums.npy")
+    facts, file = read_metadata(path), sidecar(path, "sums.npy")
     try:
         sums = np.load(file)
     except (OSError, ValueError, EOFError):
-        raise BadBeton(path, f"{file.name} beside it is missing or damaged") from None
+        raise InvalidBetonError(path, f"{file.name} beside it is missing or damaged") from None
     if facts.get("tables") != checksum(before + after):
-        raise BadBeton(
+        raise InvalidBetonError(
             path,
             "its tables are not what was written (rotted, or the files beside it are another build's)",
         )
     if len(sums) != n or facts.get("sums") != checksum(sums.tobytes()):
-        raise BadBeton(path, f"{file.name} beside it is damaged or another build's")
+        raise InvalidBetonError(path, f"{file.name} beside it is damaged or another build's")
     return sums
 
 
@@ -190,18 +190,18 @@ def _check_tables(path: Path, rows: np.ndarray, table: np.ndarray, end: int) -> 
     image, n = rows["f0"], len(rows)
     starts, data_end = layout(table["size"])
     if n == 0:
-        raise BadBeton(path, "holds no images")
+        raise InvalidBetonError(path, "holds no images")
     if (
         (table["size"] > PAGE).any()
         or data_end != end
         or not np.array_equal(starts, table["ptr"])
         or not np.array_equal(starts, image["data_ptr"])
     ):
-        raise BadBeton(path, "its tables disagree about where images lie")
+        raise InvalidBetonError(path, "its tables disagree about where images lie")
     if not np.array_equal(table["sample_id"], np.arange(n)) or not np.array_equal(
         rows["f2"], np.arange(n)
     ):
-        raise BadBeton(path, "its images are out of order")
+        raise InvalidBetonError(path, "its images are out of order")
     raw = image["mode"] == 1
     pixels = image["height"].astype(np.int64) * image["width"] * 3
     if (
@@ -210,14 +210,16 @@ def _check_tables(path: Path, rows: np.ndarray, table: np.ndarray, end: int) -> 
         or (table["size"] == 0).any()
         or not np.array_equal(pixels[raw], table["size"][raw].astype(np.int64))
     ):
-        raise BadBeton(path, "has an image whose size does not fit its bytes")
+        raise InvalidBetonError(path, "has an image whose size does not fit its bytes")
 
 
 def _check_bytes(path: Path, rows: np.ndarray, sizes: np.ndarray, sums: np.ndarray) -> None:
     data = np.memmap(path, np.uint8, "r")
     for i, (start, size) in enumerate(zip(rows["f0"]["data_ptr"].tolist(), sizes.tolist())):
         if checksum(data[start : start + size].tobytes()) != int(sums[i]):
-            raise BadBeton(path, f"image {i} ({read_names(path)[i]}) does not match its checksum")
+            raise InvalidBetonError(
+                path, f"image {i} ({read_names(path)[i]}) does not match its checksum"
+            )
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -232,7 +234,7 @@ def read_names(path: Path) -> list[str]:
     return pq.read_table(sidecar(path, "names.parquet"))["name"].to_pylist()
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """num_images, num_bad, class_names, source and storage settings, as written beside the file."""
     file = sidecar(path, "json")
     if not file.is_file():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_scan.data.augment.crops import CropSpec, crop_boxes
 from dist_scan.data.beton.decode import PROBLEMS, cutter
-from dist_scan.data.beton.format import BadBeton, check_beton, read_names
+from dist_scan.data.beton.format import InvalidBetonError, check_beton, read_names
 
 AHEAD = 3  # batches in the making beside the one in use
 
@@ -108,7 +108,7 @@ class BetonLoader:
             tensors,
             [
                 pool.submit(
-                    self._cut,
+                    self._decode_part,
                     rows[s : s + share],
                     epoch,
                     specs,
@@ -125,7 +125,7 @@ class BetonLoader:
             part.result()
         return rows, tensors
 
-    def _cut(
+    def _decode_part(
         self,
         rows: np.ndarray,
         epoch: int,
@@ -160,6 +160,6 @@ class BetonLoader:
         )
         if bad >= 0:
             row = int(rows[bad])
-            raise BadBeton(
+            raise InvalidBetonError(
                 self.path, f"image {row} ({read_names(self.path)[row]}) {PROBLEMS[problem]}"
             )

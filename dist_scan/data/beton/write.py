@@ -19,7 +19,7 @@ import numpy as np
 from dist_scan.config import ConfigError
 from dist_scan.data.beton.decode import decodes
 from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_file, write_sidecars
-from dist_scan.data.encode import Stored, Unreadable, encode
+from dist_scan.data.encode import EncodedImage, UnreadableImageError, encode
 from dist_scan.data.sources.base import DataConfig, Source
 from dist_scan.monitoring.progress import Progress
 from dist_scan.storage.artifacts import fingerprint
@@ -38,7 +38,7 @@ class BetonReport(NamedTuple):
     bad_path: Path
 
 
-def storage_mark(source: str, config: DataConfig) -> str:
+def storage_fingerprint(source: str, config: DataConfig) -> str:
     """Which bytes a build of this source would give."""
     return fingerprint(source, config.stored, config.resolution, config.max_side, config.quality)
 
@@ -52,7 +52,7 @@ def write_beton(
     """
     out, parts = Path(out), sidecar(out, "parts")
     known, chunks = source.fingerprint(), -(-len(source) // CHUNK)
-    mark = storage_mark(known, config)
+    mark = storage_fingerprint(known, config)
     if not parts.is_dir() or not (parts / "mark").is_file() or (parts / "mark").read_text() != mark:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
@@ -131,7 +131,7 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
             names.append(_printable(sample.name))
             labels.append(sample.label)
             rows.append(row)
-        except Unreadable as reason:
+        except UnreadableImageError as reason:
             bad.append((row, _printable(sample.name), str(reason)))
     write_atomic(parts / f"{chunk:06d}.bin", lambda f: f.writelines(s.data for s in stored))
     table = _table(stored)
@@ -148,7 +148,7 @@ def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> 
     return len(span)
 
 
-def _encoded(data: bytes, config: DataConfig) -> Stored:
+def _encoded(data: bytes, config: DataConfig) -> EncodedImage:
     """As `encode`; a JPEG passed through must also decode without a complaint here, where it can still be re-encoded, not in training."""
     stored = encode(data, config)
     if (
@@ -165,7 +165,7 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _table(stored: list[Stored]) -> dict[str, np.ndarray]:
+def _table(stored: list[EncodedImage]) -> dict[str, np.ndarray]:
     return {
         "modes": np.array([s.mode for s in stored], np.uint8),
         "heights": np.array([s.height for s in stored], np.uint16),
@@ -200,7 +200,7 @@ def _assemble(
         "num_images": len(names),
         "num_bad": len(bad),
         "class_names": source.class_names,
-        "mark": storage_mark(known, config),
+        "mark": storage_fingerprint(known, config),
         "source": known,
         "stored": config.stored,
         "resolution": config.resolution,
