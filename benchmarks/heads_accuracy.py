@@ -57,6 +57,7 @@ def train(
         EpochPlan(np.arange(table.num_rows), args.batch, seed, current(), None, neighbours),
         current().device,
     )
+    mean, std = table.mean_and_std()
     seed_step(seed, 0, 0)
     method = cls(
         config,
@@ -64,10 +65,10 @@ def train(
             num_images=table.num_rows,
             global_batch=args.batch,
             seed=seed,
-            total_steps=args.epochs * feed.steps_per_epoch,
             on_features=True,
             feature_dim=table.dim,
-            moments=table.mean_and_std(),
+            feature_mean=mean,
+            feature_std=std,
         ),
     )
     optimizer = build_optimizer(OptimizerConfig(**settings["optimizer"]), method.parameter_groups())

@@ -109,7 +109,6 @@ def build(args: argparse.Namespace, variant: str, device: torch.device):
             num_images=args.batch,
             global_batch=args.batch * current().world_size,
             seed=0,
-            total_steps=args.steps,
             feature_dim=backbone.num_features,
             backbone=backbone,
             backbone_config=config,

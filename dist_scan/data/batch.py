@@ -14,7 +14,7 @@ class Batch:
     """This rank's part of one step.
 
     index: [b] int64, dataset rows (CPU). views: per view [b, 3, S, S] float images, or [b, D] features when the stage
-    reads a feature table. With `wants_neighbour` the last view is that of a random neighbour of each row. Rank r holds rows
+    reads a feature table. With `uses_neighbours` the last view is that of a random neighbour of each row. Rank r holds rows
     [r*b, (r+1)*b) of the global batch, so `all_rows` gives the global batch in the order one rank would see.
     """
 

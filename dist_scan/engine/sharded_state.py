@@ -16,7 +16,7 @@ from dist_scan.world.sharding import RowSharding
 def whole_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """{method, optimizer}: their state dicts, whole on rank 0 (what is dealt is None elsewhere). Collective."""
     state, memory = method.state_dict(), optimizer.state_dict()
-    for name, rows in method.dealt().items():
+    for name, rows in method.sharded_state.items():
         state[name] = rows.gather(state[name])
     for i, parameter, rows in _dealt_parameters(method, optimizer):
         if i in memory["state"]:
@@ -30,7 +30,7 @@ def whole_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, A
 def put_state(saved: dict[str, Any], method: Method, optimizer: torch.optim.Optimizer) -> None:
     """Whole state dicts, as `whole_state` gives them to rank 0, into this rank's method and optimizer."""
     state, memory = dict(saved["method"]), saved["optimizer"]
-    for name, rows in method.dealt().items():
+    for name, rows in method.sharded_state.items():
         state[name] = rows.take(state[name])
     of_parameter = dict(memory["state"])
     for i, parameter, rows in _dealt_parameters(method, optimizer):
@@ -48,7 +48,7 @@ def _dealt_parameters(
     method: Method, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[int, Tensor, RowSharding]]:
     """(number in the optimizer's state dict, parameter, its rows)."""
-    dealt = method.dealt()
+    dealt = method.sharded_state
     names = {id(p): name for name, p in method.named_parameters()}
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if names.get(id(parameter)) in dealt:

@@ -60,7 +60,7 @@ class Checkpointer:
         """Write a checkpoint now (collective)."""
         state = {**whole_state(method, optimizer), "position": at.saved()}
         self.checkpoints.save(
-            at.step, state, method.banks(), after_moment=at.begun and at.step_in_epoch == 0
+            at.step, state, method.memory_banks(), after_moment=at.begun and at.step_in_epoch == 0
         )
         self.last = time.monotonic()
 
@@ -78,13 +78,13 @@ class Checkpointer:
     def load(self, method: Method, optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Put the newest good checkpoint into method and optimizer (collective). None: there is none, start at 0."""
         found = self.checkpoints.load(
-            torch.device("cpu") if method.dealt() else current().device
+            torch.device("cpu") if method.sharded_state else current().device
         )  # the whole may not fit on a device
         if found is None:
             return None
         state, folder = found
         put_state(state, method, optimizer)
-        for name, bank in method.banks().items():
+        for name, bank in method.memory_banks().items():
             bank.load(load_bank_files(folder, name))
         self.last = time.monotonic()
         return TrainState(**state["position"])

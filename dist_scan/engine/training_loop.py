@@ -84,7 +84,7 @@ class Trainer:
     def run(self) -> TrainState:
         """Train to the end. Raises Stopped (everything saved), Diverged, or CheckpointError."""
         self.at = self.saver.load(self.method, self.optimizer) or TrainState()
-        self.network = self.method if self.method.dealt() else wrap(self.method)
+        self.network = self.method if self.method.sharded_state else wrap(self.method)
         total = self.schooling.epochs * self.feed.steps_per_epoch
         with (
             self.timing,
@@ -105,7 +105,7 @@ class Trainer:
 
     def _batches(self, first_step: int = 0) -> Iterator[Batch]:
         return self.feed.batches(
-            self.at.epoch, first_step, self.method.views_of(self.at.epoch), self.rows
+            self.at.epoch, first_step, self.method.epoch_views(self.at.epoch), self.rows
         )
 
     @watched("begin_epoch")
@@ -247,7 +247,7 @@ class Trainer:
         if warning := self.method.warning():
             self.at.warnings = [*self.at.warnings, warning]
             self.say(f"warning: {self.name}: {warning}")
-        if reason := self.method.finished():
+        if reason := self.method.early_stop_reason():
             self.say(
                 f"{self.name}: ended after epoch {self.at.epoch + 1} of {self.schooling.epochs}: {reason}"
             )

@@ -37,11 +37,11 @@ class LayerProbes(Method):
     recipes = ("crop",)
 
     def __init__(
-        self, config: ProbesConfig, given: MethodInputs, labels: Tensor, sample: Tensor
+        self, config: ProbesConfig, inputs: MethodInputs, labels: Tensor, sample: Tensor
     ) -> None:
         """labels [N] int64, -1 never visited; sample: a batch of images, to see how wide layers are."""
-        super().__init__(config, given)
-        self.backbone = given.backbone.requires_grad_(False).eval()
+        super().__init__(config, inputs)
+        self.backbone = inputs.backbone.requires_grad_(False).eval()
         self.labels, self.num_classes = labels, int(labels.max()) + 1
         self.caught: dict[str, Tensor] = {}
         for name in config.layers:

@@ -26,7 +26,8 @@ class HeadFeatures(nn.Module):
         backbone: nn.Module | None,
         dim: int,
         normalise: Normalise,
-        moments: tuple[np.ndarray, np.ndarray] | None,
+        mean: np.ndarray | None,
+        std: np.ndarray | None,
         trained: bool,
     ) -> None:
         super().__init__()
@@ -34,12 +35,12 @@ class HeadFeatures(nn.Module):
             raise ValueError(
                 "heads need features of a known width: give a backbone, or a feature table"
             )
-        if normalise == "standardise" and moments is None:
+        if normalise == "standardise" and (mean is None or std is None):
             raise ValueError(
-                "normalise: 'standardise' needs the moments of a feature table; allowed on images: none, l2"
+                "normalise: 'standardise' needs the mean and standard deviation of a feature table; allowed on images: none, l2"
             )
         self.trained = trained
-        self.norm = FeatureNorm(normalise, dim, moments)
+        self.norm = FeatureNorm(normalise, dim, mean, std)
         self.backbone = None if backbone is None else backbone.requires_grad_(trained)
 
     def train(self, mode: bool = True) -> HeadFeatures:

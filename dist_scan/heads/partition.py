@@ -48,8 +48,10 @@ def choose_partition(
 ) -> tuple[HeadPartition, str]:
     """(what ranks share, why) for heads of `sizes` clusters on features [batch, dim] of the global batch.
 
-    Raises ValueError when what was asked for would leave a rank without work.
+    `sizes` is empty for a method whose heads cannot be split. Raises ValueError when what was asked for would leave a rank without work.
     """
+    if not sizes:
+        return "batch", "the heads of this method cannot be split"
     if wanted != "auto":
         _refuse_idle_ranks(world_size, sizes, wanted)
         return wanted, "asked for by runtime.heads"

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ class MethodConfig(StrictModel):
     """Settings of a method; `kind` is the name of its file, and a method says so: kind: Literal["mine"] = "mine"."""
 
     kind: str
+
+    def partitionable_heads(self) -> tuple[int, ...]:
+        """Clusters of each head, where heads or their clusters may be split over ranks (heads/partition.py); else ()."""
+        return ()
 
     def check_batch(self, global_batch: int, world_size: int) -> None:
         """Raise ValueError when the method cannot train on batches of global_batch images over so many ranks (before any work)."""
@@ -73,7 +78,6 @@ class MethodInputs:
     num_images: int
     global_batch: int
     seed: int
-    total_steps: int
     on_features: bool = False
     """Views are rows of a feature table, not images."""
     feature_dim: int = 0
@@ -82,16 +86,18 @@ class MethodInputs:
     """Fresh or loaded, as the stage says; with on_features it is what made the features and is only published."""
     backbone_config: Any = None
     """Its models.backbone.BackboneConfig, so that a publication can be loaded again."""
-    moments: tuple[np.ndarray, np.ndarray] | None = None
-    """Mean and standard deviation [D] of the table's features, when on_features."""
-    inputs: Mapping[str, Path] = field(default_factory=dict)
-    """Folders of the artefacts this stage refers to, by role (`model`: a published cluster model)."""
+    feature_mean: np.ndarray | None = None
+    """Mean [D] of the table's features, when on_features."""
+    feature_std: np.ndarray | None = None
+    """Standard deviation [D] of the table's features, when on_features."""
+    input_folders: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the artifacts that the stage refers to, by role (`model`: a published cluster model)."""
     epochs: int = 0
     work_dir: Path | None = None
     """Where tables of a whole-set moment lie while it lasts (the same on all ranks; not there until someone makes it)."""
-    share: HeadPartition = "batch"
+    head_partition: HeadPartition = "batch"
     """What ranks share: the batch, or (on features) the heads or their clusters, and then each rank has the whole batch."""
-    stop: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], bool] = lambda: False
     """Whether someone asked this process to leave: long searches ask it and raise Stopped."""
 
 
@@ -108,34 +114,25 @@ class Method(nn.Module, ABC):
     """One augmentation recipe per view, by name; the stage's `recipes:` overrides them."""
     needs: ClassVar[tuple[str, ...]] = ()
     """What its stage must give: images (cached features will not do), model (it starts from a published cluster model)."""
-    wants_neighbour: ClassVar[bool] = False
+    uses_neighbours: ClassVar[bool] = False
     """The last view is of a random neighbour of the row instead of the row itself."""
     publishes: ClassVar[tuple[str, ...]] = ("backbone",)
     """What other stages may take from publish()'s folder: backbone, model (a cluster model), clusters (of the training images)."""
 
-    def __init__(self, config: MethodConfig, given: MethodInputs) -> None:
+    sharded_state: Mapping[str, RowSharding] = MappingProxyType({})
+    """Parameters and buffers of which each rank has only its rows, by state-dict name. When there are any, no gradient is averaged:
+    each rank has the whole global batch, and the gradient of its loss is that of the global loss."""
+
+    def __init__(self, config: MethodConfig, inputs: MethodInputs) -> None:
         super().__init__()
-        self.config, self.given = config, given
+        self.config, self.inputs = config, inputs
 
     @classmethod
     def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
         """The recipes of a method whose number of views is a setting; else `recipes`."""
         return cls.recipes
 
-    @classmethod
-    def choose_partition(
-        cls,
-        config: MethodConfig,
-        world_size: int,
-        dim: int,
-        global_batch: int,
-        wanted: HeadPartition | Literal["auto"],
-    ) -> tuple[HeadPartition, str]:
-        """(what ranks share when it trains on features [global_batch, dim], why); the why is said. Raises ValueError when `wanted`
-        cannot be."""
-        return "batch", "the only way of this method"
-
-    def views_of(self, epoch: int) -> tuple[int, ...] | None:
+    def epoch_views(self, epoch: int) -> tuple[int, ...] | None:
         """Which recipes make the views of this epoch, by number, also one several times; None: each once. Others are not decoded."""
         return None
 
@@ -162,7 +159,7 @@ class Method(nn.Module, ABC):
         """After an epoch; collective. Choosing by held-out rows; returns what to log (equal on all ranks)."""
         return {}
 
-    def finished(self) -> str:
+    def early_stop_reason(self) -> str:
         """A reason to end training before the last epoch (a plateau), or ''. Asked after end_epoch; equal on all ranks."""
         return ""
 
@@ -170,20 +167,15 @@ class Method(nn.Module, ABC):
         """What a person must hear of the epoch that ended (a collapse, with the remedy), or ''. Asked after end_epoch; equal on all ranks."""
         return ""
 
-    def banks(self) -> Mapping[str, MemoryBank]:
+    def memory_banks(self) -> Mapping[str, MemoryBank]:
         """Rows per image, sharded over ranks; saved by shard and re-dealt when the number of ranks changes."""
-        return {}
-
-    def dealt(self) -> Mapping[str, RowSharding]:
-        """Parameters and buffers of which each rank has only its rows, by their names in the state dict. When there are any, no gradient
-        is averaged: each rank has the whole global batch, and its loss's gradient is the global loss's."""
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What the optimizer updates."""
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
-    def collect(self) -> None:
+    def prepare_publish(self) -> None:
         """Just before publish; collective: bring what it writes to rank 0."""
 
     @abstractmethod

@@ -91,27 +91,27 @@ class DeepClusterMethod(Method):
     needs = ("images",)
     publishes = ("backbone", "clusters")
 
-    def __init__(self, config: DeepClusterConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        if config.whiten_dim is not None and config.whiten_dim > given.feature_dim:
+    def __init__(self, config: DeepClusterConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        if config.whiten_dim is not None and config.whiten_dim > inputs.feature_dim:
             raise ValueError(
-                f"whiten_dim: {config.whiten_dim} of {given.feature_dim} features; allowed: at most {given.feature_dim}, or null"
+                f"whiten_dim: {config.whiten_dim} of {inputs.feature_dim} features; allowed: at most {inputs.feature_dim}, or null"
             )
-        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
-        self.top = nn.Linear(given.feature_dim, config.num_clusters)
+        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
+        self.top = nn.Linear(inputs.feature_dim, config.num_clusters)
         self.register_buffer("used", torch.zeros((), dtype=torch.int64))
         self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
-        snapshots = -(-given.epochs // config.reassign) if config.track else 0
-        self.assignment = MemoryBank(given.num_images, dtype=torch.int32, fill=-1)
+        snapshots = -(-inputs.epochs // config.reassign) if config.track else 0
+        self.assignment = MemoryBank(inputs.num_images, dtype=torch.int32, fill=-1)
         self.history = (
-            MemoryBank(given.num_images, (snapshots,), torch.int32, fill=-1) if snapshots else None
+            MemoryBank(inputs.num_images, (snapshots,), torch.int32, fill=-1) if snapshots else None
         )
         self.targets = torch.full(
-            (given.num_images,), -1
+            (inputs.num_images,), -1
         )  # the whole bank, on every rank: read again after a resume
         self.kept: Tensor | None = None
 
-    def banks(self) -> dict[str, MemoryBank]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         return {"assignment": self.assignment} | ({"history": self.history} if self.history else {})
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -139,7 +139,7 @@ class DeepClusterMethod(Method):
         self.assignment.fill(torch.from_numpy(found.assignment))
         if self.history is not None:
             self.history.fill(torch.from_numpy(found.assignment), epoch // self.config.reassign)
-        fresh = torch.Generator().manual_seed(seed_of(self.given.seed, TOP, epoch))
+        fresh = torch.Generator().manual_seed(seed_of(self.inputs.seed, TOP, epoch))
         with torch.no_grad():
             self.top.weight.copy_(torch.randn(self.top.weight.shape, generator=fresh) * 0.01)
             self.top.bias.zero_()
@@ -149,11 +149,11 @@ class DeepClusterMethod(Method):
         """Balanced over pseudo-labels, as the sampler says."""
         self.targets = self.assignment.whole().long()
         return SAMPLERS[self.config.sampler](
-            rows, self.targets.numpy()[rows], self.given.seed, epoch
+            rows, self.targets.numpy()[rows], self.inputs.seed, epoch
         )
 
     def _cluster(self, table: FeatureTable, epoch: int) -> Clustering:
-        folder, stop = emptied(self.given.work_dir), self.given.stop
+        folder, stop = emptied(self.inputs.work_dir), self.inputs.stop_requested
         if self.config.whiten_dim is not None:
             table = whitened(
                 table, whiten_table(table, self.config.whiten_dim), folder / "whitened", stop=stop
@@ -166,7 +166,7 @@ class DeepClusterMethod(Method):
             iterations=self.config.iterations,
             init="random",
             normalise=self.config.whiten_dim is None,
-            seed=seed_of(self.given.seed, SEED, epoch),
+            seed=seed_of(self.inputs.seed, SEED, epoch),
             stop=stop,
             progress=current().rank == 0,
         )
@@ -182,7 +182,7 @@ class DeepClusterMethod(Method):
             folder / "neighbours",
             c.pic_neighbours,
             metric=metric,
-            stop=self.given.stop,
+            stop=self.inputs.stop_requested,
             progress=loud,
         )
         found = pic(
@@ -191,7 +191,7 @@ class DeepClusterMethod(Method):
             alpha=c.pic_alpha,
             iterations=c.pic_iterations,
             teleport=c.pic_teleport,
-            stop=self.given.stop,
+            stop=self.inputs.stop_requested,
             progress=loud,
         )
         return _compact(found.assignment, found.num_clusters, c.num_clusters, 0)
@@ -216,13 +216,13 @@ class DeepClusterMethod(Method):
         """What the clustering of this epoch was like."""
         return {name: value for name, value in zip(FACTS, self.facts.tolist()) if value == value}
 
-    def collect(self) -> None:
+    def prepare_publish(self) -> None:
         self.targets = self.assignment.whole().long()
         self.kept = self.history.whole() if self.history is not None else None
 
     def publish(self, out: Path) -> None:
         """The backbone, and the last epoch's assignment (images that sat out count as cluster 0)."""
-        save_backbone(out, self.backbone, self.given.backbone_config)
+        save_backbone(out, self.backbone, self.inputs.backbone_config)
         Assignments(self.targets.clamp(min=0).numpy(), max(int(self.used), 1)).save(out)
         if self.kept is not None:
             save_history(

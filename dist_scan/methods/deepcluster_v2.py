@@ -62,12 +62,12 @@ class DeepClusterV2Method(Method):
     needs = ("images",)
     publishes = ("backbone", "clusters")
 
-    def __init__(self, config: DeepClusterV2Config, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
+    def __init__(self, config: DeepClusterV2Config, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
         self.projector = convert_batch_norm(
             Projector(
-                given.feature_dim,
+                inputs.feature_dim,
                 config.projection_dim,
                 hidden_dim=config.hidden_dim,
                 batch_norm=True,
@@ -79,16 +79,16 @@ class DeepClusterV2Method(Method):
             requires_grad=False,
         )
         self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
-        self.projections = MemoryBank(given.num_images, (REMEMBERED, config.projection_dim))
-        self.assignment = MemoryBank(given.num_images, (config.num_heads,), torch.int32, fill=-1)
+        self.projections = MemoryBank(inputs.num_images, (REMEMBERED, config.projection_dim))
+        self.assignment = MemoryBank(inputs.num_images, (config.num_heads,), torch.int32, fill=-1)
         self.history = (
-            MemoryBank(given.num_images, (given.epochs,), torch.int32, fill=-1)
+            MemoryBank(inputs.num_images, (inputs.epochs,), torch.int32, fill=-1)
             if config.track
             else None
         )
         self.kept: Tensor | None = None
         self.targets = torch.full(
-            (given.num_images, config.num_heads), -1
+            (inputs.num_images, config.num_heads), -1
         )  # the whole bank, on every rank: read again after a resume
 
     @classmethod
@@ -96,7 +96,7 @@ class DeepClusterV2Method(Method):
         """Two views, and the small ones."""
         return cls.recipes + cls.recipes[:1] * config.small_crops
 
-    def banks(self) -> dict[str, MemoryBank]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         return {"projections": self.projections, "assignment": self.assignment} | (
             {"history": self.history} if self.history else {}
         )
@@ -115,8 +115,8 @@ class DeepClusterV2Method(Method):
                     init="random",
                     spherical=True,
                     view=head % REMEMBERED,
-                    seed=seed_of(self.given.seed, SEED, epoch, head),
-                    stop=self.given.stop,
+                    seed=seed_of(self.inputs.seed, SEED, epoch, head),
+                    stop=self.inputs.stop_requested,
                     progress=current().rank == 0,
                 )
             )
@@ -153,11 +153,11 @@ class DeepClusterV2Method(Method):
 
     def _as_table(self) -> FeatureTable:
         """The bank on disk, where k-means reads it: shard s of one is shard s of the other."""
-        out = emptied(self.given.work_dir)
+        out = emptied(self.inputs.work_dir)
         if current().rank == 0:
             FeatureTable.create(
                 out,
-                self.given.num_images,
+                self.inputs.num_images,
                 REMEMBERED,
                 self.config.projection_dim,
                 self.projections.num_shards,
@@ -204,13 +204,13 @@ class DeepClusterV2Method(Method):
         """What the clusterings of this epoch were like; NMI is the heads' mean."""
         return {name: value for name, value in zip(FACTS, self.facts.tolist()) if value == value}
 
-    def collect(self) -> None:
+    def prepare_publish(self) -> None:
         self.targets = self.assignment.whole().long()
         self.kept = self.history.whole() if self.history is not None else None
 
     def publish(self, out: Path) -> None:
         """The backbone and projector, and the first head's last assignment."""
-        save_backbone(out, self.backbone, self.given.backbone_config, self.projector)
+        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
         Assignments(self.targets[:, 0].numpy(), self.config.num_clusters).save(out)
         if self.kept is not None:
             save_history(out, np.arange(self.kept.shape[1]), self.kept.numpy())

@@ -102,34 +102,36 @@ class MMDCMethod(Method):
         """Without rotation two views: weak (matched), strong (trained on)."""
         return cls.recipes if config.rotation else cls.recipes[:ROTATED]
 
-    def __init__(self, config: MMDCConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
+    def __init__(self, config: MMDCConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
         variance = config.sigma if config.sigma_meaning == "variance" else config.sigma**2
         self.codes = SphereCodes(
-            given.num_images,
+            inputs.num_images,
             config.num_clusters,
             config.code_dim or config.num_clusters,
             config.means,
             variance,
-            given.seed,
+            inputs.seed,
         )
         self.network = CodeNetwork(
-            convert_batch_norm(given.backbone, config.bn_groups), given.feature_dim, self.codes.dim
+            convert_batch_norm(inputs.backbone, config.bn_groups),
+            inputs.feature_dim,
+            self.codes.dim,
         )
-        self.rotation_head = small_linear(given.feature_dim, 4) if config.rotation else None
-        self.target_id = MemoryBank(given.num_images, dtype=torch.int64)
-        self.target_id.fill(torch.arange(given.num_images))
+        self.rotation_head = small_linear(inputs.feature_dim, 4) if config.rotation else None
+        self.target_id = MemoryBank(inputs.num_images, dtype=torch.int64)
+        self.target_id.fill(torch.arange(inputs.num_images))
         self.history = (
             MemoryBank(
-                given.num_images, (-(-given.epochs // self.epochs_a_round),), torch.int32, fill=-1
+                inputs.num_images, (-(-inputs.epochs // self.epochs_a_round),), torch.int32, fill=-1
             )
             if config.track
             else None
         )
         self.kept: Tensor | None = None
         self.last_ids = torch.arange(
-            given.num_images
-        )  # the whole bank; on every rank after collect()
+            inputs.num_images
+        )  # the whole bank; on every rank after prepare_publish()
 
     @property
     def epochs_a_round(self) -> int:
@@ -144,7 +146,7 @@ class MMDCMethod(Method):
         """Whether targets come from k-means in this epoch."""
         return self.config.refine_from is not None and epoch >= self.config.refine_from
 
-    def views_of(self, epoch: int) -> tuple[int, ...]:
+    def epoch_views(self, epoch: int) -> tuple[int, ...]:
         """Four cuts to rotate, or weak and strong; the weak view is for matching only."""
         if self.rotates(epoch):
             return (ROTATED,) * 4
@@ -156,17 +158,17 @@ class MMDCMethod(Method):
             outputs, k, n = (
                 embed(self.network, WEAK),
                 self.config.num_clusters,
-                self.given.num_images,
+                self.inputs.num_images,
             )
             found = kmeans(
                 outputs,
                 k,
                 iterations=300,
                 restarts=self.config.refine_restarts,
-                seed=self.given.seed + 1000 * epoch,
-                stop=self.given.stop,
+                seed=self.inputs.seed + 1000 * epoch,
+                stop=self.inputs.stop_requested,
                 progress=current().rank == 0,
-                keep=self.given.work_dir and self.given.work_dir / "refinement.npz",
+                keep=self.inputs.work_dir and self.inputs.work_dir / "refinement.npz",
             )
             previous = self.codes.component(self.target_id.whole().numpy())
             self.target_id.fill(n + torch.from_numpy(relabel(found.assignment, previous, k)))
@@ -252,7 +254,7 @@ class MMDCMethod(Method):
                     batch.index, step.keep["nearest"], batch.epoch // self.epochs_a_round
                 )
 
-    def banks(self) -> dict[str, MemoryBank]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         return {"target_id": self.target_id} | ({"history": self.history} if self.history else {})
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -263,7 +265,7 @@ class MMDCMethod(Method):
             ParameterGroup([p for p in parameters if p.ndim <= 1], weight_decay=0.0),
         ]
 
-    def collect(self) -> None:
+    def prepare_publish(self) -> None:
         self.last_ids = self.target_id.whole()
         self.kept = self.history.whole() if self.history is not None else None
 
@@ -271,15 +273,15 @@ class MMDCMethod(Method):
         """A cluster model whose largest logit is the nearest mean (the product with unit means; logits are not of unit length), the
         backbone, and the components of the last targets."""
         means = torch.from_numpy(self.codes.means).to(self.network.head.weight)
-        head = nn.Linear(self.given.feature_dim, self.config.num_clusters).to(means)
+        head = nn.Linear(self.inputs.feature_dim, self.config.num_clusters).to(means)
         with torch.no_grad():
             head.weight.copy_(means @ self.network.head.weight)
             head.bias.copy_(means @ self.network.head.bias)
-        norm = FeatureNorm("none", self.given.feature_dim)
+        norm = FeatureNorm("none", self.inputs.feature_dim)
         save_cluster_model(
-            out, ClusterModel(self.network.backbone, norm, head, self.given.backbone_config)
+            out, ClusterModel(self.network.backbone, norm, head, self.inputs.backbone_config)
         )
-        save_backbone(out, self.network.backbone, self.given.backbone_config)
+        save_backbone(out, self.network.backbone, self.inputs.backbone_config)
         Assignments(self.codes.component(self.last_ids.numpy()), self.config.num_clusters).save(out)
         if self.kept is not None:
             epochs = np.arange(self.kept.shape[1]) * self.epochs_a_round + int(

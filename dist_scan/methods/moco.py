@@ -50,16 +50,16 @@ class MoCoMethod(Method):
     recipes = ("moco_v2", "moco_v2")
     needs = ("images",)
 
-    def __init__(self, config: MoCoConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
-        self.projector = Projector(given.feature_dim, config.projection_dim, config.mlp)
+    def __init__(self, config: MoCoConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
+        self.projector = Projector(inputs.feature_dim, config.projection_dim, config.mlp)
         self.key = MomentumCopy(nn.Sequential(self.backbone, self.projector), config.momentum)
         self.queue = Queue(
             config.queue_size,
             config.projection_dim,
-            given.global_batch * (1 + config.symmetric),
-            given.seed,
+            inputs.global_batch * (1 + config.symmetric),
+            inputs.seed,
         )
 
     def forward(self, batch: Batch) -> Step:
@@ -83,7 +83,7 @@ class MoCoMethod(Method):
         if self.config.bn_groups == 1:
             return F.normalize(at_least_fp32(self.key(images)), dim=1)
         b, start = len(images), current().rank * len(images)
-        order = shuffled(b * current().world_size, self.given.seed, 2 * step + way).to(
+        order = shuffled(b * current().world_size, self.inputs.seed, 2 * step + way).to(
             images.device
         )
         keys = F.normalize(
@@ -97,7 +97,7 @@ class MoCoMethod(Method):
         self.queue.enqueue(step.keep["keys"])
 
     def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.given.backbone_config, self.projector)
+        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
 
 
 def shuffled(num_rows: int, seed: int, step: int) -> Tensor:

@@ -42,22 +42,22 @@ class NCEMethod(Method):
     recipes = ("moco_v1",)
     needs = ("images",)
 
-    def __init__(self, config: NCEConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
-        self.projector = Projector(given.feature_dim, config.projection_dim, mlp=False)
-        self.memory = MemoryBank(given.num_images, (config.projection_dim,))
+    def __init__(self, config: NCEConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
+        self.projector = Projector(inputs.feature_dim, config.projection_dim, mlp=False)
+        self.memory = MemoryBank(inputs.num_images, (config.projection_dim,))
         for s, rows in self.memory.shards.items():
             rows.copy_(
                 F.normalize(
                     torch.randn(
-                        rows.shape, generator=torch.Generator().manual_seed(given.seed * 4099 + s)
+                        rows.shape, generator=torch.Generator().manual_seed(inputs.seed * 4099 + s)
                     ),
                     dim=1,
                 )
             )
 
-    def banks(self) -> dict[str, MemoryBank]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         return {"memory": self.memory}
 
     def forward(self, batch: Batch) -> Step:
@@ -80,7 +80,7 @@ class NCEMethod(Method):
         )
 
     def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.given.backbone_config, self.projector)
+        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
 
 
 def instance_loss(z_BD: Tensor, own_BD: Tensor, memory_MD: Tensor, temperature: float) -> Tensor:

@@ -31,10 +31,10 @@ class RotNetMethod(Method):
     recipes = ("standard",)
     needs = ("images",)
 
-    def __init__(self, config: RotNetConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
-        self.head = nn.Linear(given.feature_dim, TURNS)
+    def __init__(self, config: RotNetConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
+        self.head = nn.Linear(inputs.feature_dim, TURNS)
 
     def forward(self, batch: Batch) -> Step:
         images, turns = quarter_turns(batch.views[0])
@@ -45,7 +45,7 @@ class RotNetMethod(Method):
         )
 
     def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.given.backbone_config)
+        save_backbone(out, self.backbone, self.inputs.backbone_config)
 
 
 def quarter_turns(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +13,15 @@ from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.autograd import scan_heads_loss
 from dist_scan.heads.features import BestNetwork, HeadFeatures, choose, publish
 from dist_scan.heads.linear import ClusterHeads, NumClusters, head_sizes
-from dist_scan.heads.partition import HeadPartition, choose_partition
 from dist_scan.heads.selection import HeadSelection
 from dist_scan.heads.split_clusters import scan_clusters_loss
 from dist_scan.losses import ScanTerms
 from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.layers import Normalise
-from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
+
+SHARDED = ("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias")
 
 
 class ScanConfig(NetworkConfig):
@@ -39,6 +38,10 @@ class ScanConfig(NetworkConfig):
     train_backbone: bool = True
     """On images: train the network too (small sets), or only the heads, the network in eval mode (ImageNet)."""
 
+    def partitionable_heads(self) -> tuple[int, ...]:
+        """Heads, and the clusters of a head, are independent of one another."""
+        return head_sizes(self.num_clusters, self.num_heads)
+
 
 class ScanMethod(Method):
     """H heads at once; per number of clusters the head and epoch with the lowest held-out loss is published, without held-out rows
@@ -47,27 +50,34 @@ class ScanMethod(Method):
     Config = ScanConfig
     recipes = ("simclr", "simclr")
     publishes = ("model",)
-    wants_neighbour = True
+    uses_neighbours = True
 
-    def __init__(self, config: ScanConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        trained = config.train_backbone and not given.on_features
+    def __init__(self, config: ScanConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        trained = config.train_backbone and not inputs.on_features
         if trained and not isinstance(config.num_clusters, int):
             raise ValueError(
                 f"num_clusters: {list(config.num_clusters)} on a trained network, of which each number would choose another epoch; "
                 "give one number, or train_backbone: false"
             )
-        backbone = None if given.on_features else given.backbone
+        backbone = None if inputs.on_features else inputs.backbone
         self.features = HeadFeatures(
-            backbone, given.feature_dim, config.normalise, given.moments, trained
+            backbone,
+            inputs.feature_dim,
+            config.normalise,
+            inputs.feature_mean,
+            inputs.feature_std,
+            trained,
         )
         self.heads = ClusterHeads(
-            given.feature_dim, config.num_clusters, config.num_heads, given.share
+            inputs.feature_dim, config.num_clusters, config.num_heads, inputs.head_partition
         )
         if trained:
             convert_batch_norm(backbone, config.bn_groups)
         self.choice = HeadSelection(self.heads)
         self.best = BestNetwork(backbone) if trained else None
+        if self.heads.dealt is not None:
+            self.sharded_state = dict.fromkeys(SHARDED, self.heads.dealt)
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     def forward(self, batch: Batch) -> Step:
@@ -121,33 +131,10 @@ class ScanMethod(Method):
         self._last = None
         return values
 
-    @classmethod
-    def choose_partition(
-        cls,
-        config: ScanConfig,
-        world_size: int,
-        dim: int,
-        global_batch: int,
-        wanted: HeadPartition | Literal["auto"],
-    ) -> tuple[HeadPartition, str]:
-        return choose_partition(
-            world_size, head_sizes(config.num_clusters, config.num_heads), dim, global_batch, wanted
-        )
-
-    def dealt(self) -> Mapping[str, RowSharding]:
-        rows = self.heads.dealt
-        return (
-            {}
-            if rows is None
-            else dict.fromkeys(
-                ("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias"), rows
-            )
-        )
-
-    def collect(self) -> None:
+    def prepare_publish(self) -> None:
         self.choice.collect()
 
     def publish(self, out: Path) -> None:
         if self.best is not None:
             self.best.put_back(self.features.backbone)
-        publish(out, self.choice, self.features, self.given.backbone, self.given.backbone_config)
+        publish(out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config)

@@ -45,9 +45,11 @@ class SelfLabelMethod(Method):
     needs = ("images", "model")
     publishes = ("model",)
 
-    def __init__(self, config: SelfLabelConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        self.model = convert_batch_norm(load_cluster_model(given.inputs["model"]), config.bn_groups)
+    def __init__(self, config: SelfLabelConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.model = convert_batch_norm(
+            load_cluster_model(inputs.input_folders["model"]), config.bn_groups
+        )
         meaning = config.ema_meaning if config.ema is not None else "none"
         self.teacher = MomentumCopy(self.model, config.ema) if meaning == "teacher" else None
         self.shadow = MomentumCopy(self.model, config.ema) if meaning == "released" else None
@@ -75,8 +77,8 @@ class SelfLabelMethod(Method):
         self.confident += (
             found.per_class.long()
         )  # here and not in end_step: a step that is skipped has been seen too
-        self.seen += self.given.global_batch
-        share = found.count / self.given.global_batch
+        self.seen += self.inputs.global_batch
+        share = found.count / self.inputs.global_batch
         return Step(
             found.loss,
             {"confident_share": share, "clusters_in_batch": (found.per_class > 0).sum()},
@@ -114,7 +116,7 @@ class SelfLabelMethod(Method):
             "largest_cluster": self._largest(),
         }
 
-    def finished(self) -> str:
+    def early_stop_reason(self) -> str:
         wait = self.config.plateau_epochs
         if wait is None or self.flat_epochs < wait:
             return ""
@@ -163,7 +165,7 @@ class SelfLabelMethod(Method):
                 "images": int(self.last_seen),
                 "confident_share": self._share(),
                 "per_cluster": self.last_confident.tolist(),
-                "ended": self.finished() or "after the last epoch",
+                "ended": self.early_stop_reason() or "after the last epoch",
                 "collapsing_epochs": int(self.collapsing_epochs),
             },
         )

@@ -34,10 +34,10 @@ class SimCLRMethod(Method):
     recipes = ("simclr", "simclr")
     needs = ("images",)
 
-    def __init__(self, config: SimCLRConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
-        self.backbone = convert_batch_norm(given.backbone, config.bn_groups)
-        self.projector = Projector(given.feature_dim, config.projection_dim)
+    def __init__(self, config: SimCLRConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
+        self.projector = Projector(inputs.feature_dim, config.projection_dim)
 
     def forward(self, batch: Batch) -> Step:
         images = torch.stack(batch.views, 1).flatten(0, 1)
@@ -45,4 +45,4 @@ class SimCLRMethod(Method):
         return Step(nt_xent(z[0::2], z[1::2], self.config.temperature, self.config.symmetric))
 
     def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.given.backbone_config, self.projector)
+        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)

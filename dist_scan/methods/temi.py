@@ -14,7 +14,6 @@ from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.autograd import all_means, temi_heads_loss
 from dist_scan.heads.features import HeadFeatures, choose, publish
 from dist_scan.heads.linear import ClusterHeads, NumClusters
-from dist_scan.heads.partition import HeadPartition
 from dist_scan.heads.products import together
 from dist_scan.heads.selection import HeadSelection
 from dist_scan.methods.base import Method, MethodConfig, MethodInputs, ParameterGroup, Step
@@ -45,35 +44,25 @@ class TemiMethod(Method):
     Config = TemiConfig
     recipes = ("simclr", "simclr")
     publishes = ("model",)
-    wants_neighbour = True
+    uses_neighbours = True
 
-    def __init__(self, config: TemiConfig, given: MethodInputs) -> None:
-        super().__init__(config, given)
+    def __init__(self, config: TemiConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
         self.features = HeadFeatures(
-            None if given.on_features else given.backbone,
-            given.feature_dim,
+            None if inputs.on_features else inputs.backbone,
+            inputs.feature_dim,
             config.normalise,
-            given.moments,
+            inputs.feature_mean,
+            inputs.feature_std,
             trained=False,
         )
-        self.heads = ClusterHeads(given.feature_dim, config.num_clusters, config.num_heads)
+        self.heads = ClusterHeads(inputs.feature_dim, config.num_clusters, config.num_heads)
         self.teacher = MomentumCopy(self.heads, config.momentum)
         self.register_buffer(
             "marginal", torch.cat([torch.full((c,), 1 / c) for c in self.heads.sizes])
         )
         self.choice = HeadSelection(self.heads)
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
-
-    @classmethod
-    def choose_partition(
-        cls,
-        config: TemiConfig,
-        world_size: int,
-        dim: int,
-        global_batch: int,
-        wanted: HeadPartition | Literal["auto"],
-    ) -> tuple[HeadPartition, str]:
-        return "batch", "TEMI's heads share the weights of pairs"
 
     def forward(self, batch: Batch) -> Step:
         first, second = self.features.of_pair(batch.views[0], batch.views[-1])
@@ -120,4 +109,4 @@ class TemiMethod(Method):
         return values
 
     def publish(self, out: Path) -> None:
-        publish(out, self.choice, self.features, self.given.backbone, self.given.backbone_config)
+        publish(out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config)

@@ -61,22 +61,23 @@ class MomentumCopy(nn.Module):
 
 
 class FeatureNorm(nn.Module):
-    """features [B, D] -> the same shape: as they are, of unit length, or standardised per dimension by moments (mean, std) [D]."""
+    """features [B, D] -> the same shape: as they are, of unit length, or standardised per dimension by mean and std [D]."""
 
     def __init__(
-        self, kind: Normalise, dim: int, moments: tuple[np.ndarray, np.ndarray] | None = None
+        self,
+        kind: Normalise,
+        dim: int,
+        mean: np.ndarray | None = None,
+        std: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.kind = kind
         if kind == "standardise":
-            mean, std = (
-                (torch.zeros(dim), torch.ones(dim))
-                if moments is None
-                else (torch.tensor(np.asarray(m), dtype=torch.float32) for m in moments)
-            )
-            self.register_buffer("mean", mean)
-            # a dimension that never varies must not be blown up: it keeps a scale of its neighbours' order
-            self.register_buffer("std", std.clamp(min=max(1e-6, 1e-4 * float(std.mean()))))
+            center = torch.zeros(dim) if mean is None else torch.tensor(mean, dtype=torch.float32)
+            scale = torch.ones(dim) if std is None else torch.tensor(std, dtype=torch.float32)
+            self.register_buffer("mean", center)
+            # A dimension that never varies must not be blown up: its scale stays near the others'.
+            self.register_buffer("std", scale.clamp(min=max(1e-6, 1e-4 * float(scale.mean()))))
 
     def forward(self, features: Tensor) -> Tensor:
         if self.kind == "none":

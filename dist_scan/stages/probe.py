@@ -141,11 +141,10 @@ class ProbeStage(Stage):
             c.world.device,
         )
         backbone, backbone_config = load_backbone(c.inputs["backbone"])
-        given = MethodInputs(
+        inputs = MethodInputs(
             len(labels),
             config.global_batch,
             c.run.seed,
-            config.epochs * feed.steps_per_epoch,
             backbone=backbone,
             backbone_config=backbone_config,
             epochs=config.epochs,
@@ -153,7 +152,7 @@ class ProbeStage(Stage):
         sample = torch.zeros(2, 3, recipes[0].crop.size, recipes[0].crop.size)
         wanted = ProbesConfig(layers=config.layers, most_features=config.most_features)
         return feed, memory_format(
-            LayerProbes(wanted, given, torch.from_numpy(labels.astype(np.int64)), sample),
+            LayerProbes(wanted, inputs, torch.from_numpy(labels.astype(np.int64)), sample),
             c.world.device,
         )
 

@@ -18,7 +18,7 @@ from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.data.order import batch_per_rank, split_held_out
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, memory_format, seed_step
-from dist_scan.heads.partition import HeadPartition
+from dist_scan.heads.partition import HeadPartition, choose_partition
 from dist_scan.methods.base import HeldOut, Method, MethodInputs
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone
 from dist_scan.models.cluster_model import add_facts
@@ -97,7 +97,7 @@ class TrainConfig(StageConfig):
                     else "starts from no cluster model; give `network:` or `backbone:` instead of `model:`"
                 )
             )
-        if method.wants_neighbour and self.neighbours is None:
+        if method.uses_neighbours and self.neighbours is None:
             raise ValueError(
                 f"{where}.neighbours: method '{self.method.kind}' needs neighbours; give the name of a neighbours stage"
             )
@@ -206,7 +206,7 @@ class TrainStage(Stage):
             c.say(
                 f"{c.name}: {at.skipped} steps skipped (nobody was confident), {at.refused} updates refused (not a number)"
             )
-        method.collect()
+        method.prepare_publish()
         if c.world.rank == 0:
             method.publish(c.out)
             if at.warnings:
@@ -285,10 +285,9 @@ class TrainStage(Stage):
         c, config = self.context, self.config
         if self.table is None:
             return "batch"
-        method = kind_class("dist_scan.methods", config.method.kind)
-        share, why = method.choose_partition(
-            config.method,
+        share, why = choose_partition(
             c.world.world_size,
+            config.method.partitionable_heads(),
             self.table.dim,
             config.global_batch,
             c.run.runtime.heads,
@@ -324,23 +323,24 @@ class TrainStage(Stage):
             backbone = build_backbone(config.network)
         elif config.backbone is not None:
             backbone, backbone_config = load_backbone(c.inputs["backbone"])
-        given = MethodInputs(
+        mean, std = self.table.mean_and_std() if self.table else (None, None)
+        inputs = MethodInputs(
             num_images=self.num_images,
             global_batch=config.global_batch,
             seed=c.run.seed,
-            total_steps=config.epochs * self.feed.steps_per_epoch,
             on_features=self.table is not None,
             feature_dim=self.table.dim if self.table else getattr(backbone, "num_features", 0),
             backbone=backbone,
             backbone_config=backbone_config,
-            moments=self.table.mean_and_std() if self.table else None,
-            inputs=c.inputs,
-            share=self.share,
+            feature_mean=mean,
+            feature_std=std,
+            input_folders=c.inputs,
+            head_partition=self.share,
             epochs=config.epochs,
             work_dir=c.out / WORK / "moment",
-            stop=lambda: c.stop.asked,
+            stop_requested=lambda: c.stop.asked,
         )
-        method = kind_class("dist_scan.methods", config.method.kind)(config.method, given)
+        method = kind_class("dist_scan.methods", config.method.kind)(config.method, inputs)
         method = memory_format(method, c.world.device)
         return method.double() if config.precision == "fp64" else method
 

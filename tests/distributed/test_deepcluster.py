@@ -41,11 +41,10 @@ def make(settings: dict, folder, epochs: int = 2):
 
     torch.manual_seed(0)
     config = BackboneConfig(name="resnet_small", width=4)
-    given = MethodInputs(
+    inputs = MethodInputs(
         num_images=N,
         global_batch=B,
         seed=3,
-        total_steps=2 * STEPS,
         feature_dim=16,
         backbone=build_backbone(config),
         backbone_config=config,
@@ -70,7 +69,7 @@ def make(settings: dict, folder, epochs: int = 2):
     cls = kind_class(
         "dist_scan.methods", "deepcluster_v2" if "small_crops" in settings else "deepcluster"
     )
-    return cls(cls.Config(**settings), given).double(), embed
+    return cls(cls.Config(**settings), inputs).double(), embed
 
 
 def train(settings: dict, folder):
@@ -113,7 +112,7 @@ def train(settings: dict, folder):
             sync_running_stats(method)
             optimizer.zero_grad()
             losses.append(float(all_mean(step.loss.detach())))
-    method.collect()
+    method.prepare_publish()
     return (
         losses,
         assigned,
@@ -179,7 +178,7 @@ def test_what_is_published(tmp_path: Path) -> None:
     method, embed = make(KMEANS, tmp_path)
     for epoch in range(2):
         method.begin_epoch(epoch, embed)
-    method.float().collect()
+    method.float().prepare_publish()
     (tmp_path / "out").mkdir()
     method.publish(tmp_path / "out")
     found, history = Assignments.load(tmp_path / "out"), np.load(tmp_path / "out" / "history.npz")
@@ -196,12 +195,12 @@ def test_v2_tracks_the_first_head_and_publishes_clusters(tmp_path: Path) -> None
     from dist_scan.data.assignments import Assignments
 
     method, embed = make(CASES["v2"] | dict(track=True), tmp_path)
-    assert "clusters" in method.publishes and "history" in method.banks()
+    assert "clusters" in method.publishes and "history" in method.memory_banks()
     seen = []
     for epoch in range(2):
         method.begin_epoch(epoch, embed)
         seen.append(method.assignment.whole().numpy()[:, 0])
-    method.float().collect()
+    method.float().prepare_publish()
     (tmp_path / "out").mkdir()
     method.publish(tmp_path / "out")
     with np.load(tmp_path / "out" / "history.npz") as history:

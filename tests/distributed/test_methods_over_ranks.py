@@ -37,20 +37,20 @@ def make(name: str, folder):
     torch.manual_seed(0)
     config, kind = BackboneConfig(name="resnet_small", width=4), name.split("-")[0]
     features = "features" in name
-    given = MethodInputs(
+    inputs = MethodInputs(
         num_images=100,
         global_batch=B,
         seed=3,
-        total_steps=STEPS,
         on_features=features,
         feature_dim=16,
         backbone=build_backbone(config),
         backbone_config=config,
-        inputs={"model": folder},
-        moments=(np.full(16, 0.1), np.full(16, 2.0)) if features else None,
+        input_folders={"model": folder},
+        feature_mean=np.full(16, 0.1) if features else None,
+        feature_std=np.full(16, 2.0) if features else None,
     )
     cls = kind_class("dist_scan.methods", kind)
-    return cls(cls.Config(kind=kind, **CASES[name]), given).double()
+    return cls(cls.Config(kind=kind, **CASES[name]), inputs).double()
 
 
 def train(name: str, folder, skip_step: int = -1):

@@ -33,18 +33,17 @@ def make(name: str):
     torch.manual_seed(0)
     config = BackboneConfig(name="vgg_small", width=2)
     backbone = build_backbone(config)
-    given = MethodInputs(
+    inputs = MethodInputs(
         num_images=N,
         global_batch=B,
         seed=3,
-        total_steps=STEPS,
         epochs=STEPS,
         feature_dim=backbone.num_features,
         backbone=backbone,
         backbone_config=config,
     )
     return MMDCMethod(
-        MMDCConfig(num_clusters=4, **{"rotation": False, **CASES[name]}), given
+        MMDCConfig(num_clusters=4, **{"rotation": False, **CASES[name]}), inputs
     ).double()
 
 
@@ -95,7 +94,7 @@ def train(name: str, folder=None):
         )
         method.train()
         index = torch.from_numpy(np.random.default_rng(s).permutation(N)[:B])
-        views = tuple(images(10 * s + v, B)[mine] for v in range(len(method.views_of(epoch))))
+        views = tuple(images(10 * s + v, B)[mine] for v in range(len(method.epoch_views(epoch))))
         batch = Batch(index[mine], views, epoch, s)
         step = network(batch)
         step.loss.backward()
@@ -184,7 +183,7 @@ def test_refinement_that_was_asked_to_leave_goes_on(tmp_path: Path) -> None:
         ("asked", lambda: False),
     ):
         method = make("refined").eval()
-        method.given = replace(method.given, work_dir=tmp_path / name, stop=stop)
+        method.inputs = replace(method.inputs, work_dir=tmp_path / name, stop_requested=stop)
         try:
             method.begin_epoch(0, embed_with(tmp_path / f"table {len(targets)}"))
         except StopRequested:
@@ -213,7 +212,7 @@ def test_refinement_comes_once_a_round(tmp_path: Path) -> None:
     for epoch in range(6):
         method.begin_epoch(epoch, embed)
     assert asked == [2, 4]
-    assert [method.views_of(e) for e in range(4)] == [(0, 1), (2, 2, 2, 2), (1,), (2, 2, 2, 2)]
+    assert [method.epoch_views(e) for e in range(4)] == [(0, 1), (2, 2, 2, 2), (1,), (2, 2, 2, 2)]
     method.config = method.config.model_copy(update={"rotation_first": True})
     assert [method.rotates(e) for e in range(4)] == [True, False, True, False]
 
@@ -287,7 +286,7 @@ def test_what_was_tracked_is_published_beside_the_last_targets(tmp_path: Path) -
     method, embed = make("refined"), embed_with(tmp_path / "table")
     method.begin_epoch(2, embed)
     outputs = embed(method.network, 0).rows(np.arange(N), 0)
-    method.float().collect()
+    method.float().prepare_publish()
     method.publish(tmp_path)
     with np.load(tmp_path / "history.npz") as kept:
         assert kept["epoch"].tolist() == [0, 1, 2, 3] and (kept["cluster"][[0, 1, 3]] == -1).all()

@@ -32,21 +32,21 @@ def make(share: str, seed: int = 0):
     from dist_scan.methods.scan import ScanConfig, ScanMethod
 
     torch.manual_seed(seed)
-    given = MethodInputs(
+    inputs = MethodInputs(
         num_images=ROWS,
         global_batch=B,
         seed=3,
-        total_steps=STEPS,
         on_features=True,
         feature_dim=DIM,
-        share=share,
-        moments=(np.full(DIM, 0.1), np.full(DIM, 2.0)),
+        head_partition=share,
+        feature_mean=np.full(DIM, 0.1),
+        feature_std=np.full(DIM, 2.0),
     )
-    return ScanMethod(ScanConfig(num_clusters=(5, 7), num_heads=2), given).double()
+    return ScanMethod(ScanConfig(num_clusters=(5, 7), num_heads=2), inputs).double()
 
 
 def whole(method, name: str, mine: torch.Tensor) -> np.ndarray | None:
-    rows = method.dealt().get(name)
+    rows = method.sharded_state.get(name)
     found = mine if rows is None else rows.gather(mine)
     return None if found is None else found.detach().cpu().numpy().copy()
 
@@ -59,8 +59,8 @@ def train(share: str, scale: float, folder: Path):
     from dist_scan.world.world import current, wrap
 
     method, world = make(share), current()
-    network = method if method.dealt() else wrap(method)
-    assert bool(method.dealt()) == (share != "batch")
+    network = method if method.sharded_state else wrap(method)
+    assert bool(method.sharded_state) == (share != "batch")
     seen = (
         slice(0, B)
         if share != "batch"
@@ -85,7 +85,7 @@ def train(share: str, scale: float, folder: Path):
         0, HeldOut(lambda: iter([Batch(torch.from_numpy(part), (held[part],), 0, 0)]), neighbours)
     )
     state = {n: whole(method, n, v) for n, v in method.state_dict().items()}
-    method.collect()
+    method.prepare_publish()
     if world.rank == 0:
         method.publish(folder)
         kept = PublishedHeads(folder)

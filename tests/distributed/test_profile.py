@@ -93,7 +93,6 @@ def train(what: str, beton, out):
             num_images=loader.num_images,
             global_batch=BATCH,
             seed=0,
-            total_steps=24,
             feature_dim=16,
             backbone=build_backbone(network),
             backbone_config=network,

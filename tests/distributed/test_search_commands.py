@@ -502,15 +502,15 @@ def test_rows_need_not_lie_where_every_rank_can_read_them(tmp_path: Path) -> Non
         ).all()
 
 
-def moments(root):
+def mean_and_std(root):
     return [a.tobytes() for a in FeatureTable.open(root).mean_and_std()]
 
 
-def test_moments_are_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
+def test_mean_and_std_are_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
     x = rows()
     table(x, tmp_path / "f")
-    alone = run_ranks(moments, 1, tmp_path / "f")[0]
-    assert all(got == alone for got in run_ranks(moments, 3, tmp_path / "f"))
+    alone = run_ranks(mean_and_std, 1, tmp_path / "f")[0]
+    assert all(got == alone for got in run_ranks(mean_and_std, 3, tmp_path / "f"))
     mean, deviation = (np.frombuffer(a) for a in alone)
     assert np.allclose(mean, x.astype(np.float64).mean(0)) and np.allclose(
         deviation, x.astype(np.float64).std(0)

@@ -215,9 +215,9 @@ METHOD = textwrap.dedent("""
         class Config(MethodConfig):
             kind: Literal["mine"] = "mine"
         recipes = ("digits", "digits")
-        def __init__(self, config, given):
-            super().__init__(config, given)
-            self.backbone = given.backbone
+        def __init__(self, config, inputs):
+            super().__init__(config, inputs)
+            self.backbone = inputs.backbone
         def forward(self, batch):
             a, b = (self.backbone(v) for v in batch.views)
             return Step(((a - b) ** 2).mean() + (a.std(0) - 1).abs().mean())

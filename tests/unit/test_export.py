@@ -32,9 +32,8 @@ def finished(folder: Path, normalise: str, clusters: int, **backbone) -> Cluster
     norm = FeatureNorm(
         normalise,
         dim,
-        (torch.randn(dim).numpy(), 0.5 + torch.rand(dim).numpy())
-        if normalise == "standardise"
-        else None,
+        torch.randn(dim).numpy() if normalise == "standardise" else None,
+        0.5 + torch.rand(dim).numpy() if normalise == "standardise" else None,
     )
     head = nn.Linear(dim, clusters)
     if normalise == "l2":

@@ -55,7 +55,7 @@ def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path: Pa
             )
         assert one_above_other(*batch.views) is not None and not torch.equal(*batch.views)
         for kind in ("none", "l2", "standardise"):
-            features = HeadFeatures(None, 5, kind, table.mean_and_std(), trained=False)
+            features = HeadFeatures(None, 5, kind, *table.mean_and_std(), trained=False)
             pair = features.of_pair(*batch.views)
             assert one_above_other(*pair) is not None
             apart = features.of_pair(batch.views[0].clone(), batch.views[1].clone())

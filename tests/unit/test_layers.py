@@ -84,7 +84,7 @@ def test_momentum_copy_averages_parameters_not_buffers() -> None:
 def test_feature_norm() -> None:
     x = np.random.default_rng(0).normal(3, 2, (50, 4)).astype(np.float32)
     x[:, 3] = 1.0
-    out = FeatureNorm("standardise", 4, (x.mean(0), x.std(0)))(torch.from_numpy(x))
+    out = FeatureNorm("standardise", 4, x.mean(0), x.std(0))(torch.from_numpy(x))
     torch.testing.assert_close(out[:, :3].std(0, correction=0), torch.ones(3), rtol=1e-4, atol=1e-4)
     assert out[:, 3].abs().max() < 0.1
     assert torch.allclose(FeatureNorm("l2", 4)(torch.from_numpy(x)).norm(dim=1), torch.ones(50))

@@ -26,7 +26,7 @@ from tests.reference import losses as reference
 CONFIG = BackboneConfig(name="resnet_small", width=4)
 
 
-def make(kind: str, settings: dict, **given):
+def make(kind: str, settings: dict, **inputs):
     cls = kind_class("dist_scan.methods", kind)
     torch.manual_seed(0)
     return cls(
@@ -35,11 +35,10 @@ def make(kind: str, settings: dict, **given):
             num_images=64,
             global_batch=16,
             seed=0,
-            total_steps=4,
             feature_dim=16,
             backbone=build_backbone(CONFIG),
             backbone_config=CONFIG,
-            **given,
+            **inputs,
         ),
     )
 
@@ -87,9 +86,11 @@ def test_scan_keeps_the_best_epoch_and_head_and_publishes_it(tmp_path: Path) -> 
 
 def test_released_ema_is_sgd_at_a_smaller_rate_with_frozen_buffers(folder) -> None:
     released = make(
-        "selflabel", dict(threshold=0.1, ema=0.9, ema_meaning="released"), inputs={"model": folder}
+        "selflabel",
+        dict(threshold=0.1, ema=0.9, ema_meaning="released"),
+        input_folders={"model": folder},
     ).train()
-    plain = make("selflabel", dict(threshold=0.1), inputs={"model": folder}).train()
+    plain = make("selflabel", dict(threshold=0.1), input_folders={"model": folder}).train()
     buffers = {k: v.clone() for k, v in released.model.named_buffers()}
     for method, lr in ((released, 0.1), (plain, 0.01)):
         optimizer = torch.optim.SGD(method.model.parameters(), lr=lr, momentum=0.9)
@@ -105,7 +106,7 @@ def test_released_ema_is_sgd_at_a_smaller_rate_with_frozen_buffers(folder) -> No
 
 
 def test_selflabel_skips_and_warns_when_nobody_is_confident(folder) -> None:
-    method = make("selflabel", dict(threshold=0.999999), inputs={"model": folder}).train()
+    method = make("selflabel", dict(threshold=0.999999), input_folders={"model": folder}).train()
     step = method(batch())
     assert step.skip and step.loss == 0
     assert method.end_epoch(0, None)["clusters_used"] == 0
@@ -123,7 +124,9 @@ def confident(method, counts, seen=100):
 
 
 def test_selflabel_ends_when_the_number_of_confident_images_is_flat(folder) -> None:
-    method = make("selflabel", dict(plateau_epochs=2, plateau_gain=0.02), inputs={"model": folder})
+    method = make(
+        "selflabel", dict(plateau_epochs=2, plateau_gain=0.02), input_folders={"model": folder}
+    )
     for counts in (
         [10, 10, 10, 10],
         [11, 11, 11, 11],
@@ -133,23 +136,27 @@ def test_selflabel_ends_when_the_number_of_confident_images_is_flat(folder) -> N
     ):
         assert (
             confident(method, counts)["confident_share"] == sum(counts) / 100
-            and not method.finished()
+            and not method.early_stop_reason()
             and not method.warning()
         )
-    again = make("selflabel", dict(plateau_epochs=2, plateau_gain=0.02), inputs={"model": folder})
+    again = make(
+        "selflabel", dict(plateau_epochs=2, plateau_gain=0.02), input_folders={"model": folder}
+    )
     again.load_state_dict(method.state_dict())  # as after a restart
     confident(again, [12, 12, 13, 12])
-    assert "has stayed at 49.0% (best 48.0%) for 2 epochs" in again.finished()
-    released = make("selflabel", dict(plateau_epochs=None), inputs={"model": folder})
+    assert "has stayed at 49.0% (best 48.0%) for 2 epochs" in again.early_stop_reason()
+    released = make("selflabel", dict(plateau_epochs=None), input_folders={"model": folder})
     for _ in range(9):
         confident(released, [5, 5, 5, 5])
-    assert released.finished() == ""
+    assert released.early_stop_reason() == ""
 
 
 def test_selflabel_publishes_the_average_and_the_counts_of_the_last_epoch(
     folder, tmp_path: Path
 ) -> None:
-    method = make("selflabel", dict(threshold=0.1, ema=0.5), inputs={"model": folder}).train()
+    method = make(
+        "selflabel", dict(threshold=0.1, ema=0.5), input_folders={"model": folder}
+    ).train()
     optimizer = torch.optim.SGD(method.model.parameters(), lr=0.5)
     step = method(batch())
     step.loss.backward()
@@ -186,7 +193,9 @@ def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
     from dist_scan.monitoring.profile import TrainingProfile
 
     method, said = (
-        make("selflabel", dict(threshold=0.999999, plateau_epochs=2), inputs={"model": folder}),
+        make(
+            "selflabel", dict(threshold=0.999999, plateau_epochs=2), input_folders={"model": folder}
+        ),
         [],
     )
     feed = SimpleNamespace(
@@ -228,7 +237,9 @@ def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
 def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder) -> None:
     from dist_scan.engine.precision import autocast
 
-    method = make("selflabel", dict(threshold=0.1, ema=0.9), inputs={"model": folder}).train()
+    method = make(
+        "selflabel", dict(threshold=0.1, ema=0.9), input_folders={"model": folder}
+    ).train()
     seen = []
     method.model.backbone.conv1.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     method.model.head.register_forward_hook(lambda m, i, o: seen.append(o.dtype))

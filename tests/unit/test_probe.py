@@ -41,10 +41,10 @@ def digits():
 def make(labels, images, layers=LAYERS):
     torch.manual_seed(0)
     config = BackboneConfig(name="resnet_small", width=8)
-    given = MethodInputs(
+    inputs = MethodInputs(
         len(labels), 100, 0, 0, backbone=build_backbone(config), backbone_config=config
     )
-    return LayerProbes(ProbesConfig(layers=layers, most_features=256), given, labels, images[:2])
+    return LayerProbes(ProbesConfig(layers=layers, most_features=256), inputs, labels, images[:2])
 
 
 def test_it_reaches_logistic_regression_on_the_same_features(digits) -> None:
