@@ -28,6 +28,7 @@ from dist_scan.heads.selection import PublishedHeads
 from dist_scan.methods.base import Method, MethodInputs
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.options import KMeansOptions
 from dist_scan.world.world import current
 
 NEEDS = "data:imagenet50-val-moco128.npz"
@@ -113,7 +114,9 @@ def one_seed(
     found = {}
     if "kmeans" in args.methods:
         found["kmeans"] = evaluate_assignment(
-            kmeans(table, args.clusters, restarts=5, seed=seed).assignment, labels, args.clusters
+            kmeans(table, args.clusters, KMeansOptions(restarts=5, seed=seed)).assignment,
+            labels,
+            args.clusters,
         )
     for kind in (k for k in args.methods if k in SETTINGS):
         began = time.process_time()

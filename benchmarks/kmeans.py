@@ -83,14 +83,17 @@ def ours(path: Path, k: int, iterations: int) -> Callable[[], tuple]:
     """A rank's turn: (assignments made, clusters split, centroids)."""
     from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.kmeans import kmeans
+    from dist_scan.search.options import KMeansOptions
     from dist_scan.world.world import current
 
     table, start = FeatureTable.open(path), begin(path, k)[1]
-    kmeans(table, 2, iterations=1, start=start[:2])  # compile, and import what is slow to
+    kmeans(
+        table, 2, KMeansOptions(iterations=1), start=start[:2]
+    )  # compile, and import what is slow to
 
     def work() -> tuple:
-        found = kmeans(table, k, iterations=iterations + 1, start=start)
-        return found.iterations, found.num_empty, found.centroids if current().rank == 0 else None
+        found = kmeans(table, k, KMeansOptions(iterations=iterations + 1), start=start)
+        return found.iterations, found.num_splits, found.centroids if current().rank == 0 else None
 
     return work
 

@@ -54,14 +54,15 @@ def ours(path: Path, k: int, queries: int) -> Callable[[], float]:
     import shutil
 
     from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.search.exact_rows import prepared
-    from dist_scan.search.neighbours import CHUNK, QUERIES, mine_neighbours, nearest_others
+    from dist_scan.search.exact_rows import prepare_rows
+    from dist_scan.search.neighbours import find_neighbours, mine_neighbours
+    from dist_scan.search.options import NEIGHBOUR_DEFAULTS
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import current
 
     table, w = FeatureTable.open(path), current()
-    nearest_others(
-        prepared(table, True), [(0, 32)], k, False, 1024
+    find_neighbours(
+        prepare_rows(table, True), [(0, 32)], k, False, 1024
     )  # compile, and import what is slow to
     before, out = (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -71,11 +72,12 @@ def ours(path: Path, k: int, queries: int) -> Callable[[], float]:
     def work() -> float:
         if queries < table.num_rows:
             rows, share = (
-                prepared(table, True),
+                prepare_rows(table, True),
                 (w.rank * queries // w.world_size, (w.rank + 1) * queries // w.world_size),
             )
-            for start in range(*share, QUERIES):
-                nearest_others(rows, [(start, min(start + QUERIES, share[1]))], k, False, CHUNK)
+            step, chunk = NEIGHBOUR_DEFAULTS.queries_per_round, NEIGHBOUR_DEFAULTS.chunk_rows
+            for start in range(*share, step):
+                find_neighbours(rows, [(start, min(start + step, share[1]))], k, False, chunk)
             return before
         barrier()
         if w.rank == 0:
@@ -109,9 +111,11 @@ def faiss_knn(path: Path, k: int, queries: int) -> Callable[[], None]:
 
 def formula_mib(rows: int, dim: int, k: int, queries: int, world_size: int, threads: int) -> float:
     """The memory formula of docs/search.md, in MiB."""
-    from dist_scan.search.neighbours import BLOCK, CHUNK, PIECE, QUERIES
+    from dist_scan.search.neighbours import BLOCK, PIECE
+    from dist_scan.search.options import NEIGHBOUR_DEFAULTS
 
-    held, chunk = min(QUERIES, -(-min(queries, rows) // world_size)), min(CHUNK, rows)
+    held = min(NEIGHBOUR_DEFAULTS.queries_per_round, -(-min(queries, rows) // world_size))
+    chunk = min(NEIGHBOUR_DEFAULTS.chunk_rows, rows)
     searching = (
         held * (4 * dim + 16 * k + 32)
         + (10 * chunk + 24 * PIECE) * dim

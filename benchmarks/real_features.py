@@ -19,6 +19,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.evaluate.metrics import accuracy, contingency, neighbour_purity, nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.options import KMeansOptions
 
 NEEDS = "data:imagenet50-val-moco128.npz"
 ROWS = {"as they are": {}, "unit": {"normalise": True}, "unit, centroids too": {"spherical": True}}
@@ -36,7 +37,7 @@ def clusterings(table: FeatureTable, labels: np.ndarray, seeds: int, **how) -> n
     """(ACC, NMI, objective) [seeds, 3]."""
     k, found = int(labels.max()) + 1, []
     for seed in range(seeds):
-        result = kmeans(table, k, seed=1000 * seed, **how)
+        result = kmeans(table, k, KMeansOptions(seed=1000 * seed, **how))
         counts = contingency(result.assignment, labels, k, k)
         found.append((accuracy(counts), nmi(counts), result.objective))
     return np.array(found)

@@ -84,7 +84,8 @@ def _rank(args: argparse.Namespace) -> int:
     from dist_scan.engine.stop import Stop
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.kmeans import kmeans
-    from dist_scan.search.summary import kmeans_line
+    from dist_scan.search.options import KMeansOptions
+    from dist_scan.search.summary import describe_kmeans
     from dist_scan.storage.artifacts import WORK
     from dist_scan.storage.atomic import write_atomic
     from dist_scan.world.collectives import barrier
@@ -98,17 +99,19 @@ def _rank(args: argparse.Namespace) -> int:
         found = kmeans(
             features,
             args.k,
-            iterations=args.iterations,
-            tolerance=args.tolerance,
-            init=args.init,
-            restarts=args.restarts,
-            spherical=args.spherical,
-            normalise=not args.raw,
-            seed=args.seed,
-            view=args.view,
+            KMeansOptions(
+                iterations=args.iterations,
+                tolerance=args.tolerance,
+                init=args.init,
+                restarts=args.restarts,
+                spherical=args.spherical,
+                normalise=not args.raw,
+                seed=args.seed,
+                view=args.view,
+            ),
             stop=lambda: stop.asked,
             progress=world.rank == 0,
-            keep=out / WORK / "kmeans.npz",
+            checkpoint_path=out / WORK / "kmeans.npz",
         )
     except StopRequested:
         if world.rank == 0:
@@ -118,7 +121,7 @@ def _rank(args: argparse.Namespace) -> int:
         Assignments(found.assignment, args.k).save(out)
         write_atomic(out / "centroids.npy", lambda f: np.save(f, found.centroids))
         shutil.rmtree(out / WORK, ignore_errors=True)
-        print(f"{out}: {kmeans_line(found)}")
+        print(f"{out}: {describe_kmeans(found)}")
     barrier()
     close_world()
     return 0

@@ -71,7 +71,8 @@ def _rank(args: argparse.Namespace) -> int:
     from dist_scan.engine.stop import Stop
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.neighbours import mine_neighbours
-    from dist_scan.search.summary import neighbour_line
+    from dist_scan.search.options import NeighbourOptions
+    from dist_scan.search.summary import describe_neighbours
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import close_world, open_world
 
@@ -84,8 +85,7 @@ def _rank(args: argparse.Namespace) -> int:
             features,
             out,
             args.k,
-            metric=args.metric,
-            view=args.view,
+            NeighbourOptions(metric=args.metric, view=args.view),
             stop=lambda: stop.asked,
             progress=world.rank == 0,
         )
@@ -96,7 +96,7 @@ def _rank(args: argparse.Namespace) -> int:
     if world.rank == 0:
         if args.merge:
             found.merge()
-        print(f"{out}: {neighbour_line(found)}")
+        print(f"{out}: {describe_neighbours(found)}")
     barrier()
     close_world()
     return 0

@@ -363,7 +363,7 @@ def _novelty(done, table: str | None, device):
     from dist_scan.data.feature_table import FeatureTable
     from dist_scan.data.neighbour_table import NeighbourTable
     from dist_scan.monitoring.progress import Progress
-    from dist_scan.search.novelty import nearest_row, share_nearer, usual_distances
+    from dist_scan.search.novelty import fraction_nearer, nearest_row, training_distances
 
     trained = FeatureTable.open(done.stages[table].path)
     mined = next(
@@ -374,13 +374,13 @@ def _novelty(done, table: str | None, device):
         ),
         None,
     )
-    usual = usual_distances(NeighbourTable.open(done.stages[mined].path)) if mined else None
+    usual = training_distances(NeighbourTable.open(done.stages[mined].path)) if mined else None
 
     def measure(features) -> dict[str, Any]:
         with Progress("novelty", trained.num_rows, "training rows") as progress:
             distance, row = nearest_row(features, trained, device, progress.advance)
         return {"novelty": distance, "nearest": row} | (
-            {"novelty_share": share_nearer(distance, usual)} if usual is not None else {}
+            {"novelty_share": fraction_nearer(distance, usual)} if usual is not None else {}
         )
 
     return measure

@@ -26,8 +26,9 @@ from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.options import KMeansOptions, NeighbourOptions
 from dist_scan.search.pic import pic
-from dist_scan.search.whiten import whiten_table, whitened
+from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
 
@@ -155,23 +156,28 @@ class DeepClusterMethod(Method):
     def _cluster(self, table: FeatureTable, epoch: int) -> Clustering:
         folder, stop = emptied(self.inputs.work_dir), self.inputs.stop_requested
         if self.config.whiten_dim is not None:
-            table = whitened(
-                table, whiten_table(table, self.config.whiten_dim), folder / "whitened", stop=stop
+            table = write_whitened_table(
+                table,
+                fit_table_whitening(table, self.config.whiten_dim),
+                folder / "whitened",
+                stop=stop,
             )
         if self.config.clustering == "pic":
             return self._power_iteration(table, folder)
         found = kmeans(
             table,
             self.config.num_clusters,
-            iterations=self.config.iterations,
-            init="random",
-            normalise=self.config.whiten_dim is None,
-            seed=seed_of(self.inputs.seed, SEED, epoch),
+            KMeansOptions(
+                iterations=self.config.iterations,
+                init="random",
+                normalise=self.config.whiten_dim is None,
+                seed=seed_of(self.inputs.seed, SEED, epoch),
+            ),
             stop=stop,
             progress=current().rank == 0,
         )
         return _compact(
-            found.assignment, self.config.num_clusters, self.config.num_clusters, found.num_empty
+            found.assignment, self.config.num_clusters, self.config.num_clusters, found.num_splits
         )
 
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
@@ -181,7 +187,7 @@ class DeepClusterMethod(Method):
             table,
             folder / "neighbours",
             c.pic_neighbours,
-            metric=metric,
+            NeighbourOptions(metric=metric),
             stop=self.inputs.stop_requested,
             progress=loud,
         )

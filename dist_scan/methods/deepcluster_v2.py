@@ -29,6 +29,7 @@ from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
+from dist_scan.search.options import KMeansOptions
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
 
@@ -111,11 +112,13 @@ class DeepClusterV2Method(Method):
                 kmeans(
                     table,
                     self.config.num_clusters,
-                    iterations=self.config.iterations,
-                    init="random",
-                    spherical=True,
-                    view=head % REMEMBERED,
-                    seed=seed_of(self.inputs.seed, SEED, epoch, head),
+                    KMeansOptions(
+                        iterations=self.config.iterations,
+                        init="random",
+                        spherical=True,
+                        view=head % REMEMBERED,
+                        seed=seed_of(self.inputs.seed, SEED, epoch, head),
+                    ),
                     stop=self.inputs.stop_requested,
                     progress=current().rank == 0,
                 )
@@ -136,7 +139,7 @@ class DeepClusterV2Method(Method):
                 [
                     np.mean(nmi),
                     sum(int((f.sizes == 0).sum()) for f in found),
-                    sum(f.num_empty for f in found),
+                    sum(f.num_splits for f in found),
                 ]
             )
         )

@@ -26,6 +26,7 @@ from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.models.sphere_codes import SphereCodes
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.matching import match_blocks, relabel
+from dist_scan.search.options import KMeansOptions
 from dist_scan.world.collectives import gather_rows
 from dist_scan.world.world import current
 
@@ -163,12 +164,14 @@ class MMDCMethod(Method):
             found = kmeans(
                 outputs,
                 k,
-                iterations=300,
-                restarts=self.config.refine_restarts,
-                seed=self.inputs.seed + 1000 * epoch,
+                KMeansOptions(
+                    iterations=300,
+                    restarts=self.config.refine_restarts,
+                    seed=self.inputs.seed + 1000 * epoch,
+                ),
                 stop=self.inputs.stop_requested,
                 progress=current().rank == 0,
-                keep=self.inputs.work_dir and self.inputs.work_dir / "refinement.npz",
+                checkpoint_path=self.inputs.work_dir and self.inputs.work_dir / "refinement.npz",
             )
             previous = self.codes.component(self.target_id.whole().numpy())
             self.target_id.fill(n + torch.from_numpy(relabel(found.assignment, previous, k)))

@@ -22,8 +22,8 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.world.collectives import broadcast_async, gather_objects
 from dist_scan.world.world import current
 
-LONGEST = 4.0
-LONGEST_L2 = 2.0
+MAX_NORM = 4.0
+MAX_NORM_L2 = 2.0
 PIECE = 8192  # rows in float64 at a time
 
 
@@ -108,8 +108,8 @@ def check_view(table: FeatureTable, view: int) -> int:
     return operator.index(view)
 
 
-def prepared(
-    table: FeatureTable, normalise: bool, view: int = 0, longest: float = LONGEST
+def prepare_rows(
+    table: FeatureTable, normalise: bool, view: int = 0, longest: float = MAX_NORM
 ) -> ExactRows:
     """A view of a table for search, its longest row brought to a norm of at most `longest`. Collective: each rank looks at the shards it serves.
 

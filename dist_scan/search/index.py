@@ -26,7 +26,7 @@ ROWS, CENTROIDS = 1024, 1024  # products that fit the second cache: 4 MB
 FURTHEST = np.int32(0x7F7FFFFF)
 
 
-def workers() -> ThreadPoolExecutor:
+def thread_pool() -> ThreadPoolExecutor:
     """As many threads as torch may use, each with one thread of BLAS's own: they share the work and wait for each other only at its end."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=_single)
@@ -48,7 +48,7 @@ def _gpu():
 
 
 class FlatIndex:
-    """Rows [m, D] float32 to search in. Several threads (`workers`) may search at once; on a GPU they take turns."""
+    """Rows [m, D] float32 to search in. Several threads (`thread_pool`) may search at once; on a GPU they take turns."""
 
     def __init__(self, rows: np.ndarray, metric: Metric) -> None:
         self.rows, self.metric, self.lock, self.index = rows, METRICS[metric], Lock(), None

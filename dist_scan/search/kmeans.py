@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.monitoring.progress import Progress, StopRequested
-from dist_scan.search.exact_rows import content, prepared, squares
+from dist_scan.search.exact_rows import content, prepare_rows, squares
 from dist_scan.search.kmeans_checkpoint import KMeansCheckpoint
 from dist_scan.search.kmeans_init import first_centroids
+from dist_scan.search.options import KMEANS_DEFAULTS, KMeansOptions, check_num_clusters
 from dist_scan.world.collectives import agree, all_max, all_sum, gather_rows
 
-Init = Literal["kmeans++", "random"]
-LARGEST_SEED = 2**63 - 1  # one number of 64 bits, for the hash that draws
 CENTROID_GRID = 2.0**22  # numbers below 4 then have 24 bits: float32 holds them
 
 
@@ -37,66 +35,52 @@ class KMeansResult:
     objective: float
     iterations: int
     sizes: np.ndarray
-    num_empty: int
+    num_splits: int
     """Clusters that had to be re-seeded by splitting, over all iterations."""
 
 
 def kmeans(
     table: FeatureTable,
     num_clusters: int,
+    options: KMeansOptions = KMEANS_DEFAULTS,
     *,
-    iterations: int = 100,
-    tolerance: float = 0.0,
-    init: Init = "kmeans++",
-    restarts: int = 1,
-    spherical: bool = False,
-    normalise: bool = False,
-    seed: int = 0,
-    view: int = 0,
     start: np.ndarray | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
-    keep: Path | None = None,
+    checkpoint_path: Path | None = None,
 ) -> KMeansResult:
     """The best of `restarts` runs by objective. Collective. start: centroids [k, D] to begin with (in the scale of the result's) instead of init.
     keep: a file that says how far this is while it is unfinished (not with `start`): the same call goes on from there.
 
     Raises ValueError when k > N, a setting is out of bounds, or `start` has another shape; Stopped between iterations.
     """
-    from dist_scan.search.index import NearestCentroid, workers
+    from dist_scan.search.index import NearestCentroid, thread_pool
 
     n = table.num_rows
-    _check(n, num_clusters, iterations, restarts, tolerance, init, seed)
+    check_num_clusters(num_clusters, n)
     start = None if start is None else _given(start, num_clusters, table.dim)
-    rows = prepared(table, normalise or spherical, view)
+    rows = prepare_rows(table, options.normalise or options.spherical, options.view)
     own = rows.own()
     points = Points(rows.read(own).astype(np.float32))
     asked = {
         "clusters": num_clusters,
-        "iterations": iterations,
-        "tolerance": tolerance,
-        "init": init,
-        "restarts": restarts,
-        "spherical": spherical,
-        "normalise": normalise,
-        "seed": seed,
-        "view": view,
-        "features": keep and content(table, rows.held, view),
+        **asdict(options),
+        "features": checkpoint_path and content(table, rows.held, options.view),
     }
-    kept = KMeansCheckpoint(keep if start is None else None, asked)
-    done = kept.restart * iterations - kept.spared + kept.iteration
+    kept = KMeansCheckpoint(checkpoint_path if start is None else None, asked)
+    done = kept.restart * options.iterations - kept.spared + kept.iteration
     with (
         Progress(
             "k-means",
-            restarts * iterations - kept.spared,
+            options.restarts * options.iterations - kept.spared,
             "iterations",
             done=done,
             enabled=progress,
         ) as line,
-        workers() as pool,
+        thread_pool() as pool,
     ):
         try:
-            while kept.restart < restarts:
+            while kept.restart < options.restarts:
                 begin = (
                     start * rows.scale
                     if start is not None
@@ -108,15 +92,15 @@ def kmeans(
                         own,
                         n,
                         num_clusters,
-                        init,
-                        seed,
+                        options.init,
+                        options.seed,
                         kept.restart,
                         pool,
                         stop,
                     )
                 )
-                Lloyd(points, begin, spherical, seed + kept.restart, pool).run(
-                    iterations, tolerance, stop, line, kept
+                LloydRun(points, begin, options.spherical, options.seed + kept.restart, pool).run(
+                    options.iterations, options.tolerance, stop, line, kept
                 )
         except StopRequested:
             kept.write()
@@ -141,31 +125,6 @@ def kmeans(
     )
 
 
-def _check(
-    n: int,
-    num_clusters: int,
-    iterations: int,
-    restarts: int,
-    tolerance: float,
-    init: str,
-    seed: int,
-) -> None:
-    if not 1 <= num_clusters <= n:
-        raise ValueError(f"{num_clusters} clusters of {n} rows; allowed: 1 to {n}")
-    if iterations < 1 or restarts < 1:
-        raise ValueError(
-            f"{iterations} iterations of {restarts} restarts; allowed: 1 or more of each"
-        )
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"a seed of {seed}; allowed: 0 to {LARGEST_SEED}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(
-            f"a tolerance of {tolerance}; allowed: 0 (until nothing moves) up to 1, a share of the objective"
-        )
-    if init not in get_args(Init):
-        raise ValueError(f"init '{init}'; allowed: {', '.join(get_args(Init))}")
-
-
 def _given(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
     start = np.asarray(start, np.float64)
     if start.shape != (num_clusters, dim) or not np.isfinite(start).all():
@@ -187,7 +146,7 @@ class Points:
         )
 
 
-class Lloyd:
+class LloydRun:
     """One run on this rank's points."""
 
     def __init__(

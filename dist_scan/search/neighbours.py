@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,39 +22,34 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.search.exact_rows import (
-    LONGEST,
-    LONGEST_L2,
+    MAX_NORM,
+    MAX_NORM_L2,
     PIECE,
     ExactRows,
     chunks,
     content,
-    prepared,
+    prepare_rows,
     squares,
 )
+from dist_scan.search.options import NEIGHBOUR_DEFAULTS, NeighbourOptions, check_num_neighbours
 from dist_scan.world.collectives import agree, barrier, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
 if TYPE_CHECKING:
     from dist_scan.search.kernels import Queries, Top
 
-CHUNK = 65536  # chunks of 4,096 cost 2.8 times as much
-QUERIES = 65536  # a rank's shards of a round have at most so many rows together, or are one
 SPARE = 16
 BLOCK = 1024  # queries that a thread searches for at a time
-Metric = Literal["cosine", "inner_product", "l2"]
 
 
 def mine_neighbours(
     features: FeatureTable,
     out: Path,
     num_neighbours: int,
+    options: NeighbourOptions = NEIGHBOUR_DEFAULTS,
     *,
-    metric: Metric = "cosine",
-    view: int = 0,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = False,
-    chunk: int = CHUNK,
-    queries: int = QUERIES,
 ) -> NeighbourTable:
     """The table in `out`; collective, goes on from the shards that are there. Raises Stopped between chunks, ValueError when K >= N.
 
@@ -62,22 +57,18 @@ def mine_neighbours(
     then writes the neighbours of what it holds.
     """
     n, world, num_neighbours = features.num_rows, current(), operator.index(num_neighbours)
-    if not 1 <= num_neighbours < n:
-        raise ValueError(f"{num_neighbours} neighbours of {n} rows; allowed: 1 to {n - 1}")
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric '{metric}'; allowed: {', '.join(get_args(Metric))}")
-    if chunk < 1 or queries < 1:
-        raise ValueError(
-            f"chunks of {chunk} rows and {queries} queries a round; allowed: 1 or more"
-        )
-    rows = prepared(features, metric == "cosine", view, LONGEST_L2 if metric == "l2" else LONGEST)
+    check_num_neighbours(num_neighbours, n)
+    metric, chunk = options.metric, options.chunk_rows
+    rows = prepare_rows(
+        features, metric == "cosine", options.view, MAX_NORM_L2 if metric == "l2" else MAX_NORM
+    )
     table = _table(Path(out), rows, num_neighbours, metric)
     missing = sorted(set.intersection(*gather_objects(set(table.missing_shards()))))
-    rounds = _rounds(table, missing, rows.held, queries)
+    rounds = _rounds(table, missing, rows.held, options.queries_per_round)
     with Progress("neighbours", len(rounds) * -(-n // chunk), "chunks", enabled=progress) as line:
         for shards in (by_rank[world.rank] for by_rank in rounds):
             spans = [table.shard_range(s) for s in shards]
-            found = nearest_others(
+            found = find_neighbours(
                 rows, spans, num_neighbours, metric == "l2", chunk, _polled(stop, line)
             )
             ends = np.cumsum([b - a for a, b in spans])[:-1]
@@ -154,7 +145,7 @@ def _polled(stop: Callable[[], bool], line: Progress) -> Callable[[], None]:
     return poll
 
 
-def nearest_others(
+def find_neighbours(
     rows: ExactRows,
     spans: list[tuple[int, int]],
     k: int,
@@ -163,7 +154,7 @@ def nearest_others(
     poll: Callable[[], None] = lambda: None,
 ) -> Top:
     """The top K [n, k] of the rows of `spans` among all rows but themselves. Collective. l2 scores are minus the squared distance."""
-    from dist_scan.search.index import workers
+    from dist_scan.search.index import thread_pool
     from dist_scan.search.kernels import Queries, Top
 
     own = np.concatenate([np.zeros(0, np.int64), *(np.arange(*s) for s in spans)])
@@ -176,10 +167,10 @@ def nearest_others(
     top = Top(np.full((len(own), k), rows.num_rows, np.int64), np.full((len(own), k), -np.inf))
     norms = squares(narrow)
     threads = torch.get_num_threads()
-    with workers() as pool, closing(chunks(rows, chunk)) as passing:
+    with thread_pool() as pool, closing(chunks(rows, chunk)) as passing:
         for start, piece in passing:
             poll()
-            here = Chunk(piece, start, l2)
+            here = DatabaseChunk(piece, start, l2)
             q = Queries(
                 narrow, own, norms, _rounding(narrow.shape[1], np.sqrt(norms), here.longest, l2)
             )
@@ -207,7 +198,7 @@ def _rounding(dim: int, q_norm: np.ndarray, longest: float, l2: bool) -> np.ndar
     return (dim + 8) * 2.0**-24 * size
 
 
-class Chunk:
+class DatabaseChunk:
     """Rows [m, D] float16 from `start` on, ready to be searched."""
 
     def __init__(self, rows: np.ndarray, start: int, l2: bool) -> None:

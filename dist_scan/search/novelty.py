@@ -65,12 +65,12 @@ def _best(
     return exact[np.arange(len(first)), first], places[np.arange(len(first)), first]
 
 
-def usual_distances(table: NeighbourTable) -> np.ndarray:
+def training_distances(table: NeighbourTable) -> np.ndarray:
     """Each training image's cosine distance to its own nearest other, sorted [N]: what is usual, from a table mined with cosine."""
     parts = [table.rows(np.arange(*table.shard_range(s)))[1][:, 0] for s in range(table.num_shards)]
     return np.sort(np.maximum(1 - np.concatenate(parts), 0).astype(np.float32))
 
 
-def share_nearer(distance: np.ndarray, usual: np.ndarray) -> np.ndarray:
+def fraction_nearer(distance: np.ndarray, usual: np.ndarray) -> np.ndarray:
     """Share [n] float32 of the training images that lie nearer to their nearest other than each of `distance` [n]: 0.99 is a stranger."""
     return (np.searchsorted(usual, distance, side="left") / len(usual)).astype(np.float32)

@@ -8,7 +8,7 @@ from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.kmeans import KMeansResult
 
 
-def neighbour_line(table: NeighbourTable) -> str:
+def describe_neighbours(table: NeighbourTable) -> str:
     """Mean scores, and how often rows are neighbours of others (hubs, and rows that are nobody's neighbour). Reads the table once."""
     n, k = table.num_rows, table.num_neighbours
     first = last = total = 0.0
@@ -27,12 +27,12 @@ def neighbour_line(table: NeighbourTable) -> str:
     )
 
 
-def kmeans_line(found: KMeansResult) -> str:
+def describe_kmeans(found: KMeansResult) -> str:
     """The objective, how many iterations, and the clusters' sizes."""
     low, middle, high = np.percentile(found.sizes, [0, 50, 100]).astype(int)
     n = len(found.assignment)
     return (
         f"{len(found.sizes)} clusters of {n} rows; objective {found.objective:.8g} ({found.objective / n:.6g} a row) "
         f"after {found.iterations} iterations; sizes {low} to {high}, median {middle}; "
-        f"{int((found.sizes == 0).sum())} empty, {found.num_empty} split on the way"
+        f"{int((found.sizes == 0).sum())} empty, {found.num_splits} split on the way"
     )

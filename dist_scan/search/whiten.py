@@ -87,7 +87,7 @@ class Whitening:
         return np.concatenate([*parts, np.zeros((0, len(shrink)))]).astype(np.float32)
 
 
-def whiten(rows: np.ndarray, dim: int) -> Whitening:
+def fit_whitening(rows: np.ndarray, dim: int) -> Whitening:
     """The whitening of all ranks' rows [n, D] (any float type, any number on each rank) to `dim` dimensions. Collective.
 
     Raises ValueError on all ranks: rows that are no numbers, fewer rows than needed, fewer directions than `dim` in which the rows vary.
@@ -99,8 +99,8 @@ def whiten(rows: np.ndarray, dim: int) -> Whitening:
     )
 
 
-def whiten_table(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
-    """`whiten` for a view of a table; its shards are dealt over the ranks."""
+def fit_table_whitening(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
+    """`fit_whitening` for a view of a table; its shards are dealt over the ranks."""
     view = check_view(table, view)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -111,7 +111,7 @@ def whiten_table(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
     return _whiten(blocks, table.dim, dim)
 
 
-def whitened(
+def write_whitened_table(
     table: FeatureTable,
     whitening: Whitening,
     out: Path,

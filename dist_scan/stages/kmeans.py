@@ -60,32 +60,35 @@ class KMeansStage(Stage):
         """Collective."""
         from dist_scan.data.feature_table import FeatureTable
         from dist_scan.search.kmeans import kmeans
-        from dist_scan.search.whiten import whiten_table, whitened
+        from dist_scan.search.options import KMeansOptions
+        from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
         from dist_scan.storage.artifacts import WORK
         from dist_scan.storage.atomic import write_atomic
 
         c, s = self.context, self.config
         table = FeatureTable.open(c.inputs["features"])
         if s.whiten_dim is not None:
-            table = whitened(
+            table = write_whitened_table(
                 table,
-                whiten_table(table, s.whiten_dim),
+                fit_table_whitening(table, s.whiten_dim),
                 c.out / WORK / "whitened",
                 stop=lambda: c.stop.asked,
             )
         result = kmeans(
             table,
             s.num_clusters,
-            iterations=s.iterations,
-            tolerance=s.tolerance,
-            init=s.init,
-            restarts=s.restarts,
-            spherical=s.spherical,
-            normalise=s.normalise,
-            seed=c.run.seed,
+            KMeansOptions(
+                iterations=s.iterations,
+                tolerance=s.tolerance,
+                init=s.init,
+                restarts=s.restarts,
+                spherical=s.spherical,
+                normalise=s.normalise,
+                seed=c.run.seed,
+            ),
             stop=lambda: c.stop.asked,
             progress=c.world.rank == 0,
-            keep=c.out / WORK / "kmeans.npz",
+            checkpoint_path=c.out / WORK / "kmeans.npz",
         )
         if c.world.rank == 0:
             Assignments(result.assignment, s.num_clusters).save(c.out)

@@ -39,13 +39,14 @@ class NeighboursStage(Stage):
         """Collective; goes on from the shards that are there."""
         from dist_scan.data.feature_table import FeatureTable
         from dist_scan.search.neighbours import mine_neighbours
+        from dist_scan.search.options import NeighbourOptions
 
         c = self.context
         mine_neighbours(
             FeatureTable.open(c.inputs["features"]),
             c.out,
             self.config.num_neighbours,
-            metric=self.config.metric,
+            NeighbourOptions(metric=self.config.metric),
             stop=lambda: c.stop.asked,
             progress=c.world.rank == 0,
         )

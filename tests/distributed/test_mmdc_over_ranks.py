@@ -157,6 +157,7 @@ def test_the_multiset_of_targets_is_kept(world_size: int) -> None:
 def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_path: Path) -> None:
     from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.kmeans import kmeans
+    from dist_scan.search.options import KMeansOptions
 
     method = make("refined").eval()
     before = method.codes.component(method.target_id.whole().numpy())
@@ -165,7 +166,7 @@ def test_refinement_takes_the_means_and_keeps_the_numbers_of_the_clusters(tmp_pa
     ids = method.target_id.whole().numpy()
     assert ids.min() >= N and ids.max() < N + 4
     found = kmeans(
-        FeatureTable.open(tmp_path / "table"), 4, iterations=300, restarts=2, seed=3
+        FeatureTable.open(tmp_path / "table"), 4, KMeansOptions(iterations=300, restarts=2, seed=3)
     ).assignment
     assert len(set(zip(found, ids))) == len(set(found)), "k-means' clusters, renamed"
     assert (before == ids - N).sum() == max(

@@ -11,9 +11,10 @@ import pytest
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.monitoring.progress import StopRequested
-from dist_scan.search.exact_rows import LONGEST_L2, prepared, unit_rows
+from dist_scan.search.exact_rows import MAX_NORM_L2, prepare_rows, unit_rows
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.options import KMeansOptions, NeighbourOptions
 from tests.support.ranks import run_ranks
 
 
@@ -34,7 +35,9 @@ def table(x, path, shards=5):
 
 
 def mine(root, out, k, metric, chunk):
-    t = mine_neighbours(FeatureTable.open(root), Path(out), k, metric=metric, chunk=chunk)
+    t = mine_neighbours(
+        FeatureTable.open(root), Path(out), k, NeighbourOptions(metric=metric, chunk_rows=chunk)
+    )
     return t.rows(np.arange(t.num_rows))
 
 
@@ -78,13 +81,9 @@ def cluster(root, k, init, spherical):
     r = kmeans(
         FeatureTable.open(root),
         k,
-        iterations=30,
-        init=init,
-        spherical=spherical,
-        seed=3,
-        restarts=2,
+        KMeansOptions(iterations=30, init=init, spherical=spherical, seed=3, restarts=2),
     )
-    return r.centroids.tobytes(), r.assignment.tobytes(), r.objective, r.iterations, r.num_empty
+    return r.centroids.tobytes(), r.assignment.tobytes(), r.objective, r.iterations, r.num_splits
 
 
 @pytest.mark.parametrize(
@@ -120,17 +119,13 @@ def cluster_for_a_while(root, k, init, spherical, keep, most, error=StopRequeste
         r = kmeans(
             FeatureTable.open(root),
             k,
-            iterations=30,
-            init=init,
-            spherical=spherical,
-            seed=3,
-            restarts=2,
+            KMeansOptions(iterations=30, init=init, spherical=spherical, seed=3, restarts=2),
             stop=stop,
-            keep=Path(keep),
+            checkpoint_path=Path(keep),
         )
     except error:
         return None
-    return r.centroids.tobytes(), r.assignment.tobytes(), r.objective, r.iterations, r.num_empty
+    return r.centroids.tobytes(), r.assignment.tobytes(), r.objective, r.iterations, r.num_splits
 
 
 @pytest.mark.parametrize(
@@ -179,7 +174,7 @@ def test_what_is_kept_of_another_kmeans_is_left_aside_and_that_is_said(
     what, told, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     t, keep = table(rows(groups=()), tmp_path / "f"), tmp_path / "work" / "kmeans.npz"
-    whole = kmeans(t, 9, iterations=30, seed=3)
+    whole = kmeans(t, 9, KMeansOptions(iterations=30, seed=3))
     if what == "no folder":
         (tmp_path / "work").write_text("in the way")
     polls = iter(range(3))
@@ -187,9 +182,8 @@ def test_what_is_kept_of_another_kmeans_is_left_aside_and_that_is_said(
         kmeans(
             t,
             9,
-            iterations=30,
-            seed=4 if what == "seed" else 3,
-            keep=keep,
+            KMeansOptions(iterations=30, seed=4 if what == "seed" else 3),
+            checkpoint_path=keep,
             stop=lambda: next(polls, None) is None,
         )
     if what in ("cut", "garbage", "empty"):
@@ -198,8 +192,8 @@ def test_what_is_kept_of_another_kmeans_is_left_aside_and_that_is_said(
         )
     if what == "rows":
         t = table(rows(groups=(), seed=1), tmp_path / "g")
-        whole = kmeans(t, 9, iterations=30, seed=3)
-    found = kmeans(t, 9, iterations=30, seed=3, keep=keep)
+        whole = kmeans(t, 9, KMeansOptions(iterations=30, seed=3))
+    found = kmeans(t, 9, KMeansOptions(iterations=30, seed=3), checkpoint_path=keep)
     assert told in capsys.readouterr().out
     assert (
         found.centroids.tobytes() == whole.centroids.tobytes()
@@ -215,7 +209,7 @@ def test_kmeans_equals_a_slow_lloyd(tmp_path: Path) -> None:
     t = table(x, tmp_path / "f")
     start = x[np.random.default_rng(5).choice(len(x), 12, replace=False)].astype(np.float64)
     centroids, assignment, objective = lloyd(x.astype(np.float64), start, 25)
-    got = kmeans(t, 12, iterations=25, start=start)
+    got = kmeans(t, 12, KMeansOptions(iterations=25), start=start)
     assert (got.assignment == assignment).all() and np.allclose(got.objective, objective, rtol=1e-9)
     assert np.bincount(got.assignment, minlength=12).tolist() == got.sizes.tolist()
 
@@ -223,7 +217,7 @@ def test_kmeans_equals_a_slow_lloyd(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["_on_cpu", "_on_device"])
 @pytest.mark.parametrize("k", [1, 7, 64, 1500])
 def test_assignment_is_exact_with_ties_and_near_ties(way, k, tmp_path: Path) -> None:
-    from dist_scan.search.index import NearestCentroid, workers
+    from dist_scan.search.index import NearestCentroid, thread_pool
 
     rng = np.random.default_rng(k)
     x = unit_rows(rng.standard_normal((500, 24))).astype(np.float32)
@@ -232,7 +226,7 @@ def test_assignment_is_exact_with_ties_and_near_ties(way, k, tmp_path: Path) -> 
     c[::3] += np.float32(2.0**-22)  # nearer to a tie than float32 can tell
     nearest = NearestCentroid(x, float(np.linalg.norm(x.astype(np.float64), axis=1).max()))
     nearest._on_cpu = getattr(nearest, way)
-    with workers() as pool:
+    with thread_pool() as pool:
         got = nearest(c, pool)
     wide = c.astype(np.longdouble)
     want = ((wide**2).sum(1)[None] - 2 * x.astype(np.longdouble) @ wide.T).argmin(1)
@@ -241,8 +235,8 @@ def test_assignment_is_exact_with_ties_and_near_ties(way, k, tmp_path: Path) -> 
 
 def test_more_clusters_than_distinct_rows_still_ends(tmp_path: Path) -> None:
     x = np.repeat(rows(20, groups=()), 10, 0)
-    got = kmeans(table(x, tmp_path / "f"), 40, iterations=10, seed=0)
-    assert got.num_empty > 0 and got.sizes.sum() == 200 and np.isfinite(got.centroids).all()
+    got = kmeans(table(x, tmp_path / "f"), 40, KMeansOptions(iterations=10, seed=0))
+    assert got.num_splits > 0 and got.sizes.sum() == 200 and np.isfinite(got.centroids).all()
 
 
 def test_finished_shards_are_kept_and_a_table_mined_otherwise_is_refused(tmp_path: Path) -> None:
@@ -256,9 +250,9 @@ def test_finished_shards_are_kept_and_a_table_mined_otherwise_is_refused(tmp_pat
     assert (np.load(file) == before).all() and (
         tmp_path / "n" / "ids-00001.npy"
     ).stat().st_mtime_ns == stamp
-    for wrong in ({"num_neighbours": 6}, {"num_neighbours": 5, "metric": "l2"}):
+    for k, options in ((6, NeighbourOptions()), (5, NeighbourOptions(metric="l2"))):
         with pytest.raises(ValueError, match="mined otherwise"):
-            mine_neighbours(t, tmp_path / "n", **wrong)
+            mine_neighbours(t, tmp_path / "n", k, options)
     other = table(rows()[::-1].copy(), tmp_path / "other")  # of the same size, even the same rows
     with pytest.raises(ValueError, match="holds neighbours of other features"):
         mine_neighbours(other, tmp_path / "n", 5)
@@ -294,14 +288,19 @@ def test_a_row_that_coarsens_all_others_is_said(tmp_path: Path) -> None:
     x = rows(groups=()).astype(np.float32) * 1e-3
     x[5] *= 1e6
     with pytest.warns(UserWarning, match="coarser grid"):
-        mine_neighbours(table(x.astype(np.float16), tmp_path / "f"), tmp_path / "n", 5, metric="l2")
+        mine_neighbours(
+            table(x.astype(np.float16), tmp_path / "f"),
+            tmp_path / "n",
+            5,
+            NeighbourOptions(metric="l2"),
+        )
 
 
 def test_l2_is_exact_where_squared_distances_are_largest(tmp_path: Path) -> None:
     """Rows on opposite sides, told apart by the last bit only: at norms of 4 a squared distance needed 54 bits of a float64's 53."""
     u, c = 2.0**-24, 3.5
     t = table(np.array([[-c, 3 * u], *([c, j * u] for j in range(16))], np.float16), tmp_path / "f")
-    rows = prepared(t, False, longest=LONGEST_L2)
+    rows = prepare_rows(t, False, longest=MAX_NORM_L2)
     x = [[Fraction(float(v)) for v in r] for r in rows.read(np.arange(17))]
     exact = [-sum((a - b) ** 2 for a, b in zip(x[0], r)) / Fraction(rows.scale) ** 2 for r in x[1:]]
     want = sorted(range(16), key=lambda i: (-exact[i], i))
@@ -314,24 +313,25 @@ def test_l2_is_exact_where_squared_distances_are_largest(tmp_path: Path) -> None
 def test_settings_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
     t = table(rows(), tmp_path / "f")
     for how, told in (
-        ({"metric": "euclid"}, "metric 'euclid'; allowed: cosine"),
+        ({"metric": "euclid"}, "metric: euclid; allowed: cosine"),
         ({"view": 1}, "view 1 of .*allowed: 0 to 0"),
-        ({"chunk": 0}, "chunks of 0"),
+        ({"chunk_rows": 0}, "chunk_rows: 0; allowed: 1 or more"),
     ):
         with pytest.raises(ValueError, match=told):
-            mine_neighbours(t, tmp_path / "n", 5, **how)
+            mine_neighbours(t, tmp_path / "n", 5, NeighbourOptions(**how))
     nan = np.full((3, 24), np.nan)
     for how, told in (
-        ({"init": "first"}, "init 'first'; allowed: kmeans"),
-        ({"seed": 2**70}, "a seed of"),
-        ({"restarts": 0}, "0 restarts"),
-        ({"iterations": 0}, "0 iterations"),
-        ({"start": nan}, "72 numbers NaN"),
-        ({"start": [[1.0]]}, r"allowed: \[3, 24\]"),
+        ({"init": "first"}, "init: first; allowed: kmeans"),
+        ({"seed": 2**70}, "seed: .*; allowed: 0 to 2"),
+        ({"restarts": 0}, "restarts: 0"),
+        ({"iterations": 0}, "iterations: 0"),
     ):
         with pytest.raises(ValueError, match=told):
-            kmeans(t, 3, **how)
-    mine_neighbours(t, tmp_path / "n", np.int64(5), view=np.int64(0))
+            KMeansOptions(**how)
+    for start, told in ((nan, "72 numbers NaN"), ([[1.0]], r"allowed: \[3, 24\]")):
+        with pytest.raises(ValueError, match=told):
+            kmeans(t, 3, start=start)
+    mine_neighbours(t, tmp_path / "n", np.int64(5), NeighbourOptions(view=np.int64(0)))
     assert mine_neighbours(t, tmp_path / "n", 5).missing_shards() == []
 
 
@@ -369,12 +369,12 @@ def test_bad_input_is_named_before_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows \[33\] are all zero"):
         mine_neighbours(zero, tmp_path / "n", 5)
     for k in (0, 401):
-        with pytest.raises(ValueError, match="allowed: 1 to 400"):
-            mine_neighbours(zero, tmp_path / "n", k, metric="l2")
-    with pytest.raises(ValueError, match="402 clusters of 401 rows"):
+        with pytest.raises(ValueError, match="neighbours: .*; allowed: 1 to 400"):
+            mine_neighbours(zero, tmp_path / "n", k, NeighbourOptions(metric="l2"))
+    with pytest.raises(ValueError, match="clusters: 402; allowed: 1 to 401"):
         kmeans(zero, 402)
-    with pytest.raises(ValueError, match="a tolerance of nan"):
-        kmeans(zero, 3, tolerance=float("nan"))
+    with pytest.raises(ValueError, match="tolerance: nan"):
+        kmeans(zero, 3, KMeansOptions(tolerance=float("nan")))
 
 
 @pytest.mark.parametrize("damage", ["cut", "type", "gone"])

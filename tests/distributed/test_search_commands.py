@@ -16,6 +16,7 @@ from dist_scan.__main__ import main
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.options import NeighbourOptions
 from dist_scan.world.spawn import first_host
 from tests.distributed.test_search import oracle, rows, table
 from tests.support.launches import ROOT, environment
@@ -418,15 +419,18 @@ def slowly(root, out) -> None:
         FeatureTable.open(root),
         out,
         5,
-        metric="l2",
-        chunk=97,
-        queries=50,
+        NeighbourOptions(metric="l2", chunk_rows=97, queries_per_round=50),
         stop=lambda: bool(time.sleep(0.02)),
     )
 
 
 def mined(root, out):
-    t = mine_neighbours(FeatureTable.open(root), out, 5, metric="l2", chunk=97, queries=50)
+    t = mine_neighbours(
+        FeatureTable.open(root),
+        out,
+        5,
+        NeighbourOptions(metric="l2", chunk_rows=97, queries_per_round=50),
+    )
     return [a.tobytes() for a in t.rows(np.arange(t.num_rows))]
 
 
@@ -473,8 +477,7 @@ def half_held(root, out, k):
             FeatureTable.open(Path(root) / f"disk{rank}"),
             Path(out) / f"disk{rank}",
             k,
-            metric="inner_product",
-            chunk=90,
+            NeighbourOptions(metric="inner_product", chunk_rows=90),
         )
     )
 

@@ -11,8 +11,9 @@ import torch
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.options import NeighbourOptions
 from dist_scan.search.pic import pic
-from dist_scan.search.whiten import whiten, whiten_table, whitened
+from dist_scan.search.whiten import fit_table_whitening, fit_whitening, write_whitened_table
 from dist_scan.world.world import current
 from tests.distributed.test_search import table
 from tests.reference.pic import pic as slow_pic
@@ -38,14 +39,14 @@ def share(x, cut):
 
 
 def whiten_share(x, dim, cut):
-    w = whiten(share(x, cut), dim)
+    w = fit_whitening(share(x, cut), dim)
     return w.mean.tobytes(), w.components.tobytes(), w.eigenvalues.tobytes(), w.apply(x).tobytes()
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
 def test_whitening_equals_the_reference(factor) -> None:
     x = correlated().astype(np.float64) * factor
-    got = whiten(x, 12).apply(x)
+    got = fit_whitening(x, 12).apply(x)
     assert np.allclose(got, slow_whitened(x, 12), atol=2e-5)
     assert np.allclose(np.cov(got.T, bias=True), np.eye(12), atol=1e-4)
 
@@ -56,7 +57,7 @@ def test_whitening_equals_faiss_up_to_sign_and_scale() -> None:
     x = correlated().astype(np.float32)
     peer = faiss.PCAMatrix(x.shape[1], 12, -0.5)
     peer.train(x)
-    got, theirs = whiten(x, 12).apply(x), peer.apply(x)
+    got, theirs = fit_whitening(x, 12).apply(x), peer.apply(x)
     cosine = (got * theirs).sum(0) / np.linalg.norm(got, axis=0) / np.linalg.norm(theirs, axis=0)
     assert np.allclose(np.abs(cosine), 1, atol=1e-4)
 
@@ -71,7 +72,7 @@ def test_whitening_is_the_same_bits_on_any_number_of_ranks_and_cut() -> None:
 
 def test_a_row_is_whitened_alone_as_among_others_and_for_any_number_of_threads() -> None:
     x = correlated()
-    w = whiten(x, 12)
+    w = fit_whitening(x, 12)
     together = w.apply(x)
     torch.set_num_threads(2)
     try:
@@ -83,7 +84,7 @@ def test_a_row_is_whitened_alone_as_among_others_and_for_any_number_of_threads()
 
 def table_whitened(root, out):
     t = FeatureTable.open(root)
-    made = whitened(t, whiten_table(t, 8), out)
+    made = write_whitened_table(t, fit_table_whitening(t, 8), out)
     return made.rows(np.arange(made.num_rows)).tobytes()
 
 
@@ -100,40 +101,45 @@ def test_a_table_is_whitened_by_shards(tmp_path: Path) -> None:
 def test_a_table_of_another_whitening_is_not_taken_up(tmp_path: Path) -> None:
     x = correlated()
     one, other = table(x, tmp_path / "f"), table(x[::-1] * 2, tmp_path / "g")
-    made = whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x)))
+    made = write_whitened_table(one, fit_table_whitening(one, 8), tmp_path / "w").rows(
+        np.arange(len(x))
+    )
     assert (
-        whitened(one, whiten_table(one, 8), tmp_path / "w").rows(np.arange(len(x))) == made
+        write_whitened_table(one, fit_table_whitening(one, 8), tmp_path / "w").rows(
+            np.arange(len(x))
+        )
+        == made
     ).all()
     for source, by in ((other, other), (other, one)):
         with pytest.raises(ValueError, match="of another whitening"):
-            whitened(source, whiten_table(by, 8), tmp_path / "w")
+            write_whitened_table(source, fit_table_whitening(by, 8), tmp_path / "w")
 
 
 def test_rows_that_cannot_be_whitened_are_refused() -> None:
     x = correlated()
     with pytest.raises(ValueError, match="allowed: \\[n, D\\]"):
-        whiten(x[0], 3)
+        fit_whitening(x[0], 3)
     with pytest.raises(
         ValueError, match="12 rows cannot be whitened to 12 dimensions; allowed: at most 11"
     ):
-        whiten(x[:12], 12)
+        fit_whitening(x[:12], 12)
     with pytest.raises(ValueError, match="allowed: 1 to 40"):
-        whiten(x, 41)
+        fit_whitening(x, 41)
     flat = x.copy()
     flat[:, 5:] = 1
     with pytest.raises(ValueError, match="vary in 5 directions only"):
-        whiten(flat, 6)
+        fit_whitening(flat, 6)
     broken = x.astype(np.float32)
     broken[3, 3] = np.inf
     with pytest.raises(ValueError, match="NaN or Inf"):
-        whiten(broken, 6)
+        fit_whitening(broken, 6)
     with pytest.raises(ValueError, match=r"give \[n, 40\]"):
-        whiten(x, 6).apply(x[:, :30])
+        fit_whitening(x, 6).apply(x[:, :30])
     with pytest.raises(ValueError, match=r"rows \[3\] to be whitened are NaN"):
-        whiten(x, 6).apply(broken)
+        fit_whitening(x, 6).apply(broken)
     for scale in (1e-200, 1e200):
         with pytest.raises(ValueError, match="allowed: 1e-30 to 1e30, scale them"):
-            whiten(x.astype(np.float64) * scale, 6)
+            fit_whitening(x.astype(np.float64) * scale, 6)
 
 
 def blobs(n=230, d=6, centres=9, seed=1):
@@ -163,7 +169,9 @@ def cluster(root, sigma, teleport, iterations):
 def test_pic_equals_the_reference_on_any_number_of_ranks(
     teleport, sigma, iterations, metric, tmp_path: Path
 ) -> None:
-    neighbours = mine_neighbours(table(blobs(), tmp_path / "f"), tmp_path / "n", 5, metric=metric)
+    neighbours = mine_neighbours(
+        table(blobs(), tmp_path / "f"), tmp_path / "n", 5, NeighbourOptions(metric=metric)
+    )
     ids, scores = neighbours.rows(np.arange(neighbours.num_rows))
     want, joined = slow_pic(
         ids, -scores if metric == "l2" else 2 - 2 * scores, sigma, 0.05, iterations, teleport
@@ -185,13 +193,16 @@ def test_pic_equals_the_reference_on_any_number_of_ranks(
 def test_pic_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     t = table(blobs(), tmp_path / "f")
     with pytest.raises(ValueError, match="mined with inner_product"):
-        pic(mine_neighbours(t, tmp_path / "ip", 5, metric="inner_product"))
-    n = mine_neighbours(t, tmp_path / "n", 5, metric="l2")
+        pic(mine_neighbours(t, tmp_path / "ip", 5, NeighbourOptions(metric="inner_product")))
+    n = mine_neighbours(t, tmp_path / "n", 5, NeighbourOptions(metric="l2"))
     for wrong in ({"sigma": 0.0}, {"alpha": 0.0}, {"teleport": "code"}):
         with pytest.raises(ValueError, match="allowed"):
             pic(n, **wrong)
     far = mine_neighbours(
-        table((blobs() * 100).astype(np.float16), tmp_path / "far"), tmp_path / "m", 5, metric="l2"
+        table((blobs() * 100).astype(np.float16), tmp_path / "far"),
+        tmp_path / "m",
+        5,
+        NeighbourOptions(metric="l2"),
     )
     with pytest.raises(ValueError, match="raise sigma"):
         pic(far, sigma=0.01)

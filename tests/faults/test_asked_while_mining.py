@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.search.neighbours import Chunk, mine_neighbours
+from dist_scan.search.neighbours import DatabaseChunk, mine_neighbours
+from dist_scan.search.options import NeighbourOptions
 from tests.distributed.test_search import oracle, rows, table
 from tests.support.ranks import run_ranks
 
@@ -31,7 +32,7 @@ def mining(root: Path, out: Path, fault: Path, inside: int | None):
     faults.Faults(fault, current().rank).arm()
     if inside is not None and current().rank == 0:  # in the middle of its work
         faults.call_before(
-            Chunk,
+            DatabaseChunk,
             "search",
             lambda *_: (
                 searched.append(0)
@@ -41,7 +42,11 @@ def mining(root: Path, out: Path, fault: Path, inside: int | None):
         )
     try:
         found = mine_neighbours(
-            FeatureTable.open(root), out, K, stop=lambda: stop.asked, chunk=40, queries=1
+            FeatureTable.open(root),
+            out,
+            K,
+            NeighbourOptions(chunk_rows=40, queries_per_round=1),
+            stop=lambda: stop.asked,
         )
     except StopRequested:
         return "stopped"

@@ -164,7 +164,7 @@ class Faults:
         from dist_scan.data.neighbour_table import NeighbourTable
         from dist_scan.engine.training_loop import Trainer
         from dist_scan.monitoring import peak_memory
-        from dist_scan.search.kmeans import Lloyd
+        from dist_scan.search.kmeans import LloydRun
         from dist_scan.storage import run_markers
 
         call_before(Trainer, "_step", lambda t, *_: self.check("step", t.at.step))
@@ -174,7 +174,7 @@ class Faults:
         call_before(BetonLoader, "_decode_part", lambda *_: self.check("batch"))
         for table in (FeatureTable, NeighbourTable):
             call_before(table, "write_shard", lambda *_: self.check("shard"))
-        call_before(Lloyd, "_assign", lambda *_: self.check("iteration"))
+        call_before(LloydRun, "_assign", lambda *_: self.check("iteration"))
         wrap(run_markers, "drop", self._end_of_run)
         self._arm_saves()
 

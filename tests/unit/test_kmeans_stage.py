@@ -11,7 +11,8 @@ import pytest
 from dist_scan.data.assignments import Assignments
 from dist_scan.search.agreement import mutual_information
 from dist_scan.search.kmeans import kmeans
-from dist_scan.search.whiten import whiten_table, whitened
+from dist_scan.search.options import KMeansOptions
+from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
 from dist_scan.stages.kmeans import KMeansConfig, KMeansStage
 from dist_scan.storage.artifacts import WORK
 from tests.distributed.test_search import table
@@ -47,8 +48,10 @@ def test_whitening_finds_groups_in_small_directions(hidden, tmp_path: Path) -> N
     features, group = hidden
     plain, white = clustered(tmp_path), clustered(tmp_path, whiten_dim=4, restarts=20)
     assert mutual_information(white, group) > mutual_information(plain, group) + 0.3
-    made = whitened(features, whiten_table(features, 4), tmp_path / "white")
-    assert np.array_equal(white, kmeans(made, 3, restarts=20, seed=3, normalise=True).assignment)
+    made = write_whitened_table(features, fit_table_whitening(features, 4), tmp_path / "white")
+    assert np.array_equal(
+        white, kmeans(made, 3, KMeansOptions(restarts=20, seed=3, normalise=True)).assignment
+    )
     assert (tmp_path / "out" / WORK / "whitened").is_dir(), (
         "beside what is published: it goes with the stage's work"
     )

@@ -55,9 +55,9 @@ def test_what_is_usual(tmp_path: Path) -> None:
     scores = np.array([[0.9, 0.5], [0.8, 0.1], [0.6, 0.6], [1.0, 0.2]])
     for s in range(2):
         neighbours.write_shard(s, np.zeros((2, 2), np.int64), scores[2 * s : 2 * s + 2])
-    usual = novelty.usual_distances(NeighbourTable.open(tmp_path / "n"))
+    usual = novelty.training_distances(NeighbourTable.open(tmp_path / "n"))
     np.testing.assert_allclose(usual, [0, 0.1, 0.2, 0.4], atol=1e-6)
-    assert novelty.share_nearer(np.array([0.0, 0.15, 0.9], np.float32), usual).tolist() == [
+    assert novelty.fraction_nearer(np.array([0.0, 0.15, 0.9], np.float32), usual).tolist() == [
         0,
         0.5,
         1,
