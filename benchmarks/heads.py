@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit
 from dist_scan.engine.precision import peak_memory, set_determinism
-from dist_scan.heads.autograd import means_of, scan_heads_loss
+from dist_scan.heads.autograd import means_from_sums, scan_heads_loss
 from dist_scan.heads.cpu_loops import LoopHead
 from dist_scan.heads.linear import ClusterHeads
-from dist_scan.heads.products import give_back
-from dist_scan.heads.torch_head import entropy_and_slope
+from dist_scan.heads.products import release_buffers
+from dist_scan.heads.torch_head import entropy_and_gradient
 from dist_scan.losses import scan_loss_released
 
 CLUSTER = ["--clusters", "{clusters}", "--dim", "{dim}"]
@@ -105,8 +105,8 @@ def losses(batch: int, clusters: int, device: torch.device) -> tuple[dict[str, R
         from dist_scan.heads.gpu_kernels import KernelHead
 
         head = KernelHead(work, batch)
-        means, count = means_of([head.anchor_sum()], batch, whole_batch=True)
-        head.to_gradients_(entropy_and_slope(means[0], WEIGHT)[1], 1 / count)
+        means, count = means_from_sums([head.anchor_sum()], batch, whole_batch=True)
+        head.to_gradients_(entropy_and_gradient(means[0], WEIGHT)[1], 1 / count)
 
     def published() -> None:
         a, n = (x[None].detach().requires_grad_() for x in given)
@@ -177,7 +177,7 @@ def memory(run: Run, given: list[Tensor], weights: list[Tensor]) -> float:
 def compare(size: tuple[int, int, int], rounds: int, device: torch.device) -> None:
     """Rows of one size."""
     batch, clusters, dim = size
-    give_back()  # what is kept of the size before
+    release_buffers()  # what is kept of the size before
     (runs, held), name = steps(*size, device), dict(zip(("batch", "clusters", "dim"), size))
     seconds = timed(runs, rounds, device)
     for row, values in seconds.items():

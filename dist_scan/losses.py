@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_scan.world.collectives import all_mean, all_rows, all_sum
 from dist_scan.world.world import current
 
-SMALLEST = 1e-8  # the released code clamps mean probabilities here before the logarithm
+MIN_PROBABILITY = 1e-8  # the released code clamps mean probabilities here before the logarithm
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def scan_loss(anchors_HBC: Tensor, neighbours_HBC: Tensor, entropy_weight: float
     log_p = at_least_fp32(anchors_HBC).log_softmax(2)
     log_q = at_least_fp32(neighbours_HBC).log_softmax(2)
     consistency = -torch.logsumexp(log_p + log_q, 2).mean(1)
-    mean = all_mean(log_p.exp().mean(1)).clamp(min=SMALLEST)
+    mean = all_mean(log_p.exp().mean(1)).clamp(min=MIN_PROBABILITY)
     entropy = -(mean * mean.log()).sum(1)
     return ScanTerms(consistency - entropy_weight * entropy, consistency.detach(), entropy.detach())
 
@@ -88,7 +88,7 @@ def scan_loss_released(
     consistency = F.binary_cross_entropy(
         similarity.clamp(max=1), torch.ones_like(similarity), reduction="none"
     ).mean(1)
-    mean = all_mean(p.mean(1)).clamp(min=SMALLEST)
+    mean = all_mean(p.mean(1)).clamp(min=MIN_PROBABILITY)
     entropy = -(mean * mean.log()).sum(1)
     return ScanTerms(consistency - entropy_weight * entropy, consistency.detach(), entropy.detach())
 

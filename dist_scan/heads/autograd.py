@@ -14,43 +14,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_scan.heads.products import FeaturePair, HeadGradients, head_slices
-from dist_scan.heads.torch_head import TorchHead, entropy_and_slope
+from dist_scan.heads.torch_head import TorchHead, entropy_and_gradient
 from dist_scan.losses import ScanTerms, at_least_fp32
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
 GROUP_COLUMNS = 4096  # logits [b, columns] held at once when ranks share a batch: one message a group instead of one a head
-TRITON = find_spec("triton") is not None  # it comes with PyTorch where that knows GPUs
+HAS_TRITON = find_spec("triton") is not None  # it comes with PyTorch where that knows GPUs
 
 
-def all_means(p_heads: Sequence[Tensor], whole_batch: bool = False) -> tuple[list[Tensor], Tensor]:
+def mean_probabilities(
+    p_heads: Sequence[Tensor], whole_batch: bool = False
+) -> tuple[list[Tensor], Tensor]:
     """The global batch's mean probability [C] of each head p [b, C], and the number of its rows; one message, uneven ranks allowed.
     whole_batch: its rows are all here, nothing is said."""
-    return means_of([p.sum(0) for p in p_heads], len(p_heads[0]), whole_batch)
+    return means_from_sums([p.sum(0) for p in p_heads], len(p_heads[0]), whole_batch)
 
 
-def means_of(
+def means_from_sums(
     sums: Sequence[Tensor], rows: int, whole_batch: bool = False
 ) -> tuple[list[Tensor], Tensor]:
-    """`all_means` from each head's sum [C] over this rank's rows."""
+    """`mean_probabilities` from each head's sum [C] over this rank's rows."""
     count = sums[0].new_full((1,), rows)
     if not whole_batch:
         count, *sums = all_sum(torch.cat([count, *sums])).split([1, *map(len, sums)])
     return [total / count for total in sums], count[0]
 
 
-def in_loops(weight: Tensor) -> bool:
+def uses_cpu_loops(weight: Tensor) -> bool:
     """Whether heads of this weight run in compiled loops."""
     return weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
-def open_head(x: FeaturePair, weight: Tensor, bias: Tensor) -> Any:
+def make_head(x: FeaturePair, weight: Tensor, bias: Tensor) -> Any:
     """What takes one head's logits to their gradients: in float32 Triton's kernels on a GPU and compiled loops on a CPU, PyTorch for the rest."""
-    if in_loops(weight):
+    if uses_cpu_loops(weight):
         from dist_scan.heads.cpu_loops import LoopHead
 
         return LoopHead(x.logits(weight), bias, x.b, x.again(weight, bias))
-    if weight.dtype == torch.float32 and weight.device.type == "cuda" and TRITON:
+    if weight.dtype == torch.float32 and weight.device.type == "cuda" and HAS_TRITON:
         from dist_scan.heads.gpu_kernels import KernelHead
 
         return KernelHead(x.logits(weight, bias), x.b)
@@ -83,7 +85,7 @@ class HeadsFunction(torch.autograd.Function):
         return None if dx is None else torch.tensordot(grad, dx, 1), dweight, dbias
 
 
-def head_after_head(
+def scan_heads_by_group(
     x: FeaturePair,
     weight: Tensor,
     bias: Tensor,
@@ -94,13 +96,13 @@ def head_after_head(
     """SCAN's (consistency [H], entropy [H]); the heads' gradients go to `back`. In groups, whose logits are held at once."""
     terms: list[tuple[Tensor, Tensor]] = []
     for group in groups(back.sizes, whole_batch):
-        heads = [open_head(x, weight[at], bias[at]) for _, at in group]
-        means, count = means_of([head.anchor_sum() for head in heads], x.b, whole_batch)
+        heads = [make_head(x, weight[at], bias[at]) for _, at in group]
+        means, count = means_from_sums([head.anchor_sum() for head in heads], x.b, whole_batch)
         scale = (1 if whole_batch else current().world_size) / count
         for (h, _), head, mean in zip(group, heads, means):
-            entropy, slope = entropy_and_slope(mean, entropy_weight)
-            terms.append((head.to_gradients_(slope, scale) * scale, entropy))
-            back.take(h, head.logits, head.dbias)
+            entropy, entropy_gradient = entropy_and_gradient(mean, entropy_weight)
+            terms.append((head.to_gradients_(entropy_gradient, scale) * scale, entropy))
+            back.store(h, head.logits, head.dbias)
         del heads, head  # the next group's logits take their place
     consistency, entropies = zip(*terms)
     return torch.stack(consistency), torch.stack(entropies)
@@ -115,12 +117,14 @@ class ScanHeadsFunction(HeadsFunction):
             b, alone = len(anchors), whole_batch or current().world_size == 1
             x = FeaturePair(anchors, neighbours, weight.dtype, apart=max(sizes) <= b)
             back = HeadGradients(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
-            if alone and in_loops(weight):
-                from dist_scan.heads.cpu_loops import whole_heads
+            if alone and uses_cpu_loops(weight):
+                from dist_scan.heads.cpu_loops import scan_heads_in_loops
 
-                consistency, entropy = whole_heads(x, weight, bias, back, entropy_weight)
+                consistency, entropy = scan_heads_in_loops(x, weight, bias, back, entropy_weight)
             else:
-                consistency, entropy = head_after_head(x, weight, bias, back, entropy_weight, alone)
+                consistency, entropy = scan_heads_by_group(
+                    x, weight, bias, back, entropy_weight, alone
+                )
         HeadsFunction.keep(ctx, sizes, back)
         ctx.dtype = anchors.dtype
         ctx.mark_non_differentiable(consistency, entropy)
@@ -167,7 +171,7 @@ class TemiHeadsFunction(HeadsFunction):
                 lse = torch.logsumexp(r, 1, keepdim=True)
                 pmi.append((row_weights * lse).sum())
                 r.sub_(lse).exp_()
-                back.take(h, log_s.exp_().sub_(r).mul_(row_weights * (scale * beta / temperature)))
+                back.store(h, log_s.exp_().sub_(r).mul_(row_weights * (scale * beta / temperature)))
         HeadsFunction.keep(ctx, sizes, back)
         ctx.dtype = first.dtype
         return -torch.stack(pmi) * scale

@@ -16,7 +16,7 @@ def shared_counts(a_N: np.ndarray, b_N: np.ndarray, num_a: int, num_b: int) -> n
     )
 
 
-def rand_agreement(a_N: np.ndarray, b_N: np.ndarray, num_clusters: int) -> float:
+def adjusted_rand_index(a_N: np.ndarray, b_N: np.ndarray, num_clusters: int) -> float:
     """Adjusted Rand index of two assignments (Hubert and Arabie 1985); 1.0 when neither tells anything apart."""
     counts = shared_counts(a_N, b_N, num_clusters, num_clusters)
     pairs = lambda x: int((x * (x - 1)).sum())  # noqa: E731
@@ -38,7 +38,7 @@ def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[floa
     between = np.full((count, count), np.nan)
     for i in range(count):
         for j in range(i):
-            between[i, j] = between[j, i] = rand_agreement(
+            between[i, j] = between[j, i] = adjusted_rand_index(
                 assignments[i], assignments[j], num_clusters
             )
     return [float(np.nanmean(row)) if count > 1 else float("nan") for row in between]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dist_scan.compiled import compiled, wide_vectors
-from dist_scan.heads.products import FeaturePair, HeadGradients, LogitsOf
-from dist_scan.heads.torch_head import SMALL, from_logits
-from dist_scan.losses import SMALLEST
+from dist_scan.heads.products import FeaturePair, HeadGradients, RecomputeLogits
+from dist_scan.heads.torch_head import MIN_INNER_PRODUCT, joint_softmax
+from dist_scan.losses import MIN_PROBABILITY
 
 ROWS = 64
 SUMS = {
@@ -49,7 +49,7 @@ E1, E2, E3, E4, E5 = (
         0.008290270044410422,
     )
 )
-ZERO, ONE, LEAST = np.float32(0), np.float32(1), np.float32(SMALLEST)
+ZERO, ONE, LEAST = np.float32(0), np.float32(1), np.float32(MIN_PROBABILITY)
 
 
 @compiled(fastmath={"contract"})
@@ -96,7 +96,7 @@ def _add(row, share, sums) -> None:
 
 
 @compiled()
-def numerators(logits, bias, shares, sums, first, last) -> None:
+def exponentiate(logits, bias, shares, sums, first, last) -> None:
     """Logits [2b, C] without their bias become exp(logit - the row's largest); times shares [2b] they are probabilities. sums [chunks, C]: the
     anchors' probabilities. Chunks first to last - 1."""
     wide_vectors()
@@ -110,31 +110,31 @@ def numerators(logits, bias, shares, sums, first, last) -> None:
 
 
 @compiled(fastmath=SUMS)
-def _products(e, f, slope):
+def _products(e, f, entropy_gradient):
     """(<e, f>, <e, slope>)."""
     wide_vectors()
     both, own = ZERO, ZERO
     for c in range(len(e)):
         both += e[c] * f[c]
-        own += e[c] * slope[c]
+        own += e[c] * entropy_gradient[c]
     return both, own
 
 
 @compiled(fastmath={"contract"})
-def _pair(e, f, p_share, q_share, slope, both, own, scale, sums) -> None:
+def _pair(e, f, p_share, q_share, entropy_gradient, both, own, scale, sums) -> None:
     """A pair's numerators become scale times their gradients; sums [C] are added up."""
     wide_vectors()
     back = ONE / both
     for c in range(len(e)):
         r = e[c] * f[c] * back
         dq = (f[c] * q_share - r) * scale
-        dp = (e[c] * p_share * (slope[c] - own + ONE) - r) * scale
+        dp = (e[c] * p_share * (entropy_gradient[c] - own + ONE) - r) * scale
         f[c], e[c] = dq, dp
         sums[c] += dp + dq
 
 
 @compiled()
-def gradients(numerator, shares, slope, scale, sums, nll, low, first, last) -> None:
+def gradients(numerator, shares, entropy_gradient, scale, sums, nll, low, first, last) -> None:
     """Numerators [2b, C] become scale times the gradients of sum(-log<p, q>) + <slope, sum p>, but for rows with <p, q> < SMALL, which stay.
     sums [chunks, C]: of the gradients, anchors and neighbours; nll [chunks]: of -log<p, q>, those rows left out; low [b]: whether it is one of them.
     Chunks first to last - 1."""
@@ -145,13 +145,21 @@ def gradients(numerator, shares, slope, scale, sums, nll, low, first, last) -> N
         nll[chunk] = 0.0
         for i in range(chunk * ROWS, min(b, (chunk + 1) * ROWS)):
             e, f = numerator[i], numerator[b + i]
-            both, own = _products(e, f, slope)
+            both, own = _products(e, f, entropy_gradient)
             similar = np.float64(both) * shares[i] * shares[b + i]
-            low[i] = similar < SMALL
+            low[i] = similar < MIN_INNER_PRODUCT
             if not low[i]:  # a NaN is not low: it goes on as it is
                 nll[chunk] -= np.log(similar)
                 _pair(
-                    e, f, shares[i], shares[b + i], slope, both, own * shares[i], scale, sums[chunk]
+                    e,
+                    f,
+                    shares[i],
+                    shares[b + i],
+                    entropy_gradient,
+                    both,
+                    own * shares[i],
+                    scale,
+                    sums[chunk],
                 )
 
 
@@ -166,16 +174,16 @@ def column_sums(sums):
 
 
 @compiled()
-def entropy_and_slope(sums, count, weight):
+def entropy_and_gradient(sums, count, weight):
     """head_step's of the mean of `count` rows, from their sums [chunks, C]: (entropy, slope [C])."""
-    slope, entropy = column_sums(sums), 0.0
-    for c in range(len(slope)):
-        mean = slope[c] / np.float32(count)
+    entropy_gradient, entropy = column_sums(sums), 0.0
+    for c in range(len(entropy_gradient)):
+        mean = entropy_gradient[c] / np.float32(count)
         clamped = LEAST if mean < LEAST else mean  # a NaN stays
         log = np.log(clamped)
         entropy -= clamped * log
-        slope[c] = ZERO if mean < LEAST else (log + ONE) * weight
-    return entropy, slope
+        entropy_gradient[c] = ZERO if mean < LEAST else (log + ONE) * weight
+    return entropy, entropy_gradient
 
 
 @compiled()
@@ -201,7 +209,9 @@ def _in_threads(work: Callable, chunks: int, *given) -> None:
 class LoopHead:
     """One head's logits [2b, C], contiguous float32 on the CPU and still without their bias, worked on in place. See head_step.TorchHead."""
 
-    def __init__(self, logits: Tensor, bias: Tensor, b: int, logits_of: LogitsOf) -> None:
+    def __init__(
+        self, logits: Tensor, bias: Tensor, b: int, recompute_logits: RecomputeLogits
+    ) -> None:
         if (
             logits.dtype != torch.float32
             or not logits.is_contiguous()
@@ -223,36 +233,38 @@ class LoopHead:
             torch.empty(chunks, dtype=torch.float64).numpy(),
             torch.empty(b, dtype=torch.bool).numpy(),
         )
-        self.begin(_array(bias), logits_of)
+        self.begin(_array(bias), recompute_logits)
 
-    def begin(self, bias: np.ndarray, logits_of: LogitsOf) -> None:
+    def begin(self, bias: np.ndarray, recompute_logits: RecomputeLogits) -> None:
         """Make numerators of the logits; in the same memory again for the next head's."""
-        self.logits_of = logits_of
-        _in_threads(numerators, len(self.sums), self.rows, bias, self.shares, self.sums)
+        self.recompute_logits = recompute_logits
+        _in_threads(exponentiate, len(self.sums), self.rows, bias, self.shares, self.sums)
 
     def anchor_sum(self) -> Tensor:
         """[C]: the sum of the anchors' probabilities."""
         return torch.from_numpy(column_sums(self.sums))
 
-    def to_gradients_(self, slope: Tensor, scale: Tensor) -> Tensor:
+    def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
         """The logits become scale times the gradients by them of sum(-log<p, q>) + <slope, sum p>; dbias [C]: their sum. Returns the sum of -log<p, q>."""
         return torch.tensor(
-            self._to_gradients(_array(slope), float(scale)), dtype=self.logits.dtype
+            self._to_gradients(_array(entropy_gradient), float(scale)), dtype=self.logits.dtype
         )
 
     def finish_(self, entropy_weight: float) -> tuple[float, float]:
         """All rows of the batch are here: the logits become the gradients of the head's loss. Returns its (consistency, entropy)."""
         count = max(1, self.b)
-        entropy, slope = entropy_and_slope(self.sums, count, np.float32(entropy_weight))
-        return self._to_gradients(slope, 1 / count) / count, entropy
+        entropy, entropy_gradient = entropy_and_gradient(
+            self.sums, count, np.float32(entropy_weight)
+        )
+        return self._to_gradients(entropy_gradient, 1 / count) / count, entropy
 
-    def _to_gradients(self, slope: np.ndarray, scale: float) -> float:
+    def _to_gradients(self, entropy_gradient: np.ndarray, scale: float) -> float:
         _in_threads(
             gradients,
             len(self.nll),
             self.rows,
             self.shares,
-            slope,
+            entropy_gradient,
             np.float32(scale),
             self.sums,
             self.nll,
@@ -260,23 +272,29 @@ class LoopHead:
         )
         dbias, nll, again = add_up(self.sums, self.nll, self.low)
         self.dbias = torch.from_numpy(dbias)
-        return nll + self._again(slope, scale) if again else nll
+        return nll + self._again(entropy_gradient, scale) if again else nll
 
-    def _again(self, slope: np.ndarray, scale: float) -> float:
+    def _again(self, entropy_gradient: np.ndarray, scale: float) -> float:
         """The rows whose product has underflown."""
-        low, slope = torch.from_numpy(np.flatnonzero(self.low)), torch.from_numpy(slope)
-        r, nll = from_logits(*self.logits_of(low))
+        low, entropy_gradient = (
+            torch.from_numpy(np.flatnonzero(self.low)),
+            torch.from_numpy(entropy_gradient),
+        )
+        r, nll = joint_softmax(*self.recompute_logits(low))
         p, q = (
             self.logits[rows] * torch.from_numpy(self.shares)[rows, None]
             for rows in (low, low + self.b)
         )
-        dp, dq = (p * (slope - (p @ slope)[:, None] + 1) - r) * scale, (q - r) * scale
+        dp, dq = (
+            (p * (entropy_gradient - (p @ entropy_gradient)[:, None] + 1) - r) * scale,
+            (q - r) * scale,
+        )
         self.logits[low], self.logits[low + self.b] = dp, dq
         self.dbias += dp.sum(0) + dq.sum(0)
         return float(nll)
 
 
-def whole_heads(
+def scan_heads_in_loops(
     x: FeaturePair, weight: Tensor, bias: Tensor, back: HeadGradients, entropy_weight: float
 ) -> tuple[Tensor, Tensor]:
     """(consistency [H], entropy [H]) of heads whose batch is all here; their gradients go to `back`. As head_step's loop over heads, in the memory of
@@ -290,7 +308,7 @@ def whole_heads(
             x.logits(own, out=head.logits)
             head.begin(biases[at], x.again(own, bias[at]))
         terms.append(head.finish_(entropy_weight))
-        back.take(h, head.logits, head.dbias)
+        back.store(h, head.logits, head.dbias)
     return torch.tensor(terms, dtype=weight.dtype).T.unbind()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.batch import HeldOut
 from dist_scan.heads.linear import ClusterHeads
-from dist_scan.heads.products import one_above_other
+from dist_scan.heads.products import as_one_tensor
 from dist_scan.heads.selection import HeadSelection, number_or_none
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.layers import FeatureNorm, Normalise
@@ -55,9 +55,9 @@ class HeadFeatures(nn.Module):
                 view = self.backbone(view)
         return self.norm(view)
 
-    def of_pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Both views' features; cached ones that lie one above the other stay so."""
-        both = one_above_other(first, second) if self.backbone is None else None
+        both = as_one_tensor(first, second) if self.backbone is None else None
         return (self(first), self(second)) if both is None else self.norm(both).chunk(2)
 
 
@@ -70,19 +70,19 @@ class BestNetwork(nn.Module):
             self.register_buffer(name.replace(".", "__"), tensor.detach().clone())
 
     @torch.no_grad()
-    def take(self, network: nn.Module) -> None:
+    def save(self, network: nn.Module) -> None:
         """Keep it as it is now."""
         for name, tensor in network.state_dict().items():
             getattr(self, name.replace(".", "__")).copy_(tensor)
 
-    def put_back(self, network: nn.Module) -> None:
+    def restore(self, network: nn.Module) -> None:
         """Load what was kept into it."""
         network.load_state_dict(
             {name: getattr(self, name.replace(".", "__")) for name in network.state_dict()}
         )
 
 
-def choose(
+def select_epoch(
     epoch: int,
     heads: ClusterHeads,
     choice: HeadSelection,
@@ -93,9 +93,9 @@ def choose(
     """(what to log, whether this epoch is kept) after an epoch. Collective; `last`: features of the last step, for the check.
 
     Raises ValueError when the heads have diverged (see HeadSelection.check)."""
-    values = {} if last is None else choice.check(heads, last)
+    values = {} if last is None else choice.check_divergence(heads, last)
     if held_out is None:
-        choice.take(epoch, heads)
+        choice.keep_newest(epoch, heads)
         return values, True
     device = heads.weight.device
     mine = [features(b.views[0].to(device)) for b in held_out.batches()]
@@ -104,7 +104,7 @@ def choose(
     return {**values, **chosen}, better
 
 
-def publish(
+def publish_heads(
     out: Path,
     choice: HeadSelection,
     features: HeadFeatures,
@@ -112,7 +112,7 @@ def publish(
     backbone_config: Any,
 ) -> None:
     """The chosen head as a cluster model (of the first number of clusters), and all heads as they were kept."""
-    head = choice.chosen()
+    head = choice.selected_head()
     save_cluster_model(
         out,
         ClusterModel(backbone, features.norm, head, backbone_config),

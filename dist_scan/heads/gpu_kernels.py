@@ -79,10 +79,10 @@ def _gradients(
         at = start + tl.arange(0, BLOCK)
         a = tl.load(anchor + at, mask=at < C, other=-float("inf")) - a_top
         n = tl.load(neighbour + at, mask=at < C, other=-float("inf")) - n_top
-        slope = tl.load(slope_of + at, mask=at < C, other=0.0)
+        entropy_gradient = tl.load(slope_of + at, mask=at < C, other=0.0)
         new = tl.maximum(top, tl.max(a + n, 0))
         total = total * tl.exp(top - new) + tl.sum(tl.exp(a + n - new), 0)
-        own += tl.sum(tl.exp(a) / a_total * slope, 0)
+        own += tl.sum(tl.exp(a) / a_total * entropy_gradient, 0)
         top = new
     scale = tl.load(scale_of)
     tl.store(nll_of + row, tl.log(a_total) + tl.log(n_total) - tl.log(total) - top)
@@ -90,10 +90,14 @@ def _gradients(
         at = start + tl.arange(0, BLOCK)
         a = tl.load(anchor + at, mask=at < C, other=-float("inf")) - a_top
         n = tl.load(neighbour + at, mask=at < C, other=-float("inf")) - n_top
-        slope = tl.load(slope_of + at, mask=at < C, other=0.0)
+        entropy_gradient = tl.load(slope_of + at, mask=at < C, other=0.0)
         r = tl.exp(a + n - top) / total
         tl.store(neighbour + at, (tl.exp(n) / n_total - r) * scale, mask=at < C)
-        tl.store(anchor + at, (tl.exp(a) / a_total * (slope - own + 1.0) - r) * scale, mask=at < C)
+        tl.store(
+            anchor + at,
+            (tl.exp(a) / a_total * (entropy_gradient - own + 1.0) - r) * scale,
+            mask=at < C,
+        )
 
 
 class KernelHead:
@@ -130,13 +134,13 @@ class KernelHead:
             )
         return sums.sum(0)
 
-    def to_gradients_(self, slope: Tensor, scale: Tensor) -> Tensor:
+    def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
         """The logits become scale times the gradients by them of sum(-log<p, q>) + <slope, sum p>; returns the sum of -log<p, q>."""
         nll = self.logits.new_empty(self.b)
         if self.b:
             _gradients[(self.b,)](
                 self.logits,
-                slope.contiguous(),
+                entropy_gradient.contiguous(),
                 scale,
                 self.top,
                 self.total,

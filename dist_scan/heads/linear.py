@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from dist_scan.heads.partition import HeadPartition, deal
+from dist_scan.heads.partition import HeadPartition, partition_clusters
 from dist_scan.world.collectives import broadcast
 from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
@@ -39,7 +39,7 @@ class ClusterHeads(nn.Module):
     """Independent linear heads on the same features, one below the other: weight [S, D] and bias [S], S = sum(sizes).
 
     Head h has sizes[h] clusters (`head_sizes`). Each has torch's default Linear
-    init of its own. Logits are always fp32 or better (bf16 logits are off by 8e-2). Dealt over ranks (share: heads, clusters),
+    init of its own. Logits are always fp32 or better (bf16 logits are off by 8e-2). Dealt over ranks (partition: heads, clusters),
     weight and bias hold this rank's clusters only: own_sizes[h] of head h; what begins the same on one rank begins the same dealt.
     """
 
@@ -48,13 +48,16 @@ class ClusterHeads(nn.Module):
         in_dim: int,
         num_clusters: int | Sequence[int],
         num_heads: int,
-        share: HeadPartition = "batch",
+        partition: HeadPartition = "batch",
     ) -> None:
         super().__init__()
         self.sizes = head_sizes(num_clusters, num_heads)
-        self.share, self.parts = share, deal(self.sizes, share, current().world_size)
-        mine, weights, biases = self.parts[current().rank], [], []
-        self.own_sizes = tuple(at.stop - at.start for at in mine)
+        self.partition, self.cluster_ranges = (
+            partition,
+            partition_clusters(self.sizes, partition, current().world_size),
+        )
+        mine, weights, biases = self.cluster_ranges[current().rank], [], []
+        self.local_sizes = tuple(at.stop - at.start for at in mine)
         for c, at in zip(self.sizes, mine):
             head = nn.Linear(in_dim, c)  # drawn by every rank, also what is another's
             weights.append(head.weight.detach()[at].clone())
@@ -62,15 +65,15 @@ class ClusterHeads(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.cat(weights)), nn.Parameter(torch.cat(biases))
 
     @property
-    def dealt(self) -> RowSharding | None:
+    def row_sharding(self) -> RowSharding | None:
         """Which of the S rows each rank holds; None when every rank holds all."""
-        if self.share == "batch":
+        if self.partition == "batch":
             return None
         starts = [self.rows(h).start for h in range(len(self.sizes))]
         return RowSharding(
             tuple(
                 tuple(slice(start + at.start, start + at.stop) for start, at in zip(starts, parts))
-                for parts in self.parts
+                for parts in self.cluster_ranges
             )
         )
 
@@ -79,21 +82,21 @@ class ClusterHeads(nn.Module):
         start = sum(self.sizes[:head])
         return slice(start, start + self.sizes[head])
 
-    def own(self, head: int) -> slice:
+    def local_rows(self, head: int) -> slice:
         """Where this rank's clusters of a head lie in weight and bias."""
-        start = sum(self.own_sizes[:head])
-        return slice(start, start + self.own_sizes[head])
+        start = sum(self.local_sizes[:head])
+        return slice(start, start + self.local_sizes[head])
 
-    def whole(self, head: int) -> tuple[Tensor, Tensor]:
+    def gather_head(self, head: int) -> tuple[Tensor, Tensor]:
         """(weight [C, D], bias [C]) of one head. Collective, and without a gradient, when heads are dealt over ranks."""
-        at = self.own(head)
-        if self.share == "batch":
+        at = self.local_rows(head)
+        if self.partition == "batch":
             return self.weight[at], self.bias[at]
         weight, bias = (
             self.weight.new_empty(self.sizes[head], self.weight.shape[1]),
             self.bias.new_empty(self.sizes[head]),
         )
-        for rank, parts in enumerate(self.parts):
+        for rank, parts in enumerate(self.cluster_ranges):
             there = parts[head]
             if rank == current().rank:
                 weight[there], bias[there] = self.weight[at].detach(), self.bias[at].detach()
@@ -102,9 +105,9 @@ class ClusterHeads(nn.Module):
                 broadcast(bias[there], rank)
         return weight, bias
 
-    def one(self, head: int, features: Tensor) -> Tensor:
+    def head_logits(self, head: int, features: Tensor) -> Tensor:
         """Features [B, D] -> this head's logits [B, C]. Collective when heads are dealt over ranks; B may differ between ranks."""
-        weight, bias = self.whole(head)
+        weight, bias = self.gather_head(head)
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(features.to(weight.dtype), weight, bias)
 
@@ -112,5 +115,5 @@ class ClusterHeads(nn.Module):
         """Features [B, D] -> this rank's logits [B, own_sizes[h]] of every head, all in one product."""
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(features.to(self.weight.dtype), self.weight, self.bias).split(
-                self.own_sizes, 1
+                self.local_sizes, 1
             )

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LogitsOf = Callable[
+RecomputeLogits = Callable[
     [Tensor], tuple[Tensor, Tensor]
 ]  # rows -> their anchors' and neighbours' logits [rows, C], made again
 
 
-def one_above_other(first: Tensor, second: Tensor) -> Tensor | None:
+def as_one_tensor(first: Tensor, second: Tensor) -> Tensor | None:
     """[2b, D] of two views [b, D] without a copy, where the second lies behind the first, as the halves of one tensor do; else None."""
     alike = (
         first.shape == second.shape
@@ -36,9 +36,9 @@ def one_above_other(first: Tensor, second: Tensor) -> Tensor | None:
     )  # the stride of a dimension of size 1 may be anything
 
 
-def together(first: Tensor, second: Tensor) -> Tensor:
+def concatenate_views(first: Tensor, second: Tensor) -> Tensor:
     """[2b, D] of two views, copied only where they do not lie one above the other."""
-    whole = one_above_other(first, second)
+    whole = as_one_tensor(first, second)
     return torch.cat([first, second]) if whole is None else whole
 
 
@@ -54,14 +54,14 @@ class FeaturePair:
                 f"anchors {list(anchors.shape)} and neighbours {list(neighbours.shape)}; allowed: one neighbour for each anchor, of one width"
             )
         both, self.b = (anchors.to(dtype), neighbours.to(dtype)), len(anchors)
-        whole = one_above_other(*both)
+        whole = as_one_tensor(*both)
         self.parts = (whole,) if whole is not None else both if apart else (torch.cat(both),)
 
     def logits(
         self, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """[2b, C] of a head, anchors above neighbours."""
-        out = LOGITS.empty((2 * self.b, len(weight)), weight) if out is None else out
+        out = LOGITS_BUFFER.empty((2 * self.b, len(weight)), weight) if out is None else out
         for part, rows in zip(self.parts, self._parts_of(out)):
             torch.mm(part, weight.T, out=rows) if bias is None else torch.addmm(
                 bias, part, weight.T, out=rows
@@ -71,7 +71,7 @@ class FeaturePair:
     def _parts_of(self, logits: Tensor) -> Sequence[Tensor]:
         return (logits,) if len(self.parts) == 1 else logits.tensor_split(2)
 
-    def again(self, weight: Tensor, bias: Tensor) -> LogitsOf:
+    def again(self, weight: Tensor, bias: Tensor) -> RecomputeLogits:
         """For a head: rows -> their logits, anchors' and neighbours'."""
         first, second, skip = self.parts[0], self.parts[-1], self.b if len(self.parts) == 1 else 0
         return lambda rows: (
@@ -118,13 +118,13 @@ class ScratchBuffer:
         self.kept = np.empty(0)
 
 
-GRADIENT, LOGITS = ScratchBuffer(), ScratchBuffer()
+GRADIENT_BUFFER, LOGITS_BUFFER = ScratchBuffer(), ScratchBuffer()
 
 
-def give_back() -> None:
+def release_buffers() -> None:
     """Both give back what is not lent: the heads of the next stage may be smaller, or there may be none."""
-    GRADIENT.clear()
-    LOGITS.clear()
+    GRADIENT_BUFFER.clear()
+    LOGITS_BUFFER.clear()
 
 
 class HeadGradients:
@@ -134,11 +134,14 @@ class HeadGradients:
         self, x: FeaturePair, weight: Tensor, bias: Tensor, sizes: Sequence[int], features_too: bool
     ) -> None:
         self.x, self.weight, self.sizes, self.at = x, weight, list(sizes), head_slices(sizes)
-        self.dweight, self.dbias = GRADIENT.empty(weight.shape, weight), torch.empty_like(bias)
+        self.dweight, self.dbias = (
+            GRADIENT_BUFFER.empty(weight.shape, weight),
+            torch.empty_like(bias),
+        )
         self.of_heads = list(zip(self.dweight.split(self.sizes), self.dbias.split(self.sizes)))
         self.dx = weight.new_empty(len(sizes), 2 * x.b, weight.shape[1]) if features_too else None
 
-    def take(self, head: int, dlogits: Tensor, dbias: Tensor | None = None) -> None:
+    def store(self, head: int, dlogits: Tensor, dbias: Tensor | None = None) -> None:
         """A head's gradient by its logits [X, C]; dbias [C]: their sum over rows, where it is known."""
         dweight, own_dbias = self.of_heads[head]
         self.x.weight_gradient(dlogits, dweight)

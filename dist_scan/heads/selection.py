@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_scan.heads.consensus import consensus, stability
 from dist_scan.heads.linear import ClusterHeads
-from dist_scan.losses import SMALLEST
+from dist_scan.losses import MIN_PROBABILITY
 from dist_scan.models.backbone import load_tensors, save_tensors
 from dist_scan.search.matching import match_clusters
 from dist_scan.storage.atomic import write_json
@@ -39,7 +39,7 @@ class HeadSelection(nn.Module):
     def __init__(self, heads: ClusterHeads) -> None:
         super().__init__()
         self.numbers = tuple(dict.fromkeys(heads.sizes))
-        self.sizes, self.dealt = heads.sizes, heads.dealt
+        self.sizes, self.row_sharding = heads.sizes, heads.row_sharding
         groups, count = len(self.numbers), len(heads.sizes)
         self.register_buffer("best_loss", torch.full((groups,), math.inf, dtype=torch.float64))
         self.register_buffer(
@@ -53,12 +53,12 @@ class HeadSelection(nn.Module):
         self.register_buffer("kept_weight", heads.weight.detach().clone())
         self.register_buffer("kept_bias", heads.bias.detach().clone())
 
-    def members(self, group: int) -> list[int]:
+    def heads_of_group(self, group: int) -> list[int]:
         """Heads with this group's number of clusters."""
         return [h for h, c in enumerate(self.sizes) if c == self.numbers[group]]
 
     @torch.no_grad()
-    def check(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
+    def check_divergence(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
         """After an epoch: the largest logit, and the largest cluster's share of the mean probability in the head where it is smallest.
         Collective. Raises ValueError, with the way out, when logits are beyond float32, or for the PATIENCE-th epoch in a row every
         head has put everything into one cluster."""
@@ -67,7 +67,7 @@ class HeadSelection(nn.Module):
             min=1
         )
         for h in range(len(heads.sizes)):
-            logits = heads.one(h, features_BD).float()
+            logits = heads.head_logits(h, features_BD).float()
             size = torch.cat([size.view(1), logits.abs().flatten()]).amax()
             shares.append(float((all_sum(logits.softmax(1).sum(0)) / rows).max()))
         largest, share = float(all_max(size)), min(shares)
@@ -83,7 +83,7 @@ class HeadSelection(nn.Module):
         return {"largest_logit": largest, "largest_cluster": share}
 
     @torch.no_grad()
-    def take(self, epoch: int, heads: ClusterHeads) -> None:
+    def keep_newest(self, epoch: int, heads: ClusterHeads) -> None:
         """Without held-out rows: the newest epoch, and of each number of clusters its first head."""
         self.best_epoch.fill_(epoch)
         self.best_loss.fill_(math.nan)
@@ -99,7 +99,7 @@ class HeadSelection(nn.Module):
         neighbours = torch.from_numpy(neighbours_AK).to(rows_MD.device).long()
         losses, assigned = [], []
         for h in range(len(self.sizes)):
-            logits = gather_rows(heads.one(h, rows_MD).contiguous())
+            logits = gather_rows(heads.head_logits(h, rows_MD).contiguous())
             losses.append(held_out_loss(logits, neighbours))
             assigned.append(logits[: len(neighbours)].argmax(1).cpu().numpy())
         now = torch.stack(losses).nan_to_num(nan=math.inf)
@@ -111,19 +111,19 @@ class HeadSelection(nn.Module):
         improved = [
             self._update_group(g, epoch, heads, now, assigned) for g in range(len(self.numbers))
         ]
-        first = now[self.members(0)]
+        first = now[self.heads_of_group(0)]
         return {
             "held_out_loss": float(first.min()),
             "held_out_mean": float(first.mean()),
             "best_head": float(first.argmin()),
             "best_loss": float(self.best_loss[0]),
-            "stability": float(self.stability[self.members(0)].mean()),
+            "stability": float(self.stability[self.heads_of_group(0)].mean()),
         }, improved[0]
 
     def _update_group(
         self, group: int, epoch: int, heads: ClusterHeads, now: Tensor, assigned: list[np.ndarray]
     ) -> bool:
-        members, number = self.members(group), self.numbers[group]
+        members, number = self.heads_of_group(group), self.numbers[group]
         best = members[int(now[members].argmin())]
         if not now[best] < self.best_loss[group]:
             return False
@@ -134,7 +134,7 @@ class HeadSelection(nn.Module):
         )
         alike = stability([assigned[h] for h in members], number)
         for h, value in zip(members, alike):
-            at = heads.own(h)
+            at = heads.local_rows(h)
             self.losses[h], self.stability[h] = now[h], value
             self.alignment[heads.rows(h)] = torch.from_numpy(
                 match_clusters(assigned[best], assigned[h], number)
@@ -143,15 +143,18 @@ class HeadSelection(nn.Module):
         return True
 
     @torch.no_grad()
-    def collect(self) -> None:
+    def gather(self) -> None:
         """Before publishing (collective): rank 0 has all kept heads, in its host memory."""
-        if self.dealt is None:
+        if self.row_sharding is None:
             return
-        weight, bias = self.dealt.gather(self.kept_weight), self.dealt.gather(self.kept_bias)
+        weight, bias = (
+            self.row_sharding.gather(self.kept_weight),
+            self.row_sharding.gather(self.kept_bias),
+        )
         if weight is not None and bias is not None:
             self.kept_weight, self.kept_bias = weight, bias
 
-    def chosen(self, group: int = 0) -> nn.Linear:
+    def selected_head(self, group: int = 0) -> nn.Linear:
         """The chosen head of a number of clusters."""
         start = sum(self.sizes[: int(self.best_head[group])])
         at = slice(start, start + self.numbers[group])
@@ -209,7 +212,7 @@ class PublishedHeads:
         self.weight, self.bias, self.alignment = weight, bias, alignment
 
     @classmethod
-    def there(cls, folder: Path) -> bool:
+    def exist_in(cls, folder: Path) -> bool:
         """Whether a folder holds heads (a self-labelled model has none)."""
         return (folder / "heads.json").is_file()
 
@@ -244,7 +247,7 @@ def held_out_loss(logits_MC: Tensor, neighbours_AK: Tensor) -> Tensor:
     log_p = logits_MC.double().log_softmax(1)
     anchors = log_p[: len(neighbours_AK)]
     total = sum(-torch.logsumexp(anchors + log_p[column], 1).mean() for column in neighbours_AK.T)
-    mean = anchors.exp().mean(0).clamp(min=SMALLEST)
+    mean = anchors.exp().mean(0).clamp(min=MIN_PROBABILITY)
     return total / neighbours_AK.shape[1] + (mean * mean.log()).sum()
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_scan.heads.autograd import HeadsFunction, groups
 from dist_scan.heads.products import FeaturePair, HeadGradients, head_slices
-from dist_scan.heads.torch_head import entropy_and_slope
+from dist_scan.heads.torch_head import entropy_and_gradient
 from dist_scan.losses import ScanTerms, at_least_fp32
 from dist_scan.world.collectives import all_max, all_sum
 from dist_scan.world.world import current
@@ -37,17 +37,17 @@ def over_clusters_(logits: Sequence[Tensor], entropy_weight: float) -> tuple[Ten
     sums = all_sum(
         torch.stack([torch.cat([each.sum(1), r.sum(1)]) for each, r in zip(logits, both)])
     )
-    slopes, sent = [], []
+    entropy_gradients, sent = [], []
     for each, r, total in zip(logits, both, sums):
         each.div_(total[: 2 * b, None])
         r.div_(total[2 * b :, None])
-        entropy, slope = entropy_and_slope(each[:b].mean(0), entropy_weight)
-        slopes.append(slope)
-        sent.append(torch.cat([torch.mv(each[:b], slope), entropy.view(1)]))
+        entropy, entropy_gradient = entropy_and_gradient(each[:b].mean(0), entropy_weight)
+        entropy_gradients.append(entropy_gradient)
+        sent.append(torch.cat([torch.mv(each[:b], entropy_gradient), entropy.view(1)]))
     heard = all_sum(torch.stack(sent))
-    for each, r, slope, own in zip(logits, both, slopes, heard):
+    for each, r, entropy_gradient, own in zip(logits, both, entropy_gradients, heard):
         each[b:].sub_(r)
-        each[:b].mul_(slope - (own[:b, None] - 1)).sub_(r)
+        each[:b].mul_(entropy_gradient - (own[:b, None] - 1)).sub_(r)
     lse = sums.log()
     return (lse[:, :b] + lse[:, b : 2 * b] - lse[:, 2 * b :] - both_top).mean(1), heard[:, b]
 
@@ -56,7 +56,7 @@ class ScanClustersFunction(HeadsFunction):
     """On features that need no gradient: weight and bias hold own_sizes[h] of the sizes[h] clusters of head h."""
 
     @staticmethod
-    def forward(ctx, anchors, neighbours, weight, bias, sizes, own_sizes, entropy_weight):
+    def forward(ctx, anchors, neighbours, weight, bias, sizes, local_sizes, entropy_weight):
         if any(ctx.needs_input_grad[:2]):
             raise ValueError(
                 "heads whose clusters are dealt over ranks train on fixed features; share the batch to train the network too"
@@ -64,21 +64,21 @@ class ScanClustersFunction(HeadsFunction):
         with torch.autocast(weight.device.type, enabled=False):
             x, own = (
                 FeaturePair(
-                    anchors, neighbours, weight.dtype, apart=max(own_sizes) <= len(anchors)
+                    anchors, neighbours, weight.dtype, apart=max(local_sizes) <= len(anchors)
                 ),
-                head_slices(own_sizes),
+                head_slices(local_sizes),
             )
-            back, consistency, entropy = HeadGradients(x, weight, bias, own_sizes, False), [], []
+            back, consistency, entropy = HeadGradients(x, weight, bias, local_sizes, False), [], []
             for group in groups(
                 [-(-c // current().world_size) for c in sizes]
             ):  # by what the fullest rank has: all send the same messages
                 logits = [x.logits(weight[own[h]], bias[own[h]]) for h, _ in group]
                 values = over_clusters_(logits, entropy_weight)
                 for (h, _), each in zip(group, logits):
-                    back.take(h, each)
+                    back.store(h, each)
                 consistency.append(values[0])
                 entropy.append(values[1])
-        HeadsFunction.keep(ctx, own_sizes, back, weight.new_ones(()) / len(anchors))
+        HeadsFunction.keep(ctx, local_sizes, back, weight.new_ones(()) / len(anchors))
         consistency, entropy = torch.cat(consistency), torch.cat(entropy)
         ctx.mark_non_differentiable(consistency, entropy)
         return consistency - entropy_weight * entropy, consistency, entropy
@@ -96,7 +96,7 @@ def scan_clusters_loss(
     weight_sD: Tensor,
     bias_s: Tensor,
     sizes: Sequence[int],
-    own_sizes: Sequence[int],
+    local_sizes: Sequence[int],
     entropy_weight: float,
 ) -> ScanTerms:
     """`scan_heads_loss` on the whole global batch where each rank holds own_sizes[h] of the sizes[h] clusters of every head, s = sum(own_sizes).
@@ -106,6 +106,6 @@ def scan_clusters_loss(
     anchors, neighbours = at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD)
     return ScanTerms(
         *ScanClustersFunction.apply(
-            anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(own_sizes), entropy_weight
+            anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(local_sizes), entropy_weight
         )
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.autograd import scan_heads_loss
-from dist_scan.heads.features import BestNetwork, HeadFeatures, choose, publish
+from dist_scan.heads.features import BestNetwork, HeadFeatures, publish_heads, select_epoch
 from dist_scan.heads.linear import ClusterHeads, NumClusters, head_sizes
 from dist_scan.heads.selection import HeadSelection
 from dist_scan.heads.split_clusters import scan_clusters_loss
@@ -81,8 +81,8 @@ class ScanMethod(Method):
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     def forward(self, batch: Batch) -> Step:
-        anchors, neighbours = self.features.of_pair(batch.views[0], batch.views[-1])
-        world, share = current(), self.heads.share
+        anchors, neighbours = self.features.pair(batch.views[0], batch.views[-1])
+        world, share = current(), self.heads.partition
         self._last = (
             anchors.detach()
             if share == "batch"
@@ -102,17 +102,17 @@ class ScanMethod(Method):
     def _terms(self, anchors_BD: Tensor, neighbours_BD: Tensor) -> ScanTerms:
         """Of this rank's part: of the batch, of the heads, or of their clusters."""
         heads, weight = self.heads, self.config.entropy_weight
-        if heads.share == "clusters":
+        if heads.partition == "clusters":
             return scan_clusters_loss(
                 anchors_BD,
                 neighbours_BD,
                 heads.weight,
                 heads.bias,
                 heads.sizes,
-                heads.own_sizes,
+                heads.local_sizes,
                 weight,
             )
-        held = [c for c in heads.own_sizes if c]
+        held = [c for c in heads.local_sizes if c]
         return scan_heads_loss(
             anchors_BD,
             neighbours_BD,
@@ -120,21 +120,25 @@ class ScanMethod(Method):
             heads.bias,
             held,
             weight,
-            whole_batch=heads.share == "heads",
+            whole_batch=heads.partition == "heads",
         )
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        values, better = choose(epoch, self.heads, self.choice, self.features, held_out, self._last)
+        values, better = select_epoch(
+            epoch, self.heads, self.choice, self.features, held_out, self._last
+        )
         if better and self.best is not None:
-            self.best.take(self.features.backbone)
+            self.best.save(self.features.backbone)
         self._last = None
         return values
 
     def prepare_publish(self) -> None:
-        self.choice.collect()
+        self.choice.gather()
 
     def publish(self, out: Path) -> None:
         if self.best is not None:
-            self.best.put_back(self.features.backbone)
-        publish(out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config)
+            self.best.restore(self.features.backbone)
+        publish_heads(
+            out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config
+        )

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.heads.autograd import all_means, temi_heads_loss
-from dist_scan.heads.features import HeadFeatures, choose, publish
+from dist_scan.heads.autograd import mean_probabilities, temi_heads_loss
+from dist_scan.heads.features import HeadFeatures, publish_heads, select_epoch
 from dist_scan.heads.linear import ClusterHeads, NumClusters
-from dist_scan.heads.products import together
+from dist_scan.heads.products import concatenate_views
 from dist_scan.heads.selection import HeadSelection
 from dist_scan.methods.base import Method, MethodConfig, MethodInputs, ParameterGroup, Step
 from dist_scan.models.layers import MomentumCopy, Normalise
@@ -65,9 +65,9 @@ class TemiMethod(Method):
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     def forward(self, batch: Batch) -> Step:
-        first, second = self.features.of_pair(batch.views[0], batch.views[-1])
+        first, second = self.features.pair(batch.views[0], batch.views[-1])
         self._last = first.detach()
-        log_p, marginal = self._teacher(together(first, second))
+        log_p, marginal = self._teacher(concatenate_views(first, second))
         losses = temi_heads_loss(
             first,
             second,
@@ -88,7 +88,7 @@ class TemiMethod(Method):
             (logits / self.config.temperature).log_softmax(1)
             for logits in self.teacher(features_XD)
         ]
-        means, _ = all_means([each.exp() for each in log_p])
+        means, _ = mean_probabilities([each.exp() for each in log_p])
         return log_p, torch.lerp(torch.cat(means), self.marginal, self.config.marginal_momentum)
 
     @torch.no_grad()
@@ -104,9 +104,11 @@ class TemiMethod(Method):
         heads = copy.deepcopy(self.teacher.module)
         for tensor in heads.parameters():
             tensor.div_(self.config.temperature)
-        values, _ = choose(epoch, heads, self.choice, self.features, held_out, self._last)
+        values, _ = select_epoch(epoch, heads, self.choice, self.features, held_out, self._last)
         self._last = None
         return values
 
     def publish(self, out: Path) -> None:
-        publish(out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config)
+        publish_heads(
+            out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config
+        )

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from dist_scan.engine.precision import forget_peak_memory, peak_memory
-from dist_scan.heads.products import give_back
+from dist_scan.heads.products import release_buffers
 from dist_scan.world.collectives import all_max
 
 
 def begin_stage() -> None:
     """Count peaks from now on, without memory that heads of the stage before have kept. Where the kernel does not let a process reset its own (no Linux, a locked /proc), they stay those of its life."""
-    give_back()
+    release_buffers()
     forget_peak_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -260,9 +260,9 @@ class TrainStage(Stage):
                     f"allowed: 0, or enough for every cluster to be met ({min(0.5, 100 / self.num_images):.2g} holds out about "
                     f"{min(self.num_images // 2, 100)})"
                 )
-        self.share = self._share()
+        self.head_partition = self._share()
         readers = (
-            c.world if self.share == "batch" else replace(c.world, rank=0, world_size=1)
+            c.world if self.head_partition == "batch" else replace(c.world, rank=0, world_size=1)
         )  # else every rank reads the whole batch
         plan = EpochPlan(
             rows,
@@ -335,7 +335,7 @@ class TrainStage(Stage):
             feature_mean=mean,
             feature_std=std,
             input_folders=c.inputs,
-            head_partition=self.share,
+            head_partition=self.head_partition,
             epochs=config.epochs,
             work_dir=c.out / WORK / "moment",
             stop_requested=lambda: c.stop.asked,

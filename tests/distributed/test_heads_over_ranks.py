@@ -14,7 +14,7 @@ PARTS = {1: [24], 2: [15, 9], 3: [4, 0, 20], 4: [1, 11, 7, 5]}
 
 def step(kind: str, sizes: tuple[int, ...]):
     """(loss [H], gradients of weight, bias and this rank's features; features put together over ranks), means over ranks."""
-    from dist_scan.heads.autograd import all_means, scan_heads_loss, temi_heads_loss
+    from dist_scan.heads.autograd import mean_probabilities, scan_heads_loss, temi_heads_loss
     from dist_scan.world.collectives import all_mean, gather_rows
     from dist_scan.world.world import current
 
@@ -38,7 +38,7 @@ def step(kind: str, sizes: tuple[int, ...]):
         loss = scan_heads_loss(*leaves, sizes, 5.0).total
     else:
         loss = temi_heads_loss(
-            *leaves, sizes, log_p, all_means([x.exp() for x in log_p])[0], 0.6, 0.5
+            *leaves, sizes, log_p, mean_probabilities([x.exp() for x in log_p])[0], 0.6, 0.5
         )
     loss.sum().backward()
     dfirst, dsecond, dweight, dbias = (x.grad for x in leaves)

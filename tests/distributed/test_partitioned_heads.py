@@ -90,7 +90,7 @@ def train(share: str, scale: float, folder: Path):
         method.publish(folder)
         kept = PublishedHeads(folder)
         state |= {f"published {h}": kept.logits(h, held).detach().numpy() for h in range(4)}
-        state["chosen"] = method.choice.chosen()(held).detach().numpy()
+        state["chosen"] = method.choice.selected_head()(held).detach().numpy()
     return told, gradients, state, logged, len(method.heads.weight)
 
 

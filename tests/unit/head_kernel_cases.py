@@ -18,8 +18,8 @@ def logits(b: int, clusters: int, scale: float) -> torch.Tensor:
 def done(head, weight: float = 5.0):
     """(anchor sum [C], the sum of -log<p, q>) of a head whose logits become gradients; the slope from the anchor sum, as in a step."""
     total = head.anchor_sum()
-    slope = head_step.entropy_and_slope(total / max(1, head.b), weight)[1]
-    return total, head.to_gradients_(slope, torch.tensor(0.75, dtype=total.dtype))
+    entropy_gradient = head_step.entropy_and_gradient(total / max(1, head.b), weight)[1]
+    return total, head.to_gradients_(entropy_gradient, torch.tensor(0.75, dtype=total.dtype))
 
 
 @pytest.mark.parametrize("scale", [1, 30, 300])
@@ -56,10 +56,10 @@ def test_a_step_with_the_kernels_is_a_step_without(monkeypatch: pytest.MonkeyPat
         return [*terms, *(x.grad for x in leaves)]
 
     wanted, opened = step(), []
-    monkeypatch.setattr(head_step, "in_loops", lambda weight: False)
+    monkeypatch.setattr(head_step, "uses_cpu_loops", lambda weight: False)
     monkeypatch.setattr(
         head_step,
-        "open_head",
+        "make_head",
         lambda x, weight, bias: (
             opened.append(x.b) or kernel.KernelHead(x.logits(weight, bias), x.b)
         ),

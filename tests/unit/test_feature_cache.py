@@ -13,7 +13,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import EpochPlan, FeatureFeed
 from dist_scan.data.order import cached_views
 from dist_scan.heads.features import HeadFeatures
-from dist_scan.heads.products import one_above_other
+from dist_scan.heads.products import as_one_tensor
 from dist_scan.world.world import current, free_bytes
 
 GIB = 2**30
@@ -53,12 +53,12 @@ def test_both_views_of_a_batch_are_halves_of_one_tensor_and_stay_so(tmp_path: Pa
                 view,
                 torch.from_numpy(table.rows(index, cached_views(index, 3, 2, slot, 4))).float(),
             )
-        assert one_above_other(*batch.views) is not None and not torch.equal(*batch.views)
+        assert as_one_tensor(*batch.views) is not None and not torch.equal(*batch.views)
         for kind in ("none", "l2", "standardise"):
             features = HeadFeatures(None, 5, kind, *table.mean_and_std(), trained=False)
-            pair = features.of_pair(*batch.views)
-            assert one_above_other(*pair) is not None
-            apart = features.of_pair(batch.views[0].clone(), batch.views[1].clone())
+            pair = features.pair(*batch.views)
+            assert as_one_tensor(*pair) is not None
+            apart = features.pair(batch.views[0].clone(), batch.views[1].clone())
             for got, alone, view in zip(pair, apart, batch.views, strict=True):
                 assert torch.equal(got, features(view)) and torch.equal(alone, got)
     for batch, only in zip(batches, feed.batches(2, first_step=1, views=(1,)), strict=True):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_scan.heads.autograd import open_head
+from dist_scan.heads.autograd import make_head
 from dist_scan.heads.cpu_loops import ROWS, LoopHead
-from dist_scan.heads.products import FeaturePair, ScratchBuffer, one_above_other
-from dist_scan.heads.torch_head import TorchHead, entropy_and_slope
+from dist_scan.heads.products import FeaturePair, ScratchBuffer, as_one_tensor
+from dist_scan.heads.torch_head import TorchHead, entropy_and_gradient
 
 SCALE = 0.75
 
@@ -30,8 +30,8 @@ def given(b: int, clusters: int, size: float) -> tuple[torch.Tensor, torch.Tenso
 def done(head, weight: float = 5.0):
     """(anchor sum, the sum of -log<p, q>, gradients, their sum over rows); the slope from the anchor sum, as in a step."""
     total = head.anchor_sum().clone()
-    slope = entropy_and_slope(total / max(1, head.b), weight)[1]
-    nll = head.to_gradients_(slope, torch.tensor(SCALE, dtype=total.dtype))
+    entropy_gradient = entropy_and_gradient(total / max(1, head.b), weight)[1]
+    nll = head.to_gradients_(entropy_gradient, torch.tensor(SCALE, dtype=total.dtype))
     return total, nll, head.logits, head.logits.sum(0) if head.dbias is None else head.dbias
 
 
@@ -112,7 +112,7 @@ def test_what_the_loops_cannot_read_is_refused_and_goes_to_pytorch() -> None:
     views, weight, bias = torch.randn(2, 4, 3), torch.randn(5, 3), torch.randn(5)
     for kind, head in ((torch.float32, LoopHead), (torch.float64, TorchHead)):
         assert isinstance(
-            open_head(FeaturePair(*views, kind, apart=True), weight.to(kind), bias.to(kind)), head
+            make_head(FeaturePair(*views, kind, apart=True), weight.to(kind), bias.to(kind)), head
         )
 
 
@@ -140,8 +140,8 @@ def test_rows_apart_are_rows_together(b) -> None:
 def test_halves_of_one_tensor_are_one_product_without_a_copy_and_nothing_else_is() -> None:
     whole = torch.arange(32.0).view(8, 4)
     first, second = whole.chunk(2)
-    assert one_above_other(first, second).data_ptr() == whole.data_ptr() and torch.equal(
-        one_above_other(first, second), whole
+    assert as_one_tensor(first, second).data_ptr() == whole.data_ptr() and torch.equal(
+        as_one_tensor(first, second), whole
     )
     assert (
         FeaturePair(first, second, torch.float32, apart=True).parts[0].data_ptr()
@@ -156,7 +156,7 @@ def test_halves_of_one_tensor_are_one_product_without_a_copy_and_nothing_else_is
         (whole[:, :2], whole[:, 2:]),
         (whole[0:8:2], whole[1:8:2]),
     ):
-        assert one_above_other(*other) is None, other
+        assert as_one_tensor(*other) is None, other
         if len(other[0]) == len(other[1]):
             assert torch.equal(
                 FeaturePair(*other, torch.float32, apart=False).parts[0],
@@ -188,14 +188,14 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def test_no_number_in_an_anchor_spoils_all_as_in_pytorch() -> None:
-    from dist_scan.heads.autograd import head_after_head
-    from dist_scan.heads.cpu_loops import whole_heads
+    from dist_scan.heads.autograd import scan_heads_by_group
+    from dist_scan.heads.cpu_loops import scan_heads_in_loops
     from dist_scan.heads.products import HeadGradients
 
     views, weight, bias = torch.randn(2, 9, 3), torch.randn(5, 3), torch.zeros(5)
     views[0, 4, 1] = float("nan")
     x, gradients = FeaturePair(*views, torch.float32, apart=False), []
-    for way in (whole_heads, lambda *given: head_after_head(*given, whole_batch=True)):
+    for way in (scan_heads_in_loops, lambda *given: scan_heads_by_group(*given, whole_batch=True)):
         back = HeadGradients(x, weight, bias, (5,), features_too=True)
         assert all(torch.isnan(term).all() for term in way(x, weight, bias, back, 5.0))
         gradients.append(back.dx.isnan())
@@ -216,7 +216,7 @@ def test_heads_of_different_sizes_hold_the_logits_of_one(monkeypatch: pytest.Mon
             held.append(sum(ref() is not None for ref in alive))
 
     monkeypatch.setattr(head_loops, "LoopHead", Counted)
-    head_products.give_back()
+    head_products.release_buffers()
     scan_heads_loss(
         *torch.randn(2, 8, 3),
         torch.randn(35, 3, requires_grad=True),
@@ -224,9 +224,9 @@ def test_heads_of_different_sizes_hold_the_logits_of_one(monkeypatch: pytest.Mon
         (5, 10, 20),
         5.0,
     ).total.sum().backward()
-    assert held == [1, 1, 1] and head_products.LOGITS.kept.size == 16 * 20
-    head_products.give_back()
-    assert head_products.LOGITS.kept.size == 0
+    assert held == [1, 1, 1] and head_products.LOGITS_BUFFER.kept.size == 16 * 20
+    head_products.release_buffers()
+    assert head_products.LOGITS_BUFFER.kept.size == 0
 
 
 def test_threads_are_never_lent_the_same_memory() -> None:
@@ -267,8 +267,8 @@ def test_a_full_disk_only_costs_the_compiled_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(7, 7, 12), (200,), (3, 3)])
 def test_heads_in_one_memory_are_heads_in_turn(sizes) -> None:
-    from dist_scan.heads.autograd import head_after_head
-    from dist_scan.heads.cpu_loops import whole_heads
+    from dist_scan.heads.autograd import scan_heads_by_group
+    from dist_scan.heads.cpu_loops import scan_heads_in_loops
     from dist_scan.heads.products import HeadGradients
 
     gen = torch.Generator().manual_seed(len(sizes))
@@ -280,8 +280,8 @@ def test_heads_in_one_memory_are_heads_in_turn(sizes) -> None:
     x = FeaturePair(*views, torch.float32, apart=False)
     made = []
     for terms in (
-        lambda back: whole_heads(x, weight, bias, back, 5.0),
-        lambda back: head_after_head(x, weight, bias, back, 5.0, whole_batch=True),
+        lambda back: scan_heads_in_loops(x, weight, bias, back, 5.0),
+        lambda back: scan_heads_by_group(x, weight, bias, back, 5.0, whole_batch=True),
     ):
         back = HeadGradients(x, weight, bias, sizes, features_too=True)
         made.append([*terms(back), back.dweight, back.dbias, back.dx])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_scan.heads.partition import choose_partition, deal
+from dist_scan.heads.partition import choose_partition, partition_clusters
 from dist_scan.world.sharding import RowSharding
 
 SIZES = (500,) * 3 + (1000,) * 3 + (2000,) * 3
@@ -14,7 +14,7 @@ SIZES = (500,) * 3 + (1000,) * 3 + (2000,) * 3
 @pytest.mark.parametrize("share", ["heads", "clusters"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_every_cluster_has_one_owner(share, world_size: int) -> None:
-    parts = deal(SIZES, share, world_size)
+    parts = partition_clusters(SIZES, share, world_size)
     for h, c in enumerate(SIZES):
         assert sorted(i for rank in parts for i in range(c)[rank[h]]) == list(range(c))
         if share == "heads":
@@ -27,7 +27,9 @@ def test_every_cluster_has_one_owner(share, world_size: int) -> None:
 
 
 def test_large_heads_are_dealt_first() -> None:
-    assert [sum(at.stop for at in rank) for rank in deal(SIZES, "heads", 3)] == [3500] * 3
+    assert [sum(at.stop for at in rank) for rank in partition_clusters(SIZES, "heads", 3)] == [
+        3500
+    ] * 3
 
 
 @pytest.mark.parametrize(

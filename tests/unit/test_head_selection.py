@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from dist_scan.heads.consensus import consensus, rand_agreement, stability
+from dist_scan.heads.consensus import adjusted_rand_index, consensus, stability
 from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.selection import HeadSelection, PublishedHeads
 from dist_scan.search.matching import match_clusters
@@ -33,8 +33,8 @@ def test_rand_agreement_is_scikit_learns() -> None:
         (RNG.integers(0, 5, 200), RNG.integers(0, 5, 200)),
         (np.arange(200) % 5, np.arange(200) % 3),
     ):
-        assert rand_agreement(a, b, 5) == pytest.approx(adjusted_rand_score(a, b), abs=1e-12)
-    assert rand_agreement(np.zeros(9, int), np.zeros(9, int), 5) == 1.0
+        assert adjusted_rand_index(a, b, 5) == pytest.approx(adjusted_rand_score(a, b), abs=1e-12)
+    assert adjusted_rand_index(np.zeros(9, int), np.zeros(9, int), 5) == 1.0
 
 
 def test_the_odd_head_out_is_the_least_stable() -> None:
@@ -91,7 +91,7 @@ def test_each_number_of_clusters_keeps_its_own_epoch(tmp_path: Path) -> None:
     assert [h["chosen"] for h in facts["heads"]] == [False, True, True, False] and facts[
         "sizes"
     ] == [4, 4, 6, 6]
-    torch.testing.assert_close(kept.logits(2, x), choice.chosen(1)(x))
+    torch.testing.assert_close(kept.logits(2, x), choice.selected_head(1)(x))
     for number in (4, 6):
         mean = kept.consensus(number, x)
         assert mean.shape == (40, number) and torch.allclose(mean.sum(1), torch.ones(40))
@@ -116,10 +116,11 @@ def test_without_held_out_rows_the_newest_is_kept_and_there_is_no_consensus(tmp_
     heads = ClusterHeads(8, 4, 2)
     choice = HeadSelection(heads)
     sharp(heads, 1)
-    choice.take(3, heads)
+    choice.keep_newest(3, heads)
     choice.publish(tmp_path)
     torch.testing.assert_close(
-        PublishedHeads(tmp_path).logits(1, torch.eye(8)), heads.one(1, torch.eye(8)).detach()
+        PublishedHeads(tmp_path).logits(1, torch.eye(8)),
+        heads.head_logits(1, torch.eye(8)).detach(),
     )
     facts = json.loads((tmp_path / "heads.json").read_text())
     assert facts["best_epoch"] == 3 and facts["heads"][0] == {
@@ -137,29 +138,29 @@ def test_heads_that_diverge_stop_with_the_remedy() -> None:
     torch.manual_seed(0)
     heads, x = ClusterHeads(8, 4, 2), torch.randn(50, 8)
     choice = HeadSelection(heads)
-    fine = choice.check(heads, x)
+    fine = choice.check_divergence(heads, x)
     assert 0 < fine["largest_logit"] < 10 and fine["largest_cluster"] < 0.9
     with torch.no_grad():
         heads.bias[0] += 30
     assert (
-        choice.check(heads, x)["largest_cluster"] < 0.9 and choice.collapsed == 0
+        choice.check_divergence(heads, x)["largest_cluster"] < 0.9 and choice.collapsed == 0
     )  # one head of two may fail: it is not chosen
     with torch.no_grad():
         heads.bias[5] += 30
-    choice.check(heads, x)
-    choice.check(heads, x)
+    choice.check_divergence(heads, x)
+    choice.check_divergence(heads, x)
     resumed = HeadSelection(heads)
     resumed.load_state_dict(choice.state_dict())
     for each in (choice, resumed):
         with pytest.raises(ValueError, match="collapsed.*lr.*standardise"):
-            each.check(heads, x)
+            each.check_divergence(heads, x)
     with torch.no_grad():
         heads.weight *= 1e6
     with pytest.raises(ValueError, match="diverged.*lr"):
-        choice.check(heads, x)
+        choice.check_divergence(heads, x)
     heads.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="diverged"):
-        choice.check(heads, x)
+        choice.check_divergence(heads, x)
 
 
 def test_a_passing_collapse_is_forgotten() -> None:
@@ -167,5 +168,5 @@ def test_a_passing_collapse_is_forgotten() -> None:
     choice = HeadSelection(heads)
     for bias in (30.0, 30.0, 0.0, 30.0, 30.0):
         heads.bias.data = torch.tensor([bias, 0, 0, 0])
-        choice.check(heads, x)
+        choice.check_divergence(heads, x)
     assert choice.collapsed == 2

@@ -21,7 +21,7 @@ def test_heads_equal_separate_linears_and_differ() -> None:
         torch.testing.assert_close(
             out[h], nn.functional.linear(x, heads.weight[at], heads.bias[at])
         )
-        torch.testing.assert_close(heads.one(h, x), out[h])
+        torch.testing.assert_close(heads.head_logits(h, x), out[h])
     assert not torch.equal(heads.weight[heads.rows(0)], heads.weight[heads.rows(1)])
     assert heads.weight.abs().max() <= 1 / 6**0.5  # torch's default init for a Linear of width 6
 
@@ -31,7 +31,7 @@ def test_heads_stay_fp32_under_autocast() -> None:
         heads = ClusterHeads(6, 4, 2)
         assert (
             heads(torch.randn(3, 6).bfloat16())[0].dtype
-            == heads.one(1, torch.randn(3, 6).bfloat16()).dtype
+            == heads.head_logits(1, torch.randn(3, 6).bfloat16()).dtype
             == torch.float32
         )
 
