@@ -178,7 +178,7 @@ class FeatureFeed:
     def _rows(
         self, indices: list[np.ndarray], epoch: int, slots: tuple[int, ...]
     ) -> tuple[Tensor, ...]:
-        """A view per slot: parts of one tensor, so that a product over all of them needs no copy (head_products.one_above_other)."""
+        """A view per slot: parts of one tensor, so that a product over all of them needs no copy (heads.products.as_one_tensor)."""
         views = [
             cached_views(index, self.plan.seed, epoch, slot, self.bank.table.num_views)
             for index, slot in zip(indices, slots)

@@ -53,7 +53,7 @@ def choose_partition(
     if not sizes:
         return "batch", "the heads of this method cannot be split"
     if requested != "auto":
-        _refuse_idle_ranks(world_size, sizes, wanted)
+        _refuse_idle_ranks(world_size, sizes, requested)
         return requested, "asked for by runtime.heads"
     if world_size == 1:
         return "batch", "one rank"

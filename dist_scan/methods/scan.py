@@ -76,8 +76,8 @@ class ScanMethod(Method):
             convert_batch_norm(backbone, config.bn_groups)
         self.choice = HeadSelection(self.heads)
         self.best = BestNetwork(backbone) if trained else None
-        if self.heads.dealt is not None:
-            self.sharded_state = dict.fromkeys(SHARDED, self.heads.dealt)
+        if self.heads.row_sharding is not None:
+            self.sharded_state = dict.fromkeys(SHARDED, self.heads.row_sharding)
         self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
 
     def forward(self, batch: Batch) -> Step:
