@@ -58,7 +58,7 @@ def ours(
     from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
     from dist_scan.engine.embed import embed_images
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.world.world import current
 
     recipes = tuple(
@@ -79,7 +79,7 @@ def ours(
                 2,
                 0,
                 current(),
-                Stop(),
+                StopFlag(),
             )
 
     return work

@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
     """One variant: train through the engine, with the bare loop's turns inside its feed."""
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.engine.train_state import Checkpointer
     from dist_scan.engine.training_loop import Trainer, TrainSettings
     from dist_scan.monitoring.bottleneck import TrainingSetup, shares
@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
             schooling,
             lambda *a: None,
             Checkpointer(CheckpointStore(Path(folder) / "c", 1), None),
-            Stop(),
+            StopFlag(),
             log,
             timing,
         )

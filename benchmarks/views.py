@@ -24,7 +24,7 @@ import torch
 from benchmarks.rows import ROOT, emit
 from dist_scan.config import override, read_yaml, validate
 from dist_scan.engine.precision import set_determinism
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import StopFlag
 from dist_scan.pipeline import Pipeline
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.world import current
@@ -149,7 +149,7 @@ def one_seed(
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     watch = Watch(folder / "cpu.json")
     try:
-        folders = Pipeline(run, current(), Stop(), watch).run()
+        folders = Pipeline(run, current(), StopFlag(), watch).run()
     finally:
         watch.close()
     found = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_scan.config import ConfigError, RunConfig, kind_class
 from dist_scan.data.sources.open import open_source
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring import peak_memory as memory
 from dist_scan.stages.base import Context, StageConfig, beton_stage
 from dist_scan.stages.beton import BetonConfig
@@ -108,7 +108,7 @@ def _data_settings(stage: BetonConfig) -> dict[str, Any]:
 class Pipeline:
     """The walk. `run()` returns the folders of all stages by name."""
 
-    def __init__(self, run: RunConfig, world: World, stop: Stop, say: Say) -> None:
+    def __init__(self, run: RunConfig, world: World, stop: StopFlag, say: Say) -> None:
         self.run_config, self.world, self.stop, self.say = run, world, stop, say
         self.store = ArtifactStore(run.run_dir / "stages")
         self.cache = (
@@ -125,7 +125,7 @@ class Pipeline:
         for text in notes(self.run_config):
             self.say(f"warning: {text}")
         for name, config in stages.items():
-            self.stop.check()
+            self.stop.raise_if_requested()
             self.done[name] = self._stage(name, config, marks[name])
             self._hand_out(config, self.done[name])
         if (

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from dist_scan.config import ConfigError, load
-from dist_scan.engine.stop import NonRetryableError, Stop
+from dist_scan.engine.stop import NonRetryableError, StopFlag
 from dist_scan.monitoring.progress import tell
 from dist_scan.storage.atomic import DISK_FULL_ERRNOS
 from dist_scan.storage.run_markers import RunMarkers
@@ -35,7 +35,7 @@ def main(run_dir: str) -> int:
     if hook := os.environ.get("DIST_SCAN_TEST_HOOK"):  # fault injection of tests and benchmarks
         importlib.import_module(hook).install(rank)
     markers = RunMarkers(folder, rank)
-    stop = Stop()
+    stop = StopFlag()
     stop.install()
     if (folder / "config.yaml").is_file():
         markers.reserve()
@@ -60,7 +60,7 @@ def main(run_dir: str) -> int:
         )  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
 
 
-def _work(folder: Path, stop: Stop, markers: RunMarkers) -> int:
+def _work(folder: Path, stop: StopFlag, markers: RunMarkers) -> int:
     from dist_scan.engine.precision import set_determinism
     from dist_scan.monitoring.log import JsonLinesFile
     from dist_scan.monitoring.progress import Progress, StopRequested

@@ -81,7 +81,7 @@ def _rank(args: argparse.Namespace) -> int:
 
     from dist_scan.data.assignments import Assignments
     from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.kmeans import kmeans
     from dist_scan.search.options import KMeansOptions
@@ -91,7 +91,7 @@ def _rank(args: argparse.Namespace) -> int:
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import close_world, open_world
 
-    stop, out = Stop(), Path(args.out)
+    stop, out = StopFlag(), Path(args.out)
     stop.install()
     world = open_world(args.device)
     try:
@@ -109,7 +109,7 @@ def _rank(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 view=args.view,
             ),
-            stop=lambda: stop.asked,
+            stop=lambda: stop.requested,
             progress=world.rank == 0,
             checkpoint_path=out / WORK / "kmeans.npz",
         )

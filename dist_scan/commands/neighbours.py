@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _rank(args: argparse.Namespace) -> int:
     from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.search.neighbours import mine_neighbours
     from dist_scan.search.options import NeighbourOptions
@@ -76,7 +76,7 @@ def _rank(args: argparse.Namespace) -> int:
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import close_world, open_world
 
-    stop, out = Stop(), Path(args.out)
+    stop, out = StopFlag(), Path(args.out)
     stop.install()
     world = open_world(args.device)
     try:
@@ -86,7 +86,7 @@ def _rank(args: argparse.Namespace) -> int:
             out,
             args.k,
             NeighbourOptions(metric=args.metric, view=args.view),
-            stop=lambda: stop.asked,
+            stop=lambda: stop.requested,
             progress=world.rank == 0,
         )
     except StopRequested:

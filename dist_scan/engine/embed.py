@@ -14,7 +14,7 @@ from dist_scan.data.augment.recipes import Recipe
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.engine.precision import Precision, autocast, in_precision, memory_format
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.progress import Progress
 from dist_scan.world.collectives import agree, barrier, broadcast_object
 from dist_scan.world.world import World
@@ -30,7 +30,7 @@ def embed_images(
     num_shards: int,
     seed: int,
     world: World,
-    stop: Stop,
+    stop: StopFlag,
     precision: Precision = "fp32",
     name: str = "embed",
 ) -> FeatureTable:
@@ -47,7 +47,7 @@ def embed_images(
     done = num_shards - len(missing)
     with Progress(name, num_shards, "shards", done=done, enabled=world.rank == 0) as progress:
         for turn in range(0, len(missing), world.world_size):
-            stop.check()
+            stop.raise_if_requested()
             mine = missing[turn : turn + world.world_size]
             if world.rank < len(mine):
                 table.write_shard(

@@ -1,49 +1,53 @@
-"""Being asked to stop. A signal sets a flag and nothing else; whoever works looks at the flag where it is safe to leave."""
+"""Graceful stop: a signal only sets a flag; long work checks the flag where it is safe to stop."""
 
 from __future__ import annotations
 
 import signal
+from types import FrameType
 
 from dist_scan.monitoring.progress import StopRequested
 from dist_scan.world.collectives import agree
 
-NOTICE = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class NonRetryableError(RuntimeError):
-    """What a relaunch would meet again: no checkpoint loads, training diverged. Told like a user's mistake, without a relaunch."""
+    """Fatal error; restarting the ranks cannot help. The process ends with exit code 2."""
 
 
-class Stop:
-    """The process's stop flag. USR2: leave and come back (requeue); TERM or INT: leave. A second INT ends at once."""
+class StopFlag:
+    """The stop request of this process.
+
+    SIGUSR2 means save, end and be requeued; SIGTERM and SIGINT mean save and end. A second SIGINT
+    ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def install(self) -> None:
-        """Stand the handlers, then let in what waited (the launcher starts us with USR2 and TERM blocked)."""
-        for number in NOTICE:
-            signal.signal(number, self._notice)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
+        """Install the signal handlers, then unblock pending signals.
 
-    def _notice(self, number: int, frame) -> None:
+        Launchers start the ranks with SIGUSR2 and SIGTERM blocked, so that no signal is lost before
+        the handlers are installed.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if (
-            self.signal != signal.SIGUSR2
-        ):  # "come back" stands, whatever Slurm sends while it waits for us to leave
+        # Slurm may send SIGTERM while the run saves after SIGUSR2; it must be requeued all the same.
+        if self.signal != signal.SIGUSR2:
             self.signal = number
 
     @property
-    def asked(self) -> bool:
-        """This rank was asked."""
+    def requested(self) -> bool:
+        """True when this rank has received a stop signal."""
         return self.signal is not None
 
-    def agreed(self) -> bool:
-        """Any rank was asked (collective): what long sections poll at every shard or iteration."""
-        return agree(self.asked)
-
-    def check(self) -> None:
-        """Raise Stopped on all ranks when any was asked (collective)."""
-        if self.agreed():
+    def raise_if_requested(self) -> None:
+        """Raise StopRequested on all ranks if any rank has received a stop signal. Collective."""
+        if agree(self.requested):
             raise StopRequested()

@@ -20,7 +20,7 @@ from dist_scan.engine.optimizer import (
     set_learning_rate,
 )
 from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
-from dist_scan.engine.stop import NonRetryableError, Stop
+from dist_scan.engine.stop import NonRetryableError, StopFlag
 from dist_scan.engine.train_state import Checkpointer, TrainState
 from dist_scan.methods.base import Embed, Method, Step
 from dist_scan.models.batch_norm import sync_running_stats
@@ -61,7 +61,7 @@ class Trainer:
         schooling: TrainSettings,
         embed: Embed,
         saver: Checkpointer,
-        stop: Stop,
+        stop: StopFlag,
         log: StageLog,
         timing: TrainingProfile,
         held_out: HeldOut | None = None,
@@ -193,7 +193,7 @@ class Trainer:
         finite = torch.isfinite(step.loss.detach()) & all_finite(gradients).to(step.loss.device)
         parts += [
             finite,
-            torch.tensor(float(self.stop.asked)),
+            torch.tensor(float(self.stop.requested)),
             torch.tensor(float(current().rank == 0 and self.saver.due())),
         ]
         message = all_sum(

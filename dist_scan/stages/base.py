@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from dist_scan.config import RunConfig, StrictModel
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import StopFlag
 from dist_scan.world.world import World
 
 REF, IMAGES = "the name of an earlier stage", "train or val of `data:`"
@@ -115,7 +115,7 @@ class Context:
     out: Path
     inputs: Mapping[str, Path]
     world: World
-    stop: Stop
+    stop: StopFlag
     say: Callable[[str], None]
     folders: Mapping[str, Path]
     """Folders of all finished stages by name (the report reads every one's logs and manifests)."""

@@ -72,7 +72,7 @@ class KMeansStage(Stage):
                 table,
                 fit_table_whitening(table, s.whiten_dim),
                 c.out / WORK / "whitened",
-                stop=lambda: c.stop.asked,
+                stop=lambda: c.stop.requested,
             )
         result = kmeans(
             table,
@@ -86,7 +86,7 @@ class KMeansStage(Stage):
                 normalise=s.normalise,
                 seed=c.run.seed,
             ),
-            stop=lambda: c.stop.asked,
+            stop=lambda: c.stop.requested,
             progress=c.world.rank == 0,
             checkpoint_path=c.out / WORK / "kmeans.npz",
         )

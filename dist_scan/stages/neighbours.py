@@ -47,6 +47,6 @@ class NeighboursStage(Stage):
             c.out,
             self.config.num_neighbours,
             NeighbourOptions(metric=self.config.metric),
-            stop=lambda: c.stop.asked,
+            stop=lambda: c.stop.requested,
             progress=c.world.rank == 0,
         )

@@ -338,7 +338,7 @@ class TrainStage(Stage):
             head_partition=self.head_partition,
             epochs=config.epochs,
             work_dir=c.out / WORK / "moment",
-            stop_requested=lambda: c.stop.asked,
+            stop_requested=lambda: c.stop.requested,
         )
         method = kind_class("dist_scan.methods", config.method.kind)(config.method, inputs)
         method = memory_format(method, c.world.device)

@@ -267,10 +267,10 @@ class StopAt:
     stage = "train"
 
     def __init__(self, step=-1) -> None:
-        self.step, self.asked = step, False
+        self.step, self.requested = step, False
 
     def row(self, step, values) -> None:
-        self.asked |= step == self.step - 1
+        self.requested |= step == self.step - 1
 
     def timing(self, step, values) -> None:
         pass

@@ -145,7 +145,7 @@ class StopAfter:
         self.left = steps
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         self.left -= 1
         return self.left == 0
 
@@ -339,7 +339,7 @@ stages:
 def pipeline(config: Path, settings: dict[str, Path]):
     """By setting of runtime.heads: what the heads stage says and publishes, run in that folder."""
     from dist_scan.config import load
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.models.backbone import load_tensors
     from dist_scan.pipeline import Pipeline
     from dist_scan.world.world import current
@@ -349,7 +349,7 @@ def pipeline(config: Path, settings: dict[str, Path]):
         said: list[str] = []
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         run = load(config, [f"runtime.run_dir={folder}", f"runtime.heads={setting}"])
-        published = Pipeline(run, current(), Stop(), said.append).run()["heads"]
+        published = Pipeline(run, current(), StopFlag(), said.append).run()["heads"]
         out[setting] = (
             "\n".join(said),
             {k: v.numpy().copy() for k, v in load_tensors(published / "heads.safetensors").items()},

@@ -60,7 +60,7 @@ def train(what: str, beton, out):
     from dist_scan.data.feed import EpochPlan, ImageFeed
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.engine.train_state import Checkpointer
     from dist_scan.engine.training_loop import Trainer, TrainSettings
     from dist_scan.methods.base import MethodInputs
@@ -116,7 +116,7 @@ def train(what: str, beton, out):
         TrainSettings(OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), epochs, 0),
         lambda *a: None,
         saver,
-        Stop(),
+        StopFlag(),
         log,
         timing,
     ).run()

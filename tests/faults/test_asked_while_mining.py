@@ -22,12 +22,12 @@ SHARDS, K = 6, 20
 
 def mining(root: Path, out: Path, fault: Path, inside: int | None):
     """One start of the search, a shard a round and 11 chunks a shard: what it ended with, and the shards that this rank searched."""
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.monitoring.progress import StopRequested
     from dist_scan.world.world import current
     from tests.support import faults
 
-    stop, searched = Stop(), []
+    stop, searched = StopFlag(), []
     stop.install()
     faults.Faults(fault, current().rank).arm()
     if inside is not None and current().rank == 0:  # in the middle of its work
@@ -46,7 +46,7 @@ def mining(root: Path, out: Path, fault: Path, inside: int | None):
             out,
             K,
             NeighbourOptions(chunk_rows=40, queries_per_round=1),
-            stop=lambda: stop.asked,
+            stop=lambda: stop.requested,
         )
     except StopRequested:
         return "stopped"

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from dist_scan.config import load
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.log import read_rows
 from dist_scan.pipeline import Pipeline
 from dist_scan.world.world import current
@@ -34,7 +34,7 @@ def test_fresh_views_equal_cached_ones_when_the_views_are_the_same(tmp_path: Pat
     (tmp_path / "fresh.yaml").write_text(CONFIG)
     run = load(tmp_path / "fresh.yaml", [f"runtime.run_dir={tmp_path / 'run'}"])
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    folders = Pipeline(run, current(), Stop(), lambda text: None).run()
+    folders = Pipeline(run, current(), StopFlag(), lambda text: None).run()
     losses, weights = {}, {}
     for name in ("cached", "fresh", "augmented"):
         rows = [

@@ -9,7 +9,7 @@ import pytest
 
 from dist_scan.config import ConfigError, load
 from dist_scan.data.assignments import Assignments
-from dist_scan.engine.stop import Stop
+from dist_scan.engine.stop import StopFlag
 from dist_scan.pipeline import Pipeline
 from dist_scan.world.world import current
 
@@ -67,7 +67,7 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Pa
     run = config(tmp_path)
     (tmp_path / "run" / "logs").mkdir(parents=True)
     said: list[str] = []
-    folders = Pipeline(run, current(), Stop(), said.append).run()
+    folders = Pipeline(run, current(), StopFlag(), said.append).run()
     assert "pixels: 300 images x 1 view x 192 in float16: 0.000107 GiB in 2 shards" in said
     assert (
         sum(
@@ -126,4 +126,4 @@ def test_a_share_that_holds_out_nothing_is_refused(tmp_path: Path) -> None:
         ValueError,
         match="stages.heads.held_out_share: 1e-06 of 300 images holds out none; allowed: 0, or enough.*0.33",
     ):
-        Pipeline(run, current(), Stop(), lambda text: None).run()
+        Pipeline(run, current(), StopFlag(), lambda text: None).run()

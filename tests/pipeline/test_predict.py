@@ -118,7 +118,7 @@ def test_predicting_equals_evaluating_in_the_run_bit_for_bit(
     tiny, images, predicted, tmp_path: Path
 ) -> None:
     from dist_scan.config import load
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.pipeline import Pipeline
     from dist_scan.world.world import World
 
@@ -135,7 +135,7 @@ def test_predicting_equals_evaluating_in_the_run_bit_for_bit(
                 ],
             ),
             World(),
-            Stop(),
+            StopFlag(),
             said.append,
         ).run()
     assert [line.split(":")[0] for line in said if ": starts (" in line] == ["beton_val", "unseen"]

@@ -26,7 +26,7 @@ RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
 run, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-def standing():  # what dist_scan.run's Stop does
+def standing():  # what dist_scan.run's StopFlag does
     for n in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(n, lambda n, frame: told.append(n))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, told_by)

@@ -188,10 +188,6 @@ class Faults:
         # Called when the new checkpoint has its name and the oldest is not removed yet.
         call_before(checkpoint, "fsync_dir", lambda *_: self.check("prune"))
 
-    def _end_of_run(self, drop: Callable[..., None], *args: Any) -> None:
-        drop(*args)
-        self.check("done")
-
     def _manifest(self, write: Callable[..., None], *args: Any) -> None:
         self.check("manifest")
         write(*args)
@@ -240,5 +236,17 @@ def call_before(owner: Any, name: str, hook: Callable[..., None]) -> None:
     def both(*args: Any, **kwargs: Any) -> Any:
         hook(*args, **kwargs)
         return original(*args, **kwargs)
+
+    setattr(owner, name, both)
+
+
+def call_after(owner: Any, name: str, hook: Callable[..., None]) -> None:
+    """Make owner.name(*args) call hook(*args) when it has returned."""
+    original = getattr(owner, name)
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        hook(*args, **kwargs)
+        return result
 
     setattr(owner, name, both)

@@ -37,7 +37,7 @@ def clustered(folder, **settings) -> np.ndarray:
         inputs={"features": folder / "features"},
         run=SimpleNamespace(seed=3),
         world=SimpleNamespace(rank=0),
-        stop=SimpleNamespace(asked=False),
+        stop=SimpleNamespace(requested=False),
     )
     context.out.mkdir(exist_ok=True)
     KMeansStage(KMeansConfig(features="features", num_clusters=3, **settings), context).run()

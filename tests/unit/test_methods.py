@@ -185,7 +185,7 @@ def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
 
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.stop import Stop
+    from dist_scan.engine.stop import StopFlag
     from dist_scan.engine.train_state import Checkpointer
     from dist_scan.engine.training_loop import Trainer, TrainSettings
     from dist_scan.monitoring.bottleneck import TrainingSetup
@@ -214,7 +214,7 @@ def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
         TrainSettings(OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), 9, 0),
         None,
         saver,
-        Stop(),
+        StopFlag(),
         log,
         timing,
         None,
