@@ -39,8 +39,8 @@ class Fault(StrictModel):
     itself; full: a file-size limit set by the kernel during a save; read_only: EROFS in a save."""
     rank: int = 0
     step: int = 0
-    """At step, loss, gradient and begin_epoch: the optimizer step. Elsewhere: how often this process
-    has passed the place before."""
+    """At step, loss, gradient and begin_epoch: the optimizer step. Elsewhere: how often this
+    process has passed the place before."""
     at: Literal[
         "step",
         "batch",
@@ -62,8 +62,8 @@ class Fault(StrictModel):
     """prepare, data, write, manifest, rename and prune: inside a save, just before each (read_only
     needs prepare, full needs write). loss and gradient: the tensor that nan and inf replace; with
     gradient the loss stays finite. batch: a loader thread. start: before the signal handlers are
-    installed. stage: when work on a stage begins (skipped stages do not count; at most one fault per
-    start). done: after the run has ended."""
+    installed. stage: when work on a stage begins (skipped stages do not count; at most one fault
+    per start). done: after the run has ended."""
     after_s: float = 0.0
     """kill, stop and signal: so many seconds after the place was reached."""
     signal: Literal["SIGUSR2", "SIGTERM"] = "SIGUSR2"
@@ -91,7 +91,7 @@ def install(rank: int) -> None:
 
 
 class Faults:
-    """The faults of a file, as one rank sees them. `arm` hooks every place that a fault may name."""
+    """The faults of a file, as one rank sees them; `arm` hooks every place a fault may name."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path
