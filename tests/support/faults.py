@@ -165,7 +165,7 @@ class Faults:
         from dist_scan.engine.training_loop import Trainer
         from dist_scan.monitoring import peak_memory
         from dist_scan.search.kmeans import LloydRun
-        from dist_scan.storage import run_markers
+        from dist_scan.storage.run_markers import RunMarkers
 
         call_before(Trainer, "_step", lambda t, *_: self.check("step", t.at.step))
         call_before(Trainer, "_begin_epoch", lambda t: self.check("begin_epoch", t.at.step))
@@ -175,7 +175,7 @@ class Faults:
         for table in (FeatureTable, NeighbourTable):
             call_before(table, "write_shard", lambda *_: self.check("shard"))
         call_before(LloydRun, "_assign", lambda *_: self.check("iteration"))
-        wrap(run_markers, "drop", self._end_of_run)
+        call_after(RunMarkers, "release", lambda *_: self.check("done"))
         self._arm_saves()
 
     def _arm_saves(self) -> None:
