@@ -1,6 +1,7 @@
-"""How well clusters and labels agree, everything from one contingency table [num_clusters, num_classes].
+"""Clustering scores against labels, all computed from one contingency table.
 
-A score that cannot be told (no labels at all) is None, never 0 and never an error.
+A table has shape [num_clusters, num_classes]: row c, column l counts the images of cluster c with
+label l. A score is None, never 0 and never an error, if no image has a label.
 """
 
 from __future__ import annotations
@@ -8,67 +9,64 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from scipy.optimize import linear_sum_assignment
 
 from dist_scan.evaluate.expected_mutual_information import expected_mutual_information
-from dist_scan.world.collectives import all_sum
-from dist_scan.world.world import current
+from dist_scan.search.agreement import (
+    adjusted_rand_index,
+    contingency_table,
+    entropy,
+    mutual_information,
+)
 
 Average = Literal["arithmetic", "geometric", "min", "max"]
+"""Mean of the two entropies that mutual information is divided by."""
 CHUNK = 1 << 20
+"""Rows that are scored at a time."""
 EPS = float(np.finfo(np.float64).eps)
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- contingency table ---
 
 
 def contingency(
     cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int
 ) -> np.ndarray:
-    """Counts [num_clusters, num_classes] int64 of this process's rows: cluster [n], label [n], int.
+    """Contingency table [num_clusters, num_classes] int64 of cluster [n] and label [n], integers.
 
-    Rows with label -1 (unknown) are left out: n - table.sum() of them. Raises ValueError on ids out of range.
+    Rows with label -1 (unknown) are left out; there are ``n - table.sum()`` of them. Raises
+    ValueError if an id is out of range.
     """
     cluster, label = np.asarray(cluster), np.asarray(label)
     if cluster.shape != label.shape or cluster.ndim != 1:
         raise ValueError(
-            f"cluster has shape {cluster.shape}, label {label.shape}; one of each per image is needed: pass two [n] arrays"
+            f"cluster has shape {cluster.shape}, label has shape {label.shape}; "
+            "both must have shape [n], one entry per image"
         )
-    _check("cluster", cluster, 0, num_clusters, "num_clusters")
-    _check("label", label, -1, num_classes, "num_classes")
+    _check_ids("cluster", cluster, 0, num_clusters, "num_clusters")
+    _check_ids("label", label, -1, num_classes, "num_classes")
     known = label >= 0
-    flat = cluster[known].astype(np.int64) * num_classes + label[known]
-    return np.bincount(flat, minlength=num_clusters * num_classes).reshape(
-        num_clusters, num_classes
-    )
+    return contingency_table(cluster[known], label[known], num_clusters, num_classes)
 
 
-def all_contingency(
-    cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int
-) -> np.ndarray:
-    """`contingency` of all ranks' rows together, the same on every rank. A collective: every rank must call it."""
-    table = torch.from_numpy(contingency(cluster, label, num_clusters, num_classes))
-    return all_sum(table.to(current().device)).cpu().numpy()
-
-
-def _check(name: str, ids: np.ndarray, low: int, limit: int, limit_name: str) -> None:
-    if len(ids) and (ids.min() < low or ids.max() >= limit):
-        bad = int(ids.min()) if ids.min() < low else int(ids.max())
+def _check_ids(name: str, ids: np.ndarray, lowest: int, limit: int, limit_name: str) -> None:
+    if len(ids) and (ids.min() < lowest or ids.max() >= limit):
+        wrong = int(ids.min()) if ids.min() < lowest else int(ids.max())
         raise ValueError(
-            f"{name} holds {bad}; allowed: {low} to {limit - 1}. Raise {limit_name} ({limit}) or mend the ids"
+            f"{name} holds {wrong}; allowed: {lowest} to {limit - 1}. "
+            f"Raise {limit_name}, or correct the ids"
         )
 
 
-# --- matchings -------------------------------------------------------------------------------------------------------
+# --- accuracy ---
 
 
 def hungarian(table: np.ndarray) -> np.ndarray:
-    """The one-to-one matching with the most images on it: mapping [num_clusters] int64, the class of each cluster.
+    """Class [num_clusters] int64 of each cluster in the one-to-one matching with the most hits.
 
-    Clusters and classes may differ in number: with more clusters than classes those left over are matched to nothing
-    (-1) and count as wrong (the released SCAN code lets them fall into class 0, FIDELITY.md 1.10); with more classes
-    some class has no cluster. Needs 8 bytes a cell beside the table.
+    If clusters outnumber classes, the clusters left over are matched to no class (-1) and their
+    images count as wrong; SCAN's released code puts them into class 0 instead. If classes outnumber
+    clusters, some class has no cluster. Needs 8 bytes per cell beside the table.
     """
     cost = table.astype(np.float64)
     np.negative(cost, out=cost)
@@ -79,7 +77,10 @@ def hungarian(table: np.ndarray) -> np.ndarray:
 
 
 def accuracy(table: np.ndarray, mapping: np.ndarray | None = None) -> float | None:
-    """Share of labelled images whose cluster is matched to their label (SCAN's ACC). None without labels."""
+    """Share of the labelled images whose cluster is matched to their label (SCAN's ACC).
+
+    ``mapping`` [num_clusters] is the class of each cluster, by default that of ``hungarian``.
+    """
     total = int(table.sum())
     if not total:
         return None
@@ -91,148 +92,124 @@ def accuracy(table: np.ndarray, mapping: np.ndarray | None = None) -> float | No
 def top_k_accuracy(
     top_clusters: np.ndarray, label: np.ndarray, mapping: np.ndarray
 ) -> float | None:
-    """Share of labelled images with a cluster matched to their label among their k most probable, top_clusters [n, k].
+    """Share of the labelled images with a cluster of the right class among their k most probable.
 
-    `mapping` is the matching of the top-1 table, as in SCAN's Table 5. Cluster -1 counts as no cluster.
+    ``top_clusters`` [n, k] holds cluster ids, -1 for none. ``mapping`` is the matching of the top-1
+    table, as in SCAN, Table 5.
     """
     hits = known = 0
     for start in range(0, len(label), CHUNK):
-        top, truth = (
-            np.asarray(top_clusters[start : start + CHUNK]),
-            np.asarray(label[start : start + CHUNK]),
-        )
-        top, truth = top[truth >= 0], truth[truth >= 0]
-        mapped = np.where(top >= 0, mapping[top], -1)
-        hits += int((mapped == truth[:, None]).any(axis=1).sum())
-        known += len(truth)
+        labels = np.asarray(label[start : start + CHUNK])
+        clusters = np.asarray(top_clusters[start : start + CHUNK])
+        clusters, labels = clusters[labels >= 0], labels[labels >= 0]
+        classes = np.where(clusters >= 0, mapping[clusters], -1)
+        hits += int((classes == labels[:, None]).any(axis=1).sum())
+        known += len(labels)
     return hits / known if known else None
 
 
-def many_to_one(table: np.ndarray) -> float | None:
-    """ACC when each cluster takes its majority label (SCAN's Table 3): comparable only among runs with as many clusters."""
+def purity(table: np.ndarray) -> float | None:
+    """Share of the images that carry the majority label of their cluster.
+
+    Also called many-to-one accuracy (SCAN, Table 3). Comparable only between clusterings with the
+    same number of clusters.
+    """
     total = int(table.sum())
     return int(table.max(axis=1).sum()) / total if total else None
 
 
-def purity(table: np.ndarray) -> float | None:
-    """Share of images that carry their cluster's majority label: many-to-one ACC under its other name."""
-    return many_to_one(table)
-
-
 def confusion(table: np.ndarray, mapping: np.ndarray) -> np.ndarray:
-    """Counts [num_classes, num_classes + 1]: label by the class its cluster is matched to; last: matched to nothing."""
+    """Counts [num_classes, num_classes + 1] of label by matched class; last column: unmatched."""
     counts = np.zeros((table.shape[1], table.shape[1] + 1), np.int64)
-    np.add.at(counts.T, mapping, table)  # -1 is the last column
+    # Index -1 (no class) is the last column.
+    np.add.at(counts.T, mapping, table)
     return counts
 
 
-# --- information and pairs -------------------------------------------------------------------------------------------
+# --- mutual information ---
 
 
-def _entropy(counts: np.ndarray) -> float:
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
-
-
-def _mutual_information(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
-    """I(cluster; label) in nats, over the cells that hold something: no second table in memory."""
+def _table_mutual_information(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+    """Mutual information in nats of a table with row sums ``rows`` and column sums ``columns``."""
     flat = table.reshape(-1)
     cells = np.flatnonzero(flat)
-    count, total = flat[cells].astype(np.float64), float(rows.sum())
-    i, j = cells // table.shape[1], cells % table.shape[1]
-    lift = np.log(count) + np.log(total) - np.log(rows[i]) - np.log(columns[j])
-    return max(float((count / total * lift).sum()), 0.0)
+    row_sizes, column_sizes = rows[cells // table.shape[1]], columns[cells % table.shape[1]]
+    return mutual_information(flat[cells], row_sizes, column_sizes, int(rows.sum()))
 
 
-def _between(x: float, y: float, average: str) -> float:
+def _mean_entropy(rows: np.ndarray, columns: np.ndarray, average: str) -> float:
+    first, second = entropy(rows), entropy(columns)
     means = {
-        "arithmetic": lambda: (x + y) / 2,
-        "geometric": lambda: float(np.sqrt(x * y)),
-        "min": lambda: min(x, y),
-        "max": lambda: max(x, y),
+        "arithmetic": (first + second) / 2,
+        "geometric": float(np.sqrt(first * second)),
+        "min": min(first, second),
+        "max": max(first, second),
     }
     if average not in means:
         raise ValueError(f"average is '{average}'; allowed: {', '.join(means)}")
-    return means[average]()
+    return means[average]
 
 
-def _same_partition(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> bool:
-    """Clusters and classes are the same groups: told apart first, as rounding could turn AMI's 0/0 into -1."""
+def _is_same_partition(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> bool:
+    """True if clusters and classes are the same groups; their AMI is 0/0, which rounds to -1."""
     return np.count_nonzero(table) == np.count_nonzero(rows) == np.count_nonzero(columns)
 
 
 def nmi(table: np.ndarray, average: Average = "arithmetic") -> float | None:
-    """Normalised mutual information. SCAN and MMDC: arithmetic; DeepCluster's paper: geometric (FIDELITY.md 0.9).
+    """Normalised mutual information.
 
-    1.0 for one cluster and one class, as in scikit-learn; None without labels.
+    SCAN and MMDC use the arithmetic mean, DeepCluster's paper the geometric one. As in
+    scikit-learn, one cluster and one class give 1.0.
     """
     rows, columns = table.sum(axis=1), table.sum(axis=0)
     if not rows.sum():
         return None
-    if _same_partition(table, rows, columns):
+    if _is_same_partition(table, rows, columns):
         return 1.0
-    between = _between(_entropy(rows), _entropy(columns), average)
-    information = _mutual_information(table, rows, columns)
-    return information / between if min(information, between) > EPS else 0.0
+    mean = _mean_entropy(rows, columns, average)
+    information = _table_mutual_information(table, rows, columns)
+    return information / mean if min(information, mean) > EPS else 0.0
 
 
 def ami(table: np.ndarray, average: Average = "arithmetic") -> float | None:
-    """Mutual information adjusted for chance (Vinh, Epps and Bailey 2010). None without labels."""
+    """Mutual information adjusted for chance (Vinh, Epps and Bailey 2010)."""
     rows, columns = table.sum(axis=1), table.sum(axis=0)
     if not rows.sum():
         return None
-    if _same_partition(table, rows, columns):
+    if _is_same_partition(table, rows, columns):
         return 1.0
-    if (
-        min(np.count_nonzero(rows), np.count_nonzero(columns)) == 1
-    ):  # nothing to know, whatever the average
+    # One cluster or one class carries no information, whatever the average.
+    if min(np.count_nonzero(rows), np.count_nonzero(columns)) == 1:
         return 0.0
-    chance = expected_mutual_information(rows, columns)
-    above = _mutual_information(table, rows, columns) - chance
-    room = _between(_entropy(rows), _entropy(columns), average) - chance
-    return _away_from_zero(above) / _away_from_zero(room)
+    expected = expected_mutual_information(rows, columns)
+    above_chance = _table_mutual_information(table, rows, columns) - expected
+    largest = _mean_entropy(rows, columns, average) - expected
+    return _away_from_zero(above_chance) / _away_from_zero(largest)
 
 
 def _away_from_zero(x: float) -> float:
-    """0/0 is 1 and nothing divides by 0: scikit-learn's convention, e.g. when every image is a cluster and a class."""
+    """x, but at least EPS in magnitude: 0/0 is 1 and nothing divides by 0, as in scikit-learn."""
     return min(x, -EPS) if x < 0 else max(x, EPS)
 
 
-def ari(table: np.ndarray) -> float | None:
-    """Adjusted Rand index (Hubert and Arabie 1985), exact in integers. 1.0 when there is nothing to tell apart."""
-    total = int(table.sum())
-    if not total:
-        return None
-    both = _squares(table.reshape(-1)) - total
-    one = _squares(table.sum(axis=1)) - total
-    other = _squares(table.sum(axis=0)) - total
-    pairs = total * (total - 1)
-    if one == other == both:
-        return 1.0
-    return 2 * (both * pairs - one * other) / ((one + other) * pairs - 2 * one * other)
-
-
-def _squares(counts: np.ndarray) -> int:
-    held = counts[counts > 0].astype(np.int64)
-    return int(held @ held)
-
-
-# --- all together ----------------------------------------------------------------------------------------------------
+# --- summaries ---
 
 
 def scores(
     table: np.ndarray, average: Average = "arithmetic", mapping: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Every score of a table; all None without labels. `many_to_one` only when used clusters outnumber classes."""
-    more = int((table.sum(axis=1) > 0).sum()) > int((table.sum(axis=0) > 0).sum())
+    """All scores of a table. ``many_to_one`` is None unless used clusters outnumber classes."""
+    clusters_used = np.count_nonzero(table.sum(axis=1))
+    classes_used = np.count_nonzero(table.sum(axis=0))
+    pure = purity(table)
     return {
         "acc": accuracy(table, mapping),
         "nmi": nmi(table, average),
         "nmi_variant": average,
-        "ari": ari(table),
+        "ari": adjusted_rand_index(table),
         "ami": ami(table, average),
-        "purity": purity(table),
-        "many_to_one": many_to_one(table) if more else None,
+        "purity": pure,
+        "many_to_one": pure if clusters_used > classes_used else None,
         "num_labelled": int(table.sum()),
     }
 
@@ -244,7 +221,10 @@ def evaluate_assignment(
     top: np.ndarray | None = None,
     average: Average = "arithmetic",
 ) -> dict[str, Any]:
-    """`scores` of cluster [n] against label [n] (-1 unknown), with `top5` when top [n, k] is given. Not a collective."""
+    """``scores`` of cluster [n] against label [n] (-1: unknown), on one process.
+
+    With ``top`` [n, k], the most probable clusters of each image, ``top5`` is added.
+    """
     label = np.asarray(label)
     num_classes = int(label.max(initial=-1)) + 1
     table = contingency(cluster, label, num_clusters, max(num_classes, 1))
@@ -256,26 +236,33 @@ def evaluate_assignment(
 
 
 def cluster_health(counts: np.ndarray) -> dict[str, float]:
-    """What tells a collapse without labels, from images per cluster [num_clusters].
+    """Signs of a collapse that need no labels, from the images per cluster [num_clusters].
 
-    `used_share`: clusters with an image; `largest_share`: images in the largest cluster; `entropy`: of the sizes in
-    nats; `balance`: that entropy as a share of log(num_clusters), 1 when all clusters are equally large.
+    used_share: share of the clusters that hold an image. largest_share: share of the images in the
+    largest cluster. entropy: of the cluster sizes, in nats. balance: that entropy divided by
+    log(num_clusters), so 1 if all clusters have the same size.
     """
     counts = np.asarray(counts)
-    total, room = int(counts.sum()), float(np.log(max(len(counts), 1)))
+    total = int(counts.sum())
     if not total:
         return {"used_share": 0.0, "largest_share": 0.0, "entropy": 0.0, "balance": 0.0}
-    entropy = abs(_entropy(counts))
+    # abs: the entropy of a single cluster is -0.0.
+    size_entropy = abs(entropy(counts))
+    largest_entropy = float(np.log(max(len(counts), 1)))
     return {
         "used_share": float((counts > 0).mean()),
         "largest_share": float(counts.max() / total),
-        "entropy": entropy,
-        "balance": entropy / room if room else 1.0,
+        "entropy": size_entropy,
+        "balance": size_entropy / largest_entropy if largest_entropy else 1.0,
     }
 
 
 def neighbour_purity(neighbours: np.ndarray, label: np.ndarray, k: int) -> float | None:
-    """Share of the k nearest neighbours, ids [n, K >= k], that carry their anchor's label; unknown labels left out."""
+    """Share of the k nearest neighbours that carry the label of their anchor.
+
+    ``neighbours`` [n, K >= k] holds row numbers, nearest first. Pairs with an unknown label are
+    left out.
+    """
     if not 1 <= k <= neighbours.shape[1]:
         raise ValueError(
             f"k is {k}; allowed: 1 to {neighbours.shape[1]}, the neighbours in the table"
@@ -283,8 +270,8 @@ def neighbour_purity(neighbours: np.ndarray, label: np.ndarray, k: int) -> float
     same = known = 0
     for start in range(0, len(label), max(CHUNK // k, 1)):
         rows = slice(start, start + max(CHUNK // k, 1))
-        own, other = label[rows, None], label[neighbours[rows, :k]]
-        told = (own >= 0) & (other >= 0)
-        same += int(((own == other) & told).sum())
-        known += int(told.sum())
+        anchor_label, neighbour_label = label[rows, None], label[neighbours[rows, :k]]
+        both_known = (anchor_label >= 0) & (neighbour_label >= 0)
+        same += int(((anchor_label == neighbour_label) & both_known).sum())
+        known += int(both_known.sum())
     return same / known if known else None

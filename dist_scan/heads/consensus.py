@@ -8,28 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def shared_counts(a_N: np.ndarray, b_N: np.ndarray, num_a: int, num_b: int) -> np.ndarray:
-    """Rows in cluster i of a and j of b: [num_a, num_b] int64."""
-    return np.bincount(a_N.astype(np.int64) * num_b + b_N, minlength=num_a * num_b).reshape(
-        num_a, num_b
-    )
-
-
-def adjusted_rand_index(a_N: np.ndarray, b_N: np.ndarray, num_clusters: int) -> float:
-    """Adjusted Rand index of two assignments (Hubert and Arabie 1985); 1.0 when neither tells anything apart."""
-    counts = shared_counts(a_N, b_N, num_clusters, num_clusters)
-    pairs = lambda x: int((x * (x - 1)).sum())  # noqa: E731
-    both, one, other, total = (
-        pairs(counts),
-        pairs(counts.sum(1)),
-        pairs(counts.sum(0)),
-        len(a_N) * (len(a_N) - 1),
-    )
-    if one == other == both:
-        return 1.0
-    chance = one * other / total
-    return (both - chance) / ((one + other) / 2 - chance)
+from dist_scan.search.agreement import adjusted_rand_index, contingency_table
 
 
 def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[float]:
@@ -38,9 +17,8 @@ def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[floa
     between = np.full((count, count), np.nan)
     for i in range(count):
         for j in range(i):
-            between[i, j] = between[j, i] = adjusted_rand_index(
-                assignments[i], assignments[j], num_clusters
-            )
+            table = contingency_table(assignments[i], assignments[j], num_clusters, num_clusters)
+            between[i, j] = between[j, i] = adjusted_rand_index(table)
     return [float(np.nanmean(row)) if count > 1 else float("nan") for row in between]
 
 

@@ -23,7 +23,7 @@ from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, P
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.memory_bank import MemoryBank
-from dist_scan.search.agreement import mutual_information
+from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.options import KMeansOptions, NeighbourOptions
@@ -133,7 +133,7 @@ class DeepClusterMethod(Method):
         before = self.assignment.whole().numpy()
         found = self._cluster(embed(self.backbone), epoch)
         found.facts["nmi_previous"] = (
-            mutual_information(before, found.assignment) if epoch else float("nan")
+            assignment_nmi(before, found.assignment) if epoch else float("nan")
         )
         self.facts.copy_(torch.tensor([found.facts[name] for name in FACTS]))
         self.used.fill_(int(found.assignment.max()) + 1)

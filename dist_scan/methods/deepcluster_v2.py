@@ -27,7 +27,7 @@ from dist_scan.models.backbone import save_backbone
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
-from dist_scan.search.agreement import mutual_information
+from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.options import KMeansOptions
 from dist_scan.world.collectives import barrier
@@ -130,7 +130,7 @@ class DeepClusterV2Method(Method):
         if self.history is not None:
             self.history.fill(torch.from_numpy(assignment[:, 0]), epoch)
         nmi = (
-            [mutual_information(a, b) for a, b in zip(before.T, assignment.T)]
+            [assignment_nmi(a, b) for a, b in zip(before.T, assignment.T)]
             if epoch
             else [float("nan")]
         )

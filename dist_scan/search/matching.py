@@ -6,6 +6,8 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
+from dist_scan.search.agreement import contingency_table
+
 
 def match_blocks(
     outputs: np.ndarray, targets: np.ndarray, block: int, rows: range | None = None
@@ -40,8 +42,7 @@ def match_clusters(reference: np.ndarray, other: np.ndarray, num_clusters: int) 
 
     Hungarian matching of the two assignments [n]: as many rows as possible agree.
     """
-    flat = other.astype(np.int64) * num_clusters + reference
-    table = np.bincount(flat, minlength=num_clusters**2).reshape(num_clusters, num_clusters)
+    table = contingency_table(other, reference, num_clusters, num_clusters)
     return linear_sum_assignment(table, maximize=True)[1].astype(np.int64)
 
 
