@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
+    from dist_scan.config import DataConfig, SplitConfig
     from dist_scan.data.beton.write import write_beton
-    from dist_scan.data.sources.base import DataConfig, SplitConfig
     from dist_scan.data.sources.open import open_source
     from dist_scan.models.backbone import BackboneConfig, build_backbone
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from benchmarks.rows import emit
-from dist_scan.config import kind_class
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import EpochPlan, FeatureFeed, held_out_features
 from dist_scan.data.neighbour_table import NeighbourTable
@@ -25,7 +24,7 @@ from dist_scan.engine.optimizer import OptimizerConfig, build_optimizer
 from dist_scan.engine.precision import seed_step, set_determinism
 from dist_scan.evaluate.metrics import evaluate_assignment
 from dist_scan.heads.selection import PublishedHeads
-from dist_scan.methods.base import Method, MethodInputs
+from dist_scan.methods.base import Method, MethodInputs, method_class
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.options import KMeansOptions
@@ -49,7 +48,7 @@ def train(
     kind: str, table: FeatureTable, neighbours: NeighbourTable, args: argparse.Namespace, seed: int
 ) -> Method:
     """A method's heads after args.epochs epochs, with its choice made on all rows and their five nearest."""
-    cls, settings = kind_class("dist_scan.methods", kind), SETTINGS[kind]
+    cls, settings = method_class(kind), SETTINGS[kind]
     config = cls.Config(
         kind=kind, num_clusters=args.clusters, num_heads=args.heads, **settings["method"]
     )

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit, spread
+from dist_scan.config import DataConfig, SplitConfig
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.beton.format import check_beton
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
-from dist_scan.data.sources.base import DataConfig, SplitConfig
 from dist_scan.data.sources.open import open_source
 
 CLUSTER = [

@@ -90,17 +90,16 @@ def since(began: tuple[float, float]) -> tuple[float, float]:
 
 def build(args: argparse.Namespace, variant: str, device: torch.device):
     """The method on its device, and its batch."""
-    from dist_scan.config import kind_class
     from dist_scan.data.batch import Batch
     from dist_scan.engine.precision import memory_format
-    from dist_scan.methods.base import MethodInputs
+    from dist_scan.methods.base import MethodInputs, method_class
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.world.world import current
 
     torch.manual_seed(0)
     config, cls = (
         BackboneConfig(name=args.model, stem=args.stem, width=args.width),
-        kind_class("dist_scan.methods", "simclr"),
+        method_class("simclr"),
     )
     backbone = build_backbone(config)
     method = cls(

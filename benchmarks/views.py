@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from benchmarks.rows import ROOT, emit
-from dist_scan.config import override, read_yaml, validate
+from dist_scan.config import read_settings, validate_settings
 from dist_scan.engine.precision import set_determinism
 from dist_scan.engine.stop import StopFlag
 from dist_scan.pipeline import Pipeline
+from dist_scan.run_config import CompleteRunConfig
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.world import current
 
@@ -138,13 +139,14 @@ def one_seed(
     tree: Mapping[str, Any], seed: int, args: argparse.Namespace, folder: Path
 ) -> dict[str, dict[str, float]]:
     """Scores and costs by arm."""
-    run = validate(
+    run = validate_settings(
+        CompleteRunConfig,
         {
             **tree,
             "seed": seed,
             "stages": stages(tree, args),
             "runtime": {"run_dir": str(folder), "workers": 1, "device": args.device},
-        }
+        },
     )
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     watch = Watch(folder / "cpu.json")
@@ -222,8 +224,7 @@ def main() -> None:
         args.overrides, args.config = [args.config, *args.overrides], parser.get_default("config")
     set_determinism()
     torch.set_num_threads(1)
-    tree = override(read_yaml(Path(args.config).read_text(), args.config), args.overrides)
-    tree.setdefault("name", Path(args.config).stem)
+    tree = read_settings(Path(args.config), args.overrides)
     runs = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         with tempfile.TemporaryDirectory() as folder:

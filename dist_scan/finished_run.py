@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from dist_scan.config import ConfigError, RunConfig, read_yaml, tuples
-from dist_scan.data.sources.base import DataConfig
+from dist_scan.config import ConfigError, RunConfig, read_yaml, validate_settings
+from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.pipeline import STAGES
 from dist_scan.storage.artifacts import MANIFEST, Artifact
 
@@ -96,17 +94,8 @@ def _settings(folder: Path) -> RunConfig:
     tree = read_yaml(
         (folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml")
     )
-    try:
-        return RunConfig(
-            name=tree["name"],
-            seed=tree["seed"],
-            data=DataConfig.model_validate(tuples(tree["data"])),
-            stages={},
-        )
-    except (ValidationError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / 'config.yaml'} cannot be read by this version of dist_scan: {error}"
-        ) from None
+    parts = {key: tree.get(key) for key in ("name", "seed", "data")}
+    return validate_settings(RunConfig, parts | {"stages": {}}, str(folder / "config.yaml"))
 
 
 def _artefacts(folder: Path) -> dict[str, Artifact]:
@@ -134,3 +123,11 @@ def _artefacts(folder: Path) -> dict[str, Artifact]:
         name: Artifact(path, json.loads((path / MANIFEST).read_text()))
         for name, path in found.items()
     }
+
+
+def recipe_of(done: FinishedRun, assign: str | None) -> RecipeConfig:
+    """The recipe by which an assign stage read its images; centre crops without one."""
+    if assign is None:
+        return RecipeConfig(name="center")
+    settings = done.config(assign)["recipe"]
+    return validate_settings(RecipeConfig, settings, f"stages.{assign}.recipe")

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_scan.config import ConfigError, RunConfig, kind_class
+from dist_scan.config import ConfigError, RunConfig
+from dist_scan.config.stage import StageConfig, beton_stage
 from dist_scan.data.sources.open import open_source
 from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring import peak_memory as memory
-from dist_scan.stages.base import Context, StageConfig, beton_stage
+from dist_scan.stages.base import Context, stage_class
 from dist_scan.stages.beton import BetonConfig
 from dist_scan.storage.artifacts import WORK, Artifact, ArtifactStore, fingerprint
 from dist_scan.storage.atomic import write_atomic, write_json, write_text
@@ -27,8 +28,7 @@ Say = Callable[[str], None]
 
 def all_stages(run: RunConfig) -> dict[str, StageConfig]:
     """The run's stages with the building of its .beton files put first."""
-    splits = [s for s in ("train", "val") if getattr(run.data, s) is not None]
-    betons = {beton_stage(s): BetonConfig(split=s, data=run.data) for s in splits}
+    betons = {beton_stage(s): BetonConfig(split=s, data=run.data) for s in run.data.splits()}
     wanted = {target for stage in run.stages.values() for target in stage.inputs().values()}
     return {name: stage for name, stage in betons.items() if name in wanted} | run.stages
 
@@ -46,7 +46,7 @@ def preflight(run: RunConfig) -> dict[str, str]:
     for name in all_stages(run):
         if name.startswith("beton_"):
             split = name.removeprefix("beton_")
-            source = open_source(getattr(run.data, split))
+            source = open_source(run.data.splits()[split])
             marks[name], sizes[split] = source.fingerprint(), len(source)
     for name, stage in run.stages.items():
         split = stage.images_split(run.stages)
@@ -61,24 +61,19 @@ def preflight(run: RunConfig) -> dict[str, str]:
 
 
 def notes(run: RunConfig) -> list[str]:
-    """What is allowed but seldom meant, each once: pictures stored in another size than the network looks at."""
-    from dist_scan.data.augment.recipes import resolution_warning
-
-    data = run.data
+    """Warnings of all stages about this data, each once."""
     found: dict[str, str] = {}
     for name, stage in run.stages.items():
-        for recipe in stage.recipes_seen():
-            found.setdefault(
-                resolution_warning(recipe, data.size, data.stored, data.resolution), name
-            )
-    return [f"stages.{name}: {text}" for text, name in found.items() if text]
+        for text in stage.warnings(run.data):
+            found.setdefault(text, name)
+    return [f"stages.{name}: {text}" for text, name in found.items()]
 
 
 def fingerprints(run: RunConfig, data_marks: Mapping[str, str]) -> dict[str, str]:
     """Each stage's meaning: its kind, version and settings, the seed, and what its inputs mean. `runtime:` is no part of it."""
     marks: dict[str, str] = {}
     for name, stage in all_stages(run).items():
-        cls = kind_class("dist_scan.stages", stage.kind)
+        cls = stage_class(stage.kind)
         inputs = {role: marks[target] for role, target in stage.inputs().items()}
         own = (
             _data_settings(stage)
@@ -174,7 +169,7 @@ class Pipeline:
         memory.begin_stage()
         clock = StageTimer(out / WORK / "seconds", self.world.rank == 0)
         try:
-            kind_class("dist_scan.stages", config.kind)(config, context).run()
+            stage_class(config.kind)(config, context).run()
         finally:
             seconds = clock.stop()
         facts = {
@@ -200,7 +195,7 @@ class Pipeline:
 
     def _hand_out(self, config: StageConfig, artefact: Artifact) -> None:
         """Copy what a stage makes for people (the report) to the top of the run's folder."""
-        for file in kind_class("dist_scan.stages", config.kind).for_people:
+        for file in stage_class(config.kind).for_people:
             if self.world.rank == 0 and (artefact.path / file).is_file():
                 data = (artefact.path / file).read_bytes()
                 write_atomic(self.run_config.run_dir / file, lambda f: f.write(data))

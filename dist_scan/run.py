@@ -16,9 +16,10 @@ import time
 import traceback
 from pathlib import Path
 
-from dist_scan.config import ConfigError, load
+from dist_scan.config import ConfigError
 from dist_scan.engine.stop import NonRetryableError, StopFlag
 from dist_scan.monitoring.progress import tell
+from dist_scan.run_config import load_config
 from dist_scan.storage.atomic import DISK_FULL_ERRNOS
 from dist_scan.storage.run_markers import RunMarkers
 
@@ -69,7 +70,7 @@ def _work(folder: Path, stop: StopFlag, markers: RunMarkers) -> int:
     from dist_scan.world.collectives import gather_objects
     from dist_scan.world.world import close_world, open_world
 
-    run = load(folder / "config.yaml")
+    run = load_config(folder / "config.yaml")
     if run.runtime.run_dir is None:
         run = run.model_copy(
             update={"runtime": run.runtime.model_copy(update={"run_dir": str(folder)})}

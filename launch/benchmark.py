@@ -35,11 +35,11 @@ Read = Callable[[argparse.Namespace], Any]
 
 def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) -> int:
     """Returns the exit code. `read` validates one run (launch/slurm.py), `counts`: how many images, where that was said. Raises ConfigError."""
-    from dist_scan.config import load
+    from dist_scan.run_config import load_config
 
     wanted, numbers = names(args.benchmark), node_counts(args.nodes)
     check(args, numbers)
-    base = load(args.config, args.overrides)
+    base = load_config(args.config, args.overrides)
     sizes = counts or ({} if args.no_data_check else count(base))
     runs = plan(args, read, base, numbers, sizes)
     folder, suite = runs[0].run_dir.parent, commands(wanted, runs, sizes)
@@ -79,7 +79,7 @@ def nodes_of(run: Any) -> str:
 
 def count(run: Any) -> dict[str, int]:
     """Images of each split. Raises ConfigError with the way out where they cannot be seen from here."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
     from launch.plan import image_counts
 
     try:
@@ -92,7 +92,7 @@ def count(run: Any) -> dict[str, int]:
 
 def names(said: str) -> list[str]:
     """`step,loader` -> [step, loader]. Raises ConfigError naming what there is."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     there = [RUN, *over_nodes()]
     found = [name for name in said.split(",") if name]
@@ -113,7 +113,7 @@ def over_nodes() -> dict[str, list[str]]:
 
 def node_counts(said: str | None) -> list[int]:
     """`1,2,4` -> [1, 2, 4], ascending. Raises ConfigError."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     parts = (said or "").split(",")
     if not all(re.fullmatch("[0-9]{1,9}", p) and int(p) for p in parts) or len(
@@ -127,7 +127,7 @@ def node_counts(said: str | None) -> list[int]:
 
 def check(args: argparse.Namespace, numbers: Sequence[int]) -> None:
     """Raises ConfigError for a number of steps, or of nodes with --weak, that cannot be."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     if args.steps < 2:
         raise ConfigError(
@@ -238,7 +238,7 @@ def commands(
 
 def facts(run: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What a benchmark takes from a config: its network, image size, batch, how many images, neighbours and clusters."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
     from launch.plan import measure
 
     name, stage = next(
@@ -307,11 +307,11 @@ def remember_plan(run: Any) -> None:
 
 def measured(run: Any, wanted: Sequence[str]) -> bool:
     """Whether this number of nodes has all its figures. Raises ConfigError when its folder holds those of other settings."""
-    from dist_scan.config import load
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
+    from dist_scan.run_config import load_config
 
     if (run.run_dir / "config.yaml").is_file():
-        before = load(run.run_dir / "config.yaml")
+        before = load_config(run.run_dir / "config.yaml")
         changed = [
             part
             for part in ("data", "stages", "seed")

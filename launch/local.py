@@ -51,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     terminal.outlive()
     _share_cores(args.processes)
-    from dist_scan.config import ConfigError, dump, load
+    from dist_scan.config import ConfigError, dump
+    from dist_scan.run_config import load_config
 
     try:
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes}; allowed: 1 or more")
-        run = load(args.config, [*["runtime.profile=300"] * args.profile, *args.overrides])
+        run = load_config(args.config, [*["runtime.profile=300"] * args.profile, *args.overrides])
         check_processes(run, args.processes)
         lock = take_lease(run.run_dir)
     except ConfigError as error:

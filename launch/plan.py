@@ -109,11 +109,7 @@ def image_counts(run: Any) -> dict[str, int]:
     """Images of each split that the config gives, counted in its source."""
     from dist_scan.data.sources.open import open_source
 
-    return {
-        s: len(open_source(getattr(run.data, s)))
-        for s in ("train", "val")
-        if getattr(run.data, s) is not None
-    }
+    return {split: len(open_source(config)) for split, config in run.data.splits().items()}
 
 
 def _network(run: Any, stage: Any, earlier: dict[str, Network | None]) -> Network | None:

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_scan.settings import SlurmConfig
+from dist_scan.config import SlurmConfig
 
 RUN = "dist_scan.run"
 LEASE_WAIT_S = 180  # a file server frees a dead node's lock after its own time: 90 s with NFSv4

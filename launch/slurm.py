@@ -30,7 +30,7 @@ OTHER = ("setup", "sbatch", "srun")  # fields that flags give piece by piece
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code (2: a mistake of the user's, said in one line; nothing was submitted)."""
     argv = sys.argv[1:] if argv is None else argv
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     try:
         if argv and argv[0] in watch.COMMANDS:
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line; every field of `slurm:` is a flag of the same name."""
-    from dist_scan.settings import SlurmConfig
+    from dist_scan.config import SlurmConfig
 
     parser = argparse.ArgumentParser(
         prog="launch/slurm.py",
@@ -155,9 +155,9 @@ def named(argv: list[str]) -> list[str]:
 
 def read(args: argparse.Namespace):
     """The validated RunConfig with the flags in its `slurm:` block. Raises ConfigError; looks at the data unless told not to."""
-    from dist_scan.config import load
+    from dist_scan.config import ConfigError, SlurmConfig
     from dist_scan.pipeline import preflight
-    from dist_scan.settings import ConfigError, SlurmConfig
+    from dist_scan.run_config import load_config
 
     given = {
         name: getattr(args, name)
@@ -178,7 +178,9 @@ def read(args: argparse.Namespace):
     for text in args.sbatch:
         key, equals, value = text.lstrip("-").partition("=")
         flags.append(f"slurm.sbatch.{key}={json.dumps(value) if equals else 'true'}")
-    run = load(args.config, [*["runtime.profile=300"] * args.profile, *args.overrides, *flags])
+    run = load_config(
+        args.config, [*["runtime.profile=300"] * args.profile, *args.overrides, *flags]
+    )
     for name, stage in run.stages.items():
         try:
             stage.check_ranks(name, run.slurm.world_size)
@@ -198,7 +200,7 @@ def read(args: argparse.Namespace):
 
 def refuse_empty(args: argparse.Namespace) -> None:
     """Raises ConfigError for a flag that was given nothing (a shell variable that is not set), and for an arithmetic speed that cannot be."""
-    from dist_scan.settings import ConfigError, SlurmConfig
+    from dist_scan.config import ConfigError, SlurmConfig
 
     empty = [
         name
@@ -215,7 +217,7 @@ def refuse_empty(args: argparse.Namespace) -> None:
 
 def counts(text: str | None) -> dict[str, int] | None:
     """`1281167,50000` -> {train, val}; None when nothing was said. Raises ConfigError."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     if text is None:
         return None

@@ -18,8 +18,7 @@ SUBMITTING = "slurm/submitting"  # locked while a submission looks, writes and s
 def place(run, text: str) -> str:
     """Write RUN/config.yaml, hand the script to Slurm, write RUN/slurm/job.json; returns the job's id. Raises ConfigError, also for a
     run folder that a job, a local run or another submission holds."""
-    from dist_scan.config import dump
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError, dump
     from dist_scan.storage.atomic import write_json, write_text
     from launch.local import take_lease
 
@@ -68,7 +67,7 @@ def check(run_dir: Path, text: str, setup: Sequence[str]) -> None:
 
 def check_folder(run_dir: Path) -> None:
     """Raises ConfigError where Slurm would misread the folder's name, or it cannot be made or written. Nothing is left behind."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     if bad := re.search(r"[\x00-\x1f\x7f\\%]", str(run_dir)):
         raise ConfigError(
@@ -86,7 +85,7 @@ def check_folder(run_dir: Path) -> None:
 
 def check_shell(text: str, setup: Sequence[str]) -> None:
     """Raises ConfigError naming the setup line with which the script is no shell; a warning of bash's (a heredoc without an end) counts too."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     if said := shell_says("\n".join(setup)):
         at = min(
@@ -109,7 +108,7 @@ def shell_says(text: str) -> str:
 
 def look_for_slurm() -> None:
     """Raises ConfigError where there is no sbatch."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     if shutil.which("sbatch") is None:
         raise ConfigError(
@@ -120,7 +119,7 @@ def look_for_slurm() -> None:
 
 def refuse_second(run_dir: Path) -> None:
     """Raises ConfigError naming the job or the process that holds the run folder."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     try:
         job = watch.live_job(run_dir)
@@ -143,7 +142,7 @@ def send(run_dir: Path, text: str) -> str:
     """Submit through submitit; returns the job's id. Raises ConfigError with what sbatch said."""
     import submitit
 
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     class Executor(submitit.SlurmExecutor):
         """submitit's submission with our own batch text: its signal handler, its pickled call and its requeueing are not used."""

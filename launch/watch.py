@@ -20,7 +20,7 @@ BENCHMARK = "benchmark.json"  # in the folder of a benchmark, which holds a run 
 
 def main(argv: list[str]) -> int:
     """status|follow|cancel RUN, or the folder of a benchmark. Raises ConfigError when there is no such run."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     found = run_dirs(Path(argv[1])) if len(argv) == 2 else []
     if not found:
@@ -272,7 +272,7 @@ def _copy(log: Path, at: int) -> int:
 
 def cancel(run_dir: Path) -> int:
     """scancel: the ranks save and leave, and the job does not come back."""
-    from dist_scan.settings import ConfigError
+    from dist_scan.config import ConfigError
 
     try:
         job = live_job(run_dir)

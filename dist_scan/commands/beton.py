@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dist_scan.config import ConfigError
-from dist_scan.data.sources.base import DataConfig, SplitConfig
+from dist_scan.config import ConfigError, DataConfig, SplitConfig
 from dist_scan.data.sources.open import open_source
 
 

@@ -12,9 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dist_scan.config import ConfigError, RunConfig, StrictModel, dump, load, override, read_yaml
+from dist_scan.config import (
+    ConfigError,
+    RunConfig,
+    StrictModel,
+    dump,
+    read_settings,
+    validate_settings,
+)
+from dist_scan.run_config import load_config
 from dist_scan.storage.atomic import write_json, write_text
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "local.py"
@@ -108,29 +116,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_comparison(path: Path, overrides: list[str] = ()) -> ComparisonConfig:
+def read_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
     """A validated comparison. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"comparison '{path}' does not exist; see configs/compare_digits.yaml")
-    tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a block of settings")
-    tree = override({"name": path.stem, **tree}, list(overrides))
-    try:
-        return ComparisonConfig.model_validate_json(
-            json.dumps(tree)
-        )  # JSON: lists are tuples' only spelling there
-    except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".replace(
-                "  : ", "  "
-            )
-            for e in error.errors()
-        ]
-        raise ConfigError(
-            f"{path}: {error.error_count()} mistake{'s' * (error.error_count() > 1)}\n"
-            + "\n".join(lines)
-        ) from None
+    return validate_settings(ComparisonConfig, read_settings(path, overrides), str(path))
 
 
 def planned(
@@ -145,7 +133,7 @@ def planned(
                 f"runtime.run_dir={out / f'{name}-seed{seed}'}",
                 f"runtime.cache_dir={out / 'data'}",
             ]
-            runs[name, seed] = load(configs / member.config, [*member.overrides, *own])
+            runs[name, seed] = load_config(configs / member.config, [*member.overrides, *own])
     for row, target in comparison.rows.items():
         name, _, subject = target.partition(".")
         subjects = [

@@ -34,9 +34,8 @@ def main(args: argparse.Namespace) -> int:
 
 def export(done, stage: str, assign: str | None, out: Path) -> list[str]:
     """The exported folder of one stage's model; returns the Python that loads it."""
-    from dist_scan.config import tuples
-    from dist_scan.data.augment.recipes import RecipeConfig
     from dist_scan.data.images import input_description
+    from dist_scan.finished_run import recipe_of
     from dist_scan.models.backbone import save_tensors
     from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
     from dist_scan.models.timm_export import (
@@ -49,9 +48,7 @@ def export(done, stage: str, assign: str | None, out: Path) -> list[str]:
 
     model = load_cluster_model(done.stages[stage].path).eval()
     config, lines = model.backbone_config, loading_lines(model)
-    recipe = RecipeConfig.model_validate(
-        tuples(done.config(assign)["recipe"]) if assign else "center"
-    )
+    recipe = recipe_of(done, assign)
     facts = {
         "backbone": config.name,
         "stem": config.stem,

@@ -213,9 +213,9 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def encoded(source: str, out: Path, data, workers: int) -> Path:
     """A .beton of the source in the work folder; the one of a stopped start is taken if it is of the same images."""
+    from dist_scan.config import SplitConfig
     from dist_scan.data.beton.format import read_metadata, sidecar
     from dist_scan.data.beton.write import storage_fingerprint, write_beton
-    from dist_scan.data.sources.base import SplitConfig
     from dist_scan.data.sources.open import open_source
 
     images, beton = open_source(SplitConfig(source=source)), work_of(out) / "images.beton"
@@ -287,20 +287,19 @@ def opened(
     """The predictor: the stage's model as its assign stage ran it, and the backbone that made the training features."""
     import torch
 
-    from dist_scan.config import tuples
-    from dist_scan.data.augment.recipes import RecipeConfig
     from dist_scan.data.images import open_images
     from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
     from dist_scan.engine.embed import checked
     from dist_scan.engine.precision import free_memory, memory_format, set_determinism
     from dist_scan.engine.predict import Embedder, Predictor
+    from dist_scan.finished_run import recipe_of
     from dist_scan.models.backbone import load_embedder
     from dist_scan.models.cluster_model import load_cluster_model
     from dist_scan.world.world import open_world
 
     set_determinism()
     world, settings = open_world(args.device), done.config(assign) if assign else {}
-    recipe = RecipeConfig.model_validate(tuples(settings["recipe"]) if settings else "center")
+    recipe = recipe_of(done, assign)
     model = memory_format(checked(load_cluster_model(done.stages[stage].path)), world.device).eval()
     embedder = None
     if table is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from dist_scan.config import run_config_class
+from dist_scan.run_config import CompleteRunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the schema."""
-    print(json.dumps(run_config_class().model_json_schema(), indent=1))
+    print(json.dumps(CompleteRunConfig.model_json_schema(), indent=1))
     return 0

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dist_scan.data.sources.base import DataConfig
+from dist_scan.config import DataConfig
 
 JPEG, RAW = 0, 1  # the .beton format's modes
 MOST_PIXELS = (

@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.config import StrictModel
+from dist_scan import methods
+from dist_scan.config.kinds import Kind, KindConfig, kind_class
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.partition import HeadPartition
 from dist_scan.models.batch_norm import check_groups
@@ -26,10 +27,8 @@ from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.sharding import RowSharding
 
 
-class MethodConfig(StrictModel):
+class MethodConfig(KindConfig):
     """Settings of a method; `kind` is the name of its file, and a method says so: kind: Literal["mine"] = "mine"."""
-
-    kind: str
 
     def partitionable_heads(self) -> tuple[int, ...]:
         """Clusters of each head, where heads or their clusters may be split over ranks (heads/partition.py); else ()."""
@@ -106,7 +105,7 @@ Embed = Callable[..., Any]
 recipe: a name, or the number of one of the stage's own recipes. Leaves the network in eval mode."""
 
 
-class Method(nn.Module, ABC):
+class Method(nn.Module, Kind, ABC):
     """Everything remembered is a buffer (equal on all ranks) or a bank; no state appears later."""
 
     Config: ClassVar[type[MethodConfig]]
@@ -181,3 +180,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def publish(self, out: Path) -> None:
         """Write what the stage hands on into `out` (called on rank 0 only)."""
+
+
+def method_class(kind: str) -> type[Method]:
+    """The method in dist_scan/methods/<kind>.py. Raises ConfigError if there is none."""
+    cls = kind_class(methods, kind)
+    assert issubclass(cls, Method)
+    return cls

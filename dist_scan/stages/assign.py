@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dist_scan.config import RunConfig
+from dist_scan.config import DataConfig
+from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.assignments import Assignments
-from dist_scan.data.augment.recipes import RecipeConfig
+from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.engine.precision import Precision, autocast, memory_format
 from dist_scan.engine.predict import TOP, top_clusters
 from dist_scan.models.cluster_model import ClusterModel, load_cluster_model
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier, gather_rows
 
 
@@ -36,12 +37,15 @@ class AssignConfig(StageConfig):
     def publishes(self) -> tuple[str, ...]:
         return ("clusters",)
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """One source of rows."""
         if (self.images is None) == (self.features is None):
             raise ValueError(
                 f"stages.{name}: give exactly one of images (train or val) and features (a stage's name)"
             )
+
+    def warnings(self, data: DataConfig) -> list[str]:
+        return resolution_warnings((self.recipe,), data) if self.images else []
 
 
 class AssignStage(Stage):

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from dist_scan.data.sources.base import DataConfig
+from dist_scan.config import DataConfig
+from dist_scan.config.stage import StageConfig
 from dist_scan.data.sources.open import open_source
-from dist_scan.stages.base import Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import broadcast_object
 
 FILE = "images.beton"
@@ -43,7 +44,7 @@ class BetonStage(Stage):
         from dist_scan.data.beton.write import write_beton
 
         config, run = self.config, self.context.run
-        source = open_source(getattr(config.data, config.split))
+        source = open_source(config.data.splits()[config.split])
         workers = run.runtime.workers or len(os.sched_getaffinity(0))
         report = write_beton(source, self.context.out / FILE, config.data, workers)
         if report.num_bad:

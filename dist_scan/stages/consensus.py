@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dist_scan.config import RunConfig
+from dist_scan.config.stage import Ref, StageConfig
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.heads.selection import PublishedHeads
 from dist_scan.models.cluster_model import load_cluster_model
-from dist_scan.stages.base import Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.storage.atomic import write_atomic
 from dist_scan.world.collectives import barrier, gather_rows
 
@@ -39,7 +39,7 @@ class ConsensusConfig(StageConfig):
     def publishes(self) -> tuple[str, ...]:
         return ("clusters",)
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """The number of clusters and the head are there."""
         method = getattr(earlier.get(self.model), "method", None)
         numbers, count = getattr(method, "num_clusters", None), getattr(method, "num_heads", None)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
-from dist_scan.config import RunConfig
-from dist_scan.data.augment.recipes import RecipeConfig
+from dist_scan.config import DataConfig
+from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.engine.precision import Precision
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_embedder
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 
 
 class EmbedConfig(StageConfig):
@@ -36,7 +37,7 @@ class EmbedConfig(StageConfig):
     def publishes(self) -> tuple[str, ...]:
         return ("features",)
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """Either a backbone or pixels; one centre crop is enough."""
         if self.pixels == (self.backbone is not None):
             raise ValueError(
@@ -46,6 +47,9 @@ class EmbedConfig(StageConfig):
             raise ValueError(
                 f"stages.{name}.views: {self.views} centre crops would be equal; allowed: 1. Give a random recipe, or views: 1"
             )
+
+    def warnings(self, data: DataConfig) -> list[str]:
+        return resolution_warnings((self.recipe,), data)
 
 
 class EmbedStage(Stage):

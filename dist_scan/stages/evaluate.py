@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.assignments import Assignments
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.stages.beton import beton_path
 from dist_scan.storage.artifacts import MANIFEST
 from dist_scan.storage.atomic import write_json

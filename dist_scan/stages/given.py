@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
 
-from dist_scan.config import RunConfig
+from dist_scan.config.stage import Images, StageConfig
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.images import input_description
 from dist_scan.models.backbone import BackboneConfig, build_backbone, save_backbone
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.import_weights import read_cluster_head
 from dist_scan.models.layers import FeatureNorm
-from dist_scan.stages.base import Images, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier
 
 
@@ -42,7 +42,7 @@ class GivenConfig(StageConfig):
             else ("backbone", "model")
         )
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """One of the two, and the files exist."""
         if (self.backbone is None) == (self.features is None):
             raise ValueError(f"stages.{name}: give exactly one of backbone and features")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from dist_scan.config import RunConfig
+from dist_scan.config.stage import Ref, StageConfig
 from dist_scan.data.assignments import Assignments
-from dist_scan.stages.base import Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier
 
 
@@ -34,14 +34,14 @@ class KMeansConfig(StageConfig):
     def publishes(self) -> tuple[str, ...]:
         return ("clusters",)
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """Whitened rows have unit length."""
         if self.whiten_dim is not None and not self.normalise:
             raise ValueError(
                 f"stages.{name}.normalise: false, but whitened rows get unit length; leave it out, or whiten_dim"
             )
 
-    def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
+    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
         """Every cluster needs an image."""
         if self.num_clusters > num_images:
             raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from dist_scan.stages.base import Ref, Stage, StageConfig
+from dist_scan.config.stage import Ref, StageConfig
+from dist_scan.stages.base import Stage
 
 
 class NeighboursConfig(StageConfig):
@@ -21,7 +22,7 @@ class NeighboursConfig(StageConfig):
     def publishes(self) -> tuple[str, ...]:
         return ("neighbours",)
 
-    def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
+    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
         """K must leave room: an image is not its own neighbour."""
         if self.num_neighbours >= num_images:
             raise ValueError(

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from dist_scan.config import RunConfig
-from dist_scan.data.augment.recipes import RecipeConfig
+from dist_scan.config import DataConfig
+from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.data.order import batch_per_rank
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, autocast, memory_format, seed_step
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.storage.artifacts import WORK
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_sum, barrier
@@ -44,7 +45,7 @@ class ProbeConfig(StageConfig):
     """Mean probability over corners, centre and their mirror images; false: the centre."""
     precision: Precision = "fp32"
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """Layers are there and differ."""
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(
@@ -58,6 +59,9 @@ class ProbeConfig(StageConfig):
             batch_per_rank(self.global_batch, world_size)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
+
+    def warnings(self, data: DataConfig) -> list[str]:
+        return resolution_warnings((self.recipe,), data)
 
 
 class ProbeStage(Stage):

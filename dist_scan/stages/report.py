@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from dist_scan.config import RunConfig, dump
+from dist_scan.config import dump
+from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.profile import FILE
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.stages.beton import beton_path
 from dist_scan.storage.artifacts import MANIFEST
 from dist_scan.storage.atomic import write_atomic, write_json, write_text
@@ -39,7 +40,7 @@ class ReportConfig(StageConfig):
     seed_images: int = Field(default=0, ge=0)
     """Which sample images are shown with their neighbours."""
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """`best` is one of the evaluated subjects."""
         subjects = getattr(earlier.get(self.evaluate), "subjects", {})
         if self.best not in subjects:
@@ -186,7 +187,7 @@ class ReportStage(Stage):
         facts = read_metadata(beton_path(self.context.inputs["images"]))
         return {
             "bad_images": facts.get("num_bad", 0),
-            "source": getattr(self.context.run.data, self.config.images).source,
+            "source": self.context.run.data.splits()[self.config.images].source,
         }
 
     def _confusion(self) -> np.ndarray | None:

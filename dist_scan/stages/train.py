@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from dist_scan.config import RunConfig, kind_class, one_of
-from dist_scan.data.augment.recipes import RecipeConfig
+from dist_scan import methods
+from dist_scan.config import DataConfig
+from dist_scan.config.kinds import AnyKind
+from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.data.feature_cache import Placement, choose_placement
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
@@ -19,10 +22,10 @@ from dist_scan.data.order import batch_per_rank, split_held_out
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import Precision, memory_format, seed_step
 from dist_scan.heads.partition import HeadPartition, choose_partition
-from dist_scan.methods.base import HeldOut, Method, MethodInputs
+from dist_scan.methods.base import HeldOut, Method, MethodConfig, MethodInputs, method_class
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone
 from dist_scan.models.cluster_model import add_facts
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import free_bytes
 
@@ -31,7 +34,7 @@ class TrainConfig(StageConfig):
     """One method's training."""
 
     kind: Literal["train"] = "train"
-    method: one_of("dist_scan.methods")  # type: ignore[valid-type]
+    method: Annotated[MethodConfig, AnyKind(methods)]
     images: Images | None = None
     """Train on decoded images of this split..."""
     features: Ref | None = None
@@ -66,11 +69,11 @@ class TrainConfig(StageConfig):
     """Choose on centre crops of this split (a network trained on images); with held_out_neighbours mined inside it."""
 
     def publishes(self) -> tuple[str, ...]:
-        return kind_class("dist_scan.methods", self.method.kind).publishes
+        return method_class(self.method.kind).publishes
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """The method gets what it needs, once."""
-        where, method = f"stages.{name}", kind_class("dist_scan.methods", self.method.kind)
+        where, method = f"stages.{name}", method_class(self.method.kind)
         if (self.images is None) == (self.features is None):
             raise ValueError(
                 f"{where}: give exactly one of images (train or val) and features (a stage's name)"
@@ -115,12 +118,15 @@ class TrainConfig(StageConfig):
 
     def recipes_seen(self) -> tuple[RecipeConfig, ...]:
         """The stage's, else the method's own; none on features."""
-        names = kind_class("dist_scan.methods", self.method.kind).recipes_for(self.method)
+        names = method_class(self.method.kind).recipes_for(self.method)
         return (
             ()
             if self.images is None
             else self.recipes or tuple(RecipeConfig(name=n) for n in names)
         )
+
+    def warnings(self, data: DataConfig) -> list[str]:
+        return resolution_warnings(self.recipes_seen(), data)
 
     def check_ranks(self, name: str, world_size: int) -> None:
         """Batches divide over the ranks, and the method can train on what a rank gets."""
@@ -130,7 +136,7 @@ class TrainConfig(StageConfig):
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
 
-    def check_size(self, name: str, num_images: int, earlier: Mapping[str, Any]) -> None:
+    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
         """A batch must fit into the data, and clusters into the images."""
         if self.global_batch > num_images * (1 - self.held_out_share):
             allowed = int(num_images * (1 - self.held_out_share))
@@ -340,7 +346,7 @@ class TrainStage(Stage):
             work_dir=c.out / WORK / "moment",
             stop_requested=lambda: c.stop.requested,
         )
-        method = kind_class("dist_scan.methods", config.method.kind)(config.method, inputs)
+        method = method_class(config.method.kind)(config.method, inputs)
         method = memory_format(method, c.world.device)
         return method.double() if config.precision == "fp64" else method
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from dist_scan.config import RunConfig
-from dist_scan.stages.base import Images, Ref, Stage, StageConfig
+from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier
 
 
@@ -24,7 +24,7 @@ class TrueNeighboursConfig(StageConfig):
     def publishes(self) -> tuple[str, ...]:
         return ("neighbours",)
 
-    def check(self, name: str, run: RunConfig, earlier: Mapping[str, Any]) -> None:
+    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
         """The table is of these images."""
         split = earlier[self.neighbours].images_split(earlier)
         if split not in (None, self.images):

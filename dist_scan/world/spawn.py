@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from dist_scan.settings import ConfigError
+from dist_scan.config import ConfigError
 
 GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 USER_MISTAKE = 2

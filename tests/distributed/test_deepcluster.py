@@ -32,9 +32,8 @@ def images() -> torch.Tensor:
 
 def make(settings: dict, folder, epochs: int = 2):
     """The method in float64 on a tiny network, and an embed over all ranks into folder."""
-    from dist_scan.config import kind_class
     from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.methods.base import MethodInputs
+    from dist_scan.methods.base import MethodInputs, method_class
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import current
@@ -66,9 +65,7 @@ def make(settings: dict, folder, epochs: int = 2):
         barrier()
         return FeatureTable.open(out)
 
-    cls = kind_class(
-        "dist_scan.methods", "deepcluster_v2" if "small_crops" in settings else "deepcluster"
-    )
+    cls = method_class("deepcluster_v2" if "small_crops" in settings else "deepcluster")
     return cls(cls.Config(**settings), inputs).double(), embed
 
 

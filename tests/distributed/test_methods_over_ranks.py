@@ -30,8 +30,7 @@ CASES = {
 
 def make(name: str, folder):
     """The method in float64, the same on every rank, from a tiny network."""
-    from dist_scan.config import kind_class
-    from dist_scan.methods.base import MethodInputs
+    from dist_scan.methods.base import MethodInputs, method_class
     from dist_scan.models.backbone import BackboneConfig, build_backbone
 
     torch.manual_seed(0)
@@ -49,7 +48,7 @@ def make(name: str, folder):
         feature_mean=np.full(16, 0.1) if features else None,
         feature_std=np.full(16, 2.0) if features else None,
     )
-    cls = kind_class("dist_scan.methods", kind)
+    cls = method_class(kind)
     return cls(cls.Config(kind=kind, **CASES[name]), inputs).double()
 
 

@@ -338,17 +338,17 @@ stages:
 
 def pipeline(config: Path, settings: dict[str, Path]):
     """By setting of runtime.heads: what the heads stage says and publishes, run in that folder."""
-    from dist_scan.config import load
     from dist_scan.engine.stop import StopFlag
     from dist_scan.models.backbone import load_tensors
     from dist_scan.pipeline import Pipeline
+    from dist_scan.run_config import load_config
     from dist_scan.world.world import current
 
     out = {}
     for setting, folder in settings.items():
         said: list[str] = []
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        run = load(config, [f"runtime.run_dir={folder}", f"runtime.heads={setting}"])
+        run = load_config(config, [f"runtime.run_dir={folder}", f"runtime.heads={setting}"])
         published = Pipeline(run, current(), StopFlag(), said.append).run()["heads"]
         out[setting] = (
             "\n".join(said),

@@ -54,7 +54,6 @@ def make_slow(what: str, rank: int) -> None:
 
 def train(what: str, beton, out):
     """A profiled training; returns what was said."""
-    from dist_scan.config import kind_class
     from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
     from dist_scan.data.feed import EpochPlan, ImageFeed
@@ -63,7 +62,7 @@ def train(what: str, beton, out):
     from dist_scan.engine.stop import StopFlag
     from dist_scan.engine.train_state import Checkpointer
     from dist_scan.engine.training_loop import Trainer, TrainSettings
-    from dist_scan.methods.base import MethodInputs
+    from dist_scan.methods.base import MethodInputs, method_class
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.monitoring import profile
     from dist_scan.monitoring.bottleneck import TrainingSetup
@@ -86,7 +85,7 @@ def train(what: str, beton, out):
         loader, recipes, EpochPlan(np.arange(loader.num_images), BATCH, 0, world), world.device
     )
     network = BackboneConfig(name="resnet_small", width=4)
-    cls = kind_class("dist_scan.methods", "simclr")
+    cls = method_class("simclr")
     method = cls(
         cls.Config(kind="simclr", projection_dim=8),
         MethodInputs(

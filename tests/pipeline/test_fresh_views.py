@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from dist_scan.config import load
 from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.log import read_rows
 from dist_scan.pipeline import Pipeline
+from dist_scan.run_config import load_config
 from dist_scan.world.world import current
 
 HEADS = """{{kind: train, {source}, backbone: pretext, neighbours: neighbours, method: {{kind: scan, num_clusters: 10, num_heads: 3, normalise: l2{more}}},
@@ -32,7 +32,7 @@ runtime: {{log_every: 1}}
 
 def test_fresh_views_equal_cached_ones_when_the_views_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "fresh.yaml").write_text(CONFIG)
-    run = load(tmp_path / "fresh.yaml", [f"runtime.run_dir={tmp_path / 'run'}"])
+    run = load_config(tmp_path / "fresh.yaml", [f"runtime.run_dir={tmp_path / 'run'}"])
     (tmp_path / "run" / "logs").mkdir(parents=True)
     folders = Pipeline(run, current(), StopFlag(), lambda text: None).run()
     losses, weights = {}, {}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.config import ConfigError, load
+from dist_scan.config import ConfigError
 from dist_scan.data.assignments import Assignments
 from dist_scan.engine.stop import StopFlag
 from dist_scan.pipeline import Pipeline
+from dist_scan.run_config import load_config
 from dist_scan.world.world import current
 
 CONFIG = """
@@ -60,7 +61,7 @@ stages:
 def config(tmp_path: Path, *overrides):
     path = tmp_path / "heads.yaml"
     path.write_text(CONFIG.replace("&heads", ""))
-    return load(path, [f"runtime.run_dir={tmp_path / 'run'}", *overrides])
+    return load_config(path, [f"runtime.run_dir={tmp_path / 'run'}", *overrides])
 
 
 def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Path) -> None:

@@ -117,16 +117,16 @@ def predicted(tiny, images, tmp_path_factory: pytest.TempPathFactory):
 def test_predicting_equals_evaluating_in_the_run_bit_for_bit(
     tiny, images, predicted, tmp_path: Path
 ) -> None:
-    from dist_scan.config import load
     from dist_scan.engine.stop import StopFlag
     from dist_scan.pipeline import Pipeline
+    from dist_scan.run_config import load_config
     from dist_scan.world.world import World
 
     folder, said = tmp_path / "run", []
     shutil.copytree(tiny, folder)
     with one_thread():
         Pipeline(
-            load(
+            load_config(
                 tiny.parent / "tiny.yaml",
                 [
                     f"runtime.run_dir={folder}",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from dist_scan.config import load
+from dist_scan.run_config import load_config
 from tests.support.launches import ROOT, Started, command, environment, report, run
 
 
@@ -162,7 +162,7 @@ WHOLE_PRETEXT = [
 ]
 NOTHING_ELSE = [
     f"stages.{name}="
-    for name in load(ROOT / "configs" / "quickstart.yaml").stages
+    for name in load_config(ROOT / "configs" / "quickstart.yaml").stages
     if name != "pretext"
 ]
 

@@ -42,7 +42,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reduced(name: str, photographs: Path) -> list[str]:
     """Overrides that make a config small; what a user would type for a trial."""
-    from dist_scan.config import load
+    from dist_scan.run_config import load_config
 
     out = [
         f"data.train.source={photographs / 'train'}",
@@ -50,7 +50,7 @@ def reduced(name: str, photographs: Path) -> list[str]:
         "data.size=24",
         "data.resolution=30",
     ]
-    for stage, config in load(ROOT / "configs" / f"{name}.yaml").stages.items():
+    for stage, config in load_config(ROOT / "configs" / f"{name}.yaml").stages.items():
         at = f"stages.{stage}"
         if config.kind == "train":
             out += [

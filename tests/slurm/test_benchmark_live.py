@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.config import load
+from dist_scan.run_config import load_config
 from tests.support.launches import ROOT, SMALL, environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 QUICK = ROOT / "configs" / "quickstart.yaml"
 ONE_TRAINING = [
-    f"stages.{name}=" for name in load(QUICK).stages if name not in ("beton_train", "pretext")
+    f"stages.{name}="
+    for name in load_config(QUICK).stages
+    if name not in ("beton_train", "pretext")
 ]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.settings import SlurmConfig
+from dist_scan.config import SlurmConfig
 from launch import sbatch_script as batch
 from tests.slurm.cluster import Cluster
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dist_scan.config import DataConfig, SplitConfig
 from dist_scan.data.beton.write import write_beton
-from dist_scan.data.sources.base import DataConfig, SplitConfig
 from dist_scan.data.sources.open import open_source
 
 

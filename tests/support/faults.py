@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
-from dist_scan.settings import StrictModel
+from dist_scan.config import StrictModel
 from dist_scan.storage.atomic import write_text
 
 VARIABLE = "DIST_SCAN_FAULT"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_scan.config import DataConfig, SplitConfig
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
-from dist_scan.data.sources.base import DataConfig, SplitConfig
 from dist_scan.data.sources.open import open_source
 
 with tempfile.TemporaryDirectory() as _folder:

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
+from dist_scan.config import RuntimeConfig, SlurmConfig
 from dist_scan.monitoring.bottleneck import REMEDIES, TrainingSetup, judge, shares, table
 from dist_scan.monitoring.step_timer import NAMES
-from dist_scan.settings import RuntimeConfig, SlurmConfig
 
 SETTING = TrainingSetup(
     global_batch=256,

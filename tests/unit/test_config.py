@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.config import ConfigError, dump, load, override, read_yaml, validate
+from dist_scan.config import ConfigError, dump, override, read_yaml, validate_settings
+from dist_scan.run_config import CompleteRunConfig, load_config
 
 CONFIGS = sorted(
     p
@@ -20,7 +21,7 @@ QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 def message(*overrides: str) -> str:
     with pytest.raises(ConfigError) as error:
-        load(QUICK, list(overrides))
+        load_config(QUICK, list(overrides))
     return str(error.value)
 
 
@@ -46,7 +47,8 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
 
 
 def test_overrides_edit_the_raw_tree() -> None:
-    tree = override({"a": {"b": 1, "c": 2}}, ["a.b=3e-2", "a.d.e=[1, 2]", "a.c="])
+    tree = {"a": {"b": 1, "c": 2}}
+    override(tree, ["a.b=3e-2", "a.d.e=[1, 2]", "a.c="])
     assert tree == {"a": {"b": 0.03, "d": {"e": [1, 2]}}}
     with pytest.raises(ConfigError, match="dotted.path=value"):
         override({}, ["nonsense"])
@@ -55,7 +57,7 @@ def test_overrides_edit_the_raw_tree() -> None:
 
 
 def test_an_override_reaches_the_config() -> None:
-    assert load(QUICK, ["stages.heads.epochs=5", "seed=7"]).stages["heads"].epochs == 5
+    assert load_config(QUICK, ["stages.heads.epochs=5", "seed=7"]).stages["heads"].epochs == 5
 
 
 @pytest.mark.parametrize(
@@ -67,12 +69,12 @@ def test_an_override_reaches_the_config() -> None:
         (["stages.heads.epochs=0"], ["stages.heads.epochs", "greater than or equal to 1", "0"]),
         (
             ["stages.heads.method.kind=scam"],
-            ["stages.heads.method", "'scam'", "moco", "did you mean scan"],
+            ["stages.heads.method", "'scam'", "moco", "did you mean 'scan'"],
         ),
-        (["stages.heads.kind=trian"], ["stages.heads", "'trian'", "did you mean train"]),
+        (["stages.heads.kind=trian"], ["stages.heads", "'trian'", "did you mean 'train'"]),
         (
             ["stages.heads.neighbours=neighbors"],
-            ["stages.heads.neighbours", "'neighbors' is no earlier stage", "features"],
+            ["stages.heads.neighbours", "'neighbors' is not an earlier stage", "features"],
         ),
         (["stages.heads.neighbours="], ["stages.heads.neighbours", "needs neighbours"]),
         (["stages.heads.images=train"], ["stages.heads", "exactly one of images"]),
@@ -121,37 +123,37 @@ def test_mistakes_are_named(overrides, words) -> None:
 )
 def test_a_reference_to_the_wrong_kind_is_refused_at_the_door(override, words) -> None:
     with pytest.raises(ConfigError) as told:
-        load(CONFIGS[[p.stem for p in CONFIGS].index("quickstart")], [override])
+        load_config(CONFIGS[[p.stem for p in CONFIGS].index("quickstart")], [override])
     assert words in str(told.value)
 
 
 def test_every_mistake_is_listed_at_once() -> None:
     text = message("stages.heads.epochs=0", "seed=-1")
-    assert "2 mistakes" in text and "seed" in text and "stages.heads.epochs" in text
+    assert "2 errors" in text and "seed" in text and "stages.heads.epochs" in text
 
 
 def test_a_missing_file_names_those_there_are() -> None:
     with pytest.raises(ConfigError, match="does not exist.*quickstart.yaml"):
-        load(QUICK.with_name("quikstart.yaml"))
+        load_config(QUICK.with_name("quikstart.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_survive_a_round_trip(path) -> None:
-    run = load(path)
-    assert validate(read_yaml(dump(run))) == run
+    run = load_config(path)
+    assert validate_settings(CompleteRunConfig, read_yaml(dump(run))) == run
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_look_at_whole_images(path) -> None:
     from dist_scan.pipeline import notes
 
-    assert notes(load(path)) == []
+    assert notes(load_config(path)) == []
 
 
 def test_a_size_that_does_not_fit_is_said_once_by_the_first_stage_that_meets_it() -> None:
     from dist_scan.pipeline import notes
 
-    found = notes(load(QUICK, ["data.resolution=256"]))
+    found = notes(load_config(QUICK, ["data.resolution=256"]))
     assert [text.split(":")[0] for text in found] == [
         "stages.pretext",
         "stages.pixels",
@@ -161,13 +163,13 @@ def test_a_size_that_does_not_fit_is_said_once_by_the_first_stage_that_meets_it(
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
-        load(QUICK).seed = 3
+        load_config(QUICK).seed = 3
 
 
 def test_reading_a_config_imports_nothing_slow() -> None:
     """torchvision, timm and the compiler behind them cost five seconds at every start; only building a network needs them."""
     code = (
-        "import sys; from dist_scan.config import load; load('configs/quickstart.yaml'); import dist_scan.run; "
+        "import sys; from dist_scan.run_config import load_config; load_config('configs/quickstart.yaml'); import dist_scan.run; "
         "print([m for m in ('torchvision', 'timm', 'torch._dynamo', 'sklearn', 'numba') if m in sys.modules])"
     )
     out = subprocess.run(
@@ -183,7 +185,7 @@ def test_what_a_batch_allows_is_said_at_the_door() -> None:
     assert "bn_groups: 3 does not divide global_batch 128" in message(
         "stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 3}"
     )
-    run = load(
+    run = load_config(
         QUICK,
         [
             "stages.pretext.method={kind: moco, queue_size: 1024, bn_groups: 8}",
@@ -205,19 +207,19 @@ def test_what_a_batch_allows_is_said_at_the_door() -> None:
 @pytest.mark.parametrize(
     "data, words",
     [
-        (b"name: \xff", "no text in UTF-8"),
+        (b"name: \xff", "not UTF-8 text"),
         (b"a: \x00", "not valid YAML"),
         (b"[1, 2]: 3", "line 1: the key"),
-        (b"3: 4", "is no name"),
+        (b"3: 4", "is not a string"),
         (b"a: &x {b: 1}\nc: {<<: *x}", "merge keys"),
     ],
 )
 def test_files_that_are_no_settings(tmp_path: Path, data, words) -> None:
     (tmp_path / "bad.yaml").write_bytes(data)
     with pytest.raises(ConfigError, match=words):
-        load(tmp_path / "bad.yaml")
+        load_config(tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="is a folder; there are: bad.yaml"):
-        load(tmp_path)
+        load_config(tmp_path)
 
 
 def test_a_method_that_does_not_name_its_kind_is_told_the_line(
@@ -225,16 +227,16 @@ def test_a_method_that_does_not_name_its_kind_is_told_the_line(
 ) -> None:
     """Without it a mistyped setting was answered with an empty list of what is allowed."""
     import dist_scan.methods
-    from dist_scan.config import kind_class
+    from dist_scan.methods.base import method_class
 
     monkeypatch.setattr(dist_scan.methods, "__path__", [*dist_scan.methods.__path__, str(tmp_path)])
     for name, line in (("unnamed", ""), ("misnamed", '    kind: Literal["other"] = "other"\n')):
         (tmp_path / f"{name}.py").write_text(
-            f"from typing import Literal\nfrom dist_scan.methods.base import MethodConfig\n\nclass C(MethodConfig):\n    weight: float = 1.0\n{line}\n"
-            "class M:\n    Config = C\n"
+            f"from typing import Literal\nfrom dist_scan.methods.base import Method, MethodConfig\n\nclass C(MethodConfig):\n    weight: float = 1.0\n{line}\n"
+            "class M(Method):\n    Config = C\n"
         )
         with pytest.raises(
             ConfigError,
             match=f'needs a line that names its kind: `kind: Literal\\["{name}"\\] = "{name}"`',
         ):
-            kind_class("dist_scan.methods", name)
+            method_class(name)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.config import load, run_config_class
 from dist_scan.pipeline import all_stages, fingerprints
+from dist_scan.run_config import CompleteRunConfig, load_config
 
 QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 MEANING = {"seed", "data", "stages"}
@@ -15,7 +15,7 @@ RUNTIME = {"name", "runtime", "slurm"}
 
 
 def marks(*overrides):
-    return fingerprints(load(QUICK, list(overrides)), {"beton_train": "data"})
+    return fingerprints(load_config(QUICK, list(overrides)), {"beton_train": "data"})
 
 
 def changed(*overrides):
@@ -24,7 +24,7 @@ def changed(*overrides):
 
 
 def test_every_top_level_setting_is_on_one_side() -> None:
-    assert set(run_config_class().model_fields) == MEANING | RUNTIME
+    assert set(CompleteRunConfig.model_fields) == MEANING | RUNTIME
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_where_and_how_it_runs_is_no_part_of_the_meaning(override) -> None:
 def test_a_meaning_changes_its_stage_and_what_stands_on_it(override, first) -> None:
     names = changed(override)
     assert first in names
-    order = list(all_stages(load(QUICK)))
+    order = list(all_stages(load_config(QUICK)))
     assert all(order.index(n) >= order.index(first) for n in names)
     assert "report" in names
 
 
 def test_the_data_is_part_of_the_meaning() -> None:
-    run = load(QUICK)
+    run = load_config(QUICK)
     assert all(
         fingerprints(run, {"beton_train": "a"})[n] != fingerprints(run, {"beton_train": "b"})[n]
         for n in all_stages(run)

@@ -17,6 +17,7 @@ LEVEL = {
     "run": 9,
     "finished_run": 8,
     "pipeline": 8,
+    "run_config": 8,
     "stages": 7,
     "engine": 6,
     "report": 6,
@@ -32,7 +33,6 @@ LEVEL = {
     "monitoring": 2,
     "config": 1,
     "compiled": 0,
-    "settings": 0,
 }
 """The layer of each folder or top-level module; a module imports from its own layer or below."""
 ONLY_IMPORTED_IN = {

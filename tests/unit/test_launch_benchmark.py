@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks.runs import problems, stage_rows
 from benchmarks.scaling import collect, curves, draw, lost
-from dist_scan.config import load
+from dist_scan.config import ConfigError
 from dist_scan.monitoring.bottleneck import TrainingSetup, judge
 from dist_scan.monitoring.step_timer import NAMES
-from dist_scan.settings import ConfigError
+from dist_scan.run_config import load_config
 from launch import benchmark, slurm, watch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -67,7 +67,7 @@ def test_mistakes_are_told_before_anything_is_submitted(
 
 
 def test_trainings_end_after_about_so_many_steps() -> None:
-    run = load(QUICK)
+    run = load_config(QUICK)
     pretext = run.stages["pretext"]
     short = benchmark.cut(run, 100, {"train": 1797})
     assert (
@@ -126,7 +126,7 @@ def test_every_number_of_nodes_gets_a_job_of_its_own(
         assert "benchmarks.scaling" in text and "while :; do" in text
     args = slurm.arguments([w for w in words if w != "--dry-run"])
     runs = benchmark.plan(
-        args, slurm.read, load(args.config, args.overrides), [1, 2], {"train": 50000}
+        args, slurm.read, load_config(args.config, args.overrides), [1, 2], {"train": 50000}
     )
     assert [r.stages["pretext"].global_batch for r in runs] == [128, 256] and [
         r.stages["pretext"].epochs for r in runs
@@ -152,7 +152,7 @@ def test_every_srun_of_a_benchmark_job_is_counted(tmp_path: Path) -> None:
     }.items():
         tools.joinpath(name).write_text(f"#!/bin/bash\n{line}\n")
         tools.joinpath(name).chmod(0o755)
-    run = load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1"])
+    run = load_config(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1"])
     script = benchmark.text(
         run, [["step", "x"], ["heads", "broken"]], False, tmp_path / "it's $HOME"
     )
@@ -364,7 +364,7 @@ def test_the_page_and_the_json_hold_all_and_name_what_is_missing(tmp_path: Path)
 def test_figures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     from dist_scan.config import dump
 
-    run = load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1"])
+    run = load_config(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1"])
     assert not benchmark.measured(run, ["run"])
     (tmp_path / "nodes-1").mkdir()
     (tmp_path / "nodes-1" / "config.yaml").write_text(dump(run))
@@ -373,9 +373,11 @@ def test_figures_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     assert benchmark.measured(run, ["run"]) and not benchmark.measured(run, ["run", "step"])
     with pytest.raises(ConfigError, match="other slurm.cpus_per_task"):
         benchmark.measured(
-            load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1", "slurm.cpus_per_task=8"]), ["run"]
+            load_config(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1", "slurm.cpus_per_task=8"]),
+            ["run"],
         )
     with pytest.raises(ConfigError, match="other stages"):
         benchmark.measured(
-            load(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1", "stages.pretext.epochs=3"]), ["run"]
+            load_config(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1", "stages.pretext.epochs=3"]),
+            ["run"],
         )

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dist_scan.config import kind_class
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.selection import held_out_loss
-from dist_scan.methods.base import MethodInputs
+from dist_scan.methods.base import MethodInputs, method_class
 from dist_scan.methods.moco import shuffled
 from dist_scan.methods.nce import instance_loss
 from dist_scan.methods.rotnet import quarter_turns
@@ -27,7 +26,7 @@ CONFIG = BackboneConfig(name="resnet_small", width=4)
 
 
 def make(kind: str, settings: dict, **inputs):
-    cls = kind_class("dist_scan.methods", kind)
+    cls = method_class(kind)
     torch.manual_seed(0)
     return cls(
         cls.Config(kind=kind, **settings),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.config import load
 from dist_scan.models.backbone import BackboneConfig
+from dist_scan.run_config import load_config
 from launch import plan, slurm
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "imagenet1k.yaml")
@@ -22,7 +22,7 @@ def test_resnet50_is_measured_without_running_it() -> None:
 
 
 def test_the_imagenet_plan() -> None:
-    run = load(CONFIG, ["slurm.nodes=4", "slurm.gpus_per_node=8"])
+    run = load_config(CONFIG, ["slurm.nodes=4", "slurm.gpus_per_node=8"])
     text = plan.plan(run, 100.0, {"train": 1_281_167, "val": 50_000})
     rows = {line.split()[0]: line for line in text.splitlines()}
     epochs, batch = run.stages["pretext"].epochs, run.stages["pretext"].global_batch
@@ -42,7 +42,8 @@ def test_the_imagenet_plan() -> None:
 
 def test_memory_of_a_training_is_the_plans_and_falls_with_the_ranks() -> None:
     found = [
-        plan.memory(load(CONFIG, [f"slurm.nodes={n}", "slurm.gpus_per_node=8"])) for n in (1, 4)
+        plan.memory(load_config(CONFIG, [f"slurm.nodes={n}", "slurm.gpus_per_node=8"]))
+        for n in (1, 4)
     ]
     assert found[0].keys() == {"pretext", "selflabelling"} and all(
         found[0][name] > found[1][name] > 0 for name in found[0]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.settings import SlurmConfig, seconds
+from dist_scan.config import SlurmConfig
+from dist_scan.config.slurm import limit_in_seconds
 from launch import recovery
 from launch import sbatch_script as batch
 
@@ -179,7 +180,9 @@ def test_bad_settings_are_refused(field, value) -> None:
 
 
 def test_a_limit_is_read_as_slurm_reads_it() -> None:
-    assert [seconds(x) for x in ("30", "1:30", "2:00:00", "1-2", "1-02:30", "1-02:30:07", "0")] == [
+    assert [
+        limit_in_seconds(x) for x in ("30", "1:30", "2:00:00", "1-2", "1-02:30", "1-02:30:07", "0")
+    ] == [
         1800,
         90,
         7200,

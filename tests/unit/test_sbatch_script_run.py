@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.settings import SlurmConfig
+from dist_scan.config import SlurmConfig
 from launch import sbatch_script as batch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dist_scan.config import ConfigError
-from dist_scan.data.sources.base import SplitConfig
+from dist_scan.config import ConfigError, SplitConfig
 from dist_scan.data.sources.open import open_source
 from tests.support.betons import encoded, folder, picture
 from tests.support.shared_data import shared_data

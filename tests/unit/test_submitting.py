@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.config import load
-from dist_scan.settings import ConfigError, SlurmConfig
+from dist_scan.config import ConfigError, SlurmConfig
+from dist_scan.run_config import load_config
 from launch import sbatch_script as batch
 from launch import slurm, submission, watch
 
@@ -36,7 +36,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def submit(run_dir: Path) -> str:
-    return submission.place(load(QUICK, [f"runtime.run_dir={run_dir}"]), "#!/bin/bash\n")
+    return submission.place(load_config(QUICK, [f"runtime.run_dir={run_dir}"]), "#!/bin/bash\n")
 
 
 def test_a_copied_run_folder_has_no_job(tools, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ FIDELITY.md 1.3 (SCAN's standard, simclr, ours = randaugment), 2.3 (MMDC), 3 (De
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from dist_scan.config import StrictModel
+from dist_scan.config import DataConfig, StrictModel
 from dist_scan.data.augment import colour, warp
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.augment.randaugment import randaugment
@@ -256,6 +256,14 @@ def build_recipe(
     )
     crop = CropSpec(look.crop, size, scale=look.scale, resize=resize, flip=look.flip)
     return Recipe(look, crop, mean, std, config.colour == "fused", hole)
+
+
+def resolution_warnings(recipes: Iterable[RecipeConfig], data: DataConfig) -> list[str]:
+    """What these recipes show of the stored images that is seldom wanted."""
+    found = [
+        resolution_warning(recipe, data.size, data.stored, data.resolution) for recipe in recipes
+    ]
+    return [text for text in found if text]
 
 
 def resolution_warning(config: RecipeConfig, size: int, stored: str, resolution: int) -> str:

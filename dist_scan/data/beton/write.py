@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_scan.config import ConfigError
+from dist_scan.config import ConfigError, DataConfig
 from dist_scan.data.beton.decode import decodes
 from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_file, write_sidecars
 from dist_scan.data.encode import EncodedImage, UnreadableImageError, encode
-from dist_scan.data.sources.base import DataConfig, Source
+from dist_scan.data.sources.base import Source
 from dist_scan.monitoring.progress import Progress
 from dist_scan.storage.artifacts import fingerprint
 from dist_scan.storage.atomic import write_atomic, write_text

@@ -8,49 +8,12 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field
-
-from dist_scan.config import StrictModel
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LOOKED_AT = 16  # images whose bytes are part of the data's fingerprint
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class SplitConfig(StrictModel):
-    """One set of images."""
-
-    source: str = Field(min_length=1)
-    """An image folder, parquet file/folder/glob (image: {bytes, path}, optional label), tar shards, or sklearn:digits."""
-    format: Literal["auto", "folder", "parquet", "tar", "digits"] = "auto"
-    limit: int | None = Field(default=None, ge=1)
-    """Take only so many images, evenly spaced over the source (a trial run)."""
-    classes: str | None = None
-    """A text file whose lines begin with class folder names: only these, in this order (ImageNet subsets)."""
-
-
-class DataConfig(StrictModel):
-    """The images of a run and how they are stored."""
-
-    train: SplitConfig
-    val: SplitConfig | None = None
-    size: int = Field(default=224, ge=8)
-    """Side in pixels of what the network sees."""
-    stored: Literal["raw", "jpeg", "original"] = "jpeg"
-    """raw: pixels; jpeg: re-encoded at `resolution`; original: JPEG bytes passed through where they already are RGB JPEG."""
-    resolution: int = Field(default=256, ge=8)
-    """Shorter side in pixels of what is stored (bilinear; smaller images are enlarged, as Resize does)."""
-    max_side: int = Field(default=1024, ge=8)
-    """Cap on the longer side of what is stored."""
-    quality: int = Field(default=90, ge=1, le=100)
-    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    max_bad_share: float = Field(default=0.01, ge=0, le=1)
-    """Above this share of unreadable images the build refuses."""
 
 
 class Sample(NamedTuple):

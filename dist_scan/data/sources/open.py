@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_scan.config import ConfigError
-from dist_scan.data.sources.base import IMAGE_ENDINGS, Source, SplitConfig
+from dist_scan.config import ConfigError, SplitConfig
+from dist_scan.data.sources.base import IMAGE_ENDINGS, Source
 from dist_scan.data.sources.digits import DigitsSource
 from dist_scan.data.sources.folder import FolderSource
 from dist_scan.data.sources.tar import TarSource

@@ -1,0 +1,30 @@
+"""Settings: strict models, YAML, validation errors; `kind:` names a class by its file.
+
+Settings that belong to one part (a method, a stage, an optimizer) are defined next to it; here are
+the settings of a whole run and what all of them are made of.
+"""
+
+from dist_scan.config.base import ConfigError, StrictModel
+from dist_scan.config.data import DataConfig, SplitConfig
+from dist_scan.config.errors import validate_settings
+from dist_scan.config.run import RunConfig
+from dist_scan.config.runtime import RuntimeConfig
+from dist_scan.config.slurm import SlurmConfig
+from dist_scan.config.stage import StageConfig
+from dist_scan.config.yaml import dump, override, read_settings, read_yaml
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SlurmConfig",
+    "SplitConfig",
+    "StageConfig",
+    "StrictModel",
+    "dump",
+    "override",
+    "read_settings",
+    "read_yaml",
+    "validate_settings",
+]

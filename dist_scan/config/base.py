@@ -1,0 +1,20 @@
+"""The strict base model of all settings, and the error for invalid ones."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigError(ValueError):
+    """Invalid input from the user; printed without a traceback (exit code 2)."""
+
+
+class StrictModel(BaseModel):
+    """Base of all settings: unknown keys are refused, values are not coerced, instances are frozen.
+
+    Attribute docstrings become descriptions in the JSON schema.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -1,0 +1,50 @@
+"""Settings of the images of a run: the `data:` block."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dist_scan.config.base import StrictModel
+
+Positive = Annotated[float, Field(gt=0)]
+Split = Literal["train", "val"]
+
+
+class SplitConfig(StrictModel):
+    """One set of images."""
+
+    source: str = Field(min_length=1)
+    """An image folder, parquet file/folder/glob (image: {bytes, path}, optional label), tar shards, or sklearn:digits."""
+    format: Literal["auto", "folder", "parquet", "tar", "digits"] = "auto"
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many images, evenly spaced over the source (a trial run)."""
+    classes: str | None = None
+    """A text file whose lines begin with class folder names: only these, in this order (ImageNet subsets)."""
+
+
+class DataConfig(StrictModel):
+    """The images of a run and how they are stored."""
+
+    train: SplitConfig
+    val: SplitConfig | None = None
+    size: int = Field(default=224, ge=8)
+    """Side in pixels of the network's input."""
+    stored: Literal["raw", "jpeg", "original"] = "jpeg"
+    """raw: pixels; jpeg: re-encoded at `resolution`; original: RGB JPEG files are stored as they are."""
+    resolution: int = Field(default=256, ge=8)
+    """Shorter side in pixels of the stored images (bilinear; smaller images are enlarged, as Resize does)."""
+    max_side: int = Field(default=1024, ge=8)
+    """Largest longer side in pixels of the stored images."""
+    quality: int = Field(default=90, ge=1, le=100)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """The build fails if a larger share of the images cannot be read."""
+
+    def splits(self) -> dict[Split, SplitConfig]:
+        """The sets of images by name: train, and val if it is set."""
+        if self.val is None:
+            return {"train": self.train}
+        return {"train": self.train, "val": self.val}

@@ -1,0 +1,180 @@
+"""Settings of the `slurm:` block: what launch/slurm.py requests; not part of any fingerprint."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dist_scan.config.base import StrictModel
+
+SINGLE_LINE = (
+    "setup",
+    "partition",
+    "account",
+    "qos",
+    "mem",
+    "constraint",
+    "exclude",
+    "reservation",
+    "dependency",
+    "mail_user",
+    "mail_type",
+    "python",
+    "container",
+    "container_mounts",
+)
+
+_TASKS = "the processes are nodes x gpus_per_node, or nodes x processes_per_node"
+_RESTART = "stopping and restarting a run depends on it"
+OWN_OPTIONS = {
+    "nodes": _TASKS,
+    "ntasks": _TASKS,
+    "ntasks-per-node": _TASKS,
+    "ntasks-per-gpu": _TASKS,
+    "array": "one run folder is one job",
+    "output": "status and follow read it",
+    "open-mode": "a requeued job appends to its log",
+    "signal": "use notice_s",
+    "requeue": _RESTART,
+    "no-requeue": _RESTART,
+    "no-kill": _RESTART,
+    "kill-on-bad-exit": _RESTART,
+    "wrap": "the launcher writes the batch script",
+    "wait": "use --follow",
+    "parsable": "submitit reads sbatch's output",
+    "test-only": "use --dry-run",
+    "error": "status and the launcher read one log of both",
+    "time": "use slurm.time, which is checked against notice_s",
+    "clusters": "status, cancel and the requeue address the cluster of the submission",
+    "quiet": "submitit reads sbatch's output",
+}
+"""Long options that the launcher sets itself, with the reason."""
+
+
+class SlurmConfig(StrictModel):
+    """Options of launch/slurm.py; flags have the same names (--gpus-per-node 8).
+
+    An option that is not set has the cluster's default.
+    """
+
+    nodes: int = Field(default=1, ge=1)
+    """Number of nodes."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    """One process per GPU."""
+    processes_per_node: int | None = Field(default=None, ge=1)
+    """Without GPUs: processes on each node (default 1)."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """Cores per process, for loader threads and arithmetic."""
+    mem: str | None = None
+    """Memory per node, as sbatch reads it (240G)."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(
+        default=None,
+        pattern=r"^([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})$",
+    )
+    """Time limit of one job, as sbatch reads it (minutes, M:SS, H:MM:SS, D-HH:MM:SS).
+
+    Before the limit the run saves its state; the job is requeued and continues.
+    """
+    constraint: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    dependency: str | None = None
+    """As sbatch reads it: afterok:1234."""
+    mail_user: str | None = None
+    mail_type: str | None = None
+    """As sbatch reads it: END,FAIL,REQUEUE."""
+    notice_s: int = Field(default=120, ge=1)
+    """Seconds before the time limit (or a preemption) at which the run is signalled to save and exit."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the run, on the first node: module load ..., source ..."""
+    python: str | None = None
+    """Python on the nodes (default: the one that submits; inside a container its own, often just python)."""
+    container: str | None = None
+    """An image for srun --container-image (pyxis)."""
+    container_mounts: str | None = None
+    """As pyxis reads it: /data:/data,/runs:/runs."""
+    sbatch: dict[str, str | int | bool] = {}
+    """Any other sbatch option by its long name: {exclusive: true, licenses: "foo:1"}."""
+    srun: dict[str, str | int | bool] = {}
+    """Any other srun option by its long name: {cpu-bind: none}."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.gpus_per_node or self.processes_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.tasks_per_node
+
+    @field_validator(*SINGLE_LINE)
+    @classmethod
+    def _check_line(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        """These values become lines of a script."""
+        lines = (value,) if isinstance(value, str) else value or ()
+        for line in lines:
+            if not line.strip() or "\n" in line or "\r" in line:
+                raise ValueError(f"{line!r} must be one line that is not empty")
+        return value
+
+    @field_validator("sbatch", "srun")
+    @classmethod
+    def _check_options(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for option, setting in value.items():
+            _check_option_name(option)
+            if "\n" in str(setting):
+                raise ValueError(f"'{option}': {setting!r} must be one line")
+        return value
+
+    @model_validator(mode="after")
+    def _check_notice(self) -> Self:
+        limit = limit_in_seconds(self.time) if self.time else 0
+        if limit and self.notice_s >= limit:
+            raise ValueError(
+                f"notice_s: {self.notice_s} s before a limit of {limit} s (time '{self.time}') "
+                "leaves no time to work; lower notice_s or raise time"
+            )
+        return self
+
+
+def _check_option_name(option: str) -> None:
+    """Raise ValueError unless it is a long option of sbatch or srun that users may set."""
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+        raise ValueError(
+            f"'{option}' is not a long option; write it as on the command line "
+            "without the leading dashes, like cpu-bind"
+        )
+    # Slurm accepts every prefix of an option's name; the option itself comes first.
+    own = next(
+        (
+            name
+            for name in (option, *OWN_OPTIONS)
+            if name in OWN_OPTIONS and name.startswith(option)
+        ),
+        None,
+    )
+    if own is not None:
+        prefix = "" if own == option else f" (Slurm reads it as {own})"
+        raise ValueError(
+            f"'{option}'{prefix} is set by the launcher and cannot be changed ({OWN_OPTIONS[own]})"
+        )
+
+
+def limit_in_seconds(time: str) -> int:
+    """Seconds of sbatch's --time: minutes, M:SS, H:MM:SS, D-HH[:MM[:SS]]; 0 means no limit."""
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = (parts + [0, 0])[:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(parts) < 3:
+        minutes, seconds = (parts + [0])[:2]
+        return minutes * 60 + seconds
+    hours, minutes, seconds = parts
+    return (hours * 60 + minutes) * 60 + seconds
