@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_scan.heads.products import FeaturePair, HeadGradients, head_slices
 from dist_scan.heads.torch_head import TorchHead, entropy_and_gradient
-from dist_scan.losses import ScanTerms, at_least_fp32
+from dist_scan.losses import ScanTerms, at_least_fp32, temi_pair_weights
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
@@ -224,15 +224,6 @@ def scan_heads_loss(
     )
 
 
-def pair_weights(teacher_log_p: Sequence[Tensor]) -> Tensor:
-    """TEMI's weight [B] of each pair: the mean over heads of <teacher of one view, teacher of the other>; log-probabilities [2B, C],
-    first views above second ones. Pairs that the teachers put into different clusters (wrong neighbours) weigh little."""
-    halves = (
-        (each.exp()[: len(each) // 2], each.exp()[len(each) // 2 :]) for each in teacher_log_p
-    )
-    return torch.stack([(p * q).sum(1) for p, q in halves]).mean(0)
-
-
 def temi_heads_loss(
     first_BD: Tensor,
     second_BD: Tensor,
@@ -246,7 +237,7 @@ def temi_heads_loss(
 ) -> Tensor:
     """TEMI's loss [H] (Adaloglou et al., BMVC 2023, Sec. 3) of linear heads; layout of heads as in `scan_heads_loss`.
 
-    -w * log sum_c (student_c(x) teacher_c(x'))^beta / marginal_c, mean over pairs and both directions; w as `pair_weights` gives it, the
+    -w * log sum_c (student_c(x) teacher_c(x'))^beta / marginal_c, mean over pairs and both directions; w as `temi_pair_weights` gives it, the
     same for all heads. teacher_log_p: per head [2B, C]; marginals: per head [C], the running mean of the teacher's probabilities.
     By log-sum-exp: bounded at any logit size. Memory: the teacher's probabilities of all heads, the student's of one.
     """
@@ -258,7 +249,7 @@ def temi_heads_loss(
         tuple(sizes),
         teacher_log_p,
         marginals,
-        pair_weights(teacher_log_p),
+        temi_pair_weights(teacher_log_p),
         beta,
         temperature,
     )

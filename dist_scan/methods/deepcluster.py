@@ -18,7 +18,7 @@ from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.hashing import hash_keys
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
-from dist_scan.losses import at_least_fp32
+from dist_scan.losses import classification_loss
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.batch_norm import convert_batch_norm
@@ -213,10 +213,8 @@ class DeepClusterMethod(Method):
             logits = F.linear(
                 features.to(self.top.weight.dtype), self.top.weight[:used], self.top.bias[:used]
             )
-            loss = F.cross_entropy(at_least_fp32(logits), targets)
-        return Step(
-            loss, {"pseudo_accuracy": (logits.detach().argmax(1) == targets).double().mean()}
-        )
+            loss, accuracy = classification_loss(logits, targets)
+        return Step(loss, {"pseudo_accuracy": accuracy})
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         """What the clustering of this epoch was like."""

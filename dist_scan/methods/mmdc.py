@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dist_scan.data.assignments import Assignments, save_history
 from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.losses import at_least_fp32
+from dist_scan.losses import at_least_fp32, classification_loss, mmdc_loss
 from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.batch_norm import convert_batch_norm
@@ -201,11 +201,9 @@ class MMDCMethod(Method):
             [torch.rot90(view, turns, (2, 3)) for turns, view in enumerate(batch.views)]
         )
         turns = torch.arange(4, device=images.device).repeat_interleave(len(batch.index))
-        logits = at_least_fp32(self.rotation_head(self.network.backbone(images)))
-        hits = (logits.detach().argmax(1) == turns).double().mean()
-        return Step(
-            F.cross_entropy(logits, turns) + _idle(self.network.head), {"rotation_accuracy": hits}
-        )
+        logits = self.rotation_head(self.network.backbone(images))
+        loss, accuracy = classification_loss(logits, turns)
+        return Step(loss + _idle(self.network.head), {"rotation_accuracy": accuracy})
 
     def _code_step(self, batch: Batch) -> Step:
         """Mean squared error over batch and dimensions (the squared distance over dim) of the strong view's outputs to their targets."""
@@ -220,7 +218,7 @@ class MMDCMethod(Method):
                 {"target_id": matched, "nearest": self.nearest_mean(outputs)},
             )
         outputs = self.network(batch.views[-1])
-        loss = F.mse_loss(outputs, self._places(ids).to(outputs))
+        loss = mmdc_loss(outputs, self._places(ids).to(outputs))
         return Step(loss + _idle(self.rotation_head), metrics, keep)
 
     @torch.no_grad()

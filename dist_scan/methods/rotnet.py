@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
-from dist_scan.losses import at_least_fp32
+from dist_scan.losses import classification_loss
 from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.batch_norm import convert_batch_norm
@@ -38,11 +37,8 @@ class RotNetMethod(Method):
 
     def forward(self, batch: Batch) -> Step:
         images, turns = quarter_turns(batch.views[0])
-        logits = at_least_fp32(self.head(self.backbone(images)))
-        return Step(
-            F.cross_entropy(logits, turns),
-            {"rotation_accuracy": (logits.argmax(1) == turns).double().mean()},
-        )
+        loss, accuracy = classification_loss(self.head(self.backbone(images)), turns)
+        return Step(loss, {"rotation_accuracy": accuracy})
 
     def publish(self, out: Path) -> None:
         save_backbone(out, self.backbone, self.inputs.backbone_config)
