@@ -1,26 +1,28 @@
-"""What a training waits for, in words: seconds per rank and section -> one sentence with the figure and the setting to change.
+"""What a training waits for: one sentence with the figure and the setting to change.
 
-Pure functions. The order of the questions matters: a slow rank makes the others wait in all-reduce, so it is looked for first;
-what is left of all-reduce when even the last rank to arrive has waited is the network's.
+Pure functions of the seconds that each rank spent in each section. A slow rank makes the others
+wait in all-reduce, so slow ranks are looked for first; only the all-reduce time that even the last
+rank to arrive spends is the network's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
-from dist_scan.monitoring.step_timer import NAMES
+from dist_scan.monitoring.step_timer import SECTIONS
 
-WORTH_SAYING = {name: 0.10 for name in NAMES} | {"data_wait": 0.05}
-"""Share of a step above which a section is named as what the run waits for (data wait: the goal of PERFORMANCE.md 5)."""
-LATE = (
-    0.10  # a rank is slow when its own work takes this much of a step longer than the others' does
-)
-ALWAYS = ("forward", "backward")
-SPOKEN = {
+ALL_REDUCE = SECTIONS.index("all_reduce")
+MODEL_SECTIONS = ("forward", "backward")
+THRESHOLDS = {name: 0.10 for name in SECTIONS} | {"data_wait": 0.05}
+"""Fraction of a step from which a section counts as a bottleneck."""
+SLOW_RANK_THRESHOLD = 0.10
+"""A rank is slow if its own work takes longer than the others' by this fraction of a step."""
+DISPLAY_NAMES = {
     "data_wait": "data wait",
     "all_reduce": "all-reduce",
     "end_step": "the method's end_step",
@@ -33,7 +35,7 @@ SPOKEN = {
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a verdict needs to know about a training. `workers` and `cores` are one rank's."""
+    """What the advice depends on. ``workers`` (threads of the loader) and ``cores`` are per rank."""
 
     global_batch: int
     world_size: int = 1
@@ -41,7 +43,7 @@ class TrainingSetup:
     cores: int = 1
     workers: int = 1
     stored: str = ""
-    """How images are stored (raw, jpeg, original); '' when the views are cached features."""
+    """How images are stored (raw, jpeg, original); '' if the views are cached features."""
     resolution: int = 0
     size: int = 0
     hosts: tuple[str, ...] = ()
@@ -49,158 +51,212 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """`waits_for` is a section, `rank` (one is late) or `model` (forward and backward: as it should be); `share` of a step."""
+    """What a step waits for, as a sentence in ``text``.
+
+    ``waits_for`` is a section, "rank" (one rank is slow) or "model" (forward and backward dominate,
+    as they should); ``fraction`` is its part of a step.
+    """
 
     waits_for: str
-    share: float
+    fraction: float
     text: str
 
 
-def judge(seconds: np.ndarray, steps: int, setting: TrainingSetup) -> Bottleneck:
-    """The verdict on `seconds` [W, len(NAMES)] that W ranks spent in `steps` steps. Raises ValueError when there is nothing to judge."""
+@dataclass(frozen=True)
+class _StepTime:
+    """Seconds of a mean step, and the fraction that the section in question takes of it."""
+
+    step_s: float
+    fraction: float
+    setup: TrainingSetup
+
+    def images_per_s(self, step_s: float) -> str:
+        return f"{self.setup.global_batch / step_s:,.0f} images/s"
+
+
+def find_bottleneck(seconds: np.ndarray, steps: int, setup: TrainingSetup) -> Bottleneck:
+    """What ``steps`` steps waited for, from ``seconds`` [W, len(SECTIONS)] of W ranks.
+
+    Raises ValueError if there are no steps or no times.
+    """
     seconds = np.asarray(seconds, float)
-    if steps < 1 or seconds.ndim != 2 or seconds.shape[1] != len(NAMES) or seconds.sum() <= 0:
+    shape_is_valid = seconds.ndim == 2 and seconds.shape[1] == len(SECTIONS)
+    if steps < 1 or not shape_is_valid or seconds.sum() <= 0:
         raise ValueError(
-            f"a verdict needs steps and seconds [ranks, {len(NAMES)}], got {steps} steps and {list(seconds.shape)}"
+            f"finding a bottleneck needs at least one step and seconds [ranks, {len(SECTIONS)}] "
+            f"that are not all 0, got {steps} steps and seconds {list(seconds.shape)}"
         )
     step_s = float(seconds.sum(1).mean()) / steps
-    late = _late_rank(seconds, steps, step_s, setting)
-    if late is not None:
-        return late
-    share = shares(seconds)
-    found = [name for name in NAMES if name not in ALWAYS and share[name] >= WORTH_SAYING[name]]
-    if not found:
-        return _model(share, step_s, setting)
-    worst = max(found, key=share.__getitem__)
-    figure = f"{SPOKEN.get(worst, worst)} is {share[worst]:.0%} of a step of {1000 * step_s:.3g} ms"
-    return Bottleneck(
-        worst, share[worst], f"{figure}{REMEDIES[worst](share[worst], step_s, setting)}"
-    )
+    slow_rank = _find_slow_rank(seconds, steps, step_s, setup)
+    if slow_rank is not None:
+        return slow_rank
+    fractions = section_fractions(seconds)
+    candidates = [
+        name
+        for name in SECTIONS
+        if name not in MODEL_SECTIONS and fractions[name] >= THRESHOLDS[name]
+    ]
+    if not candidates:
+        fraction = sum(fractions[name] for name in MODEL_SECTIONS)
+        return _model_bottleneck(_StepTime(step_s, fraction, setup))
+    name = max(candidates, key=fractions.__getitem__)
+    fraction = fractions[name]
+    figure = f"{_display_name(name)} is {fraction:.0%} of a step of {1000 * step_s:.3g} ms"
+    remedy = REMEDIES[name]
+    if not isinstance(remedy, str):
+        remedy = remedy(_StepTime(step_s, fraction, setup))
+    return Bottleneck(name, fraction, figure + remedy)
 
 
-def shares(seconds: np.ndarray) -> dict[str, float]:
-    """Share of the time by section, as the mean over ranks; all-reduce counts what the last rank to arrive spent in it, the rest
-    of it is waiting for slower ranks and left out (so that shares add up to 1 minus that)."""
+def section_fractions(seconds: np.ndarray) -> dict[str, float]:
+    """Fraction of the time by section, as the mean over ranks.
+
+    All-reduce is the minimum over ranks: the rest of it is waiting for slower ranks and left out,
+    so the fractions add up to 1 minus that rest.
+    """
     seconds = np.asarray(seconds, float)
-    found = dict(zip(NAMES, (seconds.mean(0) / seconds.sum(1).mean()).tolist()))
-    found["all_reduce"] = float(seconds[:, NAMES.index("all_reduce")].min() / seconds.sum(1).mean())
-    return found
+    total = seconds.sum(1).mean()
+    fractions = dict(zip(SECTIONS, (seconds.mean(0) / total).tolist()))
+    fractions["all_reduce"] = float(seconds[:, ALL_REDUCE].min() / total)
+    return fractions
 
 
-def _late_rank(
-    seconds: np.ndarray, steps: int, step_s: float, setting: TrainingSetup
+def _display_name(section: str) -> str:
+    return DISPLAY_NAMES.get(section, section)
+
+
+def _find_slow_rank(
+    seconds: np.ndarray, steps: int, step_s: float, setup: TrainingSetup
 ) -> Bottleneck | None:
-    """A rank whose own work takes longer than the others' does, if there is one."""
+    """A rank whose work, all-reduce not counted, takes longer than the others'; None if none."""
     if len(seconds) < 2:
         return None
-    own = seconds.copy()
-    own[:, NAMES.index("all_reduce")] = 0
-    busy = own.sum(1)
-    worst = int(busy.argmax())
-    others = np.delete(own, worst, 0)
-    extra_s = (busy[worst] - np.median(others.sum(1))) / steps
-    if extra_s < LATE * step_s:
+    work = seconds.copy()
+    work[:, ALL_REDUCE] = 0
+    rank = int(work.sum(1).argmax())
+    others = np.delete(work, rank, 0)
+    extra_s = float(work[rank].sum() - np.median(others.sum(1))) / steps
+    if extra_s < SLOW_RANK_THRESHOLD * step_s:
         return None
-    more = own[worst] - np.median(others, 0)
-    where = NAMES[int(more.argmax())]
-    host = f" on {setting.hosts[worst]}" if worst < len(setting.hosts) else ""
+    extra_by_section = work[rank] - np.median(others, 0)
+    section = SECTIONS[int(extra_by_section.argmax())]
+    host = f" on {setup.hosts[rank]}" if rank < len(setup.hosts) else ""
     text = (
-        f"rank {worst}{host} takes {1000 * extra_s:.3g} ms longer than the others for a step of {1000 * step_s:.3g} ms "
-        f"({extra_s / step_s:.0%}), most of it in {SPOKEN.get(where, where)}; they wait for it in all-reduce. "
-        f"Look at what else runs on that machine, or leave it out (slurm.exclude)"
+        f"rank {rank}{host} takes {1000 * extra_s:.3g} ms longer than the others for a step of "
+        f"{1000 * step_s:.3g} ms ({extra_s / step_s:.0%}), most of it in {_display_name(section)}; "
+        "they wait for it in all-reduce. Check what else runs on that machine, or exclude it "
+        "(slurm.exclude)"
     )
-    return Bottleneck("rank", float(extra_s / step_s), text)
+    return Bottleneck("rank", extra_s / step_s, text)
 
 
-def _model(share: Mapping[str, float], step_s: float, setting: TrainingSetup) -> Bottleneck:
-    part = share["forward"] + share["backward"]
-    faster = "precision: bf16, or more GPUs" if setting.device != "cpu" else "a GPU, or more cores"
-    return Bottleneck(
-        "model",
-        part,
-        f"forward and backward are {part:.0%} of a step of {1000 * step_s:.3g} ms, nothing else is worth mending: "
-        f"{_rate(setting, step_s)} images/s; what would make it faster: {faster}",
+def _model_bottleneck(step: _StepTime) -> Bottleneck:
+    on_cpu = step.setup.device == "cpu"
+    faster = "a GPU, or more cores" if on_cpu else "precision: bf16, or more GPUs"
+    text = (
+        f"forward and backward are {step.fraction:.0%} of a step of {1000 * step.step_s:.3g} ms, "
+        f"no other section is worth improving: {step.images_per_s(step.step_s)}; "
+        f"to go faster, use {faster}"
     )
+    return Bottleneck("model", step.fraction, text)
 
 
-def _rate(setting: TrainingSetup, step_s: float) -> str:
-    return f"{setting.global_batch / step_s:,.0f}"
-
-
-def _data_wait(share: float, step_s: float, setting: TrainingSetup) -> str:
-    cores = f" on {setting.cores} core{'s' * (setting.cores > 1)} per process"
-    if not setting.stored:
-        return f"{cores}: rows of cached features come too slowly; keep the table on a local disk, or give the process memory to hold it (slurm.mem)"
-    model_s = step_s * (1 - share)
-    more = max(1, math.ceil(setting.cores * (step_s / model_s - 1)))
-    options = [f"add {more} core{'s' * (more > 1)} per process (slurm.cpus_per_task)"]
-    if setting.workers < setting.cores:
-        options = [f"raise runtime.workers from {setting.workers} to {setting.cores}"]
-    if setting.stored == "original" or setting.resolution > 1.3 * setting.size:
-        options.insert(
-            0, f"store {round(setting.size * 256 / 224)} px (data.stored: jpeg, data.resolution)"
+def _data_wait_remedy(step: _StepTime) -> str:
+    setup = step.setup
+    cores = f" on {setup.cores} core{_plural(setup.cores)} per process"
+    if not setup.stored:
+        return (
+            f"{cores}: cached features are read too slowly; keep the table on a local disk, "
+            "or give the process enough memory to hold it (slurm.mem)"
         )
-    elif setting.stored == "jpeg":
-        options.insert(0, "store pixels (data.stored: raw)")
-    return f"{cores}: the loader gives {_rate(setting, step_s)} images/s, the model could take {_rate(setting, model_s)}; {', or '.join(options)}"
-
-
-def _augmentation(share: float, step_s: float, setting: TrainingSetup) -> str:
-    return "; take `colour: fused` in the recipes (10 times faster jitter)" + (
-        ", or a GPU" if setting.device == "cpu" else ""
+    model_s = step.step_s * (1 - step.fraction)
+    options = []
+    if setup.stored == "original" or setup.resolution > 1.3 * setup.size:
+        resolution = round(setup.size * 256 / 224)
+        options.append(f"store {resolution} px (data.stored: jpeg, data.resolution)")
+    elif setup.stored == "jpeg":
+        options.append("store pixels (data.stored: raw)")
+    if setup.workers < setup.cores:
+        options.append(f"raise runtime.workers from {setup.workers} to {setup.cores}")
+    else:
+        missing = max(1, math.ceil(setup.cores * (step.step_s / model_s - 1)))
+        options.append(f"add {missing} core{_plural(missing)} per process (slurm.cpus_per_task)")
+    return (
+        f"{cores}: the loader gives {step.images_per_s(step.step_s)}, the model could take "
+        f"{step.images_per_s(model_s)}; {', or '.join(options)}"
     )
 
 
-def _says(text: str):
-    return lambda share, step_s, setting: text
+def _plural(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
-REMEDIES = {
-    "data_wait": _data_wait,
-    "augmentation": _augmentation,
-    "copy": _says("; a smaller data.size, or a look at how the GPU is connected"),
-    "all_reduce": lambda share, step_s, s: (
-        f" on {s.world_size} ranks, on every one of them: a slow network, or ranks late in turns because their cores "
-        "are shared; raise global_batch (fewer messages for the same images), use fewer processes, or see which interface is "
-        "used (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
+def _augmentation_remedy(step: _StepTime) -> str:
+    gpu = ", or a GPU" if step.setup.device == "cpu" else ""
+    return f"; use `colour: fused` in the recipes (10 times faster colour jitter){gpu}"
+
+
+def _all_reduce_remedy(step: _StepTime) -> str:
+    return (
+        f" on each of {step.setup.world_size} ranks: the network is slow, or ranks share cores "
+        "and are slow in turn; raise global_batch (fewer messages for the same images), use fewer "
+        "processes, or check the network interface (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
+    )
+
+
+REMEDIES: dict[str, str | Callable[[_StepTime], str]] = {
+    "data_wait": _data_wait_remedy,
+    "augmentation": _augmentation_remedy,
+    "copy": "; use a smaller data.size, or check how the GPU is connected",
+    "all_reduce": _all_reduce_remedy,
+    "optimizer": (
+        "; raise global_batch (fewer updates for the same images), or use optimizer.kind: sgd"
     ),
-    "optimizer": _says(
-        "; raise global_batch (fewer updates for the same images), or take optimizer.kind: sgd"
+    "end_step": "; raise global_batch (it runs once a step)",
+    "save": "; raise runtime.checkpoint_s, or put the run on a faster disk",
+    "epoch": (
+        " (clustering, or selection on held-out rows); lower held_out_share, or let the method "
+        "do it less often"
     ),
-    "end_step": _says("; raise global_batch (it is done once a step)"),
-    "save": _says("; raise runtime.checkpoint_s, or put the run on a faster disk"),
-    "epoch": _says(
-        " (clustering, or choosing on held-out rows); lower held_out_share, or let the method do it less often"
-    ),
-    "other": _says("; raise runtime.log_every, and global_batch if steps are short"),
+    "other": "; raise runtime.log_every, and global_batch if steps are short",
 }
+"""What to change, by section: the end of the sentence that names the bottleneck."""
 
 
-def table(seconds: np.ndarray, steps: int) -> list[dict[str, float | str | int]]:
-    """Rows for a page: section, share of the time, milliseconds per step as mean over ranks and of the slowest, and which that is."""
+class SectionTime(TypedDict):
+    """Time of a section: its share of the whole, and milliseconds per step.
+
+    ``mean_ms`` is the mean over ranks, ``max_ms`` that of the slowest rank, ``max_rank``.
+    """
+
+    section: str
+    share: float
+    mean_ms: float
+    max_ms: float
+    max_rank: int
+
+
+def section_table(seconds: np.ndarray, steps: int) -> list[SectionTime]:
+    """Sections that took time, the largest share first."""
     seconds = np.asarray(seconds, float)
-    per_step, whole = 1000 * seconds / steps, seconds.sum(1).mean()
+    per_step = 1000 * seconds / steps
+    total = seconds.sum(1).mean()
     rows = [
-        {
-            "section": name,
-            "share": float(seconds[:, i].mean() / whole),
-            "mean_ms": float(per_step[:, i].mean()),
-            "max_ms": float(per_step[:, i].max()),
-            "max_rank": int(per_step[:, i].argmax()),
-        }
-        for i, name in enumerate(NAMES)
-    ]
-    return sorted((r for r in rows if r["mean_ms"] > 0), key=lambda r: -r["share"])
-
-
-def summary_lines(rows: Sequence[Mapping[str, float | str | int]]) -> list[str]:
-    """The same for a terminal."""
-    return [
-        f"  {r['section']:<13}{r['share']:>6.1%}{r['mean_ms']:>10.2f} ms a step"
-        + (
-            f"   slowest: {r['max_ms']:.2f} ms, rank {r['max_rank']}"
-            if r["max_ms"] > 1.05 * r["mean_ms"]
-            else ""
+        SectionTime(
+            section=name,
+            share=float(seconds[:, i].mean() / total),
+            mean_ms=float(per_step[:, i].mean()),
+            max_ms=float(per_step[:, i].max()),
+            max_rank=int(per_step[:, i].argmax()),
         )
-        for r in rows
+        for i, name in enumerate(SECTIONS)
     ]
+    return sorted((row for row in rows if row["mean_ms"] > 0), key=lambda row: -row["share"])
+
+
+def format_section(row: SectionTime) -> str:
+    """A row of `section_table` as a line for a terminal."""
+    line = f"  {row['section']:<13}{row['share']:>6.1%}{row['mean_ms']:>10.2f} ms a step"
+    if row["max_ms"] > 1.05 * row["mean_ms"]:
+        line += f"   slowest: {row['max_ms']:.2f} ms, rank {row['max_rank']}"
+    return line

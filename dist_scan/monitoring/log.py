@@ -1,6 +1,7 @@
-"""What a stage leaves to read: metrics.jsonl (truth), TensorBoard events (for looking), run.log. None of it may end the work.
+"""Files that a stage logs to: metrics.jsonl (the record), TensorBoard events, run.log.
 
-On a full disk what cannot be written is lost, said once, and tried again: rows that come later stand on lines of their own.
+No error of these files ends the work. On a full disk, lines that cannot be written are lost; this is
+reported once, and later lines are written again as soon as there is space.
 """
 
 from __future__ import annotations
@@ -12,36 +13,46 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dist_scan.monitoring.progress import tell
+from dist_scan.monitoring.progress import print_line
 from dist_scan.storage.atomic import append_line, write_all
 from dist_scan.world.world import current
 
-BOARD_AGAIN_S = 10.0  # every try leaves a file
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+TENSORBOARD_RETRY_S = 10.0
+"""Seconds between attempts after an error; each attempt creates a file."""
 
 
 class JsonLinesFile:
-    """Lines at the end of a file, made when the first is written. Writing never raises OSError: it is said on stderr, once until it works again."""
+    """A file that lines are appended to, created with the first one.
+
+    Writing never raises OSError; an error is reported on stderr, once until writing works again.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file, self.lost = Path(path), None, 0
+        self.path = Path(path)
+        self.file: BinaryIO | None = None
+        self.lost_lines = 0
 
     def write(self, text: str) -> bool:
-        """Append text that ends in a newline, flushed. False when it (or its end) is lost."""
+        """Append text that ends in a newline. Returns False if it, or a part of it, is lost."""
         try:
             self._append(text.encode())
         except OSError as error:
             self.close()
-            if not self.lost:
-                tell(
-                    f"log: cannot write {self.path}: {error.strerror}; its lines are lost until it can be written again (make room there), the work goes on"
+            if self.lost_lines == 0:
+                print_line(
+                    f"log: cannot write {self.path}: {error.strerror}; its lines are lost until "
+                    "there is space on the disk again, the work continues"
                 )
-            self.lost += 1
+            self.lost_lines += 1
             return False
-        if self.lost:
-            tell(f"log: {self.path} can be written again; {self.lost} lines were lost")
-            self.lost = 0
+        if self.lost_lines > 0:
+            print_line(f"log: {self.path} can be written again; {self.lost_lines} lines were lost")
+            self.lost_lines = 0
         return True
 
     def _append(self, data: bytes) -> None:
@@ -51,51 +62,51 @@ class JsonLinesFile:
         append_line(self.file, data)
 
     def close(self) -> None:
-        """Close; the next write opens it again."""
-        file, self.file = self.file, None
+        """Close the file; the next write opens it again."""
+        file = self.file
+        self.file = None
         if file is not None:
             try:
                 file.close()
-            except OSError:  # NFS tells only now that the disk is full: the lines were lost with it
-                self.lost += 1
+            except OSError:  # NFS may report a full disk only now; earlier lines were lost with it.
+                self.lost_lines += 1
 
 
 class TensorBoardWriter:
     """A file of TensorBoard events, each written at once.
 
-    torch's SummaryWriter writes from a thread; on a full disk that dies with a traceback and the error comes at some later row.
+    PyTorch's SummaryWriter writes from a thread: on a full disk the thread dies with a traceback,
+    and the error is raised at some later row.
     """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = (
-            folder
-            / f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        )  # never one with half an event
+        # A new name each time: a file that ends in a partial event is never continued.
+        unique = f"{time.time():.3f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        self.path = folder / f"events.out.tfevents.{unique}"
         self.file = open(self.path, "ab", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One event. Raises OSError; then the file ends in half an event, and another must be begun."""
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one event.
+
+        Raises OSError; the file then ends in a partial event and must not be continued.
+        """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        summary = Summary(
-            value=[
-                Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()
-            ]
-        )
-        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+        scalars = [Summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
-    def _write(self, event: Any) -> None:
+    def _write(self, event: Event) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         RecordWriter(self).write(event.SerializeToString())
 
     def write(self, record: bytes) -> None:
-        """For RecordWriter: a record is one call."""
+        """Called by RecordWriter, once per record."""
         write_all(self.file, record)
 
     def close(self) -> None:
@@ -104,81 +115,87 @@ class TensorBoardWriter:
 
 
 class StageLog:
-    """Rows of one stage. Only rank 0 writes; the others' calls do nothing. Lines are flushed whole, one write each."""
+    """Metrics of one stage. Only rank 0 writes; on other ranks the calls do nothing."""
 
     def __init__(self, run_dir: Path, stage: str, enabled: bool | None = None) -> None:
         self.enabled = current().rank == 0 if enabled is None else enabled
-        self.run_dir, self.stage = Path(run_dir), stage
-        self.path, self.board_dir = (
-            self.run_dir / "logs" / f"{stage}.metrics.jsonl",
-            self.run_dir / "tensorboard" / stage,
-        )
-        self.lines, self.board, self.board_failed, self.board_again = (
-            JsonLinesFile(self.path),
-            None,
-            False,
-            0.0,
-        )
+        self.run_dir = Path(run_dir)
+        self.stage = stage
+        self.path = self.run_dir / "logs" / f"{stage}.metrics.jsonl"
+        self.rows = JsonLinesFile(self.path)
+        self.tensorboard_dir = self.run_dir / "tensorboard" / stage
+        self.tensorboard: TensorBoardWriter | None = None
+        self.tensorboard_failed = False
+        self.tensorboard_retry_at = 0.0
 
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        """One row: numbers by name at an optimizer step. A step written twice (after a restart) counts as written last."""
+    def write_row(self, step: int, values: Mapping[str, float]) -> None:
+        """Write metrics by name at an optimizer step.
+
+        If a step is written again after a restart, the later row counts.
+        """
         if self.enabled:
-            self._write({"step": step, **values}, values, step)
+            self._write({"step": step, **values}, values)
 
-    def timing(self, step: int, facts: Mapping[str, Any]) -> None:
-        """A row of section times: {steps, sections: {name: {mean_ms, max_ms, max_rank}}}, under a key of its own."""
+    def write_timing(
+        self, step: int, steps: int, sections: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Write the times of the last ``steps`` steps: {section: {mean_ms, max_ms, max_rank}}."""
         if self.enabled:
-            self._write(
-                {"step": step, "timing": facts},
-                {f"time_ms/{name}": s["mean_ms"] for name, s in facts["sections"].items()},
-                step,
-            )
+            row = {"step": step, "timing": {"steps": steps, "sections": sections}}
+            self._write(row, {f"time_ms/{k}": v["mean_ms"] for k, v in sections.items()})
 
-    def _write(self, row: Mapping[str, Any], scalars: Mapping[str, float], step: int) -> None:
-        if self.lines.write(json.dumps(row) + "\n") and time.monotonic() >= self.board_again:
-            self._show(scalars, step)
+    def _write(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        is_written = self.rows.write(json.dumps(row) + "\n")
+        if is_written and time.monotonic() >= self.tensorboard_retry_at:
+            self._write_tensorboard(row["step"], scalars)
 
-    def _show(self, scalars: Mapping[str, float], step: int) -> None:
+    def _write_tensorboard(self, step: int, scalars: Mapping[str, float]) -> None:
         try:
-            if self.board is None:
-                self.board = TensorBoardWriter(self.board_dir)
-            self.board.scalars(step, scalars)
+            if self.tensorboard is None:
+                self.tensorboard = TensorBoardWriter(self.tensorboard_dir)
+            self.tensorboard.write_scalars(step, scalars)
         except OSError as error:
-            self._drop_board()
-            self.board_again = time.monotonic() + BOARD_AGAIN_S
-            if not self.board_failed:
-                tell(
-                    f"log: cannot write TensorBoard events in {self.board_dir}: {error.strerror}; they are left out until there is room, the work goes on"
+            self._close_tensorboard()
+            self.tensorboard_retry_at = time.monotonic() + TENSORBOARD_RETRY_S
+            if not self.tensorboard_failed:
+                print_line(
+                    f"log: cannot write TensorBoard events in {self.tensorboard_dir}: "
+                    f"{error.strerror}; they are left out until there is space, the work continues"
                 )
-            self.board_failed = True
+            self.tensorboard_failed = True
             return
-        if self.board_failed:
-            self.board_failed = False
-            tell(f"log: TensorBoard events in {self.board_dir} are written again")
+        if self.tensorboard_failed:
+            self.tensorboard_failed = False
+            print_line(f"log: TensorBoard events in {self.tensorboard_dir} are written again")
 
-    def _drop_board(self) -> None:
-        board, self.board = self.board, None
-        if board is not None:
+    def _close_tensorboard(self) -> None:
+        writer = self.tensorboard
+        self.tensorboard = None
+        if writer is not None:
             try:
-                board.close()
-            except OSError:  # of NFS; nothing is written to this file any more
-                pass
+                writer.close()
+            except OSError:
+                pass  # NFS reports a failed write here; the file is not used any more.
 
     def close(self) -> None:
-        """Close what is open; never raises OSError."""
-        self._drop_board()
-        self.lines.close()
+        """Close all files. Never raises OSError."""
+        self._close_tensorboard()
+        self.rows.close()
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rows by step, the last of each step and kind of row, torn lines left out."""
-    rows: dict[tuple, dict] = {}
-    for row in _parsed(path):
-        rows[(row["step"], tuple(sorted(k for k in row if k != "step")))] = row
-    return sorted(rows.values(), key=lambda r: r["step"])
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl in the order of their steps; incomplete lines are skipped.
+
+    Of several rows with the same step and keys the last counts.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in _parse_rows(path):
+        keys = tuple(sorted(key for key in row if key != "step"))
+        rows[row["step"], keys] = row
+    return sorted(rows.values(), key=lambda row: row["step"])
 
 
-def _parsed(path: Path) -> Iterator[dict]:
+def _parse_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not Path(path).exists():
         return
     for line in Path(path).read_bytes().splitlines():

@@ -1,5 +1,7 @@
-"""The times of one training, always: a row of section times in metrics.jsonl, timing.json in the stage's folder. With
-`runtime.profile` also a trace for Perfetto (ui.perfetto.dev) and a verdict in words as soon as that many steps are over.
+"""Timing of one training: always a row of section times in metrics.jsonl, and timing.json.
+
+With ``runtime.profile`` also a trace for Perfetto (ui.perfetto.dev), and what the training waits
+for as a log line once that many steps are measured.
 """
 
 from __future__ import annotations
@@ -9,196 +11,233 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_scan.config import RunConfig
-from dist_scan.engine.precision import device_mark
-from dist_scan.methods.base import Method
-from dist_scan.monitoring.bottleneck import Bottleneck, TrainingSetup, judge, summary_lines, table
+from dist_scan.monitoring.bottleneck import (
+    Bottleneck,
+    TrainingSetup,
+    find_bottleneck,
+    format_section,
+    section_table,
+)
 from dist_scan.monitoring.log import StageLog
-from dist_scan.monitoring.step_timer import NAMES, StepTimer, use_clock
+from dist_scan.monitoring.step_timer import SECTIONS, StepTimer, cuda_event_recorder, use_timer
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_rows, gather_objects
 from dist_scan.world.world import World, cores, current
 
-EVERY = 50  # steps between two rows; each costs one small gather
-TRACED = 10  # steps in a trace; tracing slows what it looks at, so they are left out of the figures
-MOST_TRACES = 8  # ranks that write one
-FILE = "timing.json"
+ROW_EVERY = 50
+"""Steps between two rows; each costs one small gather."""
+TRACED_STEPS = 10
+"""Steps in a trace; tracing slows them down, so they are not counted."""
+MAX_TRACES = 8
+"""Ranks that write a trace."""
+TIMING_FILE = "timing.json"
 
 
-def setting_of(run: RunConfig, world: World, global_batch: int, on_features: bool) -> TrainingSetup:
-    """What the verdict on a training of this run needs to know."""
-    most = cores(world)
-    data = ("", 0, 0) if on_features else (run.data.stored, run.data.resolution, run.data.size)
-    return TrainingSetup(
-        global_batch,
-        world.world_size,
-        world.device.type,
-        most,
-        min(run.runtime.workers or most, most),
-        *data,
+def training_setup(
+    run: RunConfig, world: World, global_batch: int, on_features: bool
+) -> TrainingSetup:
+    """The setup of a training in this run; ``on_features``: its views are cached features."""
+    num_cores = cores(world)
+    setup = TrainingSetup(
+        global_batch=global_batch,
+        world_size=world.world_size,
+        device=world.device.type,
+        cores=num_cores,
+        workers=min(run.runtime.workers or num_cores, num_cores),
+    )
+    if on_features:
+        return setup
+    data = run.data
+    return dataclasses.replace(
+        setup, stored=data.stored, resolution=data.resolution, size=data.size
     )
 
 
 class TrainingProfile:
-    """`with Timing(...) as timing:` around a training, `step_done` after each step; all of it is collective.
+    """Measures a training: ``with TrainingProfile(...)`` around it, `step_done` after each step.
 
-    profile: steps to look at closely, 0 for none. The first step of a start (memory is touched, kernels are chosen) and the
-    traced ones are not in the figures.
+    Collective. The figures leave out the first step after a start (memory is allocated, kernels are
+    selected) and traced steps.
+
+    Args:
+        log: receives the rows of section times.
+        out: folder for timing.json.
+        setup: what the advice depends on.
+        profile: number of steps to profile, 0 for none.
+        say: prints the findings of the profile.
     """
 
     def __init__(
         self,
         log: StageLog,
         out: Path,
-        setting: TrainingSetup,
+        setup: TrainingSetup,
         profile: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.log, self.out, self.setting, self.profile, self.say = (
-            log,
-            Path(out),
-            setting,
-            profile,
-            say,
-        )
-        self.clock = StepTimer(device_mark(current().device))
-        self.steps, self.at, self.window, self.counted, self.first_step_s = 0, 0, 0, 0, 0.0
-        self.total = np.zeros((current().world_size, len(NAMES)))
-        self.hooks: list[Any] = []
+        self.log = log
+        self.out = Path(out)
+        self.setup = setup
+        self.profile = profile
+        self.say = say
+        self.timer = StepTimer(cuda_event_recorder(current().device))
+        self.steps = 0
+        """Steps since this start."""
+        self.last_step = 0
+        self.window = 0
+        """Measured steps since the last row."""
+        self.counted = 0
+        """Steps in `total`."""
+        self.total = np.zeros((current().world_size, len(SECTIONS)))
+        """Seconds by rank and section."""
+        self.first_step_s = 0.0
+        self.hooks: list[RemovableHandle] = []
         self.tracer: torch.profiler.profile | None = None
-        self.verdict: Bottleneck | None = None
+        self.bottleneck: Bottleneck | None = None
 
     def __enter__(self) -> TrainingProfile:
-        self.setting = dataclasses.replace(
-            self.setting,
-            hosts=tuple(gather_objects(os.environ.get("NODE_NAME") or socket.gethostname())),
-        )  # as squeue and --exclude name it
-        self.clock.reset()
-        use_clock(self.clock)
+        # The name of the node as squeue prints it and --exclude accepts it.
+        host = os.environ.get("NODE_NAME") or socket.gethostname()
+        self.setup = dataclasses.replace(self.setup, hosts=tuple(gather_objects(host)))
+        self.timer.reset()
+        use_timer(self.timer)
         return self
 
-    def __exit__(self, kind: type | None, error: object, trace: object) -> None:
-        use_clock(None)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        use_timer(None)
         for hook in self.hooks:
             hook.remove()
         if kind is None:
             self._finish()
-        elif self.tracer is not None:  # half a trace is worth less than leaving at once
-            self.tracer.stop()
+        elif self.tracer is not None:
+            self.tracer.stop()  # After an error the trace is discarded.
 
-    def watch(self, method: Method) -> None:
-        """See when the last gradient of a backward pass is ready: what follows is waiting for the other ranks (DDP)."""
+    def watch_gradients(self, module: nn.Module) -> None:
+        """Record when the last gradient of a backward pass is ready.
+
+        What follows in backward() is waiting for other ranks (DistributedDataParallel).
+        """
         if current().world_size > 1:
             self.hooks = [
-                p.register_post_accumulate_grad_hook(self.clock.gradient_ready)
-                for p in method.parameters()
-                if p.requires_grad
+                parameter.register_post_accumulate_grad_hook(self.timer.gradient_ready)
+                for parameter in module.parameters()
+                if parameter.requires_grad
             ]
 
-    def gradients_done(self) -> None:
-        """After backward(), inside its section."""
-        self.clock.only_waiting_since_ready("all_reduce")
+    def backward_done(self) -> None:
+        """Call after backward(), inside its section: count the wait for other ranks."""
+        self.timer.split_at_last_gradient("all_reduce")
 
     def step_done(self, step: int) -> None:
-        """Step number `step` is over."""
-        self.clock.settle()
-        self.steps, self.at = self.steps + 1, step
+        """Call after optimizer step number ``step``."""
+        self.timer.collect_events()
+        self.steps += 1
+        self.last_step = step
         if self.steps == 1:
-            self.first_step_s = sum(self.clock.read().values())
+            self.first_step_s = sum(self.timer.read().values())
             if self.profile:
-                self._begin_trace()
+                self._start_trace()
         elif self.tracer is not None:
-            if self.steps > TRACED:
-                self._end_trace()
-                self.clock.reset()
+            if self.steps > TRACED_STEPS:
+                self._write_trace(self.tracer)
+                self.timer.reset()
         else:
             self.window += 1
-            if self.window == EVERY or self.counted + self.window == self.profile:
-                self._gather()
+            if self.window == ROW_EVERY or self.counted + self.window == self.profile:
+                self._gather_window()
                 if self.counted == self.profile:
-                    self._tell()
+                    self._report()
 
-    def _gather(self) -> None:
-        """This window of all ranks: into the total, and as a row for people."""
-        mine = self.clock.read()
+    def _gather_window(self) -> None:
+        """Add this window's seconds of all ranks to the total, and log them as a row."""
+        local = self.timer.read()
         seconds = all_rows(
-            torch.tensor([[mine[name] for name in NAMES]], dtype=torch.float64)
+            torch.tensor([[local[name] for name in SECTIONS]], dtype=torch.float64)
         ).numpy()
-        rows = {
-            r["section"]: {k: round(r[k], 4) for k in ("mean_ms", "max_ms", "max_rank")}
-            for r in table(seconds, self.window)
+        sections = {
+            row["section"]: {
+                "mean_ms": round(row["mean_ms"], 4),
+                "max_ms": round(row["max_ms"], 4),
+                "max_rank": row["max_rank"],
+            }
+            for row in section_table(seconds, self.window)
         }
-        self.log.timing(self.at, {"steps": self.window, "sections": rows})
+        self.log.write_timing(self.last_step, self.window, sections)
         self.total += seconds
-        self.counted, self.window = self.counted + self.window, 0
+        self.counted += self.window
+        self.window = 0
 
-    def _tell(self) -> None:
-        """The verdict, to the terminal."""
-        self.verdict = judge(self.total, self.counted, self.setting)
-        self.say(
-            "\n".join(
-                [
-                    f"{self.log.stage}: profile of {self.counted} steps: {self.verdict.text}",
-                    *summary_lines(table(self.total, self.counted)),
-                ]
-            )
-        )
+    def _report(self) -> None:
+        """Print the bottleneck and the time of each section."""
+        self.bottleneck = find_bottleneck(self.total, self.counted, self.setup)
+        rows = section_table(self.total, self.counted)
+        headline = f"{self.log.stage}: profile of {self.counted} steps: {self.bottleneck.text}"
+        self.say("\n".join([headline, *map(format_section, rows)]))
 
     def _finish(self) -> None:
         if self.tracer is not None:
-            self._end_trace()
+            self._write_trace(self.tracer)
         if self.window:
-            self._gather()
-        if self.profile and self.verdict is None and self.counted:
-            self._tell()
+            self._gather_window()
+        if self.profile and self.bottleneck is None and self.counted:
+            self._report()
         if current().rank == 0:
-            write_json(self.out / FILE, self.facts())
+            write_json(self.out / TIMING_FILE, self.summary())
 
-    def facts(self) -> dict[str, Any]:
-        """What timing.json holds; all of it since the last start of the stage."""
-        facts: dict[str, Any] = {
+    def summary(self) -> dict[str, Any]:
+        """The content of timing.json, about the steps since the last start of the stage."""
+        summary: dict[str, Any] = {
             "steps": self.counted,
             "first_step_s": round(self.first_step_s, 3),
             "profiled": bool(self.profile),
-            "setting": dataclasses.asdict(self.setting),
+            "setting": dataclasses.asdict(self.setup),
         }
-        if self.counted:
-            whole = judge(self.total, self.counted, self.setting)
-            facts |= {
-                "images_per_s": round(
-                    self.setting.global_batch * self.counted / float(self.total.sum(1).mean()), 1
-                ),
-                "waits_for": (self.verdict or whole).waits_for,
-                "verdict": (self.verdict or whole).text,
-                "sections": table(self.total, self.counted),
-                "seconds_by_rank": {
-                    name: np.round(self.total[:, i], 4).tolist() for i, name in enumerate(NAMES)
-                },
-            }
-        return facts
+        if not self.counted:
+            return summary
+        found = self.bottleneck or find_bottleneck(self.total, self.counted, self.setup)
+        images = self.setup.global_batch * self.counted
+        return summary | {
+            "images_per_s": round(images / float(self.total.sum(1).mean()), 1),
+            "waits_for": found.waits_for,
+            "verdict": found.text,
+            "sections": section_table(self.total, self.counted),
+            "seconds_by_rank": {
+                name: np.round(self.total[:, i], 4).tolist() for i, name in enumerate(SECTIONS)
+            },
+        }
 
-    def _begin_trace(self) -> None:
+    def _start_trace(self) -> None:
         self.tracer = torch.profiler.profile(activities=torch.profiler.supported_activities())
         self.tracer.start()
-        self.clock.span = torch.profiler.record_function
+        self.timer.trace_span = torch.profiler.record_function
 
-    def _end_trace(self) -> None:
-        """Write the trace aside and rename it in: a killed run leaves no half of one."""
-        tracer, self.tracer, self.clock.span = self.tracer, None, None
+    def _write_trace(self, tracer: torch.profiler.profile) -> None:
+        """Stop tracing and write the trace; a killed run leaves no incomplete one."""
+        self.tracer = None
+        self.timer.trace_span = None
         tracer.stop()
         rank = current().rank
-        if rank < MOST_TRACES:
-            path = self.log.run_dir / "logs" / f"{self.log.stage}.trace-rank{rank:05d}.json.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".tmp-{path.name}")
-            tracer.export_chrome_trace(str(aside))
-            os.replace(aside, path)
-            if rank == 0:
-                self.say(
-                    f"{self.log.stage}: trace of {self.steps - 1} steps in {path} (open it in ui.perfetto.dev)"
-                )
+        if rank >= MAX_TRACES:
+            return
+        path = self.log.run_dir / "logs" / f"{self.log.stage}.trace-rank{rank:05d}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        tracer.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)
+        if rank == 0:
+            steps = self.steps - 1
+            self.say(f"{self.log.stage}: trace of {steps} steps in {path} (open in ui.perfetto.dev)")

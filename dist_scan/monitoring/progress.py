@@ -1,55 +1,75 @@
-"""How far long work has come, how fast, and how long it will take: a live line on a terminal, plain lines elsewhere."""
+"""Progress of long work: units done, rate and time left, as a live line or as plain lines."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from types import TracebackType
+from typing import ClassVar, Protocol, TextIO
+
+REFRESH_S = 0.5
+"""Seconds between updates of the live line on a terminal."""
+LINE_EVERY_S = 10.0
+"""Seconds between plain lines, in a log file or where stderr is no terminal."""
 
 
-class Lined(Protocol):
-    """Takes plain lines (engine/log.py: Lines)."""
+class LineWriter(Protocol):
+    """Receives plain lines, as `JsonLinesFile` does."""
 
-    def write(self, text: str) -> Any: ...
+    def write(self, text: str, /) -> object: ...
 
 
-def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """A line to stderr, or another stream. One that cannot be written (a log on a full disk, a reader that left) ends no work: it never raises OSError."""
+class SectionWatchdog(Protocol):
+    """Receives the begin, the progress and the end of long work, as `Watchdog` does."""
+
+    def enter(self, name: str) -> None: ...
+    def advance(self, unit: str) -> None: ...
+    def leave(self) -> None: ...
+
+
+def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print to stderr, or another stream, without ever raising OSError.
+
+    Output that cannot be written (a full disk, a closed pipe) must not end the work.
+    """
     try:
         print(text, end=end, file=stream or sys.stderr, flush=True)
     except OSError:
-        pass  # there is nowhere else to say it
+        pass
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """42 -> '42s', 754 -> '12m34s', 7500 -> '2h05m', 200000 -> '2d07h'."""
     s = int(max(seconds, 0))
     if s < 60:
         return f"{s}s"
     if s < 3600:
         return f"{s // 60}m{s % 60:02d}s"
-    return (
-        f"{s // 3600}h{s % 3600 // 60:02d}m"
-        if s < 86400
-        else f"{s // 86400}d{s % 86400 // 3600:02d}h"
-    )
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
 class StopRequested(Exception):
-    """Long work was left in good order because the process was asked to stop; everything is saved, the same command goes on."""
+    """The process was asked to stop; all state is saved, and the same command resumes the work."""
 
 
 class Progress:
-    """`with Progress("embed", total, "images") as p: p.advance(512)`. Silent on ranks other than 0 (pass enabled=False).
+    """Context manager of long work: ``with Progress("embed", n, "images") as p: p.advance(512)``.
 
-    `done` is what was finished before this start: it counts as progress but not into the rate.
+    Args:
+        name: what is done.
+        total: number of units.
+        unit: their name in the plural.
+        done: units finished before this start; they do not count into the rate.
+        enabled: whether to print; pass False on ranks other than 0.
+        stream: where to print (default stderr).
     """
 
-    copy_to: Lined | None = None
-    """A log file that gets a plain line every 10 s beside the terminal's live one (set once per process)."""
-
-    watch: Any = None
-    """engine/watchdog.py: long work is a section, and every advance starts its clock again (set once per process)."""
+    log_file: ClassVar[LineWriter | None] = None
+    """Also receives a plain line every 10 s; set once per process."""
+    watchdog: ClassVar[SectionWatchdog | None] = None
+    """Ends a process whose work makes no progress; set once per process."""
 
     def __init__(
         self,
@@ -60,33 +80,45 @@ class Progress:
         enabled: bool = True,
         stream: TextIO | None = None,
     ) -> None:
-        self.name, self.total, self.unit, self.done, self.enabled = name, total, unit, done, enabled
+        self.name = name
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self.first = done
+        self.enabled = enabled
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.is_live = self.stream.isatty()
         self.started = time.monotonic()
-        self.first, self.next_print, self.next_copy, self.note = done, 0.0, 0.0, ""
-        self.printed: int | None = None
-        self.copied: int | None = None
+        self.note = ""
+        self.next_print = 0.0
+        self.next_log = 0.0
+        self.last_printed: int | None = None
+        self.last_logged: int | None = None
 
     def __enter__(self) -> Progress:
-        if self.watch is not None:
-            self.watch.enter(self.name)
+        if self.watchdog is not None:
+            self.watchdog.enter(self.name)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        if self.watch is not None:
-            self.watch.leave()
-        self._print(last=True)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.watchdog is not None:
+            self.watchdog.leave()
+        self._print(is_last=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count finished work; prints at most twice a second on a terminal, every 10 s elsewhere."""
+        """Count finished units; prints from time to time, with the latest note."""
         self.done += count
         self.note = note or self.note
-        if self.watch is not None:
-            self.watch.advance(self.unit)
+        if self.watchdog is not None:
+            self.watchdog.advance(self.unit)
         now = time.monotonic()
         if now >= self.next_print:
-            self.next_print = now + (0.5 if self.live else 10.0)
+            self.next_print = now + (REFRESH_S if self.is_live else LINE_EVERY_S)
             self._print()
 
     @property
@@ -95,27 +127,30 @@ class Progress:
         return (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
 
     def line(self) -> str:
-        """One line: share, rate, time left, note."""
-        left = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
-        share = 100 * self.done / max(self.total, 1)
-        took = duration(time.monotonic() - self.started)
-        rest = f"{duration(left)} left" if self.done < self.total else f"took {took}"
-        return f"{self.name}: {self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:.3g}/s, {rest}{'  ' + self.note if self.note else ''}"
+        """Units done, percentage, rate, time left (or taken) and note, as one line."""
+        percent = 100 * self.done / max(self.total, 1)
+        if self.done >= self.total:
+            clock = f"took {format_duration(time.monotonic() - self.started)}"
+        else:
+            left_s = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
+            clock = f"{format_duration(left_s)} left"
+        note = f"  {self.note}" if self.note else ""
+        units = f"{self.done}/{self.total} {self.unit}"
+        return f"{self.name}: {units} ({percent:.0f} %), {self.rate:.3g}/s, {clock}{note}"
 
-    def _print(self, last: bool = False) -> None:
-        """A live line is written over; a plain one stands, so the last is not said again when the one before it said as much."""
+    def _print(self, is_last: bool = False) -> None:
+        """Update the live line, or print a plain one unless the last already showed this count."""
         if not self.enabled:
             return
-        line, now = self.line(), time.monotonic()
-        if self.live:
-            tell("\r\x1b[K" + line, self.stream, end="\n" * last)
-        elif self.printed != self.done:
-            tell(line, self.stream)
-            self.printed = self.done
-        if (
-            self.copy_to is not None
-            and self.copied != self.done
-            and (last or now >= self.next_copy)
-        ):
-            self.next_copy, self.copied = now + 10.0, self.done
-            self.copy_to.write(time.strftime("%H:%M:%S ") + line + "\n")
+        line = self.line()
+        if self.is_live:
+            print_line("\r\x1b[K" + line, self.stream, end="\n" if is_last else "")
+        elif self.last_printed != self.done:
+            print_line(line, self.stream)
+            self.last_printed = self.done
+        now = time.monotonic()
+        is_due = is_last or now >= self.next_log
+        if self.log_file is not None and self.last_logged != self.done and is_due:
+            self.next_log = now + LINE_EVERY_S
+            self.last_logged = self.done
+            self.log_file.write(time.strftime("%H:%M:%S ") + line + "\n")

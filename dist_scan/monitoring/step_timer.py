@@ -1,8 +1,9 @@
-"""Where a training step's time goes: named sections on one clock per process, always on while training.
+"""Where the time of a training step goes: exclusive seconds per section.
 
-A section is what runs inside `with section("forward")`, less the sections inside it, so all of them add up to the wall clock.
-On a GPU the clock is a row of events in its stream (engine/precision.py makes them), so a section is what the device did or
-waited for between two events, not how long Python took to ask for it; nothing is synchronised for its sake.
+``with section("forward"):`` counts the time of its block, less that of sections inside it, so the
+sections add up to the wall-clock time. On a GPU the time stamps are events in its stream: a section
+is what the device executed or waited for between two events, not the time Python took to launch it,
+and nothing is synchronised.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-NAMES = (
+import torch
+
+SECTIONS = (
     "data_wait",
     "copy",
     "augmentation",
@@ -26,68 +29,94 @@ NAMES = (
     "epoch",
     "other",
 )
-WHOLE = (
-    "save",
-    "epoch",
-)  # what ranks say to each other in there is part of it: all ranks wait for one that writes
+UNDIVIDED = ("save", "epoch")
+"""Sections that include their inner ones: all ranks wait in a collective for the one that writes."""
+Timestamp = Any
+"""Seconds on the host, or an event in the device's stream."""
 T = TypeVar("T")
 
 
-class StepTimer:
-    """Seconds per section of this rank. `mark` makes a device event recorded now (None: the host's clock is the truth)."""
+def cuda_event_recorder(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
+    """A function that records a timed event in the device's current stream; None on a CPU."""
+    if device.type != "cuda":
+        return None
 
-    def __init__(self, mark: Callable[[], Any] | None = None) -> None:
-        self.mark, self.stack, self.pending = mark, ["other"], deque()
-        self.span: Callable[[str], AbstractContextManager] | None = None
-        """What shows a section in a trace, while one is recorded."""
+    def record() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return record
+
+
+class StepTimer:
+    """Seconds per section on this rank.
+
+    ``record_event`` returns a device event recorded now; None: use the host's clock.
+    """
+
+    def __init__(self, record_event: Callable[[], Timestamp] | None = None) -> None:
+        self.record_event = record_event
+        self.stack = ["other"]
+        self.pending: deque[tuple[str, Timestamp, Timestamp]] = deque()
+        self.trace_span: Callable[[str], AbstractContextManager] | None = None
+        """Shows a section in a trace; set while one is recorded."""
         self.spans: list[AbstractContextManager | None] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted; the running section starts now."""
-        self.seconds = dict.fromkeys(NAMES, 0.0)
+        """Discard all counts; the current section starts now."""
+        self.seconds = dict.fromkeys(SECTIONS, 0.0)
         self.pending.clear()
-        self.ready, self.last = None, self._now()
+        self.gradients_ready: Timestamp | None = None
+        self.last = self._now()
 
-    def _now(self) -> Any:
-        return time.perf_counter() if self.mark is None else self.mark()
+    def _now(self) -> Timestamp:
+        return time.perf_counter() if self.record_event is None else self.record_event()
 
-    def _book(self, until: Any) -> None:
-        """Give the time since the last change to the running section."""
-        if self.mark is None:
-            self.seconds[self.stack[-1]] += until - self.last
+    def _count_until(self, end: Timestamp) -> None:
+        """Add the time since the last change of section to the current one."""
+        if self.record_event is None:
+            self.seconds[self.stack[-1]] += end - self.last
         else:
-            self.pending.append((self.stack[-1], self.last, until))
-        self.last = until
+            self.pending.append((self.stack[-1], self.last, end))
+        self.last = end
 
     def enter(self, name: str) -> None:
-        """Begin a section inside the running one."""
-        self._book(self._now())
-        self.stack.append(self.stack[-1] if self.stack[-1] in WHOLE else name)
-        self.spans.append(self.span(name) if self.span else None)
-        if self.spans[-1] is not None:
-            self.spans[-1].__enter__()
+        """Start a section inside the current one."""
+        self._count_until(self._now())
+        self.stack.append(self.stack[-1] if self.stack[-1] in UNDIVIDED else name)
+        span = self.trace_span(name) if self.trace_span else None
+        self.spans.append(span)
+        if span is not None:
+            span.__enter__()
 
     def leave(self) -> None:
-        """End the running section; the one around it goes on."""
-        self._book(self._now())
+        """End the current section; the one around it continues."""
+        self._count_until(self._now())
         self.stack.pop()
         span = self.spans.pop()
         if span is not None:
             span.__exit__(None, None, None)
 
     def gradient_ready(self, _: Any = None) -> None:
-        """A gradient is complete on this rank (a hook of every parameter): after the last one, backward() only waits for others."""
-        self.ready = self._now()
+        """Hook of every parameter: its gradient is complete on this rank.
 
-    def only_waiting_since_ready(self, name: str) -> None:
-        """Give the running section up to the last gradient_ready, and what came after to `name`."""
-        if self.ready is not None:
-            self._book(self.ready if self.mark else max(self.ready, self.last))
-            self.stack[-1], self.ready = name, None
+        After the last one, backward() only waits for other ranks.
+        """
+        self.gradients_ready = self._now()
 
-    def settle(self, wait: bool = False) -> None:
-        """Count the events that have passed; with `wait`, all of them (synchronises)."""
+    def split_at_last_gradient(self, name: str) -> None:
+        """Count the time since the last `gradient_ready` as ``name``, not as the current section."""
+        if self.gradients_ready is not None:
+            on_host = self.record_event is None
+            end = max(self.gradients_ready, self.last) if on_host else self.gradients_ready
+            self._count_until(end)
+            self.stack[-1] = name
+            self.gradients_ready = None
+
+    def collect_events(self, wait: bool = False) -> None:
+        """Count the events that the device has passed; with ``wait`` all of them (synchronises)."""
         while self.pending:
             name, begin, end = self.pending[0]
             if wait:
@@ -98,24 +127,25 @@ class StepTimer:
             self.pending.popleft()
 
     def read(self) -> dict[str, float]:
-        """Seconds by section since the last reset or read, up to now; starts at zero again."""
-        self._book(self._now())
-        self.settle(wait=True)
-        found, self.seconds = self.seconds, dict.fromkeys(NAMES, 0.0)
-        return found
+        """Seconds by section since the last reset or read; counting restarts at zero."""
+        self._count_until(self._now())
+        self.collect_events(wait=True)
+        seconds = self.seconds
+        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+        return seconds
 
 
-_clock: StepTimer | None = None
+_timer: StepTimer | None = None
 
 
-def use_clock(clock: StepTimer | None) -> None:
-    """Count sections on this clock from now on; None: count nothing."""
-    global _clock
-    _clock = clock
+def use_timer(timer: StepTimer | None) -> None:
+    """Count sections on this timer from now on; None: do not count."""
+    global _timer
+    _timer = timer
 
 
 class _Section:
-    """A name to enter; holds no state, so one object serves every use and nests in itself."""
+    """Context manager of one section. Stateless: one object serves nested and repeated use."""
 
     __slots__ = ("name",)
 
@@ -123,28 +153,29 @@ class _Section:
         self.name = name
 
     def __enter__(self) -> None:
-        if _clock is not None:
-            _clock.enter(self.name)
+        if _timer is not None:
+            _timer.enter(self.name)
 
     def __exit__(self, *error: object) -> None:
-        if _clock is not None:
-            _clock.leave()
+        if _timer is not None:
+            _timer.leave()
 
 
-_SECTIONS = {name: _Section(name) for name in NAMES}
+_SECTIONS = {name: _Section(name) for name in SECTIONS}
 
 
 def section(name: str) -> AbstractContextManager:
-    """`with section("copy"): ...` counts the block's time under one of NAMES; free when no clock is in use."""
+    """Count the time of a block under one of SECTIONS; costs nothing if no timer is in use."""
     return _SECTIONS[name]
 
 
-def waited(items: Iterable[T]) -> Iterator[T]:
-    """The same items; the time each takes to come is data wait (less the sections inside)."""
-    source, end = iter(items), object()
+def time_data_wait(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items; waiting for each counts as data wait, less the sections inside."""
+    iterator = iter(items)
     while True:
         with _SECTIONS["data_wait"]:
-            item = next(source, end)
-        if item is end:
-            return
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
         yield item

@@ -1,8 +1,9 @@
-"""A process that hangs ends itself: every section of work has a limit, and one that is passed leaves all stacks on disk.
+"""Watchdog: ends a process that makes no progress, and leaves the stacks of all threads on disk.
 
-What counts as a section: each step of a training, each shard or iteration of long work (everything that shows Progress), a save, a
-load. gloo sees a killed peer at once, but a stopped one only after its own time-out of half an hour, and NCCL may never: those
-that wait for it are over their own limit instead (RELIABILITY.md 8). All ranks have the same limits, so all leave their stacks.
+Limits hold for each step of a training, each shard or iteration of long work (whatever shows
+`Progress`), each save and each load. gloo notices a killed peer at once, but a suspended one only
+after its own time-out of half an hour, and NCCL may never. A rank that waits for such a peer exceeds
+its limit instead. All ranks have the same limits, so all of them write their stacks.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import NamedTuple
 
 from dist_scan.monitoring.progress import Progress
 
-POLLS = 20  # looks in the time of the shortest limit
-LINGER = 3  # polls that a rank over its limit waits for the others to write their stacks too
+POLLS = 20
+"""Polls within the shortest limit."""
+LINGER = 3
+"""Polls that a rank over its limit waits before it ends, so that others write their stacks too."""
 
 
 class StuckError(RuntimeError):
-    """What is written down when a section is over its limit (it is never raised: the one who would catch it hangs)."""
+    """A section exceeded its limit. Passed to ``on_timeout``, never raised: the main thread hangs."""
 
 
 class _Section(NamedTuple):
@@ -32,9 +35,17 @@ class _Section(NamedTuple):
 
 
 class Watchdog:
-    """Watches this process from a thread. `bark(error)` writes the error down; then the process ends with code 1.
+    """Watches this process from a thread.
 
-    A process that was stopped and goes on (SIGCONT, a suspended job) is not over its limit: its clock starts again.
+    Over a limit it calls ``on_timeout(error)`` and then ends the process with exit code 1. A process
+    that was suspended and continues (SIGCONT) is not over its limit: its clock restarts.
+
+    Args:
+        folder: where stacks-rank*.txt is written.
+        rank: the rank of this process.
+        step_s: limit of one training step, in seconds.
+        section_s: limit of any other section.
+        on_timeout: records the error.
     """
 
     def __init__(
@@ -43,102 +54,112 @@ class Watchdog:
         rank: int,
         step_s: float,
         section_s: float,
-        bark: Callable[[BaseException], None],
+        on_timeout: Callable[[BaseException], None],
     ) -> None:
-        self.path, self.rank, self.bark = folder / f"stacks-rank{rank:05d}.txt", rank, bark
-        self.step_s, self.section_s = step_s, section_s
-        self.poll_s = min(max(min(step_s, section_s) / POLLS, 0.05), 5.0)
+        self.path = folder / f"stacks-rank{rank:05d}.txt"
+        self.rank = rank
+        self.step_s = step_s
+        self.section_s = section_s
+        self.on_timeout = on_timeout
+        shortest_s = min(step_s, section_s)
+        self.poll_s = min(max(shortest_s / POLLS, 0.05), 5.0)
+        self.suspended_s = max(shortest_s / 2, 2 * self.poll_s)
+        """The process was suspended if a poll takes longer than this."""
         self.sections: list[_Section] = []
         self.last = time.monotonic()
-        self.ended = threading.Event()
+        self.stopped = threading.Event()
 
     def start(self) -> Watchdog:
-        """Stand up, and watch whatever shows Progress."""
-        global _standing
-        _standing = Progress.watch = self
+        """Start watching; everything that shows `Progress` is a section."""
+        global _active
+        _active = self
+        Progress.watchdog = self
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """Watch no more."""
-        global _standing
-        _standing = Progress.watch = None
-        self.ended.set()
+        """Stop watching."""
+        global _active
+        _active = None
+        Progress.watchdog = None
+        self.stopped.set()
         faulthandler.cancel_dump_traceback_later()
 
     def enter(self, name: str, limit_s: float | None = None) -> None:
-        """A section begins; None: the limit of long sections."""
+        """Begin a section; ``limit_s`` None: ``section_s``."""
         self.sections.append(_Section(name, self.section_s if limit_s is None else limit_s))
         self.last = time.monotonic()
 
     def leave(self) -> None:
-        """The innermost section is over; the one around it starts its clock again."""
+        """End the innermost section; the clock of the one around it restarts."""
         self.sections.pop()
         self.last = time.monotonic()
 
     def advance(self, unit: str) -> None:
-        """A piece of the innermost section is done: its clock starts again. From the first step of a training on, a step's limit
-        holds (before it, kernels are chosen and compiled: that is a long section)."""
+        """Restart the clock of the innermost section.
+
+        In a training the limit of a step holds from the first step on; before it, kernels are
+        selected and compiled, which may take longer.
+        """
         if unit == "steps" and self.sections:
             self.sections[-1] = self.sections[-1]._replace(limit_s=self.step_s)
         self.last = time.monotonic()
 
     def _watch(self) -> None:
-        before = time.monotonic()
-        while not self.ended.wait(self.poll_s):
+        previous = time.monotonic()
+        while not self.stopped.wait(self.poll_s):
             now = time.monotonic()
-            if now - before > max(min(self.step_s, self.section_s) / 2, 2 * self.poll_s):
-                self._write(
-                    f"was stopped, or had no processor, for {now - before:.1f} s; it goes on"
-                )
+            pause_s = now - previous
+            previous = now
+            if pause_s > self.suspended_s:
+                self._write_stacks(f"was stopped, or had no processor time, for {pause_s:.1f} s")
                 self.last = now
-            before = now
             sections = tuple(self.sections)
             if not sections:
                 faulthandler.cancel_dump_traceback_later()
                 continue
             name, limit_s = sections[-1]
             if now - self.last > limit_s:
-                self._end(name, now - self.last, limit_s)
-            # native code that keeps the interpreter's lock stops this thread too; faulthandler's own, which needs no lock, then ends the
-            # process with its stacks on stderr
+                self._end_process(name, now - self.last, limit_s)
+            # Native code that holds the interpreter's lock stops this thread too. Then
+            # faulthandler's own thread, which needs no lock, ends the process.
             faulthandler.dump_traceback_later(2 * limit_s + LINGER * self.poll_s, exit=True)
 
-    def _end(self, name: str, took_s: float, limit_s: float) -> None:
-        text = f"{name}: no progress for {took_s:.1f} s (limit: {limit_s:g} s)"
-        self._write(text)
-        self.bark(
+    def _end_process(self, section: str, took_s: float, limit_s: float) -> None:
+        text = f"{section}: no progress for {took_s:.1f} s (limit: {limit_s:g} s)"
+        self._write_stacks(text)
+        self.on_timeout(
             StuckError(
-                f"{text}; a peer that was stopped, a loader or a file system that hangs? The stacks of all threads are in "
-                f"{self.path}. Raise runtime.step_limit_s or runtime.section_limit_s if this work may take so long"
+                f"{text}; possible causes: a suspended process, a data loader or a file system "
+                f"that hangs. The stacks of all threads are in {self.path}. If this work may take "
+                "so long, raise runtime.step_limit_s or runtime.section_limit_s"
             )
         )
         time.sleep(LINGER * self.poll_s)
         os._exit(1)
 
-    def _write(self, text: str) -> None:
+    def _write_stacks(self, text: str) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
         try:
-            with open(self.path, "a") as f:
-                f.write(
-                    f"{time.strftime('%Y-%m-%dT%H:%M:%S')} rank {self.rank}, process {os.getpid()}: {text}\n"
-                )
-                f.flush()
-                faulthandler.dump_traceback(f, all_threads=True)
+            with open(self.path, "a") as file:
+                file.write(f"{now} rank {self.rank}, process {os.getpid()}: {text}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
-            pass  # a file system that hangs or is full must not keep the process alive
+            pass  # A full file system must not keep the process alive.
 
 
-_standing: Watchdog | None = None
+_active: Watchdog | None = None
 
 
 @contextmanager
 def watched(name: str, limit_s: float | None = None) -> Iterator[None]:
-    """`with watched("save"):` (or as a decorator) work that no Progress shows; nothing when no watchdog stands."""
-    dog = _standing
-    if dog is not None:
-        dog.enter(name, limit_s)
+    """Context manager or decorator: a section for the watchdog, for work without `Progress`."""
+    watchdog = _active
+    if watchdog is not None:
+        watchdog.enter(name, limit_s)
     try:
         yield
     finally:
-        if dog is not None:
-            dog.leave()
+        if watchdog is not None:
+            watchdog.leave()
