@@ -23,13 +23,14 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit
-from dist_scan.engine.precision import peak_memory, set_determinism
+from dist_scan.engine.precision import set_determinism
 from dist_scan.heads.autograd import means_from_sums, scan_heads_loss
 from dist_scan.heads.cpu_loops import LoopHead
 from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import release_buffers
 from dist_scan.heads.torch_head import entropy_and_gradient
 from dist_scan.losses import scan_loss_released
+from dist_scan.monitoring.memory import peak_gpu_memory
 
 CLUSTER = ["--clusters", "{clusters}", "--dim", "{dim}"]
 QUICK = ["--compare", "--rounds", "3"]
@@ -234,7 +235,7 @@ def imagenet(rounds: int, device: torch.device) -> None:
             "gflop_per_s": round(
                 flop / scale / 1e9 / float(np.median(seconds["bare_products"])), 1
             ),
-            "peak_gpu_mib": round(peak_memory() / 2**20),
+            "peak_gpu_mib": round(peak_gpu_memory() / 2**20),
         }
     )
 

@@ -39,17 +39,17 @@ def job_world() -> Iterator[Any]:
 
 def measure_job(work: Work, rounds: int) -> list[Measurement]:
     """`work` on all ranks of the open world, `rounds` times after one to warm up; each time all begin together."""
-    from dist_scan.engine.precision import device_mark
+    from dist_scan.monitoring.step_timer import cuda_event_recorder
     from dist_scan.world.collectives import barrier, gather_objects
     from dist_scan.world.world import current
 
-    mark, turns = device_mark(current().device), []
+    record_event, turns = cuda_event_recorder(current().device), []
     for _ in range(rounds + 1):
         barrier()
         wall, cpu = time.perf_counter(), time.process_time()
         value = work()
-        if mark is not None:
-            mark().synchronize()
+        if record_event is not None:
+            record_event().synchronize()
         mine = (
             time.perf_counter() - wall,
             time.process_time() - cpu,

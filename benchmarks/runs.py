@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_scan.monitoring.bottleneck import shares
-from dist_scan.monitoring.step_timer import NAMES
+from dist_scan.monitoring.bottleneck import section_fractions
+from dist_scan.monitoring.step_timer import SECTIONS
 
 MARKERS = {"MISTAKE": "ended by a mistake in its settings: ", "STOPPED": "stopped before its end "}
 
@@ -61,8 +61,8 @@ def stage_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def training(timing: Mapping[str, Any]) -> dict[str, Any]:
     """timing.json as fields of a row: rate, share of every section (adding up to 1; `waiting` is for slower ranks), verdict, slowest rank."""
-    seconds = np.array([timing["seconds_by_rank"][name] for name in NAMES]).T
-    share = shares(seconds)
+    seconds = np.array([timing["seconds_by_rank"][name] for name in SECTIONS]).T
+    share = section_fractions(seconds)
     share["waiting"] = max(0.0, 1.0 - sum(share.values()))
     row = {
         "images_per_s": timing["images_per_s"],
@@ -75,7 +75,7 @@ def training(timing: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": timing["verdict"],
     }
     if len(seconds) > 1:
-        own = seconds.sum(1) - seconds[:, NAMES.index("all_reduce")]
+        own = seconds.sum(1) - seconds[:, SECTIONS.index("all_reduce")]
         worst = int(own.argmax())
         hosts = timing["setting"]["hosts"]
         row |= {

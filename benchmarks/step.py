@@ -158,10 +158,10 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
     from dist_scan.engine.stop import StopFlag
     from dist_scan.engine.train_state import Checkpointer
     from dist_scan.engine.training_loop import Trainer, TrainSettings
-    from dist_scan.monitoring.bottleneck import TrainingSetup, shares
+    from dist_scan.monitoring.bottleneck import TrainingSetup, section_fractions
     from dist_scan.monitoring.log import StageLog
     from dist_scan.monitoring.profile import TrainingProfile
-    from dist_scan.monitoring.step_timer import NAMES
+    from dist_scan.monitoring.step_timer import SECTIONS
     from dist_scan.world.world import current
 
     method, batch = build(args, variant, device)
@@ -200,7 +200,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
             trainer.run()
         log.close()
     ours, theirs = np.array(feed.ours[WARM_UP:]), np.array(feed.theirs[WARM_UP:])
-    step_s, share = float(np.median(ours[:, 0])), shares(timing.total)
+    step_s, share = float(np.median(ours[:, 0])), section_fractions(timing.total)
     busy = (
         sum(v for name, v in share.items() if name != "data_wait") or 1.0
     )  # data wait holds the bare loop's turns
@@ -217,7 +217,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
         "timers_share": round(timers_s() / step_s, 5),
         "sections": {
             name: round(share[name] / busy, 4)
-            for name in NAMES
+            for name in SECTIONS
             if share[name] > 0 and name != "data_wait"
         },
     }
@@ -235,9 +235,9 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
 
 def slowest(timing) -> dict[str, object]:
     """The rank whose own work (all but all-reduce) takes longest, where it runs, and how far it is behind the median."""
-    from dist_scan.monitoring.step_timer import NAMES
+    from dist_scan.monitoring.step_timer import SECTIONS
 
-    busy = timing.total.sum(1) - timing.total[:, NAMES.index("all_reduce")]
+    busy = timing.total.sum(1) - timing.total[:, SECTIONS.index("all_reduce")]
     worst = int(busy.argmax())
     return {
         "worst_rank": worst,
@@ -248,10 +248,10 @@ def slowest(timing) -> dict[str, object]:
 
 def timers_s(steps: int = 2000) -> float:
     """Seconds that the section clock takes in one step of a method without collectives: 10 sections and the step's end."""
-    from dist_scan.monitoring.step_timer import StepTimer, section, use_clock
+    from dist_scan.monitoring.step_timer import StepTimer, section, use_timer
 
     clock = StepTimer()
-    use_clock(clock)
+    use_timer(clock)
     best = float("inf")
     for _ in range(5):
         began = time.process_time()
@@ -267,7 +267,7 @@ def timers_s(steps: int = 2000) -> float:
                     pass
             clock.settle()
         best = min(best, (time.process_time() - began) / steps)
-    use_clock(None)
+    use_timer(None)
     return best
 
 

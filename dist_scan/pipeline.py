@@ -13,7 +13,8 @@ from dist_scan.config import ConfigError, RunConfig
 from dist_scan.config.stage import StageConfig, beton_stage
 from dist_scan.data.sources.open import open_source
 from dist_scan.engine.stop import StopFlag
-from dist_scan.monitoring import peak_memory as memory
+from dist_scan.heads.products import release_buffers
+from dist_scan.monitoring import memory
 from dist_scan.stages.base import Context, stage_class
 from dist_scan.stages.beton import BetonConfig
 from dist_scan.storage.artifacts import WORK, Artifact, ArtifactStore, fingerprint
@@ -166,7 +167,8 @@ class Pipeline:
             self.say,
             {n: a.path for n, a in self.done.items()},
         )
-        memory.begin_stage()
+        release_buffers()
+        memory.reset_peak_memory()
         clock = StageTimer(out / WORK / "seconds", self.world.rank == 0)
         try:
             stage_class(config.kind)(config, context).run()
@@ -178,7 +180,7 @@ class Pipeline:
             "inputs": {r: os.path.relpath(p, out) for r, p in inputs.items()},
             "world_size": self.world.world_size,
             "seconds": round(seconds, 3),
-            **memory.peaks(),
+            **memory.peak_memory(),
         }
         return self._told(lambda: store.publish(name, mark, facts))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dist_scan.config import ConfigError
 from dist_scan.engine.stop import NonRetryableError, StopFlag
-from dist_scan.monitoring.progress import tell
+from dist_scan.monitoring.progress import print_line
 from dist_scan.run_config import load_config
 from dist_scan.storage.atomic import DISK_FULL_ERRNOS
 from dist_scan.storage.run_markers import RunMarkers
@@ -54,8 +54,8 @@ def main(run_dir: str) -> int:
     except BaseException as error:
         disk_is_full = isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
         _remember(markers, error, aloud=not disk_is_full)
-        tell("", sys.stdout, end="")
-        tell("", end="")
+        print_line("", sys.stdout, end="")
+        print_line("", end="")
         os._exit(
             1
         )  # at once: a rank that lingers in an orderly shutdown keeps its peers waiting in a collective
@@ -90,12 +90,12 @@ def _work(folder: Path, stop: StopFlag, markers: RunMarkers) -> int:
         lambda error: _remember(markers, error),
     ).start()
     if world.rank == 0:
-        Progress.copy_to = JsonLinesFile(folder / "logs" / "run.log")
+        Progress.log_file = JsonLinesFile(folder / "logs" / "run.log")
 
     def say(text: str) -> None:
         if world.rank == 0:
-            tell(text, sys.stdout)
-            Progress.copy_to.write(time.strftime("%H:%M:%S ") + text + "\n")
+            print_line(text, sys.stdout)
+            Progress.log_file.write(time.strftime("%H:%M:%S ") + text + "\n")
 
     try:
         Pipeline(run, world, stop, say).run()
@@ -124,7 +124,7 @@ def _mistake(markers: RunMarkers, text: str) -> int:
     folder, rank = markers.run_dir, markers.rank
     marker = folder / "MISTAKE"
     if rank == 0 or not (folder / "config.yaml").is_file():
-        tell(f"error: {text}")
+        print_line(f"error: {text}")
     elif folder.is_dir():
         time.sleep(FIRST_WORD_S)
         text = f"rank {rank}: {text}"
@@ -132,7 +132,7 @@ def _mistake(markers: RunMarkers, text: str) -> int:
         try:
             markers.write_marker("MISTAKE", text + "\n", short=text[:SHORT] + "\n")
         except OSError as error:  # the exit code still says it
-            tell(
+            print_line(
                 f"error: {marker} cannot be written ({error.strerror}): the launcher may start again in vain; stop it, make room in {folder}"
             )
     markers.release()
@@ -150,7 +150,7 @@ def _remember(markers: RunMarkers, error: BaseException, aloud: bool = True) -> 
     except OSError:
         pass  # it is said below, or by the one whose error this is
     if aloud:
-        tell(trace)
+        print_line(trace)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,6 @@ def _bytes(count: float) -> str:
 
 
 def _hours(seconds: float) -> str:
-    from dist_scan.monitoring.progress import duration
+    from dist_scan.monitoring.progress import format_duration
 
-    return duration(seconds) if seconds >= 1 else "-"
+    return format_duration(seconds) if seconds >= 1 else "-"

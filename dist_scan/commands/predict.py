@@ -290,11 +290,12 @@ def opened(
     from dist_scan.data.images import open_images
     from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
     from dist_scan.engine.embed import checked
-    from dist_scan.engine.precision import free_memory, memory_format, set_determinism
+    from dist_scan.engine.precision import memory_format, set_determinism
     from dist_scan.engine.predict import Embedder, Predictor
     from dist_scan.finished_run import recipe_of
     from dist_scan.models.backbone import load_embedder
     from dist_scan.models.cluster_model import load_cluster_model
+    from dist_scan.monitoring.memory import free_memory
     from dist_scan.world.world import open_world
 
     set_determinism()

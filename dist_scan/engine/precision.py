@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -57,48 +55,3 @@ def memory_format(module: torch.nn.Module, device: torch.device) -> torch.nn.Mod
         if device.type == "cuda"
         else module.to(device)
     )
-
-
-def device_mark(device: torch.device) -> Callable[[], Any] | None:
-    """What records a timed event in the device's stream; None on a CPU, where the host's clock tells all."""
-    if device.type != "cuda":
-        return None
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return mark
-
-
-def peak_memory() -> int:
-    """Most bytes of GPU memory held since forget_peak_memory; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-
-
-def forget_peak_memory() -> None:
-    """Count the peak from what is held now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of this GPU, or of this machine's memory within what its control group allows (0 when not known)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.is_file():
-        return 0
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in meminfo.read_text().splitlines()
-        if line.startswith("MemAvailable")
-    )
-    try:
-        return min(
-            free,
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()),
-        )
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        return free

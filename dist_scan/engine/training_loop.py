@@ -27,7 +27,7 @@ from dist_scan.models.batch_norm import sync_running_stats
 from dist_scan.monitoring.log import StageLog
 from dist_scan.monitoring.profile import TrainingProfile
 from dist_scan.monitoring.progress import Progress, StopRequested
-from dist_scan.monitoring.step_timer import section, waited
+from dist_scan.monitoring.step_timer import section, time_data_wait
 from dist_scan.monitoring.watchdog import watched
 from dist_scan.world.collectives import all_sum, gather_objects
 from dist_scan.world.world import current, wrap
@@ -92,11 +92,11 @@ class Trainer:
                 self.name, total, "steps", done=self.at.step, enabled=current().rank == 0
             ) as progress,
         ):
-            self.timing.watch(self.method)
+            self.timing.watch_gradients(self.method)
             while self.at.epoch < self.schooling.epochs and not self.at.finished:
                 with section("epoch"):
                     self._begin_epoch()
-                for batch in waited(self._batches(self.at.step_in_epoch)):
+                for batch in time_data_wait(self._batches(self.at.step_in_epoch)):
                     values = self._step(batch)
                     self._after_step(values, progress)
                 with section("epoch"):
@@ -158,7 +158,7 @@ class Trainer:
         if not step.skip:
             with section("backward"):
                 step.loss.backward()
-                self.timing.gradients_done()
+                self.timing.backward_done()
         values, finite = self._agree(step)
         if step.skip:
             self.at.skipped += 1
@@ -224,7 +224,7 @@ class Trainer:
         self.at.step += 1
         self.at.step_in_epoch += 1
         if self.at.step % self.schooling.log_every == 0 or self.at.step <= 20:
-            self.log.row(
+            self.log.write_row(
                 self.at.step, {**values, "skipped": self.at.skipped, "refused": self.at.refused}
             )
         progress.advance(
@@ -243,7 +243,7 @@ class Trainer:
         began = time.monotonic()
         values = self.method.end_epoch(self.at.epoch, self.held_out)
         if values:
-            self.log.row(self.at.step, {**values, "choosing_s": time.monotonic() - began})
+            self.log.write_row(self.at.step, {**values, "choosing_s": time.monotonic() - began})
         if warning := self.method.warning():
             self.at.warnings = [*self.at.warnings, warning]
             self.say(f"warning: {self.name}: {warning}")

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from dist_scan.monitoring.progress import duration
+from dist_scan.monitoring.progress import format_duration
 from dist_scan.report import figures
 
 NAMES = {
@@ -170,7 +170,7 @@ def _template() -> jinja2.Template:
         "score": score,
         "number": number,
         "subject": subject_name,
-        "duration": duration,
+        "duration": format_duration,
         "percent": lambda x: f"{100 * x:.3g} %",
         "words": lambda s: str(s).replace("_", " "),
     }
@@ -260,7 +260,7 @@ def _tiles(report: Report, last: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     seconds = sum(s.get("seconds") or 0 for s in report.stages)
-    return tiles + ([("in all", duration(seconds))] if seconds else [])
+    return tiles + ([("in all", format_duration(seconds))] if seconds else [])
 
 
 def _cluster(cluster: Cluster, pictures: _Pictures) -> dict[str, Any]:

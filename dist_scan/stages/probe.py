@@ -76,7 +76,7 @@ class ProbeStage(Stage):
         from dist_scan.engine.train_state import Checkpointer
         from dist_scan.engine.training_loop import Trainer, TrainSettings
         from dist_scan.monitoring.log import StageLog
-        from dist_scan.monitoring.profile import TrainingProfile, setting_of
+        from dist_scan.monitoring.profile import TrainingProfile, training_setup
 
         c, config = self.context, self.config
         seed_step(c.run.seed, 0, 0)
@@ -97,7 +97,7 @@ class ProbeStage(Stage):
         timing = TrainingProfile(
             log,
             c.out,
-            setting_of(c.run, c.world, config.global_batch, False),
+            training_setup(c.run, c.world, config.global_batch, False),
             c.run.runtime.profile,
             c.say,
         )

@@ -17,7 +17,7 @@ from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.monitoring.log import read_rows
-from dist_scan.monitoring.profile import FILE
+from dist_scan.monitoring.profile import TIMING_FILE
 from dist_scan.stages.base import Stage
 from dist_scan.stages.beton import beton_path
 from dist_scan.storage.artifacts import MANIFEST
@@ -137,9 +137,9 @@ class ReportStage(Stage):
     def _timings(self) -> dict[str, dict[str, Any]]:
         """timing.json of every training, by stage."""
         return {
-            name: json.loads((folder / FILE).read_text())
+            name: json.loads((folder / TIMING_FILE).read_text())
             for name, folder in self.context.folders.items()
-            if (folder / FILE).is_file()
+            if (folder / TIMING_FILE).is_file()
         }
 
     def _report(self):

@@ -25,9 +25,9 @@ from dist_scan.heads.partition import HeadPartition, choose_partition
 from dist_scan.methods.base import HeldOut, Method, MethodConfig, MethodInputs, method_class
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone
 from dist_scan.models.cluster_model import add_facts
+from dist_scan.monitoring.memory import free_memory
 from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier
-from dist_scan.world.world import free_bytes
 
 
 class TrainConfig(StageConfig):
@@ -164,7 +164,7 @@ class TrainStage(Stage):
         from dist_scan.engine.train_state import Checkpointer
         from dist_scan.engine.training_loop import Trainer, TrainSettings
         from dist_scan.monitoring.log import StageLog
-        from dist_scan.monitoring.profile import TrainingProfile, setting_of
+        from dist_scan.monitoring.profile import TrainingProfile, training_setup
         from dist_scan.storage.artifacts import WORK
         from dist_scan.storage.atomic import write_json
 
@@ -188,7 +188,7 @@ class TrainStage(Stage):
         timing = TrainingProfile(
             log,
             c.out,
-            setting_of(c.run, c.world, config.global_batch, self.table is not None),
+            training_setup(c.run, c.world, config.global_batch, self.table is not None),
             c.run.runtime.profile,
             c.say,
         )
@@ -308,8 +308,8 @@ class TrainStage(Stage):
         place, why = choose_placement(
             size,
             c.world.device.type == "cuda",
-            free_bytes(c.world.device),
-            free_bytes(torch.device("cpu")),
+            free_memory(c.world.device),
+            free_memory(torch.device("cpu")),
             c.world.local_world_size,
             c.run.runtime.bank,
         )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -83,7 +81,7 @@ def open_world(device: str = "auto", timeout_s: float = 1800.0) -> World:
     return _current
 
 
-def _store_on_this_machine(rank: int, world_size: int, timeout: timedelta) -> dist.ArtifactStore:
+def _store_on_this_machine(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The rendezvous of a run on one machine, which nobody outside can reach: torch's own would listen on every address.
     gloo's connections stay on the loopback interface too."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -118,24 +116,3 @@ def wrap(module: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(
         module, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory to be had on a device: a GPU's, or the host's (within the limit of this process's control group, as a batch system sets it)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
-    room = [int(available[1]) * 1024] if available else []
-    limit, used = (
-        _text("/sys/fs/cgroup/memory.max").strip(),
-        _text("/sys/fs/cgroup/memory.current").strip(),
-    )
-    room += [int(limit) - int(used)] if limit.isdigit() and used.isdigit() else []
-    return max(min(room, default=0), 0)
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

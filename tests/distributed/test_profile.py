@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dist_scan.monitoring.log import read_rows
-from dist_scan.monitoring.step_timer import NAMES
+from dist_scan.monitoring.step_timer import SECTIONS
 from tests.support.betons import build, folder
 from tests.support.ranks import run_ranks
 
@@ -69,7 +69,7 @@ def train(what: str, beton, out):
     from dist_scan.monitoring.log import StageLog
     from dist_scan.world.world import current
 
-    world, said, profile.TRACED = current(), [], 2
+    world, said, profile.TRACED_STEPS = current(), [], 2
     make_slow(what, world.rank)
     recipes = tuple(
         build_recipe(RecipeConfig(name="standard"), 16, (0.5,) * 3, (0.5,) * 3) for _ in range(2)
@@ -147,14 +147,14 @@ def test_what_was_made_slow_is_what_the_verdict_names(beton, tmp_path: Path, wha
     assert facts["waits_for"] == what, facts["verdict"]
     assert any(facts["verdict"] in text and f"profile of {STEPS} steps" in text for text in said[0])
     assert facts["verdict"].startswith("rank 1") == (what == "rank")
-    whole = sum(sum(facts["seconds_by_rank"][name]) for name in NAMES) / ranks
+    whole = sum(sum(facts["seconds_by_rank"][name]) for name in SECTIONS) / ranks
     assert (
         whole >= 0.9 * STEPS * NAP_S
     )  # the sections hold the time there was; a loader ahead of its reader hides part of a nap
     rows = [
         r["timing"] for r in read_rows(tmp_path / "logs" / "pretext.metrics.jsonl") if "timing" in r
     ]
-    assert rows and rows[0]["steps"] == STEPS and set(rows[0]["sections"]) <= set(NAMES)
+    assert rows and rows[0]["steps"] == STEPS and set(rows[0]["sections"]) <= set(SECTIONS)
     for rank in range(ranks):
         trace = json.loads(
             gzip.decompress(

@@ -163,14 +163,14 @@ class Faults:
         from dist_scan.data.feature_table import FeatureTable
         from dist_scan.data.neighbour_table import NeighbourTable
         from dist_scan.engine.training_loop import Trainer
-        from dist_scan.monitoring import peak_memory
+        from dist_scan.monitoring import memory
         from dist_scan.search.kmeans import LloydRun
         from dist_scan.storage.run_markers import RunMarkers
 
         call_before(Trainer, "_step", lambda t, *_: self.check("step", t.at.step))
         call_before(Trainer, "_begin_epoch", lambda t: self.check("begin_epoch", t.at.step))
         wrap(Trainer, "_forward", self._make_non_finite)
-        call_before(peak_memory, "begin_stage", lambda: self.check("stage"))
+        call_before(memory, "reset_peak_memory", lambda: self.check("stage"))
         call_before(BetonLoader, "_decode_part", lambda *_: self.check("batch"))
         for table in (FeatureTable, NeighbourTable):
             call_before(table, "write_shard", lambda *_: self.check("shard"))

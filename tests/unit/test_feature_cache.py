@@ -14,7 +14,8 @@ from dist_scan.data.feed import EpochPlan, FeatureFeed
 from dist_scan.data.order import cached_views
 from dist_scan.heads.features import HeadFeatures
 from dist_scan.heads.products import as_one_tensor
-from dist_scan.world.world import current, free_bytes
+from dist_scan.monitoring.memory import free_memory
+from dist_scan.world.world import current
 
 GIB = 2**30
 
@@ -94,4 +95,4 @@ def test_what_was_asked_for_is_given_or_refused() -> None:
 
 
 def test_free_memory_of_this_machine() -> None:
-    assert 0 < free_bytes(torch.device("cpu")) < 2**50
+    assert 0 < free_memory(torch.device("cpu")) < 2**50

@@ -13,8 +13,8 @@ import pytest
 from benchmarks.runs import problems, stage_rows
 from benchmarks.scaling import collect, curves, draw, lost
 from dist_scan.config import ConfigError
-from dist_scan.monitoring.bottleneck import TrainingSetup, judge
-from dist_scan.monitoring.step_timer import NAMES
+from dist_scan.monitoring.bottleneck import TrainingSetup, find_bottleneck
+from dist_scan.monitoring.step_timer import SECTIONS
 from dist_scan.run_config import load_config
 from launch import benchmark, slurm, watch
 
@@ -185,16 +185,16 @@ def test_every_srun_of_a_benchmark_job_is_counted(tmp_path: Path) -> None:
 
 def left(folder: Path, nodes: int, per_image: dict[str, float], late_s: float = 0.0) -> Path:
     """A run folder as a job on so many nodes leaves it: 300 steps of 256 images, the last rank later than the others."""
-    run_dir, seconds = folder / f"nodes-{nodes}", np.zeros((nodes, len(NAMES)))
+    run_dir, seconds = folder / f"nodes-{nodes}", np.zeros((nodes, len(SECTIONS)))
     for name, s in per_image.items():
-        seconds[:, NAMES.index(name)] = s * 256 * 300
+        seconds[:, SECTIONS.index(name)] = s * 256 * 300
     if nodes > 1:
-        seconds[-1, NAMES.index("forward")] += late_s
-        seconds[:-1, NAMES.index("all_reduce")] += late_s
+        seconds[-1, SECTIONS.index("forward")] += late_s
+        seconds[:-1, SECTIONS.index("all_reduce")] += late_s
     setting = TrainingSetup(
         256, nodes, "cuda", 8, 8, "jpeg", 256, 224, tuple(f"<n{i}>" for i in range(nodes))
     )
-    verdict = judge(seconds, 300, setting)
+    verdict = find_bottleneck(seconds, 300, setting)
     timing = {
         "steps": 300,
         "first_step_s": 3.25,
@@ -202,7 +202,7 @@ def left(folder: Path, nodes: int, per_image: dict[str, float], late_s: float = 
         "waits_for": verdict.waits_for,
         "verdict": verdict.text,
         "images_per_s": round(256 * 300 / float(seconds.sum(1).mean()), 1),
-        "seconds_by_rank": {n: seconds[:, i].tolist() for i, n in enumerate(NAMES)},
+        "seconds_by_rank": {n: seconds[:, i].tolist() for i, n in enumerate(SECTIONS)},
     }
     for stage, kind, more in (
         ("beton_train", "beton", None),

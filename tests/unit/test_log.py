@@ -12,18 +12,18 @@ import pytest
 
 from dist_scan.monitoring import log as module
 from dist_scan.monitoring.log import JsonLinesFile, StageLog, TensorBoardWriter, read_rows
-from dist_scan.monitoring.progress import Progress, duration, tell
+from dist_scan.monitoring.progress import Progress, format_duration, print_line
 
 
 def test_torn_lines_and_repeated_steps(tmp_path: Path) -> None:
     log = StageLog(tmp_path, "a", enabled=True)
-    log.row(1, {"loss": 3.0})
-    log.row(2, {"loss": 2.0})
+    log.write_row(1, {"loss": 3.0})
+    log.write_row(2, {"loss": 2.0})
     log.close()
     path = tmp_path / "logs" / "a.metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'{"step": 3, "lo')
     log = StageLog(tmp_path, "a", enabled=True)
-    log.row(2, {"loss": 1.5})
+    log.write_row(2, {"loss": 1.5})
     log.close()
     assert read_rows(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.5}]
     assert list((tmp_path / "tensorboard" / "a").iterdir())
@@ -36,7 +36,7 @@ def test_progress_says_its_last_line_once(live, monkeypatch: pytest.MonkeyPatch)
             return live
 
     out, log = Out(), io.StringIO()
-    monkeypatch.setattr(Progress, "copy_to", log)
+    monkeypatch.setattr(Progress, "log_file", log)
     with Progress("neighbours", 2, "shards", stream=out) as p:
         p.advance(2)  # the first is printed at once, and is the last too
     with Progress("long", 3, stream=out) as p:
@@ -57,7 +57,12 @@ def test_progress_says_share_rate_and_time_left() -> None:
         p.started -= 10
         p.advance(25, "note")
         assert "75/100 images (75 %), 2.5/s, 10s left  note" in p.line()
-    assert [duration(s) for s in (42, 754, 7500, 200000)] == ["42s", "12m34s", "2h05m", "2d07h"]
+    assert [format_duration(s) for s in (42, 754, 7500, 200000)] == [
+        "42s",
+        "12m34s",
+        "2h05m",
+        "2d07h",
+    ]
 
 
 class Disk:
@@ -85,17 +90,17 @@ def test_a_full_disk_costs_rows_and_is_said_once(
 ) -> None:
     disk, log = Disk(10**9), StageLog(tmp_path, "a", enabled=True)
     monkeypatch.setattr(module, "open", disk.open, raising=False)
-    monkeypatch.setattr(module, "BOARD_AGAIN_S", 0.0)
-    log.row(1, {"loss": 3.0})
+    monkeypatch.setattr(module, "TENSORBOARD_RETRY_S", 0.0)
+    log.write_row(1, {"loss": 3.0})
     disk.room = 9  # half a row
     for step in (2, 3, 4):
-        log.row(step, {"loss": 2.0})
+        log.write_row(step, {"loss": 2.0})
     disk.room = 10**9
-    log.row(5, {"loss": 1.0})
+    log.write_row(5, {"loss": 1.0})
     disk.room = len('{"step": 6, "loss": 0.5}\n') + 9  # the row, and a part of the event
-    log.row(6, {"loss": 0.5})
+    log.write_row(6, {"loss": 0.5})
     disk.room = 10**9
-    log.row(7, {"loss": 0.25})
+    log.write_row(7, {"loss": 0.25})
     log.close()
     assert [r["step"] for r in read_rows(log.path)] == [1, 5, 6, 7], (
         "the torn row took no other with it"
@@ -110,7 +115,7 @@ def test_a_full_disk_costs_rows_and_is_said_once(
         said.count("cannot write TensorBoard events") == 1 == said.count("are written again")
         and "Traceback" not in said
     ), said
-    assert events(log.board_dir) == {1: 3.0, 5: 1.0, 7: 0.25}
+    assert events(log.tensorboard_dir) == {1: 3.0, 5: 1.0, 7: 0.25}
 
 
 def events(folder) -> dict[int, float]:
@@ -133,8 +138,8 @@ def test_a_log_that_can_never_be_made_ends_nothing(
 ) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
     log = StageLog(tmp_path, "a", enabled=True)
-    log.row(1, {"loss": 3.0})
-    log.row(2, {"loss": 3.0})
+    log.write_row(1, {"loss": 3.0})
+    log.write_row(2, {"loss": 3.0})
     log.close()
     assert not JsonLinesFile(tmp_path / "logs" / "run.log").write("hello\n")
     assert capfd.readouterr().err.count("a.metrics.jsonl: File exists") == 1
@@ -143,7 +148,7 @@ def test_a_log_that_can_never_be_made_ends_nothing(
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     board = TensorBoardWriter(tmp_path / "board")
     for step in (1, 2):
-        board.scalars(step, {"loss": step / 4, "acc": 1})
+        board.write_scalars(step, {"loss": step / 4, "acc": 1})
     board.close()
     assert events(tmp_path / "board") == {1: 0.25, 2: 0.5}
 
@@ -153,6 +158,6 @@ def test_a_terminal_that_cannot_be_written_ends_nothing() -> None:
         def write(self, text) -> Never:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    tell("hello", Full())
+    print_line("hello", Full())
     with Progress("embed", 2, stream=Full()) as p:
         p.advance(2)

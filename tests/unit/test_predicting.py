@@ -14,11 +14,11 @@ from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
-from dist_scan.engine.precision import free_memory
 from dist_scan.engine.predict import Embedder, Predictor
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster_model import ClusterModel
 from dist_scan.models.layers import FeatureNorm
+from dist_scan.monitoring.memory import free_memory
 from dist_scan.search import novelty
 from tests.support.betons import build, folder
 

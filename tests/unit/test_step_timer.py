@@ -7,15 +7,15 @@ from typing import Never
 
 import pytest
 
-from dist_scan.monitoring.step_timer import NAMES, StepTimer, section, use_clock, waited
+from dist_scan.monitoring.step_timer import SECTIONS, StepTimer, section, time_data_wait, use_timer
 
 
 @pytest.fixture
 def clock():
     made = StepTimer()
-    use_clock(made)
+    use_timer(made)
     yield made
-    use_clock(None)
+    use_timer(None)
 
 
 def test_inner_sections_are_taken_from_outer_ones_and_all_add_up(clock) -> None:
@@ -29,7 +29,7 @@ def test_inner_sections_are_taken_from_outer_ones_and_all_add_up(clock) -> None:
     found = clock.read()
     whole = time.perf_counter() - began
     assert found["forward"] >= 0.03 and found["all_reduce"] >= 0.06 and found["other"] >= 0.02
-    assert sum(found.values()) == pytest.approx(whole, abs=0.01) and set(found) == set(NAMES)
+    assert sum(found.values()) == pytest.approx(whole, abs=0.01) and set(found) == set(SECTIONS)
     assert sum(clock.read().values()) < 0.01  # a second reading starts at zero
 
 
@@ -45,7 +45,7 @@ def test_after_the_last_gradient_backward_only_waits(clock) -> None:
         time.sleep(0.02)
         clock.gradient_ready()
         time.sleep(0.05)
-        clock.only_waiting_since_ready("all_reduce")
+        clock.split_at_last_gradient("all_reduce")
     found = clock.read()
     assert 0.02 <= found["backward"] < found["all_reduce"] and found["all_reduce"] >= 0.05
 
@@ -64,16 +64,16 @@ def test_waiting_for_items_is_data_wait_less_what_is_named_inside(clock) -> None
                 time.sleep(0.02)
             yield i
 
-    assert list(waited(items())) == [0, 1, 2]
+    assert list(time_data_wait(items())) == [0, 1, 2]
     found = clock.read()
     assert found["data_wait"] >= 0.03 and found["augmentation"] >= 0.06 and found["other"] < 0.01
 
 
 def test_without_a_clock_nothing_is_counted() -> None:
-    use_clock(None)
+    use_timer(None)
     with section("forward"):
         pass
-    assert list(waited([1])) == [1]
+    assert list(time_data_wait([1])) == [1]
 
 
 class Device:
@@ -104,7 +104,7 @@ class Event:
 def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_for() -> None:
     device = Device()
     clock = StepTimer(device.mark)
-    use_clock(clock)
+    use_timer(clock)
     try:
         with section("forward"):
             device.issued = 3.0
@@ -112,9 +112,9 @@ def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_
             device.issued = 7.0
             clock.gradient_ready()
             device.issued = 8.0
-            clock.only_waiting_since_ready("all_reduce")
+            clock.split_at_last_gradient("all_reduce")
         device.passed = 3.0
-        clock.settle()
+        clock.collect_events()
         assert (
             clock.seconds["forward"] == 3.0
             and clock.seconds["backward"] == 0.0
@@ -127,4 +127,4 @@ def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_
             1.0,
         ) and sum(found.values()) == 8.0
     finally:
-        use_clock(None)
+        use_timer(None)
