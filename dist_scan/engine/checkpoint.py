@@ -1,79 +1,119 @@
-"""Checkpoints that can be trusted: written aside, hashed, renamed in; verified before they are used.
+"""Verified checkpoints, and how a run survives the loss of a rank.
 
-A folder `step-00000123/` holds state.pt (method, optimizer, position; rank 0), bank files (a file per bank and rank; RELIABILITY.md)
-and manifest.json with every file's sha256. One flipped bit loads silently through torch.load: the hash catches it.
+A checkpoint is a folder ``step-000000123`` with
+
+- ``state.pt``: state dicts of method and optimizer, and the position (`TrainState`), by rank 0;
+- ``bank-NAME-RANK.pt``: each rank's rows of a memory bank;
+- ``manifest.json``: step, world size, and the size and sha256 of every file.
+
+A save writes a temporary folder, reads it back against the intended sha256, and renames it. So a
+rank may be killed at any point of a save: the older checkpoints stay valid. A load takes the newest
+checkpoint that verifies; damaged ones are renamed to bad-*.
+
+What happens when a rank dies:
+
+1. A rank raises, hangs or is killed. `dist_scan.run` writes an exception to
+   RUN/logs/error-rank*.json and ends the process at once; `monitoring.watchdog` ends a process that
+   makes no progress; after kill -9 nothing is written.
+2. The other ranks wait for it in a collective. Their connection breaks, or their own watchdog ends
+   them; after a few seconds the launcher (launch/local.py, or srun) kills those that remain.
+3. `launch.recovery.decide` finds no marker of an orderly end (DONE, STOPPED, MISTAKE) in RUN. It
+   starts all ranks again, unless several starts in a row finished no checkpoint, shard or stage.
+4. The new ranks skip the finished stages (`dist_scan.pipeline`) and start the training anew with
+   the newest valid checkpoint. At most the steps since that checkpoint are repeated. Random draws,
+   the order of images and the learning rate are functions of (seed, epoch, step), hence the run
+   continues bit for bit as if nothing had happened.
+
+A stop signal (engine/stop.py) takes the other way: all ranks agree on it at the end of a step, save
+a checkpoint, and end with the marker STOPPED; after SIGUSR2 the job is requeued.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import torch
 
+from dist_scan.engine.checkpoint_files import (
+    STATE_FILE,
+    FileInfo,
+    bank_file,
+    find_problem,
+    save_file,
+    verify_files,
+)
 from dist_scan.engine.stop import NonRetryableError
+from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.monitoring.watchdog import watched
-from dist_scan.storage.artifacts import MANIFEST, sha256_of
+from dist_scan.storage.artifacts import MANIFEST
 from dist_scan.storage.atomic import fsync_dir, write_json
-from dist_scan.world.collectives import agree, barrier, broadcast_object, gather_objects
+from dist_scan.world.collectives import barrier, broadcast_object, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
-Say = Callable[[str], None]
-FATAL_FAILURES = 3  # saves that may fail in a row before training is pointless
-NAME = re.compile(
-    r"step-(\d{9}|[1-9]\d{9,})(-begun)?"
-)  # anything else in the folder is somebody's own
+T = TypeVar("T")
+MAX_FAILED_SAVES = 3
+"""Saves that may fail in a row before the training ends: what it does could not be kept."""
+CHECKPOINT_NAME = re.compile(r"step-(\d{9}|[1-9]\d{9,})(-begun)?")
 
 
 class CheckpointError(NonRetryableError):
-    """No checkpoint can be used, or none can be written: said once, with what to do."""
+    """No checkpoint can be loaded, or none can be saved."""
 
 
 class CheckpointStore:
-    """The checkpoints of one stage. Every method is collective."""
+    """The checkpoints of one stage in a folder; the newest `keep` are kept. Methods are collective.
 
-    def __init__(self, folder: Path, keep: int, say: Say = print) -> None:
-        self.folder, self.keep, self.say = Path(folder), keep, say
-        self.failures = 0
+    log: called on every rank with lines for the user; only rank 0 should print them.
+    """
+
+    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self.log = log
+        self.failed_saves = 0
         self.save_s = 0.0
+        """Duration of the last successful save."""
 
     @watched("save")
     def save(
         self,
         step: int,
         state: Mapping[str, Any],
-        banks: Mapping[str, Any],
-        after_moment: bool = False,
+        banks: Mapping[str, MemoryBank],
+        epoch_begun: bool = False,
     ) -> bool:
-        """Write one. A failure is said and training goes on; the third in a row raises CheckpointError on all ranks.
+        """Write a checkpoint; returns whether it succeeded.
 
-        after_moment: the next epoch has begun; at the same step there may be one from the end of the epoch before, which is older.
+        epoch_begun: `begin_epoch` of the next epoch has run. Such a checkpoint is newer than one of
+        the same step from the end of the epoch before.
+        A failure is logged and training may continue. After MAX_FAILED_SAVES failures in a row
+        CheckpointError is raised on all ranks.
         """
-        began, error = time.monotonic(), None
-        name = f"step-{step:09d}{'-begun' if after_moment else ''}"
+        started = time.monotonic()
+        name = f"step-{step:09d}{'-begun' if epoch_begun else ''}"
         temporary = self.folder / f".tmp-{name}"
-        if current().rank == 0:
-            error = _try(lambda: self._prepare(temporary))
-        if not agree(error is not None):
-            mine: dict[str, dict[str, Any]] = {}
-            error = _try(lambda: mine.update(self._write(temporary, state, banks)))
-            if not agree(error is not None):
-                files = {
-                    file: facts for part in gather_objects(mine) for file, facts in part.items()
-                }
-                if current().rank == 0:
-                    error = _try(lambda: self._commit(temporary, name, step, files))
-        if agree(error is not None):
-            self._failed(error, temporary)
+        is_rank_0 = current().rank == 0
+        try:
+            # 1. An empty temporary folder.
+            _on_every_rank(lambda: self._prepare(temporary) if is_rank_0 else None)
+            # 2. Every rank writes its files.
+            parts = gather_objects(_on_every_rank(lambda: self._write(temporary, state, banks)))
+            # 3. Manifest, verification, rename; then the oldest checkpoints are removed.
+            files = {file: info for part in parts for file, info in part.items()}
+            _on_every_rank(
+                lambda: self._commit(temporary, name, step, files) if is_rank_0 else None
+            )
+        except ValueError as error:
+            self._count_failure(str(error), temporary)
             return False
-        self.failures, self.save_s = 0, time.monotonic() - began
+        self.failed_saves = 0
+        self.save_s = time.monotonic() - started
         return True
 
     def _prepare(self, temporary: Path) -> None:
@@ -83,222 +123,139 @@ class CheckpointStore:
         temporary.mkdir()
 
     def _write(
-        self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        """This rank's files; returns their sizes and sha256 by name."""
+        self, temporary: Path, state: Mapping[str, Any], banks: Mapping[str, MemoryBank]
+    ) -> dict[str, FileInfo]:
+        """Write this rank's files; returns their sizes and sha256 by name."""
         files = {}
         if current().rank == 0:
-            files["state.pt"] = _save_file(temporary / "state.pt", dict(state))
+            files[STATE_FILE] = save_file(temporary / STATE_FILE, dict(state))
         for name, bank in banks.items():
-            file = f"bank-{name}-{current().rank:05d}.pt"
-            files[file] = _save_file(temporary / file, bank.state())
+            file = bank_file(name, current().rank)
+            files[file] = save_file(temporary / file, bank.state())
         return files
 
-    def _commit(
-        self, temporary: Path, name: str, step: int, files: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        write_json(
-            temporary / MANIFEST, {"step": step, "world_size": current().world_size, "files": files}
-        )
-        _verify(
-            temporary, step
-        )  # read back against what was meant: before it gets its name, and before an older one goes
+    def _commit(self, temporary: Path, name: str, step: int, files: Mapping[str, FileInfo]) -> None:
+        manifest = {"step": step, "world_size": current().world_size, "files": files}
+        write_json(temporary / MANIFEST, manifest)
+        verify_files(temporary, step)
         final = self.folder / name
-        if os.path.lexists(
-            final
-        ):  # the same step saved again (stopped right after a save): equal by construction, unless it was damaged since
-            problem = _problem(final)
+        # A run that is stopped just after a save writes the same step, with equal content, again.
+        if os.path.lexists(final):
+            problem = find_problem(final, step)
             if not problem:
                 shutil.rmtree(temporary)
                 return
-            self._set_aside(final, problem, "saved again")
+            self._set_aside(final, problem, "saving it again")
         os.replace(temporary, final)
         fsync_dir(self.folder)
-        for old in self._found()[self.keep :]:
+        for old in self._newest_first()[self.keep :]:
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        """Drop what is not wanted any more; what cannot be removed costs room and no checkpoint, and is said."""
+        """Remove a file or folder; a failure costs space but no checkpoint, and is only logged."""
         try:
             _unlink(path)
         except OSError as error:
-            self.say(
-                f"checkpoint: {path} is not wanted any more and cannot be removed ({error}); remove it by hand"
-            )
+            self.log(f"checkpoint: cannot remove {path}, which is not needed any more ({error})")
 
     def _set_aside(self, path: Path, problem: str, then: str) -> str:
-        """Rename to bad-*; returns the name that it then has."""
+        """Rename a damaged checkpoint to bad-*; returns the name that it then has."""
         aside = path.with_name(f"bad-{path.name}")
-        self.say(f"checkpoint: {path} is bad ({problem}); kept aside as {aside.name}, {then}")
+        self.log(f"checkpoint: {path} is damaged ({problem}); renamed to {aside.name}, {then}")
         try:
             _unlink(aside)
             path.rename(aside)
         except OSError as error:
-            self.say(
-                f"checkpoint: {path} cannot be renamed to {aside.name} ({error}); it is passed over"
-            )
+            self.log(f"checkpoint: cannot rename {path} to {aside.name} ({error}); ignoring it")
             return path.name
         return aside.name
 
-    def _failed(self, error: Exception | None, temporary: Path) -> None:
+    def _count_failure(self, error: str, temporary: Path) -> None:
         if current().rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.failures += 1
-        errors = [
-            text
-            for text in gather_objects(None if error is None else str(error))
-            if text is not None
-        ]  # rank 0 alone speaks, whosever it is
-        if errors:
-            self.say(
-                f"checkpoint: could not save in {self.folder}: {errors[0]}; training goes on, older ones are intact"
-            )
-        if self.failures >= FATAL_FAILURES:
+        self.failed_saves += 1
+        self.log(
+            f"checkpoint: could not save in {self.folder}: {error}; "
+            "training continues, earlier checkpoints are intact"
+        )
+        if self.failed_saves >= MAX_FAILED_SAVES:
             raise CheckpointError(
-                f"{self.failures} checkpoints in a row could not be saved in {self.folder}; "
-                "make room there (or make it writable) and start the same command again"
+                f"{self.failed_saves} checkpoints in a row could not be saved in {self.folder}; "
+                "free some space there (or make it writable) and start the same command again"
             )
 
-    def _found(self) -> list[Path]:
-        """Checkpoints by name, the newest first."""
-        named = [(NAME.fullmatch(p.name), p) for p in self.folder.glob("step-*") if p.is_dir()]
-        return [p for _, p in sorted(((int(m[1]), bool(m[2])), p) for m, p in named if m)][::-1]
+    def _newest_first(self) -> list[Path]:
+        """The folders whose name is that of a checkpoint."""
+        found = []
+        for path in self.folder.glob("step-*"):
+            match = CHECKPOINT_NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), bool(match[2]), path))
+        return [path for _, _, path in sorted(found, reverse=True)]
 
     @watched("load a checkpoint")
     def load(self, device: torch.device) -> tuple[dict[str, Any], Path] | None:
-        """(state, folder) of the newest that verifies, or None when there was never one.
+        """(state, folder) of the newest checkpoint that verifies; None if there never was one.
 
-        A bad one is renamed bad-* and named; when some exist and none verifies, CheckpointError: never again at step 0.
+        Damaged checkpoints are renamed to bad-*. If there are only damaged ones, CheckpointError
+        is raised: a training that has begun never starts at step 0 again by itself.
         """
-        chosen, problem = None, ""
-        if current().rank == 0:
-            chosen, problem = self._choose()
-        chosen, problem = broadcast_object((chosen, problem))
+        choice = self._choose() if current().rank == 0 else None
+        chosen, problem = broadcast_object(choice)
         if problem:
             raise CheckpointError(problem)
         if chosen is None:
             return None
-        state = torch.load(chosen / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(chosen / STATE_FILE, map_location=device, weights_only=True)
         barrier()
         return state, chosen
 
     def _choose(self) -> tuple[Path | None, str]:
-        bad = [p.name for p in self.folder.glob("bad-*")]
-        for other in self.folder.glob("step-*"):
-            if not NAME.fullmatch(other.name):
-                self.say(
-                    f"checkpoint: {other} is left alone: that is not the name of a checkpoint (step-000000120, step-000000120-begun)"
+        """(newest valid checkpoint or None, error message or "")."""
+        damaged = [path.name for path in self.folder.glob("bad-*")]
+        for path in self.folder.glob("step-*"):
+            if not CHECKPOINT_NAME.fullmatch(path.name):
+                self.log(
+                    f"checkpoint: ignoring {path}: the name of a checkpoint is step-NNNNNNNNN "
+                    "or step-NNNNNNNNN-begun"
                 )
-        for path in self._found():
-            problem = _problem(path, content=True)
+        for path in self._newest_first():
+            problem = find_problem(path, _step_of(path), load_files=True)
             if not problem:
                 return path, ""
-            bad.append(self._set_aside(path, problem, "trying the one before"))
-        if bad:
+            damaged.append(self._set_aside(path, problem, "trying the one before"))
+        if damaged:
             return None, (
-                f"no checkpoint in {self.folder} can be used (bad: {', '.join(sorted(bad))}); not starting again at step 0. "
-                "Restore one, or remove the folder to train this stage from its beginning"
+                f"no checkpoint in {self.folder} can be loaded (damaged: "
+                f"{', '.join(sorted(damaged))}); not starting again at step 0. Restore one, or "
+                "remove the folder to train this stage from its beginning"
             )
         return None, ""
 
 
-def load_bank_files(folder: Path, name: str) -> list[dict]:
-    """All parts of a bank in a checkpoint, whichever ranks wrote them."""
-    return [
-        torch.load(f, map_location="cpu", weights_only=True)
-        for f in sorted(folder.glob(f"bank-{name}-*.pt"))
-    ]
+def _step_of(path: Path) -> int:
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
-def _try(action: Callable[[], None]) -> Exception | None:
-    try:
-        action()
-    except (OSError, RuntimeError, ValueError, CheckpointError) as error:
-        return (
-            error.__context__ if isinstance(error.__context__, OSError) else error
-        )  # torch.save hides a full disk behind its own error
-    return None
+def _on_every_rank(action: Callable[[], T]) -> T:
+    """action() of this rank. Raises ValueError on all ranks if it fails on any. Collective."""
 
+    def run() -> T:
+        try:
+            return action()
+        except (OSError, RuntimeError) as error:
+            # torch.save raises a RuntimeError of its own while it handles a disk-full error.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise ValueError(str(cause)) from error
 
-class _Hashing:
-    """A file to write to, hashed on the way: the sha256 is of what was meant, and reading back then tells what the disk made of it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _save_file(path: Path, value: Any) -> dict[str, Any]:
-    with open(path, "wb") as f:
-        hashing = _Hashing(f)
-        torch.save(value, hashing)
-        f.flush()
-        os.fsync(f.fileno())
-    return {"sha256": hashing.digest.hexdigest(), "size": hashing.size}
+    return on_every_rank(run)
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a folder, or nothing."""
+    """Remove a file, a folder or a link (not what it points to), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _problem(path: Path, content: bool = False) -> str:
-    """What is wrong with a checkpoint, or "". content: also look whether its files can be read as what they are (nothing in them is executed)."""
-    try:
-        files = _verify(path, int(NAME.fullmatch(path.name)[1]))
-        for name in files if content else ():
-            if not isinstance(
-                torch.load(path / name, map_location="cpu", weights_only=True, mmap=True), dict
-            ):
-                raise ValueError(f"{name} holds no dict")
-    except MemoryError:
-        raise  # the machine's, not the checkpoint's
-    except Exception as error:  # whatever a file of somebody else's makes its reader raise
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""
-
-
-def _verify(path: Path, step: int) -> Mapping[str, Any]:
-    """Hold a checkpoint of this step against its manifest; returns the files' facts. Raises ValueError or OSError that names what is wrong."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    files = _files(manifest, step)
-    for name, facts in files.items():
-        size = (path / name).stat().st_size
-        if size != facts["size"]:
-            raise ValueError(f"{name} has {size} bytes instead of {facts['size']}")
-        if sha256_of(path / name) != facts["sha256"]:
-            raise ValueError(f"{name} does not match its sha256")
-    unlisted = {p.name for p in path.glob("bank-*.pt")} - set(files)
-    if unlisted:
-        raise ValueError(f"{min(unlisted)} is not in {MANIFEST}")
-    return files
-
-
-def _files(manifest: Any, step: int) -> Mapping[str, Any]:
-    """The facts of the files in a manifest of this step. Raises ValueError when it does not have that shape."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ValueError(f"{MANIFEST} lists no files")
-    if manifest.get("step") != step:
-        raise ValueError(f"{MANIFEST} is of step {manifest.get('step')!r}, not of {step}")
-    files = manifest["files"]
-    if "state.pt" not in files:
-        raise ValueError(f"{MANIFEST} lists no state.pt")
-    for name, facts in files.items():
-        if (
-            not isinstance(facts, dict)
-            or not isinstance(facts.get("size"), int)
-            or not isinstance(facts.get("sha256"), str)
-            or "/" in name
-        ):
-            raise ValueError(f"{MANIFEST}: the size and sha256 of {name} are {facts!r}")
-    return files

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from dist_scan.engine.checkpoint import CheckpointStore, load_bank_files
+from dist_scan.engine.checkpoint import CheckpointStore
+from dist_scan.engine.checkpoint_files import load_bank_files
 from dist_scan.engine.sharded_state import put_state, whole_state
 from dist_scan.methods.base import Method
 from dist_scan.world.world import current
@@ -60,7 +61,7 @@ class Checkpointer:
         """Write a checkpoint now (collective)."""
         state = {**whole_state(method, optimizer), "position": at.saved()}
         self.checkpoints.save(
-            at.step, state, method.memory_banks(), after_moment=at.begun and at.step_in_epoch == 0
+            at.step, state, method.memory_banks(), epoch_begun=at.begun and at.step_in_epoch == 0
         )
         self.last = time.monotonic()
 

@@ -96,9 +96,9 @@ def test_row_3_an_exception_on_one_rank_is_the_error_that_is_shown(whole, tmp_pa
     done = run("runtime.relaunches=0", faults=[{"kind": "exception", "rank": 1, "step": 5}])
     assert done.code == 1
     told = done.said[done.said.index("failed: ") :]
-    assert told.startswith(
-        "failed: rank 1: InjectedError: injected fault at step 5 of rank 1"
-    ), told
+    assert told.startswith("failed: rank 1: InjectedError: injected fault at step 5 of rank 1"), (
+        told
+    )
     assert "Traceback" not in told, "the first error comes last, alone"
     left = max(json.loads(p.read_text())["time"] for p in done.folder.glob("logs/error-rank*.json"))
     assert left - run.fired()[0]["time"] < 5
@@ -147,8 +147,10 @@ def test_rows_5_8_killed_at_every_point_of_a_save_and_saves_that_cannot_be_writt
         and "File too large" in done.said
         and "Read-only file system" in done.said
     )
-    assert "older ones are intact" in done.said and done.said.count("starting again") == 4
-    assert "is bad" not in done.said, "nothing that a kill left behind was taken for a checkpoint"
+    assert "earlier checkpoints are intact" in done.said and done.said.count("starting again") == 4
+    assert "is damaged" not in done.said, (
+        "nothing that a kill left behind was taken for a checkpoint"
+    )
     assert all(f["advanced"] for f in faults(done)), (
         "never zero valid ones: every start got further"
     )
@@ -182,7 +184,7 @@ def test_rows_6_9_11_signals_at_the_start_in_a_step_and_after_the_end_and_a_flip
     done = run(faults=[{"kind": "signal", "rank": 0, "at": "done"}])
     same(done, whole)
     assert (
-        f"{saved[-1].name} is bad" in done.said
+        f"{saved[-1].name} is damaged" in done.said
         and f"{saved[-2].name}" not in done.said
         and not (run.folder / "STOPPED").exists()
     )

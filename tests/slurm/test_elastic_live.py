@@ -37,7 +37,7 @@ def test_four_nodes_then_two_then_three_are_one_run_and_bad_checkpoints_cost_the
         assert [
             line
             for line in said.splitlines()
-            if f"{path} is bad" in line and why in line and f"bad-{path.name}" in line
+            if f"{path} is damaged" in line and why in line and f"bad-{path.name}" in line
         ], said
     expected, trained = losses(local(tmp_path / "one", *EXACT, processes=1)), rows(job.run_dir)
     assert len(trained) == 20 + 1 + 2 and {row["step"] for row in trained} == set(expected), (

@@ -182,8 +182,8 @@ class Faults:
         from dist_scan.engine import checkpoint
 
         call_before(checkpoint.CheckpointStore, "_prepare", lambda *_: self._read_only())
-        call_before(checkpoint, "_save_file", lambda *_: self.check("data"))
-        wrap(checkpoint, "_save_file", self._full_disk)
+        call_before(checkpoint, "save_file", lambda *_: self.check("data"))
+        wrap(checkpoint, "save_file", self._full_disk)
         wrap(checkpoint, "write_json", self._manifest)
         # Called when the new checkpoint has its name and the oldest is not removed yet.
         call_before(checkpoint, "fsync_dir", lambda *_: self.check("prune"))
