@@ -4,7 +4,7 @@ Settings that belong to one part (a method, a stage, an optimizer) are defined n
 the settings of a whole run and what all of them are made of.
 """
 
-from dist_scan.config.base import ConfigError, StrictModel
+from dist_scan.config.base import ConfigError, StrictModel, suggest
 from dist_scan.config.data import DataConfig, SplitConfig
 from dist_scan.config.errors import validate_settings
 from dist_scan.config.run import RunConfig
@@ -26,5 +26,6 @@ __all__ = [
     "override",
     "read_settings",
     "read_yaml",
+    "suggest",
     "validate_settings",
 ]

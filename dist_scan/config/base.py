@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -18,3 +21,9 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """The end of an error message: the closest of the allowed names, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), 1)
+    return f"; did you mean '{close[0]}'?" if close else ""

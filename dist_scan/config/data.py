@@ -16,12 +16,15 @@ class SplitConfig(StrictModel):
     """One set of images."""
 
     source: str = Field(min_length=1)
-    """An image folder, parquet file/folder/glob (image: {bytes, path}, optional label), tar shards, or sklearn:digits."""
+    """Where the images are: an image folder, tar shards, parquet or sklearn:digits.
+
+    Parquet is a file, a folder or a glob with a column image: {bytes, path} and optionally label.
+    """
     format: Literal["auto", "folder", "parquet", "tar", "digits"] = "auto"
     limit: int | None = Field(default=None, ge=1)
     """Use only so many images, evenly spaced over the source (a trial run)."""
     classes: str | None = None
-    """A text file whose lines begin with class folder names: only these, in this order (ImageNet subsets)."""
+    """A text file of class folders, one a line: only these, in this order (ImageNet subsets)."""
 
 
 class DataConfig(StrictModel):
@@ -32,12 +35,16 @@ class DataConfig(StrictModel):
     size: int = Field(default=224, ge=8)
     """Side in pixels of the network's input."""
     stored: Literal["raw", "jpeg", "original"] = "jpeg"
-    """raw: pixels; jpeg: re-encoded at `resolution`; original: RGB JPEG files are stored as they are."""
+    """raw: pixels; jpeg: re-encoded at `resolution`; original: RGB JPEG files stay as they are."""
     resolution: int = Field(default=256, ge=8)
-    """Shorter side in pixels of the stored images (bilinear; smaller images are enlarged, as Resize does)."""
+    """Shorter side in pixels of the stored images.
+
+    Bilinear; smaller images are enlarged, as torchvision's Resize does.
+    """
     max_side: int = Field(default=1024, ge=8)
     """Largest longer side in pixels of the stored images."""
     quality: int = Field(default=90, ge=1, le=100)
+    """JPEG quality of re-encoded images."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     max_bad_share: float = Field(default=0.01, ge=0, le=1)

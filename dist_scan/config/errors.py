@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dist_scan.config.base import ConfigError
-from dist_scan.config.kinds import suggest
+from dist_scan.config.base import ConfigError, suggest
 
 Model = TypeVar("Model", bound=BaseModel)
+UNKNOWN_KIND = ("union_tag_invalid", "union_tag_not_found")
+NAMES_VALUE = ("value_error", "missing", "extra_forbidden", *UNKNOWN_KIND)
+"""Types of errors whose message has the value in it: value_error is raised by our validators."""
 
 
 def validate_settings(model: type[Model], tree: Any, name: str = "config") -> Model:
@@ -24,10 +26,9 @@ def validate_settings(model: type[Model], tree: Any, name: str = "config") -> Mo
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        count = error.error_count()
-        lines = [f"{name}: {count} error{'s' if count > 1 else ''}"]
-        lines += [f"  {explain(details, tree, model)}" for details in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        lines = [f"  {line}" for line in _explain(error, tree, model)]
+        count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
+        raise ConfigError("\n".join([f"{name}: {count}", *lines])) from None
 
 
 def _lists_to_tuples(value: Any) -> Any:
@@ -39,44 +40,52 @@ def _lists_to_tuples(value: Any) -> Any:
     return value
 
 
-def explain(error: ErrorDetails, tree: Any, model: type[BaseModel]) -> str:
-    """One line for one error of pydantic: path, value, what is allowed, remedy.
+def _explain(error: ValidationError, tree: Any, model: type[BaseModel]) -> list[str]:
+    """One line for each invalid setting: path, value, what is allowed, remedy."""
+    found: dict[str, tuple[str, str]] = {}
+    for details in error.errors():
+        path = _user_path(details["loc"], tree)
+        message = _message(details, model)
+        value = "" if details["type"] in NAMES_VALUE else f" (value {details['input']!r})"
+        if path in found:  # a union of types: there is an error for each of them
+            message = f"{found[path][0]} or {message.removeprefix('Input should be ')}"
+        found[path] = message, value
+    return [
+        f"{path}{': ' if path else ''}{message}{value}" for path, (message, value) in found.items()
+    ]
 
-    The message of a validator of ours (type value_error) already holds the value.
-    """
-    path, value = _user_path(error["loc"], tree), error["input"]
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        siblings = [
-            name for block in _blocks(error["loc"][:-1], model) for name in block["properties"]
-        ]
-        hint = suggest(str(error["loc"][-1]), siblings) or "; remove it"
-        return f"{path}: unknown setting (value {value!r}); allowed: {', '.join(siblings)}{hint}"
-    if kind == "missing":
-        return f"{path}: missing; it must be given"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = error["ctx"].get("tag")
-        kinds = [block["properties"]["kind"]["const"] for block in _blocks(error["loc"], model)]
-        problem = "missing" if tag is None else f"'{tag}' is unknown"
-        return f"{path}.kind: {problem}; allowed: {', '.join(kinds)}{suggest(str(tag), kinds)}"
-    if kind == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}: {message} (value {value!r})"
+
+def _message(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """What is wrong, what is allowed, and the remedy."""
+    if error["type"] == "extra_forbidden":
+        blocks = _blocks(error["loc"][:-1], model)
+        allowed = [name for block in blocks for name in block["properties"]]
+        hint = suggest(str(error["loc"][-1]), allowed) or "; remove it"
+        return f"unknown setting (value {error['input']!r}); allowed: {', '.join(allowed)}{hint}"
+    if error["type"] in UNKNOWN_KIND:
+        kind = error["ctx"].get("tag")
+        allowed = [block["properties"]["kind"]["const"] for block in _blocks(error["loc"], model)]
+        if kind is None:
+            return f"kind is missing; allowed: {', '.join(allowed)}"
+        return f"unknown kind '{kind}'; allowed: {', '.join(allowed)}{suggest(kind, allowed)}"
+    if error["type"] == "missing":
+        return "missing; it must be given"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _user_path(loc: tuple[int | str, ...], tree: Any) -> str:
-    """The path as the user wrote it: pydantic's, without the kinds that it inserts after a union."""
+    """The path as the user wrote it: pydantic also lists the kind chosen from a union."""
     parts = []
     for part in loc:
-        if isinstance(tree, dict) and part not in tree and part == tree.get("kind"):
-            continue
-        parts.append(str(part))
         if isinstance(tree, dict):
+            if part not in tree and part == tree.get("kind"):
+                continue
             tree = tree.get(part)
-        elif isinstance(tree, tuple) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        else:
-            tree = None
+        elif isinstance(tree, tuple) and isinstance(part, int):
+            tree = tree[part] if part < len(tree) else None
+        else:  # a value: what follows names a type that was tried
+            break
+        parts.append(str(part))
     return ".".join(parts)
 
 

@@ -1,8 +1,7 @@
-"""From `kind: moco` to the class in methods/moco.py: kinds are found by file name, nothing is registered."""
+"""Classes found by file name: `kind: moco` is the class in methods/moco.py, no list to edit."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Union
 from pydantic import Discriminator, GetCoreSchemaHandler, Tag
 from pydantic_core import CoreSchema
 
-from dist_scan.config.base import ConfigError, StrictModel
+from dist_scan.config.base import ConfigError, StrictModel, suggest
 
 
 class KindConfig(StrictModel):
@@ -22,7 +21,7 @@ class KindConfig(StrictModel):
 
 
 class Kind:
-    """Base of the classes that `kind:` selects: one class with a Config in each file of a package."""
+    """Base of the classes that `kind:` selects; each file of a package has one with a Config."""
 
     Config: ClassVar[type[KindConfig]]
 
@@ -91,9 +90,3 @@ def _kind_of(value: object) -> str | None:
     if isinstance(value, dict):
         return value.get("kind")
     return value.kind if isinstance(value, KindConfig) else None
-
-
-def suggest(name: str, allowed: list[str]) -> str:
-    """'; did you mean X?' for the closest of the allowed names, or ''."""
-    close = difflib.get_close_matches(name, allowed, 1)
-    return f"; did you mean '{close[0]}'?" if close else ""

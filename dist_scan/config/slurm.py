@@ -89,11 +89,14 @@ class SlurmConfig(StrictModel):
     mail_type: str | None = None
     """As sbatch reads it: END,FAIL,REQUEUE."""
     notice_s: int = Field(default=120, ge=1)
-    """Seconds before the time limit (or a preemption) at which the run is signalled to save and exit."""
+    """Seconds before the time limit or a preemption at which the run is told to save and exit."""
     setup: tuple[str, ...] = ()
     """Shell lines before the run, on the first node: module load ..., source ..."""
     python: str | None = None
-    """Python on the nodes (default: the one that submits; inside a container its own, often just python)."""
+    """Python interpreter on the nodes (default: the one that submits).
+
+    Inside a container its own, often just python.
+    """
     container: str | None = None
     """An image for srun --container-image (pyxis)."""
     container_mounts: str | None = None
@@ -150,16 +153,10 @@ def _check_option_name(option: str) -> None:
             f"'{option}' is not a long option; write it as on the command line "
             "without the leading dashes, like cpu-bind"
         )
-    # Slurm accepts every prefix of an option's name; the option itself comes first.
-    own = next(
-        (
-            name
-            for name in (option, *OWN_OPTIONS)
-            if name in OWN_OPTIONS and name.startswith(option)
-        ),
-        None,
-    )
-    if own is not None:
+    # Slurm accepts every prefix of an option's name.
+    matching = [name for name in OWN_OPTIONS if name.startswith(option)]
+    if matching:
+        own = option if option in matching else matching[0]
         prefix = "" if own == option else f" (Slurm reads it as {own})"
         raise ValueError(
             f"'{option}'{prefix} is set by the launcher and cannot be changed ({OWN_OPTIONS[own]})"
@@ -168,13 +165,7 @@ def _check_option_name(option: str) -> None:
 
 def limit_in_seconds(time: str) -> int:
     """Seconds of sbatch's --time: minutes, M:SS, H:MM:SS, D-HH[:MM[:SS]]; 0 means no limit."""
-    days, dash, clock = time.rpartition("-")
+    days, _, clock = time.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    if dash:
-        hours, minutes, seconds = (parts + [0, 0])[:3]
-        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
-    if len(parts) < 3:
-        minutes, seconds = (parts + [0])[:2]
-        return minutes * 60 + seconds
-    hours, minutes, seconds = parts
-    return (hours * 60 + minutes) * 60 + seconds
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units))

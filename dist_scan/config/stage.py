@@ -1,16 +1,18 @@
-"""Base of the settings of a stage: its inputs, what it publishes, and its checks before any work."""
+"""Base of the settings of a stage: its inputs, what it publishes, its checks before any work."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from dist_scan.config.data import DataConfig, Split
 from dist_scan.config.kinds import KindConfig
 
-REF, IMAGES = "the name of an earlier stage", "train or val of `data:`"
+# Metadata of the two types by which a field refers to another stage.
+REF = "the name of an earlier stage"
+IMAGES = "train or val of `data:`"
 Ref = Annotated[str, REF]
-Images = Annotated[Literal["train", "val"], IMAGES]
+Images = Annotated[Split, IMAGES]
 BETON = "beton_"  # prefix of the stages that the pipeline adds, one for each split of `data:`
 REQUIRED_ARTIFACT = {
     "features": "features",
@@ -38,15 +40,20 @@ class StageConfig(KindConfig):
         found = {}
         for role, field in type(self).model_fields.items():
             value = getattr(self, role)
-            marks = [*field.metadata, *_metadata(field.annotation)]
-            if value is not None and REF in marks:
+            if value is None:
+                continue
+            metadata = [*field.metadata, *_metadata(field.annotation)]
+            if REF in metadata:
                 found[role] = value
-            elif value is not None and IMAGES in marks:
+            elif IMAGES in metadata:
                 found[role] = beton_stage(value)
         return found
 
     def publishes(self) -> tuple[str, ...]:
-        """Artifact types in this stage's folder: features, neighbours, backbone, model, clusters, evaluation."""
+        """Types of the artifacts in this stage's folder.
+
+        Any of: features, neighbours, backbone, model, clusters, evaluation.
+        """
         return ()
 
     def check_inputs(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
@@ -55,7 +62,8 @@ class StageConfig(KindConfig):
         earlier: stages before this one by name; None for those that the pipeline adds for `data:`.
         """
         for role, target in self.inputs().items():
-            required, stage = REQUIRED_ARTIFACT.get(role.split(".")[0]), earlier[target]
+            required = REQUIRED_ARTIFACT.get(role.split(".")[0])
+            stage = earlier[target]
             published = ("images",) if stage is None else stage.publishes()
             if required is None or required in published:
                 continue
@@ -67,7 +75,8 @@ class StageConfig(KindConfig):
             ]
             allowed = ", ".join(fitting) or f"none; put a stage that publishes {required} before it"
             raise ValueError(
-                f"stages.{name}.{role}: '{target}'{kind} publishes no {required}; allowed: {allowed}"
+                f"stages.{name}.{role}: '{target}'{kind} publishes no {required}; "
+                f"allowed: {allowed}"
             )
 
     def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
@@ -80,7 +89,7 @@ class StageConfig(KindConfig):
         """Raise ValueError if this stage cannot run on world_size ranks."""
 
     def warnings(self, data: DataConfig) -> list[str]:
-        """What these settings allow but seldom want of such images."""
+        """Warnings about settings that are allowed but seldom wanted for such images."""
         return []
 
     def images_split(self, stages: Mapping[str, StageConfig | None]) -> str | None:

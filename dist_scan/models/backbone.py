@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from pydantic import Field, field_validator
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dist_scan.config import StrictModel
+from dist_scan.config import StrictModel, suggest
 from dist_scan.models.deepcluster_networks import alexnet_bn, vgg16_deep
 from dist_scan.models.import_weights import CheckpointKind, load_into
 from dist_scan.models.layers import Projector, Sobel
@@ -55,10 +54,10 @@ class BackboneConfig(StrictModel):
         import timm
 
         if not timm.is_model(name):
-            close = difflib.get_close_matches(name, [*RESNETS, *OWN, *timm.list_models()], 1)
+            known = [*RESNETS, *OWN, *timm.list_models()]
             raise ValueError(
-                f"no such backbone; allowed: {', '.join([*OWN, *RESNETS])}, or a timm name"
-                f"{f'; did you mean {close[0]}?' if close else ''}"
+                f"unknown backbone '{name}'; allowed: {', '.join([*OWN, *RESNETS])}, "
+                f"or a timm name{suggest(name, known)}"
             )
         return name
 

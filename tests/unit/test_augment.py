@@ -271,7 +271,7 @@ def test_a_name_is_enough() -> None:
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"name": "simclrr"}, ["did you mean simclr", "moco_v2"]),
+        ({"name": "simclrr"}, ["did you mean 'simclr'", "moco_v2"]),
         ({"name": "simclr", "colour": "fast"}, ["exact", "fused"]),
         ({"name": "simclr", "scale": (0.9, 0.2)}, ["0 < low <= high"]),
         ({"name": "simclr", "cutout": 8}, ["simclr", "cutout"]),

@@ -118,7 +118,7 @@ def test_saved_and_loaded_is_the_same_network(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_answered_with_a_near_one() -> None:
-    with pytest.raises(ValueError, match="did you mean resnet50"):
+    with pytest.raises(ValueError, match="did you mean 'resnet50'"):
         BackboneConfig(name="resnet-50")
 
 
@@ -291,7 +291,7 @@ def test_the_given_stage_publishes_a_scan_file_as_pretext_and_as_model(tmp_path:
     assert said == ["scan: head 1 of 3, 7 clusters"]
     config = GivenConfig(backbone=BackboneConfig(name="resnet18", stem="cifar"), cluster_head=1)
     with pytest.raises(ValueError, match="no backbone.checkpoint to take it from"):
-        config.check("scan", None, {})
+        config.check("scan", {})
 
 
 @pytest.mark.parametrize(

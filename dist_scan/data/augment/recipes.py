@@ -5,7 +5,6 @@ FIDELITY.md 1.3 (SCAN's standard, simclr, ours = randaugment), 2.3 (MMDC), 3 (De
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from dist_scan.config import DataConfig, StrictModel
+from dist_scan.config import DataConfig, StrictModel, suggest
 from dist_scan.data.augment import colour, warp
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.augment.randaugment import randaugment
@@ -119,9 +118,8 @@ class RecipeConfig(StrictModel):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in RECIPES:
-            close = difflib.get_close_matches(name, RECIPES, 1)
             raise ValueError(
-                f"no such recipe; allowed: {', '.join(RECIPES)}{f'; did you mean {close[0]}?' if close else ''}"
+                f"unknown recipe '{name}'; allowed: {', '.join(RECIPES)}{suggest(name, RECIPES)}"
             )
         return name
 
