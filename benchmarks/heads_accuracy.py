@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.rows import emit
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.feed import EpochPlan, FeatureFeed, held_out_features
+from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.optimizer import OptimizerConfig, build_optimizer
 from dist_scan.engine.precision import seed_step, set_determinism
@@ -54,7 +54,13 @@ def train(
     )
     feed = FeatureFeed(
         table,
-        EpochPlan(np.arange(table.num_rows), args.batch, seed, current(), None, neighbours),
+        EpochPlan(
+            np.arange(table.num_rows),
+            args.batch,
+            seed,
+            current(),
+            neighbours=NeighbourSampler(neighbours),
+        ),
         current().device,
     )
     mean, std = table.mean_and_std()

@@ -1,4 +1,4 @@
-"""What a feed hands to a method: this rank's part of one step, and rows kept aside for choosing."""
+"""What a feed passes to a method: one rank's part of a step, and rows held out for selection."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from torch import Tensor
 class Batch:
     """This rank's part of one step.
 
-    index: [b] int64, dataset rows (CPU). views: per view [b, 3, S, S] float images, or [b, D] features when the stage
-    reads a feature table. With `uses_neighbours` the last view is that of a random neighbour of each row. Rank r holds rows
-    [r*b, (r+1)*b) of the global batch, so `all_rows` gives the global batch in the order one rank would see.
+    Rank r has rows [r * b, (r + 1) * b) of the global batch, so that `all_rows` of a tensor gives
+    the global batch in the order in which one rank would see it.
     """
 
     index: Tensor
+    """[b] int64 dataset rows, on the CPU."""
     views: tuple[Tensor, ...]
+    """One tensor per view: float32 images [b, 3, S, S], or features [b, D] of a feature table.
+
+    For a method that asks for neighbours, the last view is that of a random neighbour of each row.
+    """
     epoch: int
     step: int
     """Optimizer steps since the stage began."""
@@ -27,10 +31,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows kept from training, for choosing (SCAN's heads). `batches()` yields this rank's contiguous shard of M rows, as
-    Batches with one view (centre crop or features); gather_rows over ranks gives all M in order. `neighbours` [A, K] int64
-    are positions among the M rows; rows 0..A-1 are the anchors. Only anchors are held out; their neighbours may be seen.
+    """M rows that are not trained on, for model selection (for example of SCAN's heads).
+
+    Only the A anchors are held out; their neighbours may be part of the training set.
     """
 
     batches: Callable[[], Iterator[Batch]]
+    """Yields this rank's contiguous shard of the M rows, as Batches with one view (centre crop or
+    features); `gather_rows` over ranks gives all M in order."""
     neighbours: np.ndarray
+    """[A, K] int64 positions among the M rows. Rows 0..A-1 are the anchors."""

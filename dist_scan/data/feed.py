@@ -1,13 +1,13 @@
-"""From rows to Batches: the two places a method's views come from, decoded images and cached features.
+"""Feeds turn dataset rows into Batches of images (ImageFeed) or cached features (FeatureFeed).
 
-A feed's `batches(epoch, first_step)` is this rank's part of every step from `first_step` of the epoch on, as a pure
-function of (seed, epoch, step): the same for any number of ranks, workers or threads. `views` are numbers of recipes (of the
-anchor's and the partner's row with features); view k of a batch draws as view k whichever recipe makes it. None: each once.
+`feed.batches(epoch, first_step)` yields this rank's part of every step, as a pure function of
+(seed, epoch, step): the same for any number of ranks or threads, and after a restart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -32,11 +32,11 @@ from dist_scan.world.world import World
 
 
 class Feed(Protocol):
-    """What the loop asks for."""
+    """Source of Batches for the training loop."""
 
     steps_per_epoch: int
     rows: np.ndarray
-    """The rows [n] to train on."""
+    """[n] dataset rows to train on."""
 
     def batches(
         self,
@@ -45,11 +45,43 @@ class Feed(Protocol):
         views: tuple[int, ...] | None = None,
         order: np.ndarray | None = None,
     ) -> Iterator[Batch]:
-        """views: the numbers of the recipes to decode; None: all. order: the rows of this epoch as the method wants them; None: each once, shuffled."""
+        """Batches of this rank, from `first_step` of the epoch on.
+
+        views: views of each Batch, as numbers of recipes (images), or 0 for the anchor's row and 1
+        for the neighbour's (features); None: all. Randomness depends on a view's position here, not
+        on its number.
+        order: dataset rows of this epoch in the order of training; None: `rows`, shuffled.
+        """
+
+
+@dataclass(frozen=True)
+class NeighbourSampler:
+    """Draws one of the nearest neighbours of each row, a new one every epoch."""
+
+    table: NeighbourTable
+    num_neighbours: int | None = None
+    """Number K of nearest neighbours to draw from; None: all of the table; 0: the row itself."""
+    self_as_candidate: bool = False
+    """Draw the row itself with probability 1 / (K + 1), as SCAN's released code does."""
+
+    def draw(self, index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """[n] the row that each row of `index` [n] is paired with in this epoch."""
+        count = self.num_neighbours
+        if count is None:
+            count = self.table.num_neighbours
+        if count == 0:
+            return index
+        column = neighbour_columns(index, seed, epoch, count, self.self_as_candidate)
+        ids = self.table.rows(index)[0]
+        neighbour = ids[np.arange(len(index)), np.maximum(column, 0)]
+        return np.where(column < 0, index, neighbour)
 
 
 class EpochPlan:
-    """Rows of an epoch, and each row's partner: shared by both feeds."""
+    """Rows of each step on this rank, and their neighbours.
+
+    Raises ValueError if the rows do not fill one global batch, or it does not divide over ranks.
+    """
 
     def __init__(
         self,
@@ -57,54 +89,48 @@ class EpochPlan:
         global_batch: int,
         seed: int,
         world: World,
-        steps: int | None = None,
-        neighbours: NeighbourTable | None = None,
-        num_neighbours: int | None = None,
-        self_as_candidate: bool = False,
+        steps_per_epoch: int | None = None,
+        neighbours: NeighbourSampler | None = None,
     ) -> None:
-        self.rows, self.global_batch, self.seed, self.world = rows, global_batch, seed, world
-        self.batch = batch_per_rank(global_batch, world.world_size)
-        full = len(rows) // global_batch
-        if full == 0:
+        self.rows = rows
+        self.global_batch = global_batch
+        self.seed = seed
+        self.world = world
+        self.neighbours = neighbours
+        batch_per_rank(global_batch, world.world_size)  # raises if it is not divisible
+        full_steps = len(rows) // global_batch
+        if full_steps == 0:
             raise ValueError(
-                f"global_batch: {global_batch} is larger than the {len(rows)} images to train on; "
+                f"global_batch: {global_batch} is larger than the number of images to train on; "
                 f"allowed: at most {len(rows)}. Lower it"
             )
-        self.steps_per_epoch = min(full, steps or full)
-        self.neighbours, self.self_as_candidate = neighbours, self_as_candidate
-        self.num_neighbours = (
-            num_neighbours
-            if num_neighbours is not None
-            else (neighbours.num_neighbours if neighbours else 0)
-        )
+        self.steps_per_epoch = min(full_steps, steps_per_epoch or full_steps)
 
-    def grid(self, epoch: int, first_step: int, order: np.ndarray | None = None) -> np.ndarray:
-        """[steps, b] rows of this rank, of `order` or of every row once, shuffled."""
-        order = epoch_order(self.rows, self.seed, epoch) if order is None else order
+    def batch_rows(
+        self, epoch: int, first_step: int, order: np.ndarray | None = None
+    ) -> np.ndarray:
+        """[steps, b] rows of this rank: of `order`, or of all training rows, shuffled."""
+        if order is None:
+            order = epoch_order(self.rows, self.seed, epoch)
         if len(order) < self.steps_per_epoch * self.global_batch:
             raise ValueError(
-                f"an epoch of {len(order)} rows has fewer than {self.steps_per_epoch} steps of {self.global_batch}; epoch_rows must return all it needs"
+                f"an epoch of {len(order)} rows is shorter than {self.steps_per_epoch} steps of "
+                f"{self.global_batch}; the method's epoch_rows must return all rows of the epoch"
             )
         plan = rank_plan(
             order, self.global_batch, self.world.rank, self.world.world_size, first_step
         )
         return plan[: self.steps_per_epoch - first_step]
 
-    def partners(self, index: np.ndarray, epoch: int) -> np.ndarray:
-        """The row each row is paired with this epoch."""
+    def neighbours_of(self, index: np.ndarray, epoch: int) -> np.ndarray:
+        """[n] the row that each row of `index` [n] is paired with; itself without neighbours."""
         if self.neighbours is None:
             return index
-        column = neighbour_columns(
-            index, self.seed, epoch, self.num_neighbours, self.self_as_candidate
-        )
-        if self.num_neighbours == 0:
-            return index
-        ids = self.neighbours.rows(index)[0]
-        return np.where(column < 0, index, ids[np.arange(len(index)), np.maximum(column, 0)])
+        return self.neighbours.draw(index, self.seed, epoch)
 
 
 class ImageFeed:
-    """Views decoded from a .beton, coloured on the device by their recipes."""
+    """Views are decoded from a .beton on the CPU and augmented by their recipes on the device."""
 
     def __init__(
         self,
@@ -113,9 +139,13 @@ class ImageFeed:
         plan: EpochPlan,
         device: torch.device,
     ) -> None:
-        self.loader, self.recipes, self.plan, self.device = loader, recipes, plan, device
-        self.paired = plan.neighbours is not None
-        self.steps_per_epoch, self.rows = plan.steps_per_epoch, plan.rows
+        self.loader = loader
+        self.recipes = recipes
+        self.plan = plan
+        self.device = device
+        self.has_neighbours = plan.neighbours is not None
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.rows = plan.rows
 
     def batches(
         self,
@@ -124,68 +154,69 @@ class ImageFeed:
         views: tuple[int, ...] | None = None,
         order: np.ndarray | None = None,
     ) -> Iterator[Batch]:
-        """See Feed. With neighbours the last view is the partner's."""
-        recipes = self.recipes if views is None else tuple(self.recipes[v] for v in views)
-        grid = self.plan.grid(epoch, first_step, order)
-        partners = (
-            np.stack([self.plan.partners(rows, epoch) for rows in grid]) if self.paired else None
-        )
-        rows = np.concatenate([grid, partners], axis=1) if self.paired else grid
+        """See Feed. With neighbours, the last view is the neighbour's."""
+        recipes = self.recipes
+        if views is not None:
+            recipes = tuple(self.recipes[v] for v in views)
+        anchors = self.plan.batch_rows(epoch, first_step, order)
+        to_decode = anchors
+        if self.has_neighbours:
+            neighbours = np.stack([self.plan.neighbours_of(rows, epoch) for rows in anchors])
+            to_decode = np.concatenate([anchors, neighbours], axis=1)
         step = epoch * self.steps_per_epoch + first_step
-        for i, (index, cut) in enumerate(self.loader.batches(rows.reshape(-1), epoch, views)):
+        decoded = self.loader.batches(to_decode.reshape(-1), epoch, views)
+        for i, (rows, crops) in enumerate(decoded):
             yield Batch(
-                torch.from_numpy(grid[i].astype(np.int64)),
-                self._colour(index, cut, recipes, epoch, grid.shape[1]),
+                torch.from_numpy(anchors[i].astype(np.int64)),
+                self._augment(rows, crops, recipes, epoch, anchors.shape[1]),
                 epoch,
                 step + i,
             )
 
-    def _colour(
+    def _augment(
         self,
-        index: np.ndarray,
-        cut: tuple[Tensor, ...],
+        rows: np.ndarray,
+        crops: tuple[Tensor, ...],
         recipes: tuple[Recipe, ...],
         epoch: int,
-        b: int,
+        num_anchors: int,
     ) -> tuple[Tensor, ...]:
-        out, last = [], len(recipes) - 1
-        for v, (recipe, images) in enumerate(zip(recipes, cut)):
-            if self.paired:  # the loader gave anchors then partners; each view needs one of the two
-                half = slice(b, None) if v == last else slice(0, b)
-                images, rows = images[half], index[half]
-            else:
-                rows = index
+        """Views of one step on the device.
+
+        With neighbours, the loader has decoded every view of the anchors, then of the neighbours.
+        The last view takes the neighbours' images, all others take the anchors'.
+        """
+        views = []
+        for v, (recipe, images) in enumerate(zip(recipes, crops)):
+            index = rows
+            if self.has_neighbours:
+                is_last = v == len(recipes) - 1
+                half = slice(num_anchors, None) if is_last else slice(num_anchors)
+                images, index = images[half], rows[half]
             with section("copy"):
                 images = images.to(self.device, non_blocking=True)
             with section("augmentation"):
-                out.append(recipe(images, rows, seed=self.plan.seed, epoch=epoch, view=v))
-        return tuple(out)
+                views.append(recipe(images, index, seed=self.plan.seed, epoch=epoch, view=v))
+        return tuple(views)
 
 
 class FeatureFeed:
-    """Views are random cached views of rows of a feature table: anchor, and partner when there are neighbours."""
+    """Views are random cached views from a feature table: of each row, and of its neighbour.
+
+    Without neighbours the second view is another random view of the same row.
+    """
 
     def __init__(
         self,
         table: FeatureTable,
         plan: EpochPlan,
         device: torch.device,
-        place: Placement = "mapped",
+        placement: Placement = "mapped",
     ) -> None:
-        self.bank, self.plan = FeatureCache(table, place, device), plan
-        self.steps_per_epoch, self.rows = plan.steps_per_epoch, plan.rows
-
-    def _rows(
-        self, indices: list[np.ndarray], epoch: int, slots: tuple[int, ...]
-    ) -> tuple[Tensor, ...]:
-        """A view per slot: parts of one tensor, so that a product over all of them needs no copy (heads.products.as_one_tensor)."""
-        views = [
-            cached_views(index, self.plan.seed, epoch, slot, self.bank.table.num_views)
-            for index, slot in zip(indices, slots)
-        ]
-        rows = self.bank.read(np.concatenate(indices), np.concatenate(views))
-        with section("copy"):
-            return rows.to(self.bank.device, non_blocking=True).float().chunk(len(slots))
+        self.cache = FeatureCache(table, placement, device)
+        self.plan = plan
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.rows = plan.rows
 
     def batches(
         self,
@@ -195,30 +226,50 @@ class FeatureFeed:
         order: np.ndarray | None = None,
     ) -> Iterator[Batch]:
         """See Feed."""
+        slots = views or (0, 1)
         step = epoch * self.steps_per_epoch + first_step
-        for i, index in enumerate(self.plan.grid(epoch, first_step, order)):
-            pair, slots = (index, self.plan.partners(index, epoch)), views or (0, 1)
+        for i, index in enumerate(self.plan.batch_rows(epoch, first_step, order)):
+            pair = (index, self.plan.neighbours_of(index, epoch))
             yield Batch(
                 torch.from_numpy(index.astype(np.int64)),
-                self._rows([pair[v] for v in slots], epoch, slots),
+                self._read([pair[slot] for slot in slots], epoch, slots),
                 epoch,
                 step + i,
             )
+
+    def _read(
+        self, indices: list[np.ndarray], epoch: int, slots: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        """One view [b, D] per slot.
+
+        They are chunks of one tensor, so that a matrix product over all of them needs no copy.
+        """
+        num_views = self.cache.table.num_views
+        views = [
+            cached_views(index, self.plan.seed, epoch, slot, num_views)
+            for index, slot in zip(indices, slots)
+        ]
+        rows = self.cache.read(np.concatenate(indices), np.concatenate(views))
+        with section("copy"):
+            return rows.to(self.cache.device, non_blocking=True).float().chunk(len(slots))
 
 
 def eval_batches(
     loader: BetonLoader, recipe: Recipe, rows: np.ndarray, device: torch.device, *, seed: int = 0
 ) -> Iterator[Batch]:
-    """One view (usually the centre crop) of exactly these rows, in order, nothing padded or dropped."""
+    """One view (usually the centre crop) of each of these rows, in order; no padding."""
     for index, views in loader.batches(rows, 0):
         images = recipe(views[0].to(device, non_blocking=True), index, seed=seed, epoch=0, view=0)
         yield Batch(torch.from_numpy(np.asarray(index).astype(np.int64)), (images,), 0, 0)
 
 
 def held_out_rows(anchors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [M]: the anchors, then every neighbour that is no anchor; positions [A, K] of the neighbours in them)."""
-    rest = np.setdiff1d(ids, anchors)
-    rows = np.concatenate([anchors, rest])
+    """(rows [M], positions [A, K] of the neighbours `ids` [A, K] in them).
+
+    The rows are the anchors [A], then every neighbour that is not an anchor.
+    """
+    others = np.setdiff1d(ids, anchors)
+    rows = np.concatenate([anchors, others])
     order = np.argsort(rows)
     return rows, order[np.searchsorted(rows, ids, sorter=order)]
 
@@ -226,15 +277,15 @@ def held_out_rows(anchors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.
 def held_out_features(
     table: FeatureTable, anchors: np.ndarray, ids: np.ndarray, world: World, chunk: int = 8192
 ) -> HeldOut:
-    """Held-out rows from cached features (view 0)."""
+    """Held-out rows from cached features (view 0), `chunk` rows per Batch."""
     rows, positions = held_out_rows(anchors, ids)
-    mine = np.array_split(rows, world.world_size)[world.rank]
+    local_rows = np.array_split(rows, world.world_size)[world.rank]
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, len(mine), chunk):
-            index = mine[start : start + chunk]
-            views = torch.from_numpy(table.rows(index, 0)).to(world.device).float()
-            yield Batch(torch.from_numpy(index.astype(np.int64)), (views,), 0, 0)
+        for start in range(0, len(local_rows), chunk):
+            index = local_rows[start : start + chunk]
+            features = torch.from_numpy(table.rows(index, 0)).to(world.device).float()
+            yield Batch(torch.from_numpy(index.astype(np.int64)), (features,), 0, 0)
 
     return HeldOut(batches, positions)
 
@@ -244,5 +295,5 @@ def held_out_images(
 ) -> HeldOut:
     """Held-out rows decoded as centre crops."""
     rows, positions = held_out_rows(anchors, ids)
-    mine = np.array_split(rows, world.world_size)[world.rank]
-    return HeldOut(lambda: eval_batches(loader, recipe, mine, world.device), positions)
+    local_rows = np.array_split(rows, world.world_size)[world.rank]
+    return HeldOut(lambda: eval_batches(loader, recipe, local_rows, world.device), positions)

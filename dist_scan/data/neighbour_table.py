@@ -1,9 +1,10 @@
-"""Nearest neighbours of images on disk."""
+"""Nearest neighbours of every image on disk."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -12,59 +13,55 @@ from dist_scan.storage.atomic import write_atomic
 
 
 class NeighbourTable(ShardedTable):
-    """K nearest others of each image: ids [N, K] int64 and scores [N, K] float64, by (score descending, id ascending)."""
+    """K nearest other images of each image: ids [N, K] int64 and scores [N, K] float64.
 
-    parts, kind, types = ("ids", "scores"), "neighbours", {"ids": "int64", "scores": "float64"}
+    A row is sorted by (score descending, id ascending).
+    """
+
+    kind = "neighbours"
+    dtypes = {"ids": "int64", "scores": "float64"}
     counts = ("num_rows", "num_shards", "num_neighbours")
+
+    def __init__(self, path: str | Path, metadata: dict[str, Any]) -> None:
+        super().__init__(path, metadata)
+        self.num_neighbours = int(metadata["num_neighbours"])
 
     def _row_shape(self) -> tuple[int, ...]:
         return (self.num_neighbours,)
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        super().__init__(path, facts)
-        self.num_neighbours = int(facts["num_neighbours"])
-
     @classmethod
     def create(
-        cls, path: Path, num_rows: int, num_neighbours: int, num_shards: int, **how: Any
+        cls, path: str | Path, num_rows: int, num_neighbours: int, num_shards: int, **origin: Any
     ) -> NeighbourTable:
-        """An empty table in a folder; `how` it is mined is kept with it."""
-        return cls._create(
-            path,
-            {
-                "num_rows": num_rows,
-                "num_neighbours": num_neighbours,
-                "num_shards": num_shards,
-                **how,
-            },
-        )
+        """An empty table in a folder; `origin` (how it is mined) is recorded in its metadata."""
+        counts = dict(num_rows=num_rows, num_neighbours=num_neighbours, num_shards=num_shards)
+        return cls._create(path, counts | origin)
 
     def write_shard(self, shard: int, ids: np.ndarray, scores: np.ndarray) -> None:
         """ids and scores [n, K]."""
-        self._write(shard, ids=ids.astype(np.int64), scores=scores.astype(np.float64))
+        self._write(shard, ids=ids, scores=scores)
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, scores) [n, K]."""
+        """(ids, scores) [n, K] of the rows `index` [n]."""
         ids = np.empty((len(index), self.num_neighbours), np.int64)
         scores = np.empty((len(index), self.num_neighbours), np.float64)
-        for at, (i, s) in self._gather(
-            index, lambda arrays, inner, mask: (arrays[0][inner], arrays[1][inner])
-        ):
-            ids[at], scores[at] = i, s
+        for positions, shard, inner in self._locate(index):
+            shard_ids, shard_scores = self.shard_arrays(shard)
+            ids[positions] = shard_ids[inner]
+            scores[positions] = shard_scores[inner]
         return ids, scores
 
     def merge(self) -> None:
-        """Write all rows into ids.npy [N, K] and scores.npy [N, K] beside the shards, a shard at a time."""
-        for place, part in enumerate(self.parts):
+        """Write all rows to ids.npy [N, K] and scores.npy [N, K] in the folder, shard by shard."""
+        for place, name in enumerate(self.dtypes):
+            write_atomic(self.path / f"{name}.npy", partial(self._write_merged, place, name))
 
-            def write(file, place=place, part=part) -> None:
-                facts = {
-                    "descr": np.lib.format.dtype_to_descr(np.dtype(self.types[part])),
-                    "fortran_order": False,
-                    "shape": (self.num_rows, self.num_neighbours),
-                }
-                np.lib.format.write_array_header_1_0(file, facts)
-                for s in range(self.num_shards):
-                    file.write(np.ascontiguousarray(self._shards(s)[place]))
-
-            write_atomic(self.path / f"{part}.npy", write)
+    def _write_merged(self, place: int, name: str, file: BinaryIO) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(self.dtypes[name])),
+            "fortran_order": False,
+            "shape": (self.num_rows, self.num_neighbours),
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in range(self.num_shards):
+            file.write(np.ascontiguousarray(self.shard_arrays(shard)[place]).data)

@@ -1,38 +1,41 @@
-"""Tables with a row per image, in a fixed number of contiguous shards: the base of FeatureTable and NeighbourTable.
+"""Base of FeatureTable and NeighbourTable: arrays with a row per image, in contiguous shards.
 
-A shard is a .npy file that is renamed in whole; rows of shard s are [s*N//S, (s+1)*N//S). Reading is by memory map.
+A table is a folder with `table.json` (its metadata) and one .npy file per array and shard. Shard s
+of S has the rows [s * N // S, (s + 1) * N // S). A shard is written elsewhere and renamed, so that
+it is complete when it exists. Tables are read by memory map.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from dist_scan.data.order import check_rows
 from dist_scan.storage.atomic import write_atomic, write_json
+
+METADATA_FILE = "table.json"
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object of a file. Raises ValueError naming a file that holds none."""
+    """The JSON object in a file. Raises ValueError if there is none."""
+    remedy = "put it back, or remove its folder and make that again"
     try:
-        facts = json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); put it back, or remove its folder and make that again"
-        ) from None
-    if not isinstance(facts, dict):
-        raise ValueError(
-            f"{file} holds {type(facts).__name__} instead of an object; put it back, or remove its folder and make that again"
-        )
-    return facts
+        raise ValueError(f"{file} cannot be read ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} has a {type(value).__name__} instead of an object; {remedy}")
+    return value
 
 
 def load_npy(file: str | Path) -> np.ndarray:
-    """A .npy, memory-mapped. Raises ValueError for an archive of several (.npz)."""
+    """Array of a .npy file, memory-mapped. Raises ValueError for an archive of arrays (.npz)."""
     array = np.load(file, mmap_mode="r")
     if not isinstance(array, np.ndarray):
         raise ValueError(f"it is an archive of {array.files}: save one of them with numpy.save")
@@ -40,124 +43,127 @@ def load_npy(file: str | Path) -> np.ndarray:
 
 
 class ShardedTable(ABC):
-    """What both kinds share: a folder with table.json and shards of one or more arrays."""
+    """A folder of shards of one or more arrays with the same number of rows."""
 
-    parts: ClassVar[tuple[str, ...]]
     kind: ClassVar[str]
-    types: ClassVar[dict[str, str]]
+    """Recorded in table.json."""
+    dtypes: ClassVar[dict[str, str]]
+    """dtype of each array, by its name. The name begins the names of the shards' files."""
     counts: ClassVar[tuple[str, ...]]
+    """Fields of table.json that must be integers from 1 on."""
+
+    def __init__(self, path: str | Path, metadata: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.metadata = metadata
+        self.num_rows = int(metadata["num_rows"])
+        self.num_shards = int(metadata["num_shards"])
+        self.shard_arrays = cache(self._open_shard)
 
     @abstractmethod
-    def _row_shape(self) -> tuple[int, ...]: ...
-
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path, self.metadata = Path(path), facts
-        self.num_rows, self.num_shards = int(facts["num_rows"]), int(facts["num_shards"])
-        self._shards = cache(self._open_shard)
+    def _row_shape(self) -> tuple[int, ...]:
+        """Shape of one row, the same for all arrays."""
 
     @classmethod
-    def _create(cls, path: Path, facts: dict[str, Any]) -> Any:
-        if facts["num_rows"] < 1 or facts["num_shards"] < 1:
+    def _create(cls, path: str | Path, metadata: dict[str, Any]) -> Self:
+        """An empty table with this metadata in a folder; at most one shard per row."""
+        if metadata["num_rows"] < 1 or metadata["num_shards"] < 1:
             raise ValueError(
-                f"a table needs at least one row and one shard, got {facts['num_rows']} and {facts['num_shards']}"
+                f"a table needs at least one row and one shard, got {metadata['num_rows']} "
+                f"and {metadata['num_shards']}"
             )
-        facts["num_shards"] = min(facts["num_shards"], facts["num_rows"])
+        metadata["num_shards"] = min(metadata["num_shards"], metadata["num_rows"])
         Path(path).mkdir(parents=True, exist_ok=True)
-        write_json(Path(path) / "table.json", {"kind": cls.kind, **facts})
-        return cls(path, facts)
+        write_json(Path(path) / METADATA_FILE, {"kind": cls.kind, **metadata})
+        return cls(path, metadata)
 
     @classmethod
-    def open(cls, path: Path) -> Any:
-        """The table in a folder. Raises ValueError when there is none, or one of another kind."""
-        inside = (
-            [] if (Path(path) / "table.json").is_file() else list(Path(path).glob("*/table.json"))
-        )
-        path = (
-            inside[0].parent if len(inside) == 1 else path
-        )  # a stage's folder, whose one table lies under its fingerprint
-        file = Path(path) / "table.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{path} holds no {cls.kind} table (no table.json); give the folder of one, or a .npy"
-            )
-        facts = read_json_object(file)
-        if facts.get("kind") != cls.kind:
-            raise ValueError(f"{path} holds a table of {facts.get('kind')}, not of {cls.kind}")
-        wrong = {
-            name: facts.get(name)
-            for name in cls.counts
-            if type(facts.get(name)) is not int or facts[name] < 1
-        }
-        if wrong or facts["num_shards"] > facts["num_rows"]:
-            raise ValueError(
-                f"{file} is damaged: {wrong or {'num_shards': facts['num_shards'], 'num_rows': facts['num_rows']}}; "
-                "allowed: whole numbers from 1 on, no more shards than rows. Put the file back, or make the table again"
-            )
-        table = cls(path, facts)
+    def open(cls, path: str | Path) -> Self:
+        """The table in a folder, or in the only folder inside it that has one (a stage's folder).
+
+        Raises ValueError if there is none of this kind, or it is damaged.
+        """
+        path = Path(path)
+        if not (path / METADATA_FILE).is_file():
+            inside = list(path.glob(f"*/{METADATA_FILE}"))
+            if len(inside) != 1:
+                raise ValueError(
+                    f"{path} has no {cls.kind} table (no {METADATA_FILE}); "
+                    "give the folder of one, or a .npy"
+                )
+            path = inside[0].parent
+        table = cls(path, cls._read_metadata(path / METADATA_FILE))
+        # Check headers and sizes of the shards before anything is computed from them.
         for shard in set(range(table.num_shards)) - set(table.missing_shards()):
-            table._shards(shard)  # headers and sizes, before any work stands on them
+            table.shard_arrays(shard)
         return table
+
+    @classmethod
+    def _read_metadata(cls, file: Path) -> dict[str, Any]:
+        metadata = read_json_object(file)
+        if metadata.get("kind") != cls.kind:
+            raise ValueError(f"{file.parent} has a table of {metadata.get('kind')}, not {cls.kind}")
+        values = {name: metadata.get(name) for name in cls.counts}
+        invalid = {n: v for n, v in values.items() if type(v) is not int or v < 1}
+        if not invalid and metadata["num_shards"] > metadata["num_rows"]:
+            invalid = {name: metadata[name] for name in ("num_shards", "num_rows")}
+        if invalid:
+            raise ValueError(
+                f"{file} is damaged: {invalid}; allowed: integers from 1 on, at most one shard per "
+                "row. Put the file back, or make the table again"
+            )
+        return metadata
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First and one past the last row of a shard."""
-        return shard * self.num_rows // self.num_shards, (
-            shard + 1
-        ) * self.num_rows // self.num_shards
-
-    def _file(self, shard: int, part: str) -> Path:
-        return self.path / f"{part}-{shard:05d}.npy"
+        start = shard * self.num_rows // self.num_shards
+        return start, (shard + 1) * self.num_rows // self.num_shards
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not written yet; a half-written one is not there."""
-        return [
-            s
-            for s in range(self.num_shards)
-            if not all(self._file(s, p).is_file() for p in self.parts)
-        ]
+        """Shards that are not written yet, or not all arrays of them."""
+
+        def is_complete(shard: int) -> bool:
+            return all(self._file(shard, name).is_file() for name in self.dtypes)
+
+        return [shard for shard in range(self.num_shards) if not is_complete(shard)]
+
+    def _file(self, shard: int, name: str) -> Path:
+        return self.path / f"{name}-{shard:05d}.npy"
 
     def _write(self, shard: int, **arrays: np.ndarray) -> None:
+        """Write all arrays of a shard."""
         start, stop = self.shard_range(shard)
-        for part, array in arrays.items():
+        for name, array in arrays.items():
             if len(array) != stop - start:
                 raise ValueError(
-                    f"shard {shard} of {self.path} has rows {start}..{stop - 1}, {len(array)} were given"
+                    f"shard {shard} of {self.path} has rows {start}..{stop - 1}, got {len(array)}"
                 )
-            write_atomic(
-                self._file(shard, part), lambda f, a=array: np.save(f, np.ascontiguousarray(a))
-            )
+            array = np.ascontiguousarray(array, self.dtypes[name])
+            write_atomic(self._file(shard, name), partial(np.save, arr=array))
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, ...]:
+        """The arrays of a shard. Raises ValueError if one is missing or damaged."""
         start, stop = self.shard_range(shard)
-        out = []
-        for part in self.parts:
-            file = self._file(shard, part)
+        shape = (stop - start, *self._row_shape())
+        remedy = "remove it and run the stage that makes it again"
+        arrays = []
+        for name, dtype in self.dtypes.items():
+            file = self._file(shard, name)
             try:
                 array = load_npy(file)
             except (OSError, ValueError, EOFError) as error:
-                raise ValueError(
-                    f"{file} is missing or cut ({error}); remove it and run the stage that makes it again"
-                ) from None
-            if array.shape != (stop - start, *self._row_shape()) or array.dtype != self.types[part]:
-                raise ValueError(
-                    f"{file} holds {array.dtype} {array.shape} instead of {self.types[part]} {(stop - start, *self._row_shape())}; "
-                    "remove it and run the stage that makes it again"
-                )
-            out.append(array)
-        return tuple(out)
+                raise ValueError(f"{file} is missing or truncated ({error}); {remedy}") from None
+            if array.shape != shape or array.dtype != dtype:
+                found = f"{array.dtype} {array.shape}"
+                raise ValueError(f"{file} has {found} instead of {dtype} {shape}; {remedy}")
+            arrays.append(array)
+        return tuple(arrays)
 
-    def _gather(self, index: np.ndarray, pick) -> Any:
-        """pick(shard's arrays, rows inside it) for each shard touched, put together in the order of index."""
+    def _locate(self, index: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """(positions in `index`, shard, rows inside it) for each shard that `index` [n] touches."""
         index = np.asarray(index, np.int64)
-        if len(index) and (index.min() < 0 or index.max() >= self.num_rows):
-            raise ValueError(
-                f"{self.path}: rows {index.min()}..{index.max()} were asked for; allowed: 0..{self.num_rows - 1}"
-            )
+        check_rows(index, self.num_rows, self.path)
         starts = np.array([self.shard_range(s)[0] for s in range(self.num_shards)])
         shard_of = np.searchsorted(starts, index, side="right") - 1
-        return [
-            (
-                np.flatnonzero(shard_of == s),
-                pick(self._shards(int(s)), index[shard_of == s] - starts[s], shard_of == s),
-            )
-            for s in np.unique(shard_of)
-        ]
+        for shard in np.unique(shard_of).tolist():
+            positions = np.flatnonzero(shard_of == shard)
+            yield positions, shard, index[positions] - starts[shard]

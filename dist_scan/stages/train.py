@@ -237,7 +237,7 @@ class TrainStage(Stage):
 
     def _open(self) -> None:
         """The feed: which rows, from where."""
-        from dist_scan.data.feed import EpochPlan, FeatureFeed, ImageFeed
+        from dist_scan.data.feed import EpochPlan, FeatureFeed, ImageFeed, NeighbourSampler
         from dist_scan.data.images import open_images
         from dist_scan.stages.beton import beton_path
 
@@ -270,15 +270,18 @@ class TrainStage(Stage):
         readers = (
             c.world if self.head_partition == "batch" else replace(c.world, rank=0, world_size=1)
         )  # else every rank reads the whole batch
+        sampler = None
+        if self.neighbours is not None:
+            sampler = NeighbourSampler(
+                self.neighbours, config.num_neighbours, config.self_as_candidate
+            )
         plan = EpochPlan(
             rows,
             config.global_batch,
             c.run.seed,
             readers,
             config.steps_per_epoch,
-            self.neighbours,
-            config.num_neighbours,
-            config.self_as_candidate,
+            sampler,
         )
         self.feed = (
             FeatureFeed(self.table, plan, c.world.device, self._place(self.table))

@@ -153,7 +153,7 @@ class StopAfter:
 def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
     """A Trainer on a feature table in folder."""
     from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.data.feed import EpochPlan, FeatureFeed, held_out_features
+    from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
     from dist_scan.data.neighbour_table import NeighbourTable
     from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
@@ -170,7 +170,11 @@ def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
         NeighbourTable.open(folder / "neighbours"),
     )
     plan = EpochPlan(
-        np.arange(ROWS), B, 3, world if share == "batch" else World(), neighbours=neighbours
+        np.arange(ROWS),
+        B,
+        3,
+        world if share == "batch" else World(),
+        neighbours=NeighbourSampler(neighbours),
     )
     held = held_out_features(table, np.arange(20), neighbours.rows(np.arange(20))[0], world)
     schooling = TrainSettings(

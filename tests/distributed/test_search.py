@@ -350,7 +350,7 @@ def test_settings_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_damaged_list_of_facts_is_named(text, tmp_path: Path) -> None:
     table(rows(), tmp_path / "f")
     (tmp_path / "f" / "table.json").write_text(text)
-    with pytest.raises(ValueError, match="f/table.json|holds a table of None"):
+    with pytest.raises(ValueError, match="f/table.json|has a table of None"):
         FeatureTable.open(tmp_path / "f")
 
 

@@ -149,10 +149,10 @@ def test_a_mistake_on_many_ranks_is_one_line(tmp_path: Path) -> None:
         (
             lambda x: x.__setitem__((17, 3), 1e5),
             (),
-            r"rows [17] are larger than float16 holds (65504)",
+            r"rows [17] are larger than float16's largest number, 65504",
         ),
         (lambda x: x.__setitem__(33, 0), (), r"rows [33] are all zero"),
-        (lambda x: x.__setitem__(33, 1e-8), (), r"rows [33] is smaller than float16 keeps in full"),
+        (lambda x: x.__setitem__(33, 1e-8), (), r"rows [33] are below float16's smallest normal"),
         (lambda x: None, ("--shards", "0"), "--shards 1 or more"),
         (lambda x: None, ("--k", "401"), "allowed: --k 1 to 400, --view 0 to 0"),
         (lambda x: None, ("--k", "0"), "allowed: --k 1 to 400"),
@@ -177,12 +177,12 @@ def test_bad_input_is_said_before_any_work(
             lambda p: np.save(
                 p, np.array([np.zeros(3), np.zeros(4)], dtype=object), allow_pickle=True
             ),
-            "is no readable .npy",
+            "is not a readable .npy",
         ),
         (lambda p: np.save(p, np.zeros((4, 3), np.int32)), "allowed: floating point"),
         (lambda p: np.save(p, np.zeros((4, 3, 2, 1), np.float32)), "allowed: floating point"),
-        (lambda p: p.write_bytes(b"no npy at all"), "is no readable .npy"),
-        (lambda p: p.write_bytes(b""), "is no readable .npy"),
+        (lambda p: p.write_bytes(b"no npy at all"), "is not a readable .npy"),
+        (lambda p: p.write_bytes(b""), "is not a readable .npy"),
         (
             lambda p: (
                 np.savez(p.with_suffix(".npz"), one=np.zeros((4, 3))),
@@ -254,13 +254,13 @@ def test_a_cut_npy_and_a_cut_table_and_tables_of_mixed_dimensions(
     (tmp_path / "x.npy").write_bytes(data[:-50])
     assert (
         main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out")]) == 2
-        and "is no readable .npy" in capsys.readouterr().err
+        and "is not a readable .npy" in capsys.readouterr().err
     )
     table(rows(), tmp_path / "f")
     np.save(tmp_path / "f" / "features-00003.npy", np.zeros((80, 1, 25), np.float16))
     assert (
         main(["neighbours", str(tmp_path / "f"), str(tmp_path / "out2")]) == 2
-        and "holds float16 (80, 1, 25) instead of" in capsys.readouterr().err
+        and "has float16 (80, 1, 25) instead of" in capsys.readouterr().err
     )
     (tmp_path / "f" / "features-00003.npy").unlink()
     assert (
@@ -278,7 +278,7 @@ def test_another_npy_is_not_taken_for_the_first(
     assert main(args) == 0 and main(args) == 0
     assert (
         main([*args, "--shards", "3"]) == 2
-        and "into other than 3 shards" in capsys.readouterr().err
+        and "another number of shards than 3" in capsys.readouterr().err
     )
     np.save(tmp_path / "x.npy", x[::-1])
     assert main(args) == 2 and "made from another file" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_what_a_batch_allows_is_said_at_the_door() -> None:
         run.stages["pretext"].check_ranks("pretext", 3)
     with pytest.raises(
         ValueError,
-        match="global_batch: 96 does not divide over 5 processes; nearest that do: 95, 100",
+        match="global_batch: 96 is not divisible by 5 processes; nearest that are: 95, 100",
     ):
         run.stages["pretext"].check_ranks("pretext", 5)
 

@@ -86,7 +86,7 @@ def test_the_first_place_with_room_is_taken(on_gpu, device, host, copies, place)
 def test_what_was_asked_for_is_given_or_refused() -> None:
     assert choose_placement(GIB, True, 80 * GIB, 80 * GIB, 1, "mapped") == (
         "mapped",
-        "asked for by runtime.bank",
+        "set by runtime.bank",
     )
     with pytest.raises(ValueError, match="no GPU; allowed: auto, host, mapped"):
         choose_placement(GIB, False, 0, 80 * GIB, 1, "device")

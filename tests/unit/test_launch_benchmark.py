@@ -50,7 +50,7 @@ def test_the_words_after_benchmark_are_names_or_the_config() -> None:
         ),
         (["--nodes", "1,1", "--benchmark", QUICK], "each once"),
         (["--benchmark", QUICK], "--nodes 1,2,4"),
-        (["--nodes", "1,3", "--benchmark", QUICK], "does not divide over 3"),
+        (["--nodes", "1,3", "--benchmark", QUICK], "is not divisible by 3"),
         (["--nodes", "2,3", "--weak", "--benchmark", QUICK], "3 is no multiple of 2"),
         (["--nodes", "1,2", "--steps", "1", "--benchmark", QUICK], "2 and more"),
         (

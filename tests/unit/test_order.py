@@ -43,7 +43,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match="128 does not divide over 3 processes; nearest that do: 126, 129"
+        ValueError, match="128 is not divisible by 3 processes; nearest that are: 126, 129"
     ):
         batch_per_rank(128, 3)
 

@@ -90,7 +90,7 @@ def test_dry_run_submits_nothing_and_says_all(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--nodes", "3"], "does not divide over 3 processes"),
+        (["--nodes", "3"], "is not divisible by 3 processes"),
         (["--nodes", "four"], "slurm.nodes"),
         (["--time", "soon"], "slurm.time"),
         (["--images", "many"], "--images"),

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_scan.data.feed import EpochPlan
+from dist_scan.data.feed import NeighbourSampler
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.stages.true_neighbours import only_true
-from dist_scan.world.world import World
 
 LABELS = np.array([0, 0, 0, 1, 1, -1, 2])
 IDS = np.array(
@@ -42,20 +41,18 @@ def test_only_neighbours_of_the_same_label_stay_in_order() -> None:
     assert np.array_equal(part, ids[2:4])
 
 
-def plan(tmp_path: Path, k):
+def sampler(tmp_path: Path, k: int | None) -> NeighbourSampler:
     table = NeighbourTable.create(tmp_path, 7, 4, 2)
     for shard in range(2):
         table.write_shard(
             shard, IDS[slice(*table.shard_range(shard))], SCORES[slice(*table.shard_range(shard))]
         )
-    return EpochPlan(
-        np.arange(7), 7, 0, World(), neighbours=NeighbourTable.open(tmp_path), num_neighbours=k
-    )
+    return NeighbourSampler(NeighbourTable.open(tmp_path), k)
 
 
-def test_k_0_pairs_an_image_with_itself_and_no_number_with_all(tmp_path: Path) -> None:
+def test_zero_neighbours_pair_an_image_with_itself_and_none_means_all(tmp_path: Path) -> None:
     rows = np.arange(7)
-    assert all(np.array_equal(plan(tmp_path, 0).partners(rows, e), rows) for e in range(20))
+    assert all(np.array_equal(sampler(tmp_path, 0).draw(rows, 0, e), rows) for e in range(20))
     for k, wanted in ((None, 4), (4, 4), (2, 2)):
-        met = np.stack([plan(tmp_path, k).partners(rows, e) for e in range(200)])
-        assert all(set(met[:, r]) == set(IDS[r, :wanted]) for r in rows)
+        drawn = np.stack([sampler(tmp_path, k).draw(rows, 0, e) for e in range(200)])
+        assert all(set(drawn[:, r]) == set(IDS[r, :wanted]) for r in rows)
