@@ -257,14 +257,14 @@ class Loss(nn.Module):
 def over_ranks(args: argparse.Namespace) -> None:
     """Steps of all ranks of a job together: means over the whole batch, gradients averaged, no update. Raises ValueError for a batch
     that does not divide."""
-    from dist_scan.world.world import wrap
+    from dist_scan.world.world import wrap_ddp
 
     with job_world() as world:
         if args.batch % world.world_size:
             raise ValueError(
                 f"--batch {args.batch} does not divide over {world.world_size} ranks; allowed: a multiple of that"
             )
-        model = wrap(Loss(args.dim, args.clusters).to(world.device))
+        model = wrap_ddp(Loss(args.dim, args.clusters).to(world.device))
         first, second = (
             torch.randn(args.batch // world.world_size, args.dim, device=world.device)
             for _ in range(2)

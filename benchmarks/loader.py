@@ -100,7 +100,7 @@ def ours(path: Path, size: int, views: int) -> tuple[Callable[[int], None], floa
 def over_ranks(args: argparse.Namespace) -> None:
     """Every rank of the job cuts its share of the images of one file in --folder, on all its cores."""
     from dist_scan.world.collectives import barrier
-    from dist_scan.world.world import cores
+    from dist_scan.world.world import cores_per_rank
 
     config = DataConfig(
         train=SplitConfig(source=args.source, limit=args.images),
@@ -110,7 +110,7 @@ def over_ranks(args: argparse.Namespace) -> None:
     )
     path = args.folder / "loader.beton"
     with job_world() as world:
-        workers = cores(world)
+        workers = cores_per_rank(world)
         if world.rank == 0:
             args.folder.mkdir(parents=True, exist_ok=True)
             write_beton(open_source(config.train), path, config, workers, show=False)

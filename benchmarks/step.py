@@ -131,9 +131,9 @@ def build(args: argparse.Namespace, variant: str, device: torch.device):
 
 def bare_loop(method, batch, precision: str, device: torch.device):
     """The peer: a step as in any tutorial."""
-    from dist_scan.world.world import wrap
+    from dist_scan.world.world import wrap_ddp
 
-    network = wrap(method)
+    network = wrap_ddp(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
     cast = (
         (lambda: torch.autocast(device.type, torch.bfloat16))

@@ -7,7 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from dist_scan.world.spawn import as_ranks
+from dist_scan.world.spawn import run_on_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     if (Path(args.out) / "assignments.npz").exists():
         raise ValueError(f"{args.out} holds clusters already; give another folder, or remove it")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    return as_ranks(partial(_rank, args), args.processes)
+    return run_on_ranks(partial(_rank, args), args.processes)
 
 
 def _rank(args: argparse.Namespace) -> int:

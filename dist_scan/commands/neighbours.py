@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from dist_scan.world.spawn import as_ranks
+from dist_scan.world.spawn import run_on_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
             f"--k {args.k} --view {args.view} --shards {args.shards}: '{args.features}' has {rows} rows and {views} views; "
             f"allowed: --k 1 to {rows - 1}, --view 0 to {views - 1}, --shards 1 or more"
         )
-    return as_ranks(partial(_rank, args), args.processes)
+    return run_on_ranks(partial(_rank, args), args.processes)
 
 
 def _rank(args: argparse.Namespace) -> int:

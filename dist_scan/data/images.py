@@ -8,7 +8,7 @@ from typing import Any
 from dist_scan.config import RunConfig
 from dist_scan.data.augment.recipes import Recipe, RecipeConfig, build_recipe
 from dist_scan.data.beton.loader import BetonLoader
-from dist_scan.world.world import World, cores
+from dist_scan.world.world import World, cores_per_rank
 
 
 def open_images(
@@ -16,7 +16,7 @@ def open_images(
 ) -> tuple[BetonLoader, tuple[Recipe, ...]]:
     """A loader whose batches hold one view per recipe, and the recipes that colour them."""
     built = tuple(build_recipe(r, run.data.size, run.data.mean, run.data.std) for r in recipes)
-    most = cores(world)
+    most = cores_per_rank(world)
     loader = BetonLoader(
         path,
         tuple(r.crop for r in built),

@@ -16,7 +16,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.engine.precision import Precision, autocast, in_precision, memory_format
 from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.progress import Progress
-from dist_scan.world.collectives import agree, barrier, broadcast_object
+from dist_scan.world.collectives import any_rank, barrier, broadcast_object
 from dist_scan.world.world import World
 
 
@@ -95,7 +95,7 @@ def checked(network: nn.Module) -> nn.Module:
         for name, p in network.state_dict().items()
         if p.is_floating_point() and not torch.isfinite(p).all()
     ]
-    if agree(bool(bad)):
+    if any_rank(bool(bad)):
         raise ValueError(
             f"the backbone has weights that are no numbers ({', '.join(bad[:3])}); train it again with a lower learning rate"
         )

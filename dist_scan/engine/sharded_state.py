@@ -31,13 +31,13 @@ def put_state(saved: dict[str, Any], method: Method, optimizer: torch.optim.Opti
     """Whole state dicts, as `whole_state` gives them to rank 0, into this rank's method and optimizer."""
     state, memory = dict(saved["method"]), saved["optimizer"]
     for name, rows in method.sharded_state.items():
-        state[name] = rows.take(state[name])
+        state[name] = rows.local_rows(state[name])
     of_parameter = dict(memory["state"])
     for i, parameter, rows in _dealt_parameters(method, optimizer):
         if i in of_parameter:
             shape = (rows.num_rows, *parameter.shape[1:])
             of_parameter[i] = {
-                k: rows.take(v) if isinstance(v, Tensor) and v.shape == shape else v
+                k: rows.local_rows(v) if isinstance(v, Tensor) and v.shape == shape else v
                 for k, v in of_parameter[i].items()
             }
     method.load_state_dict(state)

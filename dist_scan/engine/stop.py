@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 
 from dist_scan.monitoring.progress import StopRequested
-from dist_scan.world.collectives import agree
+from dist_scan.world.collectives import any_rank
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
@@ -49,5 +49,5 @@ class StopFlag:
 
     def raise_if_requested(self) -> None:
         """Raise StopRequested on all ranks if any rank has received a stop signal. Collective."""
-        if agree(self.requested):
+        if any_rank(self.requested):
             raise StopRequested()

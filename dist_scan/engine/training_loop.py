@@ -30,7 +30,7 @@ from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.monitoring.step_timer import section, time_data_wait
 from dist_scan.monitoring.watchdog import watched
 from dist_scan.world.collectives import all_sum, gather_objects
-from dist_scan.world.world import current, wrap
+from dist_scan.world.world import current, wrap_ddp
 
 MOST_REFUSED = 10  # non-finite updates in a row before the run ends
 
@@ -84,7 +84,7 @@ class Trainer:
     def run(self) -> TrainState:
         """Train to the end. Raises Stopped (everything saved), Diverged, or CheckpointError."""
         self.at = self.saver.load(self.method, self.optimizer) or TrainState()
-        self.network = self.method if self.method.sharded_state else wrap(self.method)
+        self.network = self.method if self.method.sharded_state else wrap_ddp(self.method)
         total = self.schooling.epochs * self.feed.steps_per_epoch
         with (
             self.timing,

@@ -31,7 +31,7 @@ from dist_scan.monitoring.log import StageLog
 from dist_scan.monitoring.step_timer import SECTIONS, StepTimer, cuda_event_recorder, use_timer
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_rows, gather_objects
-from dist_scan.world.world import World, cores, current
+from dist_scan.world.world import World, cores_per_rank, current
 
 ROW_EVERY = 50
 """Steps between two rows; each costs one small gather."""
@@ -46,7 +46,7 @@ def training_setup(
     run: RunConfig, world: World, global_batch: int, on_features: bool
 ) -> TrainingSetup:
     """The setup of a training in this run; ``on_features``: its views are cached features."""
-    num_cores = cores(world)
+    num_cores = cores_per_rank(world)
     setup = TrainingSetup(
         global_batch=global_batch,
         world_size=world.world_size,
@@ -240,4 +240,6 @@ class TrainingProfile:
         os.replace(temporary, path)
         if rank == 0:
             steps = self.steps - 1
-            self.say(f"{self.log.stage}: trace of {steps} steps in {path} (open in ui.perfetto.dev)")
+            self.say(
+                f"{self.log.stage}: trace of {steps} steps in {path} (open in ui.perfetto.dev)"
+            )

@@ -21,7 +21,7 @@ from dist_scan.search.exact_rows import content, prepare_rows, squares
 from dist_scan.search.kmeans_checkpoint import KMeansCheckpoint
 from dist_scan.search.kmeans_init import first_centroids
 from dist_scan.search.options import KMEANS_DEFAULTS, KMeansOptions, check_num_clusters
-from dist_scan.world.collectives import agree, all_max, all_sum, gather_rows
+from dist_scan.world.collectives import all_max, all_sum, any_rank, gather_rows
 
 CENTROID_GRID = 2.0**22  # numbers below 4 then have 24 bits: float32 holds them
 
@@ -190,7 +190,7 @@ class LloydRun:
         if kept.iteration:
             self._go_on(kept)
         for iteration in range(kept.iteration + 1, iterations + 1):
-            if agree(stop()):
+            if any_rank(stop()):
                 raise StopRequested()
             moved = self._assign()
             objective = self._objective()

@@ -14,7 +14,7 @@ import torch
 
 from dist_scan.data.hashing import uniform
 from dist_scan.monitoring.progress import StopRequested
-from dist_scan.world.collectives import agree, all_sum
+from dist_scan.world.collectives import all_sum, any_rank
 from dist_scan.world.world import current
 
 STREAM = 401  # this use's stream of the hash
@@ -61,7 +61,7 @@ def first_centroids(
     ]
     held.take(chosen[0][None])
     for i in range(1, k):
-        if i % 64 == 0 and agree(stop()):
+        if i % 64 == 0 and any_rank(stop()):
             raise StopRequested()
         drawn = held.drawn(uniform(seed, STREAM, restart, i, np.arange(trials)))
         chosen.append(drawn[held.take(drawn)])

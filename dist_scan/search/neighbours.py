@@ -32,7 +32,7 @@ from dist_scan.search.exact_rows import (
     squares,
 )
 from dist_scan.search.options import NEIGHBOUR_DEFAULTS, NeighbourOptions, check_num_neighbours
-from dist_scan.world.collectives import agree, barrier, gather_objects, on_every_rank
+from dist_scan.world.collectives import any_rank, barrier, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _rounds(
 
 def _polled(stop: Callable[[], bool], line: Progress) -> Callable[[], None]:
     def poll() -> None:
-        if agree(stop()):
+        if any_rank(stop()):
             raise StopRequested()
         line.advance()
 

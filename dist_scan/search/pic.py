@@ -20,7 +20,7 @@ from scipy import sparse
 
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.monitoring.progress import Progress, StopRequested
-from dist_scan.world.collectives import agree, all_max, gather_rows
+from dist_scan.world.collectives import all_max, any_rank, gather_rows
 from dist_scan.world.world import current
 
 BLOCK = 65536  # rows of the table that are looked at at once
@@ -61,7 +61,7 @@ def pic(
     v = np.full(n, 1 / n)
     with Progress("power iteration", iterations, "iterations", enabled=progress) as line:
         for _ in range(iterations):
-            if agree(stop()):
+            if any_rank(stop()):
                 raise StopRequested()
             pulled = graph @ v
             stays = v[slice(*span)] if teleport == "paper" else 1 / n

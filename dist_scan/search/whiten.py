@@ -23,9 +23,9 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.monitoring.progress import StopRequested
 from dist_scan.search.exact_rows import check_view, content, held_by_rank
 from dist_scan.world.collectives import (
-    agree,
     all_max,
     all_sum,
+    any_rank,
     barrier,
     broadcast,
     broadcast_object,
@@ -155,7 +155,7 @@ def write_whitened_table(
     made = on_every_rank(opened)
     missing = broadcast_object(made.missing_shards())
     for turn in range(0, len(missing), world.world_size):
-        if agree(stop()):
+        if any_rank(stop()):
             raise StopRequested()
         for s in missing[turn : turn + world.world_size][world.rank : world.rank + 1]:
             rows = whitening.apply(table.shard(s)[:, view]).astype(np.float64)

@@ -1,113 +1,110 @@
-"""What ranks say to each other. Every function is the identity when alone, so no algorithm asks whether it is."""
+"""Collectives; identity when world_size is 1.
+
+Shapes: W ranks, b rows per rank. Collective functions are called by all ranks in the same order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from dist_scan.monitoring.step_timer import section
+from dist_scan.world.spawn import error_text
 from dist_scan.world.world import current
 
-TALK = section("all_reduce")
+COMMUNICATION = section("all_reduce")
+T = TypeVar("T")
 
 
-def _alone() -> bool:
+class Work(Protocol):
+    """A communication in progress."""
+
+    def wait(self) -> object: ...
+
+
+def _is_single() -> bool:
     return current().world_size == 1
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over ranks (no gradient). Returns a new tensor of the same shape and type."""
+    """Sum over ranks as a new tensor of the same shape and type; no gradient."""
     x = x.detach().clone()
-    if not _alone():
-        with TALK:
+    if not _is_single():
+        with COMMUNICATION:
             dist.all_reduce(x)
     return x
 
 
 def all_max(x: Tensor) -> Tensor:
-    """Elementwise maximum over ranks (no gradient)."""
+    """Elementwise maximum over ranks as a new tensor; no gradient."""
     x = x.detach().clone()
-    if not _alone():
-        with TALK:
+    if not _is_single():
+        with COMMUNICATION:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
 def all_mean(x: Tensor) -> Tensor:
-    """Mean over ranks, differentiable: under DDP's gradient averaging a loss of it has the global batch's gradient.
+    """Mean over ranks, differentiable.
 
-    The value is the global mean, the gradient flows to the local part with factor 1; DDP's mean over ranks supplies
-    the 1/W (FIDELITY.md 1.13). No communication in the backward pass.
+    The gradient flows to the local x with factor 1. DistributedDataParallel then averages gradients
+    over ranks, which supplies the factor 1/W: a loss of the mean has the gradient that one rank with
+    the global batch would have. The backward pass needs no communication.
     """
-    return x if _alone() else x + (all_sum(x) / current().world_size - x).detach()
-
-
-class _AllSumGrad(torch.autograd.Function):
-    """Sum over ranks in both directions: what batch norm over the global batch needs."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return all_sum(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_sum(grad.contiguous())
-
-
-def all_sum_grad(x: Tensor) -> Tensor:
-    """Sum over ranks whose gradient is summed over ranks too (each rank's loss depends on every rank's x)."""
-    return x if _alone() else _AllSumGrad.apply(x)
+    if _is_single():
+        return x
+    return x + (all_sum(x) / current().world_size - x).detach()
 
 
 class _AllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.rows = x.shape[0]
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         out = [torch.empty_like(x) for _ in range(current().world_size)]
-        with TALK:
+        with COMMUNICATION:
             dist.all_gather(out, x.contiguous())
         return torch.cat(out)
 
     @staticmethod
-    def backward(ctx, grad):
-        start = current().rank * ctx.rows
-        return all_sum(grad.contiguous())[start : start + ctx.rows]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        total = all_sum(gradient.contiguous())
+        return total.tensor_split(current().world_size)[current().rank]
 
 
 def all_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: [b, ...] -> [W*b, ...], differentiable (the gradient is summed over ranks).
+    """Rows of all ranks in rank order, [b, ...] -> [W*b, ...]; the gradient is summed over ranks.
 
-    All ranks must hold the same number of rows; see `gather_rows` for uneven ones.
+    All ranks must hold the same number of rows; see `gather_rows` for different numbers.
     """
-    return x if _alone() else _AllRows.apply(x)
+    return x if _is_single() else _AllRows.apply(x)
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, uneven counts allowed, no gradient."""
-    if _alone():
+    """Rows of all ranks in rank order; ranks may hold different numbers of rows; no gradient."""
+    if _is_single():
         return x
     sizes = [
         torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(current().world_size)
     ]
-    with TALK:
+    with COMMUNICATION:
         dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
-    counts = [int(s) for s in sizes]
+    counts = [int(size) for size in sizes]
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: x.shape[0]] = x.detach()
     out = [torch.empty_like(padded) for _ in counts]
-    with TALK:
+    with COMMUNICATION:
         dist.all_gather(out, padded)
     return torch.cat([rows[:count] for rows, count in zip(out, counts)])
 
 
 def broadcast(x: Tensor, source: int = 0) -> Tensor:
-    """The source's tensor on all ranks, in place. All ranks pass the same shape and type."""
-    if not _alone():
-        with TALK:
+    """Copy the source rank's tensor into x, in place. All ranks pass the same shape and type."""
+    if not _is_single():
+        with COMMUNICATION:
             dist.broadcast(x, source)
     return x
 
@@ -117,52 +114,56 @@ class _Done:
         pass
 
 
-def broadcast_async(x: Tensor, source: int) -> Any:
-    """Start a broadcast in place; `.wait()` on the result before x is read."""
-    return _Done() if _alone() else dist.broadcast(x, source, async_op=True)
+def broadcast_async(x: Tensor, source: int) -> Work:
+    """Start a broadcast in place; call `.wait()` on the result before x is read."""
+    work = None if _is_single() else dist.broadcast(x, source, async_op=True)
+    return _Done() if work is None else work
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """A small picklable value from the source to all ranks (decisions, paths, error texts)."""
-    if _alone():
+def broadcast_object(value: T, source: int = 0) -> T:
+    """A small picklable value of the source rank, on all ranks (decisions, paths, error texts)."""
+    if _is_single():
         return value
     box = [value]
-    with TALK:
+    with COMMUNICATION:
         dist.broadcast_object_list(box, source)
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Small picklable values of all ranks, in rank order, on all ranks."""
-    if _alone():
+def gather_objects(value: T) -> list[T]:
+    """Small picklable values of all ranks in rank order, on all ranks."""
+    if _is_single():
         return [value]
     out: list[Any] = [None] * current().world_size
-    with TALK:
+    with COMMUNICATION:
         dist.all_gather_object(out, value)
     return out
 
 
-def on_every_rank(work: Callable[[], Any]) -> Any:
-    """work() of this rank. Where it fails on one (ValueError, OSError), all raise ValueError with the first one's text: none is left waiting."""
-    value = problem = None
+def on_every_rank(work: Callable[[], T]) -> T:
+    """Call ``work()`` on each rank and return this rank's result.
+
+    If it raises ValueError or OSError on any rank, all ranks raise ValueError with the text of the
+    first one, so that none is left waiting in a later collective.
+    """
+    problem = None
     try:
         value = work()
-    except ValueError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-    if problems := [p for p in gather_objects(problem) if p is not None]:
+    except (ValueError, OSError) as error:
+        problem = error_text(error)
+    problems = [p for p in gather_objects(problem) if p is not None]
+    if problems:
         raise ValueError(problems[0])
     return value
 
 
-def agree(flag: bool) -> bool:
-    """True on all ranks when it is true on any: how a stop or a failure on one becomes everyone's."""
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if ``flag`` is true on any of them."""
     return bool(all_max(torch.tensor(float(flag))) > 0)
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if not _alone():
-        with TALK:
+    if not _is_single():
+        with COMMUNICATION:
             dist.barrier()

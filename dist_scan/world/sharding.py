@@ -1,4 +1,4 @@
-"""Rows of a tensor dealt over the ranks: which rank holds which, and the whole put together again."""
+"""Rows of a tensor distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -13,37 +13,45 @@ from dist_scan.world.world import current
 
 @dataclass(frozen=True)
 class RowSharding:
-    """ranges[r]: the rows of the whole that rank r holds, one range below the other in its own tensor. Together they are all rows, each once."""
+    """Which rows of a whole tensor each rank holds.
+
+    ``ranges[r]`` are the row ranges of rank r, in the order in which its local tensor holds them.
+    Every row of the whole is in exactly one range.
+    """
 
     ranges: tuple[tuple[slice, ...], ...]
 
     @property
     def num_rows(self) -> int:
-        """Of the whole."""
-        return sum(at.stop - at.start for ranges in self.ranges for at in ranges)
+        """Rows of the whole tensor."""
+        return sum(rows.stop - rows.start for ranges in self.ranges for rows in ranges)
 
-    def take(self, whole: Tensor) -> Tensor:
-        """This rank's rows of the whole [num_rows, ...]. Raises ValueError when the whole has another number."""
+    def local_rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of the whole [num_rows, ...]. Raises ValueError for another length."""
         if len(whole) != self.num_rows:
             raise ValueError(
-                f"{len(whole)} rows where {self.num_rows} are dealt over {len(self.ranges)} ranks; give the whole tensor"
+                f"the tensor has {len(whole)} rows, but {self.num_rows} are distributed over "
+                f"{len(self.ranges)} ranks; pass the whole tensor"
             )
-        return torch.cat([whole[at] for at in self.ranges[current().rank]])
+        return torch.cat([whole[rows] for rows in self.ranges[current().rank]])
 
-    def gather(self, mine: Tensor) -> Tensor | None:
-        """The whole in rank 0's host memory, None elsewhere. Collective. A device holds one rank's rows more while it lasts."""
+    def gather(self, local: Tensor) -> Tensor | None:
+        """The whole tensor in the host memory of rank 0, None on other ranks. Collective.
+
+        Each rank temporarily holds the rows of one other rank in addition to its own.
+        """
         rank = current().rank
-        whole = torch.empty(self.num_rows, *mine.shape[1:], dtype=mine.dtype) if rank == 0 else None
-        for owner, ranges in enumerate(self.ranges):
-            sizes = [at.stop - at.start for at in ranges]
-            rows = (
-                mine.detach().contiguous()
-                if owner == rank
-                else mine.new_empty(sum(sizes), *mine.shape[1:])
-            )
-            if len(rows):
-                broadcast(rows, owner)
+        shape = local.shape[1:]
+        whole = torch.empty(self.num_rows, *shape, dtype=local.dtype) if rank == 0 else None
+        for source, ranges in enumerate(self.ranges):
+            sizes = [rows.stop - rows.start for rows in ranges]
+            if source == rank:
+                shard = local.detach().contiguous()
+            else:
+                shard = local.new_empty(sum(sizes), *shape)
+            if len(shard):
+                broadcast(shard, source)
             if whole is not None:
-                for at, part in zip(ranges, rows.split(sizes)):
-                    whole[at] = part
+                for rows, part in zip(ranges, shard.split(sizes)):
+                    whole[rows] = part
         return whole

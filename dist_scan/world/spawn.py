@@ -1,49 +1,67 @@
-"""A command as several ranks on this machine, or as the rank that srun or torchrun has already made of this process.
+"""Run a command on several ranks of this machine, or as one task of a Slurm job step.
 
-Import nothing heavy before `as_ranks`: the ranks are forked, and OpenMP reads its settings when torch is imported.
+Import nothing that imports torch before `run_on_ranks`; see `dist_scan.world.processes`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.queues import SimpleQueue
+from types import FrameType
 
 from dist_scan.config import ConfigError
+from dist_scan.world.processes import (
+    context,
+    free_port,
+    limit_threads,
+    send_signal,
+    start_ranks,
+    wait_for_ranks,
+    wait_passively,
+)
 
-GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
-USER_MISTAKE = 2
+USER_ERROR = 2
+"""Exit code of an error that the user can correct."""
+FIRST_SLURM_PORT = 20000
+NUM_SLURM_PORTS = 12000
 
 
-def as_ranks(work: Callable[[], int], processes: int) -> int:
-    """Run `work` (it opens its world) in `processes` ranks and return the exit code. Raises ConfigError with the text of the first rank's
-    ValueError. Inside a job step of several tasks `processes` is not used: every task is a rank."""
+def run_on_ranks(work: Callable[[], int], processes: int) -> int:
+    """Run ``work``, which opens its world, on ``processes`` ranks; returns the exit code.
+
+    Inside a Slurm step of several tasks, or under torchrun, every task is a rank and ``processes``
+    is not used. Raises ConfigError with the text of the first rank's ValueError.
+    """
     if processes < 1:
         raise ConfigError(f"--processes: {processes}; allowed: 1 or more")
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin while they wait slow down everything else on the cores
-    if "RANK" in os.environ or _slurm_rank():
+    wait_passively()
+    if "RANK" in os.environ or _set_slurm_environment():
         return work()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    limit_threads(processes)
     return work() if processes == 1 else _fork(work, processes)
 
 
-def _slurm_rank() -> bool:
-    """In a step of srun with several tasks: say where this one stands in the variables that open_world reads."""
+def error_text(error: ValueError | OSError) -> str:
+    """One line for the user: the text of a ValueError, or the file and reason of an OSError."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _set_slurm_environment() -> bool:
+    """Set the variables that `open_world` reads from those of srun.
+
+    Returns False if this process is no task of a Slurm step of several tasks.
+    """
     env = os.environ
-    if (
-        int(env.get("SLURM_NTASKS", 1)) < 2
-        or "SLURM_PROCID" not in env
-        or "SLURM_STEP_NODELIST" not in env
-    ):
+    is_step = "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env
+    if not is_step or int(env.get("SLURM_NTASKS", 1)) < 2:
         return False
     nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
     env.update(
@@ -54,13 +72,9 @@ def _slurm_rank() -> bool:
     )
     if "SLURM_CPUS_PER_TASK" in env:
         env.setdefault("CORES_PER_RANK", env["SLURM_CPUS_PER_TASK"])
+    step = 7 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))
     env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-    env.setdefault(
-        "MASTER_PORT",
-        str(
-            20000 + (7 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))) % 12000
-        ),
-    )
+    env.setdefault("MASTER_PORT", str(FIRST_SLURM_PORT + step % NUM_SLURM_PORTS))
     return True
 
 
@@ -70,81 +84,37 @@ def first_host(nodes: str) -> str:
 
 
 def _fork(work: Callable[[], int], processes: int) -> int:
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mistakes = context.SimpleQueue()
-    ranks = [
-        context.Process(target=_rank, args=(work, r, processes, port, os.getpid(), mistakes))
-        for r in range(processes)
-    ]
-    for p in ranks:
-        p.start()
+    errors = context().SimpleQueue()
+    ranks = start_ranks(partial(_run_rank, work, errors), processes, free_port())
 
-    def forward(number: int, frame) -> None:
-        for p in ranks:
-            if (
-                p.exitcode is None and number != signal.SIGINT
-            ):  # Ctrl-C has reached every process of the terminal
-                os.kill(p.pid, number)
+    def forward(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:  # Ctrl-C has reached every process of the terminal.
+            send_signal(ranks, number)
 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, forward)
-    code = _wait(ranks)
-    if not mistakes.empty():
-        raise ConfigError(mistakes.get())
+    code = wait_for_ranks(ranks)
+    if not errors.empty():
+        raise ConfigError(errors.get())
     return code
 
 
-def _rank(
-    work: Callable[[], int], rank: int, processes: int, port: int, parent: int, mistakes
-) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: a parent that is killed takes its ranks along
-        if os.getppid() != parent:
-            os._exit(1)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(processes),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _run_rank(work: Callable[[], int], errors: SimpleQueue[str], rank: int) -> None:
+    """Run ``work`` and end this process; an error of the user's goes into the queue."""
     try:
         code = work()
     except (ValueError, OSError) as error:
-        named = isinstance(error, ValueError) or error.filename is not None
-        mistakes.put(
-            str(error) if isinstance(error, ValueError) else f"{error.filename}: {error.strerror}"
-        ) if named else traceback.print_exc()
-        code = USER_MISTAKE if named else 1
+        if isinstance(error, ValueError) or error.filename is not None:
+            errors.put(error_text(error))
+            code = USER_ERROR
+        else:
+            traceback.print_exc()
+            code = 1
     except BaseException:
-        if (
-            mistakes.empty()
-        ):  # else a peer has said what was wrong, and this is its connection that closed
+        # If another rank has reported an error, this one is its closed connection.
+        if errors.empty():
             traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # an orderly shutdown waits for peers that may be gone
-
-
-def _wait(ranks: list) -> int:
-    """0 when all ended well; else the code of the first that did not, with the others ended within GRACE_S."""
-    while any(p.exitcode is None for p in ranks):
-        bad = [p.exitcode for p in ranks if p.exitcode not in (None, 0)]
-        if bad:
-            deadline = time.monotonic() + GRACE_S
-            while any(p.exitcode is None for p in ranks) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            for p in ranks:
-                if p.exitcode is None:
-                    p.kill()
-                p.join()
-            return bad[0] if bad[0] > 0 else 128 - bad[0]
-        time.sleep(0.05)
-    return max(p.exitcode if p.exitcode >= 0 else 128 - p.exitcode for p in ranks)
+    os._exit(code)  # An orderly shutdown would wait for ranks that may have ended.

@@ -80,10 +80,10 @@ def train(settings: dict, folder):
     )
     from dist_scan.models.batch_norm import sync_running_stats
     from dist_scan.world.collectives import all_mean
-    from dist_scan.world.world import current, wrap
+    from dist_scan.world.world import current, wrap_ddp
 
     method, embed = make(settings, folder)
-    network, world, x = wrap(method), current(), images()
+    network, world, x = wrap_ddp(method), current(), images()
     optimizer = build_optimizer(
         OptimizerConfig(lr=0.02, weight_decay=1e-3), method.parameter_groups()
     )

@@ -77,11 +77,11 @@ def train(name: str, folder=None):
     from dist_scan.data.batch import Batch
     from dist_scan.models.batch_norm import sync_running_stats
     from dist_scan.world.collectives import all_mean
-    from dist_scan.world.world import current, wrap
+    from dist_scan.world.world import current, wrap_ddp
 
     method, world = make(name), current()
     network, mine = (
-        wrap(method),
+        wrap_ddp(method),
         slice(world.rank * B // world.world_size, (world.rank + 1) * B // world.world_size),
     )
     groups = method.parameter_groups()

@@ -56,10 +56,10 @@ def train(share: str, scale: float, folder: Path):
     from dist_scan.data.batch import Batch, HeldOut
     from dist_scan.heads.selection import PublishedHeads
     from dist_scan.world.collectives import all_mean
-    from dist_scan.world.world import current, wrap
+    from dist_scan.world.world import current, wrap_ddp
 
     method, world = make(share), current()
-    network = method if method.sharded_state else wrap(method)
+    network = method if method.sharded_state else wrap_ddp(method)
     assert bool(method.sharded_state) == (share != "batch")
     seen = (
         slice(0, B)

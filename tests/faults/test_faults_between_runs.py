@@ -108,7 +108,7 @@ def unsure(name: str, folder: Path, confident: int):
 
     from dist_scan.data.batch import Batch
     from dist_scan.world.collectives import all_mean, gather_rows
-    from dist_scan.world.world import current, wrap
+    from dist_scan.world.world import current, wrap_ddp
 
     method, world, gen = make(name, folder).train(), current(), torch.Generator().manual_seed(2)
     weak, strong = (torch.randn(B, 3, 8, 8, generator=gen, dtype=torch.float64) for _ in range(2))
@@ -118,7 +118,7 @@ def unsure(name: str, folder: Path, confident: int):
     highest, order = sure.softmax(1).max(1).values.sort(descending=True)
     threshold = float(highest[confident - 1] + highest[confident]) / 2 if confident else 0.9999999
     method.config = method.config.model_copy(update={"threshold": threshold})
-    network = wrap(
+    network = wrap_ddp(
         method
     )  # held until after the backward pass: with it go the hooks that average gradients
     step = network(Batch(torch.arange(B)[mine], (weak[order][mine], strong[order][mine]), 0, 0))

@@ -89,5 +89,5 @@ def test_what_leaves_a_rank_idle_is_refused_with_the_way_out() -> None:
 def test_a_part_is_no_whole() -> None:
     rows = RowSharding(((slice(0, 2), slice(4, 5)),))
     assert rows.num_rows == 3
-    with pytest.raises(ValueError, match="2 rows where 3 are dealt"):
-        rows.take(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="has 2 rows, but 3 are distributed"):
+        rows.local_rows(torch.zeros(2, 4))

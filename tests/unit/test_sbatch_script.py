@@ -121,7 +121,7 @@ def test_a_rank_has_the_cores_that_slurm_gave_it_or_its_part_of_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bound to 12 cores by srun, a rank of eight must not take a further eighth of them."""
-    from dist_scan.world.world import World, cores
+    from dist_scan.world.world import World, cores_per_rank
 
     said = subprocess.run(
         [
@@ -153,7 +153,7 @@ def test_a_rank_has_the_cores_that_slurm_gave_it_or_its_part_of_all(
         monkeypatch.delenv("CORES_PER_RANK", raising=False)
         if told:
             monkeypatch.setenv("CORES_PER_RANK", told)
-        assert cores(place) == expected
+        assert cores_per_rank(place) == expected
 
 
 @pytest.mark.parametrize(

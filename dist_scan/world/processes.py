@@ -1,0 +1,127 @@
+"""The rank processes of one machine: start them, give each its place, wait for all of them.
+
+Standard library only: ranks are forked, and OpenMP reads its settings when torch is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkContext, SpawnContext
+from multiprocessing.process import BaseProcess
+
+LOOPBACK = "127.0.0.1"
+GRACE_S = 4.0
+"""Seconds that ranks may take to end once one has failed, before they are killed."""
+POLL_S = 0.05
+PR_SET_PDEATHSIG = 1
+
+
+def wait_passively() -> None:
+    """OpenMP threads sleep while they wait: spinning ones slow down all else on the same cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def limit_threads(processes: int) -> None:
+    """Divide the cores among the processes: two oversubscribed ranks were 17 times slower."""
+    threads = len(os.sched_getaffinity(0)) // max(1, processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
+
+def free_port(address: str = LOOPBACK) -> int:
+    """A port on which nobody listens now."""
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return listener.getsockname()[1]
+
+
+def context() -> ForkContext | SpawnContext:
+    """Fork on Linux, where a rank then needs no imports; elsewhere forking is not safe."""
+    if sys.platform == "linux":
+        return multiprocessing.get_context("fork")
+    return multiprocessing.get_context("spawn")
+
+
+def start_ranks(main: Callable[[int], None], processes: int, port: int) -> list[BaseProcess]:
+    """Start ``main(rank)`` in ``processes`` processes, whose rendezvous is at ``port``.
+
+    A rank is killed with this process. Where ranks are spawned, ``main`` must be picklable.
+    """
+    ranks: list[BaseProcess] = [
+        context().Process(target=_run_rank, args=(main, rank, processes, port, os.getpid()))
+        for rank in range(processes)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _run_rank(
+    main: Callable[[int], None], rank: int, processes: int, port: int, parent: int
+) -> None:
+    _end_with(parent)
+    set_rank_environment(rank, processes, port)
+    main(rank)
+
+
+def set_rank_environment(rank: int, processes: int, port: int) -> None:
+    """Set the variables that `open_world` reads, for a rank of ``processes`` on this machine."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR=LOOPBACK,
+        MASTER_PORT=str(port),
+    )
+
+
+def _end_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # The parent ended before the call above.
+            os._exit(1)
+
+
+def send_signal(ranks: Sequence[BaseProcess], number: int) -> None:
+    """Send a signal to all ranks that are still running."""
+    for process in ranks:
+        if process.exitcode is None and process.pid is not None:
+            os.kill(process.pid, number)
+
+
+def wait_for_ranks(ranks: Sequence[BaseProcess]) -> int:
+    """Wait until all ranks have ended.
+
+    Returns 0 if all succeeded, else the exit code of the first that failed (128 + n if signal n
+    ended it). After a failure the others get GRACE_S to end, and are then killed.
+    """
+    while True:
+        codes = [process.exitcode for process in ranks]
+        failures = [code for code in codes if code not in (None, 0)]
+        if failures:
+            _end_ranks(ranks)
+            code = failures[0]
+            return code if code > 0 else 128 - code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(POLL_S)
+
+
+def _end_ranks(ranks: Sequence[BaseProcess]) -> None:
+    # A stopped rank continues, so that it can write its stacks and end by itself.
+    send_signal(ranks, signal.SIGCONT)
+    deadline = time.monotonic() + GRACE_S
+    while any(process.exitcode is None for process in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    for process in ranks:
+        if process.exitcode is None:
+            process.kill()
+        process.join()
