@@ -170,7 +170,7 @@ def every_stage(folder: Path, small: bool, only: str) -> Iterator[Figures]:
                 log = job.submit().finish(1200)
             begun = Counter(
                 re.findall(
-                    r" (\w+): (?:starts|goes on) \(", (job.run_dir / "logs" / "run.log").read_text()
+                    r" (\w+): (?:starts|resumes) \(", (job.run_dir / "logs" / "run.log").read_text()
                 )
             )
             figures = {

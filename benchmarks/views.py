@@ -119,7 +119,7 @@ class Watch:
 
     def __call__(self, text: str) -> None:
         name, _, rest = text.partition(": ")
-        if rest.startswith(("starts (", "goes on (")):
+        if rest.startswith(("starts (", "resumes (")):
             self.close()
             self.name, self.began = name, time.process_time()
             if rest.startswith("starts"):  # not what an earlier start with other settings took

@@ -10,8 +10,7 @@ from typing import Any
 
 from dist_scan.config import ConfigError, RunConfig, read_yaml, validate_settings
 from dist_scan.data.augment.recipes import RecipeConfig
-from dist_scan.pipeline import STAGES
-from dist_scan.storage.artifacts import MANIFEST, Artifact
+from dist_scan.storage.artifacts import MANIFEST, STAGES, Artifact
 
 
 @dataclass(frozen=True)

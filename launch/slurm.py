@@ -156,7 +156,7 @@ def named(argv: list[str]) -> list[str]:
 def read(args: argparse.Namespace):
     """The validated RunConfig with the flags in its `slurm:` block. Raises ConfigError; looks at the data unless told not to."""
     from dist_scan.config import ConfigError, SlurmConfig
-    from dist_scan.pipeline import preflight
+    from dist_scan.preflight import check_data
     from dist_scan.run_config import load_config
 
     given = {
@@ -190,7 +190,7 @@ def read(args: argparse.Namespace):
             ) from None
     if not args.no_data_check and not args.images:
         try:
-            preflight(run)
+            check_data(run)
         except ConfigError as error:
             raise ConfigError(
                 f"{error}\nWhere only the nodes see the images: --no-data-check, and --images 1281167,50000 (how many) for the plan"

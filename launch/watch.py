@@ -155,7 +155,7 @@ def status(run_dir: Path) -> str:
     last = [
         line
         for line in _lines(run_dir / "logs" / "run.log")
-        if "/s, " in line or ": starts" in line or ": goes on" in line
+        if "/s, " in line or ": starts" in line or ": resumes" in line
     ][-1:]
     lines += [f"progress {line[9:]} (at {line[:8]})" for line in last]
     starts = [

@@ -150,14 +150,14 @@ def planned(
 
 def same_data(runs: dict[tuple[str, int], RunConfig]) -> list[Path]:
     """The manifests that say that the data is built. Raises ConfigError unless every run clusters the same images."""
-    from dist_scan.pipeline import fingerprints, preflight
+    from dist_scan.preflight import check_data, fingerprints
     from dist_scan.storage.artifacts import MANIFEST
 
     marks = {}
     for (name, _), run in runs.items():
         if name not in marks:
             marks[name] = {
-                k: v for k, v in fingerprints(run, preflight(run)).items() if k.startswith("beton_")
+                k: v for k, v in fingerprints(run, check_data(run)).items() if k.startswith("beton_")
             }
     first = next(iter(marks))
     for name, mark in marks.items():

@@ -16,6 +16,8 @@ from typing import Any
 from dist_scan.storage.atomic import write_json
 
 MANIFEST = "manifest.json"
+STAGES = "stages.json"
+"""In the run folder: fingerprint of each stage's current artifact, by the name of the stage."""
 WORK = "work"
 """Subfolder for checkpoints and other temporary state of an unfinished stage."""
 REMEDY = "restore the file, or remove the folder and start again (the stage is then recomputed)"

@@ -68,5 +68,5 @@ def test_taken_up_by_three_ranks_instead_of_two_it_does_not_cluster_again(tmp_pa
     )
     assert asked.code == 128 + 15 and clusterings(asked) == 2, asked.said
     done = run(ONLY_AFTER_THE_MOMENT, processes=3)
-    assert done.code == 0 and "pretext: goes on" in done.said and clusterings(done) == 2, done.said
+    assert done.code == 0 and "pretext: resumes" in done.said and clusterings(done) == 2, done.said
     assert set(done.losses()) == set(range(1, 21)) and (history(done) >= 0).all()

@@ -137,7 +137,7 @@ def test_row_8_three_saves_that_fail_on_a_full_disk_end_the_run_once(disk, begin
     )
     filler.unlink()
     launcher, said = begin(LONG, "runtime.checkpoint_s=1.5")
-    until(lambda told: "pretext: goes on" in told and trained(disk) > 20, launcher, said)
+    until(lambda told: "pretext: resumes" in told and trained(disk) > 20, launcher, said)
     os.kill(launcher.pid, signal.SIGTERM)
     launcher.join(60)
     assert launcher.exitcode == 128 + signal.SIGTERM, said.read_text()

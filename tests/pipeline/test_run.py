@@ -71,7 +71,7 @@ def test_a_second_start_skips_everything_quickly(undisturbed) -> None:
     took = time.monotonic() - began
     assert (
         again.returncode == 0
-        and stages(again.stdout, "done before") == everything(folder)
+        and stages(again.stdout, "already done") == everything(folder)
         and stages(again.stdout, "starts") == []
     )
     assert (folder / "report.json").read_bytes() == before
@@ -85,12 +85,12 @@ def test_a_runtime_edit_skips_all_a_meaning_edit_redoes_that_stage_and_what_foll
 
     folder = tmp_path / "copy"
     shutil.copytree(undisturbed[0], folder)
-    assert stages(run(folder, "runtime.log_every=3").stdout, "done before") == everything(folder)
+    assert stages(run(folder, "runtime.log_every=3").stdout, "already done") == everything(folder)
     edited, anew = (
         run(folder, "stages.heads.method.entropy_weight=4.0").stdout,
         ["heads", "scan", "consensus", "selflabelling", "selflabel", "evaluate", "report"],
     )
-    assert stages(edited, "starts") == anew and stages(edited, "done before") == [
+    assert stages(edited, "starts") == anew and stages(edited, "already done") == [
         name for name in everything(folder) if name not in anew
     ]
     assert_a_flipped_bit_is_noticed(folder)
@@ -121,7 +121,7 @@ def test_killed_three_times_the_same_command_ends_with_the_same_report(
         launcher = Started(command(folder, "runtime.checkpoint_s=1"), tmp_path)
         wait_for = rng.choice(
             ["pretext: ", "neighbours: ", "heads: ", "selflabelling: "]
-        )  # starts, goes on, or was done before
+        )  # starts, resumes, or was already done
         launcher.wait_for_line(wait_for)
         time.sleep(rng.uniform(0, 1.5))
         codes.append(launcher.kill())
@@ -150,7 +150,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
     )
     assert list(folder.glob("stages/pretext/*/work/checkpoints/step-*"))
     again = run(folder, processes=2)
-    assert again.returncode == 0 and "pretext: goes on" in again.stdout
+    assert again.returncode == 0 and "pretext: resumes" in again.stdout
 
 
 WHOLE_PRETEXT = [
@@ -268,6 +268,6 @@ def test_a_method_is_one_file_and_resumes(tmp_path: Path) -> None:
             line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200
         )
         assert done.returncode == 0, done.stdout
-        assert not kill or "pretext: goes on" in done.stdout
+        assert not kill or "pretext: resumes" in done.stdout
         weights.append(load_file(next(folder.glob("stages/pretext/*/mine.safetensors"))))
     assert all((weights[0][k] == weights[1][k]).all() for k in weights[0])

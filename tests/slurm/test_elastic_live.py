@@ -66,9 +66,9 @@ def started_again(cluster: Cluster, folder: Path) -> None:
         added = (folder / "run" / "logs" / "run.log").read_text().removeprefix(before)
         stages = {
             name: [line.split()[1][:-1] for line in added.splitlines() if f": {name} " in line]
-            for name in ("done before", "starts")
+            for name in ("already done", "starts")
         }
-        assert sorted(stages["done before"]) == skipped and sorted(stages["starts"]) == sorted(
+        assert sorted(stages["already done"]) == skipped and sorted(stages["starts"]) == sorted(
             set(everything) - set(skipped)
         ), (edit, added)
 

@@ -145,9 +145,9 @@ def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(
     import threading
     import time
 
-    from dist_scan import pipeline
+    from dist_scan.monitoring import stage_timer
 
-    begun, written, quick = threading.Event(), threading.Event(), pipeline.write_text
+    begun, written, quick = threading.Event(), threading.Event(), stage_timer.write_text
 
     def write(path, text) -> None:
         begun.set()
@@ -155,11 +155,11 @@ def test_a_stage_ends_while_its_clock_writes_to_a_slow_disk(
         quick(path, text)
         written.set()
 
-    monkeypatch.setattr(pipeline, "write_text", write)
-    monkeypatch.setattr(pipeline.StageTimer, "TICK_S", 0.01)
+    monkeypatch.setattr(stage_timer, "write_text", write)
+    monkeypatch.setattr(stage_timer.StageTimer, "SAVE_EVERY_S", 0.01)
     store = ArtifactStore(tmp_path)
     folder = store.folder("heads", "a" * 16)
-    clock = pipeline.StageTimer(folder / WORK / "seconds", True)
+    clock = stage_timer.StageTimer(folder / WORK / "seconds", True)
     assert begun.wait(10)
     assert clock.stop() > 0.2 and written.is_set(), "the write was waited for"
     store.publish("heads", "a" * 16, {"kind": "train"})

@@ -145,15 +145,15 @@ def test_shipped_configs_load_and_survive_a_round_trip(path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_look_at_whole_images(path) -> None:
-    from dist_scan.pipeline import notes
+    from dist_scan.preflight import warnings
 
-    assert notes(load_config(path)) == []
+    assert warnings(load_config(path)) == []
 
 
 def test_a_size_that_does_not_fit_is_said_once_by_the_first_stage_that_meets_it() -> None:
-    from dist_scan.pipeline import notes
+    from dist_scan.preflight import warnings
 
-    found = notes(load_config(QUICK, ["data.resolution=256"]))
+    found = warnings(load_config(QUICK, ["data.resolution=256"]))
     assert [text.split(":")[0] for text in found] == [
         "stages.pretext",
         "stages.pixels",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_scan.pipeline import all_stages, fingerprints
+from dist_scan.preflight import all_stages, fingerprints
 from dist_scan.run_config import CompleteRunConfig, load_config
 
 QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"

@@ -17,6 +17,7 @@ LEVEL = {
     "run": 9,
     "finished_run": 8,
     "pipeline": 8,
+    "preflight": 8,
     "run_config": 8,
     "stages": 7,
     "engine": 6,

@@ -1,0 +1,91 @@
+"""What is known before any work: the stages of a run, whether the data suits them, fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dist_scan.config import ConfigError, RunConfig, StageConfig
+from dist_scan.config.stage import beton_stage
+from dist_scan.data.sources.open import open_source
+from dist_scan.stages.base import stage_class
+from dist_scan.stages.beton import BetonConfig
+from dist_scan.storage.artifacts import fingerprint
+
+STORAGE_SETTINGS = ("stored", "resolution", "max_side", "quality", "max_bad_share")
+
+
+def all_stages(run: RunConfig) -> dict[str, StageConfig]:
+    """The stages of a run in order; first those that build the .beton files it refers to."""
+    referenced = {target for stage in run.stages.values() for target in stage.inputs().values()}
+    betons = {
+        beton_stage(split): BetonConfig(split=split, data=run.data) for split in run.data.splits()
+    }
+    return {name: stage for name, stage in betons.items() if name in referenced} | run.stages
+
+
+def check_data(run: RunConfig) -> dict[str, str]:
+    """Count the images and check the settings against their number.
+
+    Returns the fingerprint of each split's images, by the name of its beton stage. Raises
+    ConfigError with all errors.
+    """
+    if not run.stages:
+        raise ConfigError("stages: none; name at least one (the shipped configs are examples)")
+    data_fingerprints = {}
+    num_images: dict[str | None, int] = {}
+    for name, stage in all_stages(run).items():
+        if isinstance(stage, BetonConfig):
+            source = open_source(run.data.splits()[stage.split])
+            data_fingerprints[name] = source.fingerprint()
+            num_images[stage.split] = len(source)
+    errors = []
+    for name, stage in run.stages.items():
+        split = stage.images_split(run.stages)
+        if split in num_images:
+            try:
+                stage.check_size(name, num_images[split], run.stages)
+            except ValueError as error:
+                errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return data_fingerprints
+
+
+def warnings(run: RunConfig) -> list[str]:
+    """Warnings of all stages about this data; the first stage of those with the same one."""
+    found: dict[str, str] = {}
+    for name, stage in run.stages.items():
+        for text in stage.warnings(run.data):
+            found.setdefault(text, name)
+    return [f"stages.{name}: {text}" for text, name in found.items()]
+
+
+def fingerprints(run: RunConfig, data_fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprint of each stage: a hash of everything that decides its results.
+
+    These are kind, version and settings of the stage, the seed, the fingerprints of its inputs
+    and of the data; not `name`, `runtime` and `slurm`.
+    """
+    found: dict[str, str] = {}
+    for name, stage in all_stages(run).items():
+        if isinstance(stage, BetonConfig):
+            settings, context = _storage_settings(stage), {}
+        else:
+            settings = stage.model_dump(mode="json")
+            context = {"seed": run.seed, "input": [run.data.size, run.data.mean, run.data.std]}
+        found[name] = fingerprint(
+            stage.kind,
+            stage_class(stage.kind).version,
+            settings,
+            {role: found[target] for role, target in stage.inputs().items()},
+            context,
+            data_fingerprints.get(name, ""),
+        )
+    return found
+
+
+def _storage_settings(stage: BetonConfig) -> dict[str, Any]:
+    """The settings that decide the bytes of a .beton; its images are in the data's fingerprint."""
+    data = stage.data.model_dump(mode="json")
+    return {key: data[key] for key in STORAGE_SETTINGS} | {"limit": data[stage.split]["limit"]}
