@@ -370,7 +370,7 @@ def test_a_view_that_is_too_small_for_float16_is_named(
     np.save(tmp_path / "x.npy", x)
     assert (
         main(["neighbours", str(tmp_path / "x.npy"), str(tmp_path / "out")]) == 2
-        and "rows [33] is smaller" in capsys.readouterr().err
+        and "rows [33] are below" in capsys.readouterr().err
     )
 
 

@@ -317,7 +317,7 @@ MISTAKES = {
         ["{run}", "{tmp}/nowhere", "-o", "{tmp}/o.parquet"],
         "nowhere' does not exist; give an image folder",
     ),
-    "empty folder": (["{run}", "{tmp}/empty", "-o", "{tmp}/o.parquet"], "holds no images"),
+    "empty folder": (["{run}", "{tmp}/empty", "-o", "{tmp}/o.parquet"], "has no images"),
     "all broken": (
         ["{run}", "{tmp}/broken", "-o", "{tmp}/o.parquet"],
         "not one of the 1 images of",

@@ -103,7 +103,7 @@ def test_label_columns(tmp_path: Path, column) -> None:
 
 
 def test_words_as_labels_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'label' is string; allowed: whole numbers"):
+    with pytest.raises(ConfigError, match="'label' is string; allowed: integers"):
         opened(table(tmp_path / "a.parquet", ["cat", "dog"]))
 
 
@@ -174,15 +174,15 @@ def test_the_mark_follows_the_data_not_the_place(tmp_path: Path) -> None:
     "make, words",
     [
         (lambda p: p / "no", "does not exist"),
-        (lambda p: p, "holds no images"),
+        (lambda p: p, "has no images"),
         (
             lambda p: (p / "x.parquet").write_bytes(b"junk") and p / "x.parquet",
-            "no readable parquet",
+            "not a readable parquet",
         ),
-        (lambda p: (p / "x.tar").write_bytes(b"junk") and p / "x.tar", "no readable tar"),
+        (lambda p: (p / "x.tar").write_bytes(b"junk") and p / "x.tar", "not a readable tar"),
         (
             lambda p: (p / "x.zip").write_bytes(b"junk") and p / "x.zip",
-            "does not fit what is there",
+            "does not fit these files",
         ),
     ],
     ids=["missing", "empty", "parquet", "tar", "other"],
@@ -219,7 +219,7 @@ def test_second_images_of_a_tar_are_named_and_labels_that_are_no_numbers_refused
         )
     assert [(s.name, s.label) for s in everything(source)] == [("a.png", -1), ("b.png", 7)]
     for number, label in enumerate((b"cat", b"Infinity", b'{"label": "dog"}', b"1.5")):
-        with pytest.raises(ConfigError, match="allowed: a whole number"):
+        with pytest.raises(ConfigError, match="allowed: an integer"):
             opened(
                 tar_of(
                     tmp_path / f"bad{number}.tar",
@@ -240,7 +240,7 @@ def test_other_pictures_of_the_same_names_and_sizes_are_other_data(tmp_path: Pat
 def test_sources_that_can_be_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         opened("x" * 5000)
-    with pytest.raises(ConfigError, match="chooses among folders of images"):
+    with pytest.raises(ConfigError, match="selects folders of images"):
         open_source(SplitConfig(source="sklearn:digits", classes="list.txt"))
     with pytest.raises(ConfigError, match="does not fit"):
         open_source(SplitConfig(source="sklearn:digits", format="tar"))

@@ -1,95 +1,101 @@
-"""Images in parquet files, in the Hugging Face layout."""
+"""Images in parquet files, in the layout of Hugging Face datasets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from dist_scan.config import ConfigError
+from dist_scan.config.base import ConfigError
 from dist_scan.data.sources.base import Sample, Source
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class ParquetSource(Source):
-    """Rows of parquet files in the Hugging Face layout: `image` is {bytes, path} or bytes, with an optional label column."""
+    """Parquet files with a column `image`, {bytes, path} or bytes, and an optional label column."""
 
     def __init__(self, files: list[Path]) -> None:
-        import pyarrow.parquet as pq
-
-        self.files, self.starts, self.groups, self.sizes, self.columns = files, [0], [], [], []
+        self.files = files
+        self.sizes: list[int] = []
+        self.label_columns: list[str | None] = []
+        self.groups: list[tuple[int, int]] = []
+        """(file, row group inside it) of each row group."""
+        self.starts = [0]
+        """First row of each row group, and the number of all rows at the end."""
         for number, file in enumerate(files):
             try:
-                handle = pq.ParquetFile(file)
-            except Exception as error:  # pyarrow has a dozen kinds
-                raise ConfigError(f"source '{file}' is no readable parquet file: {error}") from None
-            names = handle.schema_arrow.names
-            if "image" not in names:
+                parquet = pq.ParquetFile(file)
+            except Exception as error:  # pyarrow raises a dozen types
                 raise ConfigError(
-                    f"source '{file}' has no column 'image'; it has {', '.join(names)}. Rename the column of image bytes"
+                    f"source '{file}' is not a readable parquet file: {error}"
+                ) from None
+            schema = parquet.schema_arrow
+            if "image" not in schema.names:
+                raise ConfigError(
+                    f"source '{file}' has no column 'image', only {', '.join(schema.names)}. "
+                    "Rename the column of image bytes"
                 )
-            self.columns.append(_label_column(handle.schema_arrow, file))
-            self.class_names = self.class_names or _class_names(
-                handle.schema_arrow.metadata, self.columns[-1]
-            )
-            for group in range(handle.num_row_groups):
-                self.groups.append((number, group))
-                self.starts.append(self.starts[-1] + handle.metadata.row_group(group).num_rows)
             self.sizes.append(file.stat().st_size)
+            label_column = _label_column(schema, file)
+            self.label_columns.append(label_column)
+            self.class_names = self.class_names or _class_names(schema, label_column)
+            for group in range(parquet.num_row_groups):
+                self.groups.append((number, group))
+                self.starts.append(self.starts[-1] + parquet.metadata.row_group(group).num_rows)
         self.rows = np.arange(self.starts[-1])
 
     def _read(self, rows: list[int]) -> Iterator[Sample]:
-        import pyarrow.parquet as pq
-
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        for group in np.unique(place):
+        group_of = np.searchsorted(self.starts, rows, side="right") - 1
+        for group in np.unique(group_of):
             number, inner = self.groups[group]
-            columns = [c for c in ("image", self.columns[number]) if c]
+            columns = [name for name in ("image", self.label_columns[number]) if name]
             try:
                 table = pq.ParquetFile(self.files[number]).read_row_group(inner, columns=columns)
-            except (OSError, ValueError) as error:  # pyarrow's errors are of these two kinds
+            except (OSError, ValueError) as error:  # bases of all of pyarrow's errors
                 raise ConfigError(
-                    f"source '{self.files[number]}': row group {inner} cannot be read ({error}); fetch the file again"
+                    f"source '{self.files[number]}': row group {inner} cannot be read ({error}); "
+                    "copy or download the file again"
                 ) from None
-            for row in (r for r, p in zip(rows, place) if p == group):
+            for row in np.asarray(rows)[group_of == group].tolist():
                 yield self._sample(table, row - self.starts[group], row, number)
 
-    def _sample(self, table: Any, at: int, row: int, number: int) -> Sample:
-        image = table["image"][at].as_py()
-        data, path = (
-            (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        )
-        label = table[self.columns[number]][at].as_py() if self.columns[number] else None
+    def _sample(self, table: pa.Table, position: int, row: int, number: int) -> Sample:
+        """The image at a position of a row group's table."""
+        image = table["image"][position].as_py()
+        if not isinstance(image, dict):
+            image = {"bytes": image}
+        column = self.label_columns[number]
+        label = table[column][position].as_py() if column else None
         return Sample(
-            data or b"",
+            image.get("bytes") or b"",
             -1 if label is None else int(label),
-            path or f"{self.files[number].name}:{row}",
+            image.get("path") or f"{self.files[number].name}:{row}",
         )
 
-    def _facts(self) -> Iterator[str]:
+    def _description(self) -> Iterator[str]:
         return (f"{file.name}:{size}" for file, size in zip(self.files, self.sizes))
 
 
-def _label_column(schema: Any, file: Path) -> str | None:
-    """The first of LABEL_COLUMNS that is there. Raises ConfigError when it holds no class numbers."""
-    import pyarrow as pa
-
-    name = next((c for c in LABEL_COLUMNS if c in schema.names), None)
+def _label_column(schema: pa.Schema, file: Path) -> str | None:
+    """The first of LABEL_COLUMNS in a file. Raises ConfigError if its type is not an integer."""
+    name = next((column for column in LABEL_COLUMNS if column in schema.names), None)
     if name is not None and not pa.types.is_integer(schema.field(name).type):
         raise ConfigError(
-            f"source '{file}': column '{name}' is {schema.field(name).type}; allowed: whole numbers (or no such column). "
-            "Write the classes as numbers, or rename the column"
+            f"source '{file}': column '{name}' is {schema.field(name).type}; allowed: integers "
+            "(or no such column). Number the classes, or rename the column"
         )
     return name
 
 
-def _class_names(metadata: dict | None, label: str | None) -> list[str] | None:
-    """Class names that Hugging Face datasets keep in the schema's metadata, if they do."""
+def _class_names(schema: pa.Schema, label_column: str | None) -> list[str] | None:
+    """Class names from the schema's metadata, where Hugging Face datasets store them."""
     try:
-        return list(json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"])
+        info = json.loads(schema.metadata[b"huggingface"])["info"]
+        return list(info["features"][label_column]["names"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -7,71 +7,102 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dist_scan.config import ConfigError
+from dist_scan.config.base import ConfigError
 from dist_scan.data.sources.base import IMAGE_ENDINGS, Sample, Source
+
+LABEL_ENDINGS = ("cls", "json")
+
+
+class _Member(NamedTuple):
+    """Where an image is stored."""
+
+    file: int
+    name: str
+    offset: int
+    size: int
 
 
 class TarSource(Source):
-    """webdataset shards: members KEY.jpg (or .png ...) with KEY.cls or KEY.json ({"label": n}) beside them."""
+    """webdataset shards: members KEY.jpg (or .png ...) with an optional label beside them.
+
+    The label is the number in KEY.cls, or `label` in the JSON object KEY.json.
+    """
 
     def __init__(self, files: list[Path]) -> None:
-        self.files, self.members = files, []
+        self.files = files
+        self.members: list[_Member] = []
+        self.labels: list[int] = []
         for number, file in enumerate(files):
             try:
                 with tarfile.open(file) as tar:
-                    self._index(tar, number)
+                    self._add_members(tar, number)
             except (tarfile.TarError, OSError, EOFError) as error:
-                raise ConfigError(f"source '{file}' is no readable tar file: {error}") from None
+                raise ConfigError(f"source '{file}' is not a readable tar file: {error}") from None
         self.rows = np.arange(len(self.members))
 
-    def _index(self, tar: tarfile.TarFile, number: int) -> None:
-        images, labels, others = {}, {}, []
-        for member in (m for m in tar if m.isfile()):
+    def _add_members(self, tar: tarfile.TarFile, number: int) -> None:
+        """Add the images and labels of one shard."""
+        images: dict[str, _Member] = {}
+        labels: dict[str, int] = {}
+        ignored = []
+        for member in tar:
+            if not member.isfile():
+                continue
             key, ending = _split_key(member.name)
-            if (
-                f".{ending}" in IMAGE_ENDINGS and images.get(key, (member.name,))[0] == member.name
-            ):  # of two with one name the later counts, as in tar
-                images[key] = (member.name, member.offset_data, member.size)
-            elif ending in ("cls", "json"):
-                labels[key] = _label_of(
-                    tar.extractfile(member).read(), f"{self.files[number]}: {member.name}"
-                )
+            if ending in LABEL_ENDINGS:
+                label = tar.extractfile(member)
+                assert label is not None, "None is returned only for what is not a file"
+                labels[key] = _parse_label(label.read(), f"{self.files[number]}: {member.name}")
             elif f".{ending.rpartition('.')[2]}" in IMAGE_ENDINGS:
-                others.append(member.name)
-        if others:
+                # Of two members with the same name the later one counts, as in tar.
+                is_new = key not in images or images[key].name == member.name
+                if is_new and "." not in ending:
+                    images[key] = _Member(number, member.name, member.offset_data, member.size)
+                else:
+                    ignored.append(member.name)
+        if ignored:
+            more = ", ..." if len(ignored) > 3 else ""
             warnings.warn(
-                f"source '{self.files[number]}': {len(others)} more images of samples that have one, or with dots in their names, are left out "
-                f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); a sample is KEY.jpg, and KEY has no dot",
+                f"source '{self.files[number]}': {len(ignored)} more images of samples that have "
+                f"one, or with dots in their names, are ignored ({', '.join(ignored[:3])}{more}); "
+                "a sample is KEY.jpg, and KEY has no dot",
                 stacklevel=2,
             )
-        self.members += [(number, *images[key], labels.get(key, -1)) for key in images]
+        self.members += images.values()
+        self.labels += [labels.get(key, -1) for key in images]
 
     def _read(self, rows: list[int]) -> Iterator[Sample]:
         for row in rows:
-            number, name, offset, size, label = self.members[row]
-            with open(self.files[number], "rb") as f:
-                f.seek(offset)
-                yield Sample(f.read(size), label, name)
+            member = self.members[row]
+            with open(self.files[member.file], "rb") as f:
+                f.seek(member.offset)
+                yield Sample(f.read(member.size), self.labels[row], member.name)
 
-    def _facts(self) -> Iterator[str]:
-        return (f"{name}:{size}:{label}" for _, name, _, size, label in self.members)
+    def _description(self) -> Iterator[str]:
+        members = zip(self.members, self.labels)
+        return (f"{member.name}:{member.size}:{label}" for member, label in members)
 
 
 def _split_key(name: str) -> tuple[str, str]:
-    """webdataset's: the key ends at the first dot of the file's name."""
+    """(key, ending) of a member; the key ends at the first dot of the file's name."""
     folder, _, base = name.rpartition("/")
     key, _, ending = base.partition(".")
     return f"{folder}/{key}", ending.lower()
 
 
-def _label_of(data: bytes, where: str) -> int:
-    """The class number in KEY.cls or KEY.json; -1 when it holds none (a .json without one, or null). Raises ConfigError when it is no whole number."""
+def _parse_label(data: bytes, name: str) -> int:
+    """Class number in KEY.cls or KEY.json; -1 if it is null, or the JSON object has none.
+
+    Raises ConfigError if it is not an integer.
+    """
     try:
         value = json.loads(data)
-        value = value.get("label", value.get("cls")) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get("label", value.get("cls"))
         if value is None:
             return -1
         if int(value) == float(value):
@@ -79,5 +110,6 @@ def _label_of(data: bytes, where: str) -> int:
     except (ValueError, TypeError, OverflowError):
         pass
     raise ConfigError(
-        f"source '{where}': the label is {data[:40]!r}; allowed: a whole number. Write the classes as numbers, or leave these members out"
+        f"source '{name}': the label is {data[:40]!r}; allowed: an integer. "
+        "Number the classes, or remove these members"
     )
