@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import fcntl
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # `python launch/local.py` from a checkout
 
+from dist_scan.world.processes import (  # noqa: E402
+    limit_threads,
+    send_signal,
+    start_ranks,
+    wait_for_ranks,
+    wait_passively,
+)
 from launch import recovery, terminal  # noqa: E402
 
 NOTICE = (
@@ -27,7 +35,6 @@ NOTICE = (
     signal.SIGHUP,
 )  # HUP: the terminal was closed, or the connection was cut
 LEAVING_S = 20.0  # how long the ranks of a killed launcher may take to end
-GRACE_S = 4.0  # how long ranks may take to end once one has failed, before they are killed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
     args = parser.parse_intermixed_args(argv)
     terminal.outlive()
-    _share_cores(args.processes)
+    limit_threads(args.processes)
+    wait_passively()
     from dist_scan.config import ConfigError, dump
     from dist_scan.run_config import load_config
 
@@ -185,10 +193,9 @@ def attempt(run_dir: Path, processes: int) -> int:
     """One start of the ranks, to its end. 0 when all ended well, else the code of the first that did not."""
     ranks = start(run_dir, processes, recovery.free_port())
 
-    def forward(number, frame) -> None:
-        for p in ranks:
-            if p.exitcode is None:
-                os.kill(p.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+    def forward(number: int, frame: FrameType | None) -> None:
+        forwarded = signal.SIGTERM if number == signal.SIGHUP else number
+        send_signal(ranks, forwarded)
 
     for number in NOTICE:
         if (
@@ -197,99 +204,41 @@ def attempt(run_dir: Path, processes: int) -> int:
             signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE)
     try:
-        return _wait(ranks)
+        return wait_for_ranks(ranks)
     finally:
         signal.pthread_sigmask(
             signal.SIG_BLOCK, NOTICE
         )  # one that comes between two starts is kept for the next ranks
 
 
-def start(run_dir: Path, processes: int, port: int) -> list[multiprocessing.process.BaseProcess]:
-    """Fork the ranks from this process, which has imported everything: a start, or a relaunch, costs no imports (8 s on two cores).
+def start(run_dir: Path, processes: int, port: int) -> list[BaseProcess]:
+    """Fork the ranks from this process, which has imported everything.
 
-    Safe because nothing here has touched a GPU or started a thread pool. They start with the notices blocked, so that a
-    signal in the first moment is kept until their handlers stand. Where forking is not safe (macOS) they are spawned.
+    A start or a relaunch then costs no imports (8 s on two cores). This is safe because nothing
+    here has used a GPU or started a thread pool. The ranks start with NOTICE blocked, so that an
+    early signal is pending until their handlers are installed.
     """
-    import dist_scan.run  # noqa: F401  here, so that the ranks have it already
+    import dist_scan.run  # noqa: F401  imported here for the ranks
 
     if processes > 1:
-        import torch._dynamo  # noqa: F401  every optimizer imports it: three seconds a rank
+        import torch._dynamo  # noqa: F401  every optimizer imports it: three seconds per rank
 
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ranks = [
-        context.Process(target=_rank, args=(run_dir, rank, processes, port, os.getpid()))
-        for rank in range(processes)
-    ]
-    for p in ranks:
-        p.start()
-    return ranks
+    return start_ranks(partial(_run_rank, run_dir), processes, port)
 
 
-def _share_cores(processes: int) -> None:
-    """OpenMP reads its settings once, when torch is imported: before that every rank gets its share of the cores."""
-    # Two oversubscribed ranks were 17 times slower.
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(1, processes)))
-    )
-    # Threads that spin while they wait slow training tenfold as soon as anything else runs on the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _rank(run_dir: Path, rank: int, processes: int, port: int, launcher: int) -> None:
-    """The life of one rank, in its own process. It holds the lease too: the folder stays taken while any rank lives."""
-    _die_with(launcher)
+def _run_rank(run_dir: Path, rank: int) -> None:
+    """The main function of one rank. It holds the run folder's lock too, while it lives."""
     terminal.outlive()
-    os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.setsid()  # Ctrl-C reaches the launcher only, which forwards it.
     if rank > 0:
-        log = os.open(
-            run_dir / "logs" / f"rank{rank:05d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        )
+        path = run_dir / "logs" / f"rank{rank:05d}.log"
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
     from dist_scan.run import main as run
 
     sys.exit(run(str(run_dir)))
-
-
-def _die_with(launcher: int) -> None:
-    """A launcher that is killed takes its ranks along (Linux: PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(1)
-
-
-def _wait(ranks: list[multiprocessing.process.BaseProcess]) -> int:
-    """0 when all ended well; else the code of the first that did not, with the others ended within GRACE_S."""
-    while True:
-        codes = [p.exitcode for p in ranks]
-        bad = [c for c in codes if c not in (None, 0)]
-        if bad:
-            for p in ranks:
-                if p.exitcode is None:
-                    os.kill(
-                        p.pid, signal.SIGCONT
-                    )  # one that was stopped may yet write its stacks and leave by itself
-            deadline = time.monotonic() + GRACE_S
-            while any(p.exitcode is None for p in ranks) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            for p in ranks:
-                if p.exitcode is None:
-                    p.kill()
-                p.join()
-            return bad[0] if bad[0] > 0 else 128 - bad[0]
-        if all(c == 0 for c in codes):
-            return 0
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

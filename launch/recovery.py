@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import uuid
@@ -20,6 +19,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # `python launch/recovery.py` from a batch script
 
+from dist_scan.world.processes import free_port  # noqa: E402
 from launch import records  # noqa: E402
 
 MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
@@ -207,13 +207,6 @@ def _remember(run_dir: Path, start: int, text: str, advanced: bool) -> None:
         )
     except OSError:
         pass  # a full disk must not stop a relaunch
-
-
-def free_port(address: str = "127.0.0.1") -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as s:
-        s.bind((address, 0))
-        return s.getsockname()[1]
 
 
 def main(argv: list[str]) -> int:

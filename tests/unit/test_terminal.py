@@ -64,7 +64,7 @@ def test_a_closed_terminal_asks_the_ranks_to_save(
         return 0
 
     monkeypatch.setattr(local, "start", lambda *_: [Rank()])
-    monkeypatch.setattr(local, "_wait", wait)
+    monkeypatch.setattr(local, "wait_for_ranks", wait)
     monkeypatch.setattr(local.os, "kill", lambda pid, number: sent.append((pid, number)))
     signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else lambda *_: sent.append("nobody"))
     try:
