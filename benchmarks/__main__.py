@@ -39,7 +39,7 @@ class Benchmark:
     cluster: list[str] | None = None
 
 
-def find(folder: Path = Path(__file__).parent) -> list[Benchmark]:
+def find_benchmarks(folder: Path = Path(__file__).parent) -> list[Benchmark]:
     """Every file with a `main`, by name."""
     return [
         b
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--name", default="local", help="of the files in --out")
     args = parser.parse_args(argv)
-    found = {b.name: b for b in find()}
+    found = {b.name: b for b in find_benchmarks()}
     unknown = [name for name in args.names if name not in found]
     if unknown:
         parser.error(f"no benchmark '{unknown[0]}'; there are: {', '.join(found)}")

@@ -1,8 +1,9 @@
-"""`launch/slurm.py --nodes 1,2,4 --benchmark`: one job per number of nodes, one after another, then one page of how it scales.
+"""`launch/slurm.py --nodes 1,2,4 --benchmark`: one job per number of nodes, then one page.
 
-A job takes its own folder, FOLDER/nodes-N. It runs the named benchmarks over all its ranks and then the config's own stages, the trainings
-cut to --steps, and last of all draws FOLDER/scaling.html anew from whatever is there: nobody has to wait for it, and a job that fails is
-named on the page instead of holding it up. All numbers of nodes are validated before the first job is submitted.
+Each job has its own run folder, FOLDER/nodes-N. It runs the named benchmarks over all its ranks,
+then the config's own stages with each training cut to --steps. At its end it draws
+FOLDER/scaling.html from all figures there are: nobody has to wait, and a job that failed is named
+on the page. Every number of nodes is validated before the first job is submitted.
 """
 
 from __future__ import annotations
@@ -13,245 +14,268 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import sbatch_script as batch
-from launch import submission, watch
+from dist_scan.config import ConfigError, RunConfig, SlurmConfig
+from dist_scan.run_config import load_config
+from dist_scan.storage.atomic import write_json
+from launch import command_line, submission, watch
+from launch.plan import image_counts, measure_network, training_memory
+from launch.sbatch_script import BatchJob, export_rank, script, srun_command
 
-ROOT = Path(__file__).resolve().parents[1]
-RUN = "run"  # the config's own stages
-MOST_ROWS = 200_000  # of the made-up features that neighbours and kmeans are timed on
+RUN = "run"
+"""Among the names of benchmarks: the config's own stages."""
+MAX_ROWS = 200_000
+"""Rows of the random features on which neighbours and kmeans are timed, at most."""
 HARDWARE = (
     "gpus_per_node",
     "processes_per_node",
     "cpus_per_task",
     "partition",
     "constraint",
-)  # of a job, besides its number of nodes
-Read = Callable[[argparse.Namespace], Any]
+)
+"""Fields of `slurm:` that must be equal on one page, besides the number of nodes."""
 
 
-def main(args: argparse.Namespace, read: Read, counts: dict[str, int] | None) -> int:
-    """Returns the exit code. `read` validates one run (launch/slurm.py), `counts`: how many images, where that was said. Raises ConfigError."""
-    from dist_scan.run_config import load_config
+@dataclass(frozen=True)
+class Suite:
+    """What the jobs of one scaling benchmark measure."""
 
-    wanted, numbers = names(args.benchmark), node_counts(args.nodes)
-    check(args, numbers)
-    base = load_config(args.config, args.overrides)
-    sizes = counts or ({} if args.no_data_check else count(base))
-    runs = plan(args, read, base, numbers, sizes)
-    folder, suite = runs[0].run_dir.parent, commands(wanted, runs, sizes)
-    for run in runs:
-        submission.check(
-            run.run_dir, text(run, suite[run.slurm.nodes], RUN in wanted, folder), run.slurm.setup
+    folder: Path
+    with_run: bool
+    """Whether the config's own stages are run too."""
+    commands: Mapping[int, list[list[str]]]
+    """By number of nodes: [name, argument, ...] of each benchmark."""
+
+    def script(self, run: RunConfig) -> str:
+        """The batch script of one number of nodes."""
+        nodes = run.slurm.nodes
+        draw = f"-m benchmarks.scaling {shlex.quote(str(self.folder))}"
+        python = run.slurm.python or sys.executable
+        failed = shlex.quote(f"the page could not be drawn here; draw it with: {python} {draw}")
+        return script(
+            BatchJob(
+                run.slurm,
+                run.run_dir,
+                f"{run.name}-{nodes}",
+                run.runtime.relaunches,
+                before_start=_before_start(run.slurm, self.commands[nodes], self.with_run),
+                at_exit=f'count_step; {_one_task(run.slurm)} "$PYTHON" {draw} || log {failed}',
+            )
         )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Submit the jobs, or print their scripts with --dry-run. Returns the exit code.
+
+    Raises ConfigError before anything is submitted.
+    """
+    # Validate everything.
+    names = parse_names(args.benchmark)
+    node_counts = parse_node_counts(args.nodes)
+    check_arguments(args, node_counts)
+    base = load_config(args.config, args.overrides)
+    num_images = command_line.stated_image_counts(args)
+    if num_images is None:
+        num_images = {} if args.no_data_check else count_images(base)
+    runs = load_runs(args, base, node_counts, num_images)
+    suite = Suite(runs[0].run_dir.parent, RUN in names, benchmark_commands(names, runs, num_images))
+    for run in runs:
+        submission.check(run.run_dir, suite.script(run), run.slurm.setup)
     if args.dry_run:
         for run in runs:
-            print(text(run, suite[run.slurm.nodes], RUN in wanted, folder))
+            print(suite.script(run))
         return 0
-    submission.look_for_slurm()
-    done = [measured(run, wanted) for run in runs]
-    describe(folder, args, wanted, numbers)
+
+    # Submit what has not been measured yet; each job waits for the one before it.
+    submission.require_slurm()
+    is_measured = [has_all_figures(run, names) for run in runs]
+    write_description(suite.folder, args, names, node_counts)
     previous = None
-    for run, has_figures in zip(runs, done):
-        if has_figures:
-            print(f"{nodes_of(run)}: measured before, {run.run_dir}")
+    for run, skip in zip(runs, is_measured):
+        nodes = f"{run.slurm.nodes} node{'s' if run.slurm.nodes > 1 else ''}"
+        if skip:
+            print(f"{nodes}: measured before, {run.run_dir}")
             continue
         if previous and not args.at_once:
-            run = run.model_copy(
-                update={
-                    "slurm": run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})
-                }
-            )
-        remember_plan(run)
-        previous = submission.place(run, text(run, suite[run.slurm.nodes], RUN in wanted, folder))
-        print(f"{nodes_of(run)}: job {previous}, {run.run_dir}")
-    print(f"page, drawn anew as each job ends: {folder / 'scaling.html'}")
-    return follow(folder) if args.follow else 0
+            slurm = run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})
+            run = run.model_copy(update={"slurm": slurm})
+        # The planned memory, to be compared with what each training took.
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run.run_dir / "plan.json", training_memory(run))
+        previous = submission.submit(run, suite.script(run))
+        print(f"{nodes}: job {previous}, {run.run_dir}")
+    page = f"{suite.folder / 'scaling.html'}"
+    print(f"page, drawn again as each job ends: {page}")
+    if not args.follow:
+        return 0
+    code = watch.follow_all(watch.run_dirs(suite.folder))
+    print(f"page: {page}")
+    return code
 
 
-def nodes_of(run: Any) -> str:
-    """`1 node`, `2 nodes`."""
-    return f"{run.slurm.nodes} node{'s' * (run.slurm.nodes > 1)}"
-
-
-def count(run: Any) -> dict[str, int]:
-    """Images of each split. Raises ConfigError with the way out where they cannot be seen from here."""
-    from dist_scan.config import ConfigError
-    from launch.plan import image_counts
-
+def count_images(run: RunConfig) -> dict[str, int]:
+    """Images of each split. Raises ConfigError with the remedy if this machine cannot read them."""
     try:
         return image_counts(run)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}\nWhere only the nodes see the images say how many there are: --images 1281167,50000"
+            f"{error}\nIf only the nodes can read the images, state their number: "
+            "--images 1281167,50000"
         ) from None
 
 
-def names(said: str) -> list[str]:
-    """`step,loader` -> [step, loader]. Raises ConfigError naming what there is."""
-    from dist_scan.config import ConfigError
-
-    there = [RUN, *over_nodes()]
-    found = [name for name in said.split(",") if name]
-    unknown = [name for name in found if name not in there]
-    if unknown or not found:
+def parse_names(text: str) -> list[str]:
+    """`step,loader` as a list without duplicates. Raises ConfigError with the names there are."""
+    known = [RUN, *node_benchmarks()]
+    names = [name for name in text.split(",") if name]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
         raise ConfigError(
-            f"--benchmark {said}: '{unknown[0] if unknown else said}' cannot be measured over nodes; there are: {', '.join(there)}"
+            f"--benchmark {text}: '{unknown[0] if unknown else text}' cannot be measured over "
+            f"nodes; allowed: {', '.join(known)}"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
-def over_nodes() -> dict[str, list[str]]:
-    """Benchmarks that work over the ranks of a job -> their arguments, with {names} of `facts`."""
-    from benchmarks.__main__ import find
+def node_benchmarks() -> dict[str, list[str]]:
+    """Benchmarks that run over the ranks of a job, each with its arguments.
 
-    return {b.name: b.cluster for b in find() if b.cluster is not None}
+    An argument may contain a {name} of `template_values`.
+    """
+    from benchmarks.__main__ import find_benchmarks
+
+    return {b.name: b.cluster for b in find_benchmarks() if b.cluster is not None}
 
 
-def node_counts(said: str | None) -> list[int]:
-    """`1,2,4` -> [1, 2, 4], ascending. Raises ConfigError."""
-    from dist_scan.config import ConfigError
-
-    parts = (said or "").split(",")
-    if not all(re.fullmatch("[0-9]{1,9}", p) and int(p) for p in parts) or len(
-        set(map(int, parts))
-    ) < len(parts):
+def parse_node_counts(text: str | None) -> list[int]:
+    """`1,2,4` as [1, 2, 4], ascending. Raises ConfigError."""
+    parts = (text or "").split(",")
+    are_positive = all(re.fullmatch("[0-9]{1,9}", part) and int(part) for part in parts)
+    if not are_positive or len(set(map(int, parts))) < len(parts):
         raise ConfigError(
-            f"--nodes {said}: --benchmark needs numbers of nodes, each once, with commas between them: --nodes 1,2,4"
+            f"--nodes {text}: --benchmark needs numbers of nodes, each once, with commas between "
+            "them: --nodes 1,2,4"
         )
     return sorted(map(int, parts))
 
 
-def check(args: argparse.Namespace, numbers: Sequence[int]) -> None:
-    """Raises ConfigError for a number of steps, or of nodes with --weak, that cannot be."""
-    from dist_scan.config import ConfigError
-
+def check_arguments(args: argparse.Namespace, node_counts: Sequence[int]) -> None:
+    """Raise ConfigError for an invalid number of steps, or of nodes with --weak."""
     if args.steps < 2:
         raise ConfigError(
-            f"--steps {args.steps}: the first step of a training is left out of the figures; allowed: 2 and more"
+            f"--steps {args.steps}: the first step of a training does not count; allowed: 2 or more"
         )
-    fewest, uneven = numbers[0], [n for n in numbers if args.weak and n % numbers[0]]
-    if uneven:
+    fewest = node_counts[0]
+    uneven = [count for count in node_counts if count % fewest]
+    if args.weak and uneven:
         raise ConfigError(
-            f"--weak: batches grow with the nodes, but {uneven[0]} is no multiple of {fewest}; choose --nodes {fewest},{2 * fewest},..."
+            f"--weak: batches grow with the nodes, but {uneven[0]} is no multiple of {fewest}; "
+            f"choose --nodes {fewest},{2 * fewest},..."
         )
 
 
-def plan(
+def load_runs(
     args: argparse.Namespace,
-    read: Read,
-    base: Any,
-    numbers: Sequence[int],
-    sizes: Mapping[str, int],
-) -> list[Any]:
-    """A validated RunConfig for each number of nodes, fewest first. The data is looked at once, with the largest batches."""
-    folder = (
-        Path(base.runtime.run_dir)
-        if base.runtime.run_dir
-        else Path("runs") / f"{base.name}-benchmark"
-    ).resolve()
-    fewest, runs = numbers[0], []
-    for n in reversed(numbers):
-        ours = [
-            *cut(base, args.steps, sizes, n // fewest if args.weak else 1),
-            f"runtime.cache_dir={base.runtime.cache_dir or folder / 'cache'}",
+    base: RunConfig,
+    node_counts: Sequence[int],
+    num_images: Mapping[str, int],
+) -> list[RunConfig]:
+    """A validated config for each number of nodes, fewest first.
+
+    The images are checked once, with the largest batches.
+    """
+    name = base.runtime.run_dir or Path("runs") / f"{base.name}-benchmark"
+    folder = Path(name).resolve()
+    cache_dir = base.runtime.cache_dir or folder / "cache"
+    fewest = node_counts[0]
+    runs: list[RunConfig] = []
+    for nodes in sorted(node_counts, reverse=True):
+        growth = nodes // fewest if args.weak else 1
+        # The user's overrides come after the cut, and so win over it.
+        overrides = [
+            *cut_trainings(base, args.steps, num_images, growth),
+            f"runtime.cache_dir={cache_dir}",
+            *args.overrides,
         ]
-        grown = (
-            [
-                f"stages.{name}.global_batch={stage.global_batch * n // fewest}"
-                for name, stage in trainings(base).items()
-            ]
-            if args.weak
-            else []
-        )
-        one = argparse.Namespace(
-            **vars(args)
-            | {
-                "nodes": str(n),
-                "overrides": [
-                    *ours,
-                    *args.overrides,
-                    *grown,
-                    f"runtime.run_dir={folder / f'nodes-{n}'}",
-                ],
-                "no_data_check": args.no_data_check or bool(runs),
-            }
-        )
-        runs.append(read(one))
+        if args.weak:
+            for stage_name, stage in trainings(base).items():
+                batch = stage.global_batch * nodes // fewest
+                overrides.append(f"stages.{stage_name}.global_batch={batch}")
+        overrides.append(f"runtime.run_dir={folder / f'nodes-{nodes}'}")
+        changes = {
+            "nodes": str(nodes),
+            "overrides": overrides,
+            "no_data_check": args.no_data_check or bool(runs),
+        }
+        runs.append(command_line.load_slurm_run(argparse.Namespace(**vars(args) | changes)))
     return runs[::-1]
 
 
-def trainings(run: Any) -> dict[str, Any]:
+def trainings(run: RunConfig) -> dict[str, Any]:
     """The stages that train."""
     return {name: stage for name, stage in run.stages.items() if hasattr(stage, "steps_per_epoch")}
 
 
-def cut(run: Any, steps: int, sizes: Mapping[str, int], growth: int = 1) -> list[str]:
-    """Overrides that end each training after about so many steps: fewer in an epoch, and no more epochs than that takes. `sizes`: images
-    of each split (where they are not known an epoch is taken to be long enough)."""
-    found = []
+def cut_trainings(
+    run: RunConfig, steps: int, num_images: Mapping[str, int], growth: int = 1
+) -> list[str]:
+    """Overrides that end each training after about `steps` steps.
+
+    An epoch gets fewer steps, and there are no more epochs than needed. num_images: by split; an
+    epoch of a split that is not in it is taken to be long enough. growth: factor of the batch.
+    """
+    overrides = []
     for name, stage in trainings(run).items():
-        images = sizes.get(stage.images_split(run.stages))
-        epoch = (
-            steps
-            if images is None
-            else max(
-                1,
-                int(images * (1 - getattr(stage, "held_out_share", 0)))
-                // (stage.global_batch * growth),
-            )
-        )
-        epoch = min(steps, epoch, stage.steps_per_epoch or epoch)
-        found += [
-            f"stages.{name}.steps_per_epoch={epoch}",
-            f"stages.{name}.epochs={min(stage.epochs, math.ceil(steps / epoch))}",
-        ]
-    return found
+        epoch_steps = steps
+        images = num_images.get(stage.images_split(run.stages))
+        if images is not None:
+            trained_images = int(images * (1 - getattr(stage, "held_out_share", 0)))
+            epoch_steps = max(1, trained_images // (stage.global_batch * growth))
+        epoch_steps = min(steps, epoch_steps, stage.steps_per_epoch or epoch_steps)
+        epochs = min(stage.epochs, math.ceil(steps / epoch_steps))
+        overrides.append(f"stages.{name}.steps_per_epoch={epoch_steps}")
+        overrides.append(f"stages.{name}.epochs={epochs}")
+    return overrides
 
 
-def commands(
-    wanted: Sequence[str], runs: Sequence[Any], sizes: Mapping[str, int]
+def benchmark_commands(
+    names: Sequence[str], runs: Sequence[RunConfig], num_images: Mapping[str, int]
 ) -> dict[int, list[list[str]]]:
-    """Number of nodes -> [name, argument, ...] of each benchmark but the run itself. Raises ConfigError when the config has not what one needs."""
-    templates = over_nodes()
-    chosen = [name for name in wanted if name in templates]
-    known = facts(runs[0], sizes) if chosen else {}
-    found = {}
+    """By number of nodes: [name, argument, ...] of each benchmark except the run itself.
+
+    Raises ConfigError if the config lacks what a benchmark needs.
+    """
+    templates = node_benchmarks()
+    chosen = [name for name in names if name in templates]
+    if not chosen:
+        return {run.slurm.nodes: [] for run in runs}
+    values = template_values(runs[0], num_images)
+    commands = {}
     for run in runs:
-        mine = (
-            known
-            | {
-                "batch": run.stages[known["stage"]].global_batch // run.slurm.world_size,
-                "folder": run.run_dir / "work",
-            }
-            if chosen
-            else {}
-        )
-        found[run.slurm.nodes] = [
-            [name, *(word.format_map(mine) for word in templates[name])] for name in chosen
+        global_batch = run.stages[values["stage"]].global_batch
+        values["batch"] = global_batch // run.slurm.world_size
+        values["folder"] = run.run_dir / "work"
+        commands[run.slurm.nodes] = [
+            [name, *(word.format_map(values) for word in templates[name])] for name in chosen
         ]
-    return found
+    return commands
 
 
-def facts(run: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What a benchmark takes from a config: its network, image size, batch, how many images, neighbours and clusters."""
-    from dist_scan.config import ConfigError
-    from launch.plan import measure
-
-    name, stage = next(
-        ((name, s) for name, s in trainings(run).items() if getattr(s, "network", None)), ("", None)
-    )
-    if stage is None:
+def template_values(run: RunConfig, num_images: Mapping[str, int]) -> dict[str, Any]:
+    """What the benchmarks take from a config: network, image size, rows, neighbours, clusters."""
+    with_network = {name: s for name, s in trainings(run).items() if getattr(s, "network", None)}
+    if not with_network:
         raise ConfigError(
-            "--benchmark: no stage of this config trains a fresh network, which the benchmarks are sized by; "
-            "measure only its own stages (--benchmark run)"
+            "--benchmark: no stage of this config trains a new network, which sets the size of the "
+            "benchmarks; measure only its own stages (--benchmark run)"
         )
-    net = measure(stage.network, run.data.size)
-    owners = [owner for s in run.stages.values() for owner in (s, getattr(s, "method", None))]
-    clusters = [n for owner in owners for n in _numbers(getattr(owner, "num_clusters", None))]
+    name, stage = next(iter(with_network.items()))
+    network = measure_network(stage.network, run.data.size)
+    neighbours = [s.num_neighbours for s in run.stages.values() if s.kind == "neighbours"]
     return {
         "model": stage.network.name,
         "stem": stage.network.stem,
@@ -259,123 +283,118 @@ def facts(run: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
         "size": run.data.size,
         "precision": "bf16" if stage.precision == "bf16" else "fp32",
         "stage": name,
-        "gradient": 4 * net.parameters,
-        "dim": net.dim,
-        "rows": min(sizes.get("train", MOST_ROWS), MOST_ROWS),
-        "k": next((s.num_neighbours for s in run.stages.values() if s.kind == "neighbours"), 20),
-        "clusters": max(clusters, default=1000),
+        "gradient": 4 * network.parameters,
+        "dim": network.dim,
+        "rows": min(num_images.get("train", MAX_ROWS), MAX_ROWS),
+        "k": neighbours[0] if neighbours else 20,
+        "clusters": max(_cluster_counts(run), default=1000),
         "source": run.data.train.source,
         "stored": run.data.stored,
         "resolution": run.data.resolution,
     }
 
 
-def _numbers(value: Any) -> list[int]:
-    return [value] if isinstance(value, int) else list(value or ())
+def _cluster_counts(run: RunConfig) -> list[int]:
+    """Every number of clusters in the config, of a stage or of its method."""
+    counts: list[int] = []
+    for stage in run.stages.values():
+        for owner in (stage, getattr(stage, "method", None)):
+            value = getattr(owner, "num_clusters", None)
+            if isinstance(value, int):
+                counts.append(value)
+            else:
+                counts.extend(value or ())
+    return counts
 
 
-def describe(
-    folder: Path, args: argparse.Namespace, wanted: Sequence[str], numbers: Sequence[int]
+def write_description(
+    folder: Path, args: argparse.Namespace, names: Sequence[str], node_counts: Sequence[int]
 ) -> None:
-    """FOLDER/benchmark.json: what was asked for; the page says what of it is missing."""
-    from dist_scan.storage.atomic import write_json
-
+    """Write FOLDER/benchmark.json: what is measured. The page names what is missing of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / watch.BENCHMARK,
-        {
-            "config": args.config,
-            "overrides": args.overrides,
-            "benchmarks": list(wanted),
-            "nodes": list(numbers),
-            "steps": args.steps,
-            "weak": args.weak,
-            "at_once": args.at_once,
-            "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        },
-    )
+    description = {
+        "config": args.config,
+        "overrides": args.overrides,
+        "benchmarks": list(names),
+        "nodes": list(node_counts),
+        "steps": args.steps,
+        "weak": args.weak,
+        "at_once": args.at_once,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    write_json(folder / watch.BENCHMARK, description)
 
 
-def remember_plan(run: Any) -> None:
-    """RUN/plan.json: the memory that each training is expected to take, to be held against what it took."""
-    from dist_scan.storage.atomic import write_json
-    from launch.plan import memory
+def has_all_figures(run: RunConfig, names: Sequence[str]) -> bool:
+    """Whether this number of nodes is measured completely.
 
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run.run_dir / "plan.json", memory(run))
-
-
-def measured(run: Any, wanted: Sequence[str]) -> bool:
-    """Whether this number of nodes has all its figures. Raises ConfigError when its folder holds those of other settings."""
-    from dist_scan.config import ConfigError
-    from dist_scan.run_config import load_config
-
+    Raises ConfigError if its folder has figures of other settings.
+    """
     if (run.run_dir / "config.yaml").is_file():
         before = load_config(run.run_dir / "config.yaml")
         changed = [
-            part
-            for part in ("data", "stages", "seed")
-            if getattr(before, part) != getattr(run, part)
+            field
+            for field in ("data", "stages", "seed")
+            if getattr(before, field) != getattr(run, field)
         ]
         changed += [
-            f"slurm.{part}"
-            for part in HARDWARE
-            if getattr(before.slurm, part) != getattr(run.slurm, part)
+            f"slurm.{field}"
+            for field in HARDWARE
+            if getattr(before.slurm, field) != getattr(run.slurm, field)
         ]
         if changed:
             raise ConfigError(
-                f"'{run.run_dir}' holds a benchmark with other {' and '.join(changed)}, and one page cannot show both; "
-                "give this one another folder with runtime.run_dir=PATH"
+                f"'{run.run_dir}' holds a benchmark with other {' and '.join(changed)}, and one "
+                "page cannot show both; choose another folder with runtime.run_dir=PATH"
             )
-    return (run.run_dir / "DONE").exists() and all(
-        (run.run_dir / "rows" / f"{name}.jsonl").exists() for name in wanted if name != RUN
-    )
+    rows = [run.run_dir / "rows" / f"{name}.jsonl" for name in names if name != RUN]
+    return (run.run_dir / "DONE").exists() and all(path.exists() for path in rows)
 
 
-def text(run: Any, suite: Sequence[Sequence[str]], with_run: bool, folder: Path) -> str:
-    """The batch script of one number of nodes."""
-    python = run.slurm.python or sys.executable
-    command = f"-m benchmarks.scaling {shlex.quote(str(folder))}"
-    draw = f'one_more_step; {_alone(run.slurm)} "$PYTHON" {command} || say {shlex.quote(f"the page could not be drawn here; draw it with: {python} {command}")}'
-    return batch.script(
-        run.slurm,
-        run.run_dir,
-        f"{run.name}-{run.slurm.nodes}",
-        sys.executable,
-        ROOT,
-        run.runtime.relaunches,
-        _before(run.slurm, suite, with_run),
-        draw,
-    )
+def _one_task(options: SlurmConfig) -> str:
+    """srun for a single task of the job."""
+    return srun_command(options, nodes=1, ntasks=1, ntasks_per_node=1)
 
 
-def _alone(options: Any) -> str:
-    return batch.step(options, nodes=1, ntasks=1, ntasks_per_node=1)
+def _before_start(options: SlurmConfig, commands: Sequence[Sequence[str]], with_run: bool) -> str:
+    """What the job does before the run: describe the machine, then run the benchmarks.
+
+    A requeued job keeps the rows that it has.
+    """
+    rank = shlex.quote(f'{export_rank(options)}; exec "$PYTHON" -m "benchmarks.$0" "$@"')
+    lines = [
+        BENCHMARK_FUNCTIONS.replace("@ONE_TASK@", _one_task(options))
+        .replace("@STEP@", srun_command(options))
+        .replace("@RANK@", rank)
+    ]
+    lines += [f"measure {shlex.join(map(str, command))}" for command in commands]
+    lines.append('rm -rf "$RUN/work"')
+    if not with_run:
+        lines += ['date +%FT%T >"$RUN/DONE"', "exit 0"]
+    return "\n".join(lines)
 
 
-def _before(options: Any, suite: Sequence[Sequence[str]], with_run: bool) -> str:
-    """What the job does before the run: write down what the machine is, then the benchmarks; a requeued job keeps the rows it has."""
-    ranks = shlex.quote(f'{batch.identity(options)}; exec "$PYTHON" -m "benchmarks.$0" "$@"')
-    return f"""
-rm -rf "$RUN/work"; mkdir -p "$RUN/rows" "$RUN/work"  # a start that was cut off may have left half a table
-[ -s "$RUN/facts.json" ] || {{
-  one_more_step
-  if {_alone(options)} "$PYTHON" -m benchmarks.rows >"$RUN/facts.part"; then mv "$RUN/facts.part" "$RUN/facts.json"; else say "the page will not say what machine this is"; fi
-}}
-measure() {{  # its rows into the run folder; one that fails is said, and ends nothing
+BENCHMARK_FUNCTIONS = r"""
+# A start that was cut off may have left an incomplete table in work.
+rm -rf "$RUN/work"
+mkdir -p "$RUN/rows" "$RUN/work"
+if [ ! -s "$RUN/facts.json" ]; then
+  count_step
+  if @ONE_TASK@ "$PYTHON" -m benchmarks.rows >"$RUN/facts.part"; then
+    mv "$RUN/facts.part" "$RUN/facts.json"
+  else
+    log "the page will not describe the machine"
+  fi
+fi
+measure() {  # writes the benchmark's rows into the run folder; a failure is logged and ends nothing
   [ -e "$RUN/rows/$1.jsonl" ] && return
-  meet; say "benchmark $*"
-  if {batch.step(options)} bash -c {ranks} "$@" >"$RUN/rows/$1.part" 2>"$RUN/rows/$1.err"
-  then mv "$RUN/rows/$1.part" "$RUN/rows/$1.jsonl"; say "benchmark $1: done"
-  else say "benchmark $1: failed, $(tail -n 1 "$RUN/rows/$1.err")"; fi
-}}
-{chr(10).join("measure " + shlex.join(map(str, command)) for command in suite)}
-rm -rf "$RUN/work"{"" if with_run else f'{chr(10)}date +%FT%T >"$RUN/DONE"; exit 0'}
+  set_rendezvous
+  log "benchmark $*"
+  if @STEP@ bash -c @RANK@ "$@" >"$RUN/rows/$1.part" 2>"$RUN/rows/$1.err"; then
+    mv "$RUN/rows/$1.part" "$RUN/rows/$1.jsonl"
+    log "benchmark $1: done"
+  else
+    log "benchmark $1: failed, $(tail -n 1 "$RUN/rows/$1.err")"
+  fi
+}
 """.strip()
-
-
-def follow(folder: Path) -> int:
-    """Show each job's progress until the last one ends."""
-    code = watch.follow_all(watch.run_dirs(folder))
-    print(f"page: {folder / 'scaling.html'}")
-    return code

@@ -1,202 +1,243 @@
-"""What a run will do and cost, before it is submitted: images, steps, bytes on disk, memory per GPU, hours; every assumption is named."""
+"""What a run will do and cost, before it is submitted.
+
+Images, steps, bytes on disk, memory per GPU and hours; every assumption is named.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any, NamedTuple
 
-GPU_TFLOPS, CPU_TFLOPS = (
-    60.0,
-    0.03,
-)  # sustained, per process: ResNet-50 in bf16 on one A100 (2,470 images/s forward and backward is 61); one x86 core
-PASSES = {
-    "moco": 2 + 1 / 3,
-    "selflabel": 1 + 1 / 3,
-}  # forward-and-backward passes over a view per image where it is not one per view
-JPEG_BYTES_PER_PIXEL = 0.41  # of shorter side squared, at quality 90: 200 ImageNet images at 256 px are 27 KB on average
-STEP_BYTES = {"sgd": 12, "adam": 16, "adamw": 16}  # weight, gradient, optimizer state per parameter
+from dist_scan.config import RunConfig
+
+GPU_TFLOPS = 60.0
+"""Sustained, per process: ResNet-50 in bf16 on one A100 (2,470 images/s in training are 61)."""
+CPU_TFLOPS = 0.03
+"""Sustained, per process: one x86 core."""
+PASSES_PER_IMAGE = {"moco": 2 + 1 / 3, "selflabel": 1 + 1 / 3}
+"""Forward and backward passes per image, for methods where it is not one for each of two views."""
+JPEG_BYTES_PER_PIXEL = 0.41
+"""Per squared shorter side, at quality 90: 200 ImageNet images at 256 px have 27 KB on average."""
+PARAMETER_BYTES = {"sgd": 12, "adam": 16, "adamw": 16}
+"""Weight, gradient and optimizer state per parameter."""
+NUMBER_BYTES = {"bf16": 2, "fp64": 8}
+"""Bytes of an activation; 4 for any other precision."""
+HEADER = ("stage", "images", "work", "disk", "memory", "time")
 
 
-class Network(NamedTuple):
-    """One image through a backbone: parameters, multiply-adds x 2, numbers kept for the backward pass, width of the features."""
+class NetworkCost(NamedTuple):
+    """What one image costs in a backbone."""
 
     parameters: int
     flops: float
-    kept: int
+    """Multiply-adds of a forward pass, times two."""
+    activations: int
+    """Numbers kept for the backward pass."""
     dim: int
+    """Width of the features."""
 
 
-def plan(run: Any, tflops: float | None, counts: dict[str, int] | None = None) -> str:
-    """A table of stages and a line of sums. `tflops`: sustained TFLOP/s of one process; left out, an assumed one. `counts`: images
-    of train and val where the sources cannot be read here."""
-    rows, sizes, nets = [], counts or image_counts(run), {}
-    rate = (tflops or (GPU_TFLOPS if _on_gpu(run) else CPU_TFLOPS)) * 1e12 * run.slurm.world_size
+class StageCost(NamedTuple):
+    """Work of a stage in words, bytes on disk, bytes of memory per process, operations."""
+
+    work: str
+    disk: float = 0.0
+    memory: float = 0.0
+    flops: float = 0.0
+
+
+def plan(run: RunConfig, tflops: float | None, counts: dict[str, int] | None = None) -> str:
+    """A table of the stages, a line of totals, and the assumptions.
+
+    tflops: sustained TFLOP/s of one process (None: assumed). counts: images of train and val (None:
+    counted in the sources).
+    """
+    num_images = counts or image_counts(run)
+    assumed = GPU_TFLOPS if _has_gpu(run) else CPU_TFLOPS
+    flops_per_s = (tflops or assumed) * 1e12 * run.slurm.world_size
+    rows = []
     disk = seconds = memory = 0.0
-    for name, stage in run.stages.items():
-        split = stage.images_split(run.stages)
-        n, net = sizes.get(split, 0), _network(run, stage, nets)
-        nets[name] = net
-        cost = _train(run, stage, n, net) if stage.kind == "train" else _other(stage, n, net, run)
-        disk, memory = disk + cost["disk"], max(memory, cost["memory"])
-        seconds += cost["flops"] / rate
-        rows.append(
-            (
-                name,
-                f"{n:,}",
-                cost["what"],
-                _bytes(cost["disk"]),
-                _bytes(cost["memory"]),
-                _hours(cost["flops"] / rate),
-            )
-        )
-    for split, n in sizes.items():
-        size = (
-            n
-            * (run.data.resolution or run.data.size) ** 2
-            * (3 if run.data.stored == "raw" else JPEG_BYTES_PER_PIXEL)
-        )
+
+    # Each .beton file that is built, then each stage.
+    for split, count in num_images.items():
+        size = count * _stored_bytes_per_image(run)
         disk += size
-        rows.insert(
-            0, (f"beton_{split}", f"{n:,}", f"stored as {run.data.stored}", _bytes(size), "-", "-")
-        )
-    widths = [max(len(r[i]) for r in [*rows, HEAD]) for i in range(len(HEAD))]
-    table = "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in (0, 2) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))
-        )
-        for row in [HEAD, *rows]
-    )
-    return (
-        f"plan: {run.slurm.nodes} nodes x {run.slurm.tasks_per_node} processes\n{table}\n"
-        f"in all: {_bytes(disk)} on disk, at most {_bytes(memory)} per process, about {_hours(seconds)} of arithmetic\n{_assumed(run, tflops)}"
-    )
-
-
-def memory(run: Any) -> dict[str, int]:
-    """Bytes that each training on images is expected to hold on one process (on its GPU, where it has one)."""
-    nets: dict[str, Network | None] = {}
-    found = {}
+        work = f"stored as {run.data.stored}"
+        rows.append((f"beton_{split}", f"{count:,}", work, _format_bytes(size), "-", "-"))
+    rows.reverse()
+    networks = _networks(run)
     for name, stage in run.stages.items():
-        nets[name] = _network(run, stage, nets)
-        if stage.kind == "train":
-            found[name] = int(_train(run, stage, 0, nets[name])["memory"])
-    return {name: size for name, size in found.items() if size}
+        count = num_images.get(stage.images_split(run.stages), 0)
+        cost = _stage_cost(run, stage, count, networks[name])
+        stage_s = cost.flops / flops_per_s
+        disk += cost.disk
+        seconds += stage_s
+        memory = max(memory, cost.memory)
+        sizes = (_format_bytes(cost.disk), _format_bytes(cost.memory), _format_hours(stage_s))
+        rows.append((name, f"{count:,}", cost.work, *sizes))
 
-
-HEAD = ("stage", "images", "work", "disk", "memory", "time")
-
-
-def _assumed(run: Any, tflops: float | None) -> str:
-    stated = (
-        f"{tflops:g} (stated)"
-        if tflops
-        else f"{GPU_TFLOPS:g} (assumed: one A100, bf16)"
-        if _on_gpu(run)
-        else f"{CPU_TFLOPS:g} (assumed: one x86 core)"
-    )
     return (
-        f"assumed: {stated} TFLOP/s sustained per process (--tflops states another), the loader and the network keep up, {JPEG_BYTES_PER_PIXEL} bytes per pixel (shorter side squared) in a "
-        "JPEG, activations as a plain forward pass keeps them; search, heads, evaluation and saving are left out of the time"
+        f"plan: {run.slurm.nodes} nodes x {run.slurm.tasks_per_node} processes\n"
+        f"{_format_table([HEADER, *rows])}\n"
+        f"in all: {_format_bytes(disk)} on disk, at most {_format_bytes(memory)} per process, "
+        f"about {_format_hours(seconds)} of arithmetic\n"
+        f"{_assumptions(run, tflops)}"
     )
 
 
-def _on_gpu(run: Any) -> bool:
-    return run.slurm.gpus_per_node is not None
+def training_memory(run: RunConfig) -> dict[str, int]:
+    """Bytes that each training on images is expected to hold per process (on its GPU, if any)."""
+    networks = _networks(run)
+    memory = {}
+    for name, stage in run.stages.items():
+        if stage.kind == "train":
+            memory[name] = int(_training_cost(run, stage, 0, networks[name]).memory)
+    return {name: size for name, size in memory.items() if size}
 
 
-def image_counts(run: Any) -> dict[str, int]:
-    """Images of each split that the config gives, counted in its source."""
+def image_counts(run: RunConfig) -> dict[str, int]:
+    """Number of images of each split in the config, counted in its source."""
     from dist_scan.data.sources.open import open_source
 
     return {split: len(open_source(config)) for split, config in run.data.splits().items()}
 
 
-def _network(run: Any, stage: Any, earlier: dict[str, Network | None]) -> Network | None:
-    """What the stage runs images through: its own network, or that of the stage it refers to."""
-    config = getattr(stage, "network", None)
-    if config is not None:
-        return measure(config, run.data.size)
-    for role in ("backbone", "model"):
-        if getattr(stage, role, None) in earlier:
-            return earlier[getattr(stage, role)]
-    return None
+def _has_gpu(run: RunConfig) -> bool:
+    return run.slurm.gpus_per_node is not None
+
+
+def _stored_bytes_per_image(run: RunConfig) -> float:
+    pixels = (run.data.resolution or run.data.size) ** 2
+    return pixels * (3 if run.data.stored == "raw" else JPEG_BYTES_PER_PIXEL)
+
+
+def _networks(run: RunConfig) -> dict[str, NetworkCost | None]:
+    """By stage: its own network, or that of the stage that it refers to; None if it has none."""
+    networks: dict[str, NetworkCost | None] = {}
+    for name, stage in run.stages.items():
+        config = getattr(stage, "network", None)
+        if config is not None:
+            networks[name] = measure_network(config, run.data.size)
+            continue
+        references = [getattr(stage, role, None) for role in ("backbone", "model")]
+        networks[name] = next((networks[ref] for ref in references if ref in networks), None)
+    return networks
 
 
 @cache
-def measure(config: Any, size: int) -> Network:
-    """One image of size x size pixels through the network that a config describes, on the meta device: no memory, no arithmetic."""
+def measure_network(config: Any, size: int) -> NetworkCost:
+    """Cost of one image of size x size pixels in the network that a config describes.
+
+    On the meta device: it takes no memory and no arithmetic.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from dist_scan.models.backbone import build_backbone, plain
 
+    activations = []
+
+    def count_output(
+        module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        activations.append(output.numel())
+
     with torch.device("meta"):
         network = build_backbone(plain(config)).eval()
-        kept = []
         for module in network.modules():
             if not list(module.children()):
-                module.register_forward_hook(lambda m, i, out: kept.append(out.numel()))
+                module.register_forward_hook(count_output)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            out = network(torch.empty(1, 3, size, size))
-    return Network(
-        sum(p.numel() for p in network.parameters()),
-        counter.get_total_flops(),
-        sum(kept),
-        out.shape[1],
+            features = network(torch.empty(1, 3, size, size))
+    return NetworkCost(
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        flops=counter.get_total_flops(),
+        activations=sum(activations),
+        dim=features.shape[1],
     )
 
 
-def _train(run: Any, stage: Any, n: int, net: Network | None) -> dict[str, Any]:
-    steps = int(n * (1 - stage.held_out_share)) // stage.global_batch
-    steps = min(steps, stage.steps_per_epoch or steps) * stage.epochs
-    what = f"{steps:,} steps of {stage.global_batch:,}, {stage.epochs} epochs"
-    per_rank = stage.global_batch // run.slurm.world_size
-    if stage.features is not None or net is None:
-        return {"what": what, "disk": 0, "memory": 0, "flops": 0}
-    views = PASSES.get(stage.method.kind, 2)
-    number = 2 if stage.precision == "bf16" else 8 if stage.precision == "fp64" else 4
-    queue = getattr(stage.method, "queue_size", 0) * getattr(stage.method, "projection_dim", 0) * 4
-    memory = (
-        net.parameters * STEP_BYTES[stage.optimizer.kind] + net.kept * per_rank * 2 * number + queue
-    )
-    return {
-        "what": what,
-        "disk": 2 * net.parameters * STEP_BYTES[stage.optimizer.kind],
-        "memory": memory,
-        "flops": 3 * net.flops * views * steps * stage.global_batch,
-    }
-
-
-def _other(stage: Any, n: int, net: Network | None, run: Any) -> dict[str, Any]:
-    views, k = getattr(stage, "views", 1), getattr(stage, "num_neighbours", None)
-    dim = net.dim if net else 3 * run.data.size**2
+def _stage_cost(run: RunConfig, stage: Any, count: int, network: NetworkCost | None) -> StageCost:
+    if stage.kind == "train":
+        return _training_cost(run, stage, count, network)
+    forward = network.flops if network else 0.0
     if stage.kind == "embed":
-        return {
-            "what": f"{views} view{'s' * (views > 1)} x {dim} numbers",
-            "disk": n * views * dim * 2,
-            "memory": 0,
-            "flops": (net.flops if net else 0) * views * n,
-        }
+        dim = network.dim if network else 3 * run.data.size**2
+        plural = "s" if stage.views > 1 else ""
+        return StageCost(
+            f"{stage.views} view{plural} x {dim} numbers",
+            disk=count * stage.views * dim * 2,
+            flops=forward * stage.views * count,
+        )
     if stage.kind == "neighbours":
-        return {"what": f"{k} nearest of each", "disk": n * k * 12, "memory": 0, "flops": 0}
-    return {
-        "what": stage.kind,
-        "disk": 0,
-        "memory": 0,
-        "flops": (net.flops if net else 0) * n if stage.kind == "assign" else 0,
-    }
+        return StageCost(
+            f"{stage.num_neighbours} nearest of each", disk=count * stage.num_neighbours * 12
+        )
+    return StageCost(stage.kind, flops=forward * count if stage.kind == "assign" else 0.0)
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.3g} {unit}" if count else "-"
-        count /= 1000
-    return ""
+def _training_cost(
+    run: RunConfig, stage: Any, count: int, network: NetworkCost | None
+) -> StageCost:
+    epoch_steps = int(count * (1 - stage.held_out_share)) // stage.global_batch
+    steps = min(epoch_steps, stage.steps_per_epoch or epoch_steps) * stage.epochs
+    work = f"{steps:,} steps of {stage.global_batch:,}, {stage.epochs} epochs"
+    if stage.features is not None or network is None:
+        return StageCost(work)
+    parameter_bytes = network.parameters * PARAMETER_BYTES[stage.optimizer.kind]
+    rank_batch = stage.global_batch // run.slurm.world_size
+    activation_bytes = 2 * network.activations * NUMBER_BYTES.get(stage.precision, 4) * rank_batch
+    queue_size = getattr(stage.method, "queue_size", 0)
+    queue_bytes = 4 * queue_size * getattr(stage.method, "projection_dim", 0)
+    passes = PASSES_PER_IMAGE.get(stage.method.kind, 2)
+    return StageCost(
+        work,
+        disk=2 * parameter_bytes,
+        memory=parameter_bytes + activation_bytes + queue_bytes,
+        flops=3 * network.flops * passes * steps * stage.global_batch,
+    )
 
 
-def _hours(seconds: float) -> str:
+def _assumptions(run: RunConfig, tflops: float | None) -> str:
+    if tflops:
+        rate = f"{tflops:g} (stated)"
+    elif _has_gpu(run):
+        rate = f"{GPU_TFLOPS:g} (assumed: one A100, bf16)"
+    else:
+        rate = f"{CPU_TFLOPS:g} (assumed: one x86 core)"
+    return (
+        f"assumed: {rate} TFLOP/s sustained per process (--tflops sets another), the loader and "
+        f"the network keep up, {JPEG_BYTES_PER_PIXEL} bytes per pixel (shorter side squared) in a "
+        "JPEG, activations as in a plain forward pass; search, heads, evaluation and saving are "
+        "not in the time"
+    )
+
+
+def _format_table(rows: list[tuple[str, ...]]) -> str:
+    """Columns aligned: names and work to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = []
+        for column, (cell, width) in enumerate(zip(row, widths)):
+            is_text = HEADER[column] in ("stage", "work")
+            cells.append(cell.ljust(width) if is_text else cell.rjust(width))
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _format_bytes(size: float) -> str:
+    """`1.28 GB`; `-` for 0."""
+    if not size:
+        return "-"
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
+def _format_hours(seconds: float) -> str:
     from dist_scan.monitoring.progress import format_duration
 
     return format_duration(seconds) if seconds >= 1 else "-"

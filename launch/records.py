@@ -1,6 +1,8 @@
-"""Reading the small files of a run folder as they may be found: torn by a full disk or a kill, changed by a hand, of another make.
+"""Tolerant readers for the small files of a run folder.
 
-What cannot be read counts as absent; nothing here raises for what a file holds. Standard library only: the batch script asks it too.
+A file may be torn by a full disk or a kill, edited by hand, or written by another version. What
+cannot be read counts as absent: no reader here raises because of a file's content. Standard library
+only, because the batch script calls launch/recovery.py with any Python 3.11.
 """
 
 from __future__ import annotations
@@ -12,39 +14,44 @@ from typing import Any
 from dist_scan.storage.atomic import append_line
 
 
-def text(path: Path) -> str:
-    """The file as text without white space around it; bytes that are no UTF-8 become U+FFFD. '' where there is no such file."""
+def read_text(path: Path) -> str:
+    """Content without surrounding white space; '' if there is no such file.
+
+    Bytes that are not UTF-8 become U+FFFD.
+    """
     try:
         return path.read_bytes().decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def record(path: Path) -> dict[str, Any] | None:
-    """The one JSON object that the file holds; None where it holds anything else, or nothing."""
-    return _object(text(path))
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object that the file holds; None if it holds anything else."""
+    return _parse_object(read_text(path))
 
 
-def entries(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines, in their order; a torn or foreign line is left out."""
-    found = [_object(line) for line in text(path).splitlines()]
-    return [entry for entry in found if entry is not None]
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file, in order; lines that are not an object are skipped."""
+    objects = [_parse_object(line) for line in read_text(path).splitlines()]
+    return [entry for entry in objects if entry is not None]
 
 
-def append(path: Path, entry: dict[str, Any]) -> None:
-    """One more line; a last line that was torn is ended first, so that this one stands alone. Raises OSError (a full disk)."""
-    with open(path, "a+b", buffering=0) as f:
-        append_line(f, json.dumps(entry).encode() + b"\n")
+def append_object(path: Path, entry: dict[str, Any]) -> None:
+    """Append a line to a JSON lines file. Raises OSError, for example on a full disk."""
+    with open(path, "a+b", buffering=0) as file:
+        append_line(file, json.dumps(entry).encode() + b"\n")
 
 
-def number(value: Any) -> int | None:
-    """A whole number, or None (true is none)."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def as_integer(value: object) -> int | None:
+    """The value if it is an integer (a bool is not); else None."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return None
 
 
-def _object(said: str) -> dict[str, Any] | None:
+def _parse_object(text: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(said)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -1,182 +1,221 @@
-"""What a launcher does when the ranks have ended: nothing, requeue, relaunch in place, or give up. launch/local.py asks it as
-functions, the batch script as `python launch/recovery.py begin|decide RUN ...`; both so decide the same. Standard library only.
+"""What happens when a rank dies, and the decision that follows: requeue, relaunch or give up.
 
-Exit codes do not survive srun (RELIABILITY.md), so the ranks leave files in RUN: DONE; STOPPED with the signal; MISTAKE when the
-user's settings are wrong; PORT_TAKEN when the rendezvous could not listen. launch/records.py reads them as they may be found.
+The whole way, from the fault to the next step of the training:
+
+1. **A rank fails.** An exception reaches `dist_scan.run.main`, which writes
+   `RUN/logs/error-rank*.json` and ends the process with code 1. A rank without progress is ended
+   by `dist_scan.monitoring.watchdog.Watchdog`, which writes the same file and the stacks of all
+   threads. A rank that is killed (`kill -9`, out of memory, a dead node) leaves nothing.
+2. **The other ranks end.** A collective fails when the connection to the dead rank closes, or
+   their own watchdog ends them. What remains is ended by `srun --kill-on-bad-exit`, or by
+   `launch.local.run_ranks`.
+3. **Run markers say how the start ended.** Exit codes do not survive srun, so the ranks leave a
+   file in RUN: DONE; STOPPED with the number of the signal that they followed; MISTAKE for an
+   error that a relaunch cannot help (invalid settings); PORT_TAKEN if the rendezvous port was in
+   use. No marker means a fault. `dist_scan.storage.run_markers` writes them, on a full disk too.
+4. **The launcher decides.** The batch script (`launch.sbatch_script`) and
+   `launch.local.run_until_done` both call `decide`, which returns a `LaunchDecision`.
+5. **Relaunch in place, or requeue.** To relaunch, the launcher calls `prepare_start`, which
+   removes the old markers, and starts all ranks again in the same job. To requeue, the batch
+   script calls `scontrol requeue`, and Slurm later starts the script from its first line. After a
+   time limit or a preemption that the ranks could not follow the batch script requeues the job
+   too, and after the death of a node Slurm does.
+6. **The new start resumes.** `dist_scan.pipeline.Pipeline` skips finished stages.
+   `dist_scan.engine.checkpoint.CheckpointStore.load` verifies the newest checkpoint against its
+   sha256, sets a damaged one aside and takes the one before it. Training continues with the next
+   step; its result equals that of an undisturbed run bit for bit (docs/reliability.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # `python launch/recovery.py` from a batch script
+# The batch script runs this file by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dist_scan.storage.artifacts import fingerprint  # noqa: E402  needs the path above
 from dist_scan.world.processes import free_port  # noqa: E402
 from launch import records  # noqa: E402
 
 MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
 PORT_RETRIES = 5
-IDLE_REQUEUES = 10  # starts in a row that may be asked to leave before anything was finished
-STALLS = 2  # starts in a row that may end with nothing finished: two kills soon after one another are bad luck, three are a cause
+IDLE_REQUEUE_LIMIT = 10
+"""Requeues in a row without progress after which the run is given up."""
+IDLE_START_LIMIT = 3
+"""Faulty starts in a row without progress after which the run is given up: two kills in quick
+succession may be bad luck, three have a cause."""
+FINISHED_FILES = ("*/*/manifest.json", "*/*/work/**/manifest.json", "*/*/**/*.npy")
+"""Below RUN/stages: manifests of stages, manifests of checkpoints, shards."""
+
+Action = Literal["done", "stopped", "requeue", "fatal_error", "relaunch", "give_up"]
 
 
 class LaunchDecision(NamedTuple):
-    """What to do next: done, requeue, stopped, mistake, relaunch or give_up; and why, in one line for the log. `idle`: faulty starts in a row
-    with nothing finished, this one included, for the next `decide`: on a full disk only the launcher can remember."""
+    """What the launcher does next.
 
-    action: str
-    why: str
-    idle: int = 0
+    reason: one line for the log. idle_starts: faulty starts in a row without progress, this one
+    included; passed to the next `decide`, because the log may not be writable.
+    """
+
+    action: Action
+    reason: str
+    idle_starts: int = 0
 
 
-def begin(run_dir: Path) -> str:
-    """Clear what the last start left; a folder that stands in a marker's place is put aside. Returns a mark of how far the run has come,
-    for `decide`. Raises OSError."""
+def prepare_start(run_dir: Path) -> str:
+    """Remove the markers and errors of the last start; returns `progress_digest`.
+
+    A folder in the place of a marker is renamed to bad-*. Raises OSError.
+    """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    for stale in [*(run_dir / m for m in MARKERS), *run_dir.glob("logs/error-rank*.json")]:
+    markers = [run_dir / name for name in MARKERS]
+    for stale in [*markers, *run_dir.glob("logs/error-rank*.json")]:
         if stale.is_dir() and not stale.is_symlink():
             stale.rename(stale.with_name(f"bad-{stale.name}-{uuid.uuid4().hex[:8]}"))
         else:
             stale.unlink(missing_ok=True)
-    return progress_mark(run_dir)
+    return progress_digest(run_dir)
 
 
-def progress_mark(run_dir: Path) -> str:
-    """Changes when a checkpoint, a shard or a stage has been finished: a digest of the names of what is complete."""
+def progress_digest(run_dir: Path) -> str:
+    """Digest of the names of all finished stages, checkpoints and shards.
+
+    It changes when one more is finished.
+    """
     stages = run_dir / "stages"
-    done = [
-        p
-        for pattern in ("*/*/manifest.json", "*/*/work/**/manifest.json", "*/*/**/*.npy")
-        for p in stages.glob(pattern)
-    ]
-    names = sorted(
-        {
-            str(p.relative_to(stages))
-            for p in done
-            if not any(part.startswith((".tmp", "bad-")) for part in p.parts)
-        }
-    )
-    return fnv1a("\n".join(names))
-
-
-def fnv1a(text: str) -> str:
-    """A short digest that no library has to be imported for."""
-    value = 0xCBF29CE484222325
-    for byte in text.encode(errors="surrogateescape"):
-        value = (value ^ byte) * 0x100000001B3 % 2**64
-    return f"{value:016x}"
+    names = set()
+    for pattern in FINISHED_FILES:
+        for path in stages.glob(pattern):
+            name = path.relative_to(stages)
+            if not any(part.startswith((".tmp", "bad-")) for part in name.parts):
+                names.add(str(name))
+    return fingerprint(sorted(names))
 
 
 def decide(
-    run_dir: Path, before: str, start: int, relaunches: int, idle: int = 0
+    run_dir: Path, digest_before: str, start: int, relaunches: int, idle_starts: int = 0
 ) -> LaunchDecision:
-    """Look at what start number `start` (0, 1, ...) left. `before` is what begin returned, `idle` that of the last verdict. Remembers a fault
-    in logs/faults.jsonl."""
+    """What to do after a start of the ranks has ended, from the files that it left.
+
+    digest_before: what `prepare_start` returned for this start. start: its number, from 0.
+    relaunches: how many are allowed in one job. idle_starts: from the last `LaunchDecision`.
+    """
+    advanced = progress_digest(run_dir) != digest_before
+
+    # The run is complete.
     if (run_dir / "DONE").is_file():
-        return LaunchDecision("done", "the run is done")
-    number = asked(run_dir)
-    if number is not None:
-        return _stopped(run_dir, number, before)
+        return LaunchDecision("done", "the run is complete")
+
+    # The ranks followed a signal and saved their state.
+    signal_number = stop_signal(run_dir)
+    if signal_number is not None:
+        return _decide_after_signal(run_dir, signal_number, advanced)
+
+    # A relaunch cannot help.
     if (run_dir / "MISTAKE").is_file():
-        return LaunchDecision(
-            "mistake",
-            records.text(run_dir / "MISTAKE")
-            or "a mistake in the settings, which was not written down (MISTAKE is empty)",
-        )
+        text = records.read_text(run_dir / "MISTAKE")
+        return LaunchDecision("fatal_error", text or "cause unknown (MISTAKE is empty)")
+
+    # Another program took the port between its choice and the start.
     if (run_dir / "PORT_TAKEN").is_file() and start < PORT_RETRIES:
-        return LaunchDecision("relaunch", "the port was taken; another is tried", idle)
-    error = first_error(run_dir)
-    text = (
-        f"rank {error['rank']}: {error['error']}"
-        if error
-        else "a process ended and left no error (killed?)"
-    )
-    advanced = progress_mark(run_dir) != before
-    _remember(run_dir, start, text, advanced)
-    idle = 0 if advanced else max(idle + 1, stalls(run_dir))
-    if start >= relaunches:
         return LaunchDecision(
-            "give_up",
-            f"{text} (after {relaunches} relaunches; raise runtime.relaunches, or mend the cause)",
-            idle,
+            "relaunch", "the rendezvous port was taken; trying another", idle_starts
         )
-    if idle > STALLS:
-        return LaunchDecision(
-            "give_up",
-            f"{text} (no checkpoint, shard or stage was finished in {STALLS + 1} starts: a relaunch would end the same)",
-            idle,
-        )
-    return LaunchDecision("relaunch", text, idle)
+
+    # A fault: an exception, a hang or a kill.
+    return _decide_after_fault(run_dir, advanced, start, relaunches, idle_starts)
 
 
-def asked(run_dir: Path) -> int | None:
-    """The signal that the ranks have followed (0: not known which), from STOPPED; None where they did not say so."""
-    left = records.record(run_dir / "STOPPED") or {}
-    return records.number(left["signal"] or 0) if "signal" in left else None
+def stop_signal(run_dir: Path) -> int | None:
+    """Signal that the ranks followed, from STOPPED (0: unknown); None if they followed none."""
+    marker = records.read_object(run_dir / "STOPPED") or {}
+    if "signal" not in marker:
+        return None
+    return records.as_integer(marker["signal"]) or 0
 
 
-def _stopped(run_dir: Path, number: int, before: str) -> LaunchDecision:
-    name = (
-        signal.Signals(number).name
-        if number in set(signal.Signals)
-        else f"signal {number}"
-        if number
-        else "a signal"
-    )
+def _decide_after_signal(run_dir: Path, number: int, advanced: bool) -> LaunchDecision:
+    """Requeue after USR2 (time limit or preemption is near); any other signal ends the run."""
+    name = _signal_name(number)
     if number != signal.SIGUSR2:
-        return LaunchDecision("stopped", f"{name}: everything is saved, the same command goes on")
-    if _idle_requeues(run_dir, progress_mark(run_dir) != before) >= IDLE_REQUEUES:
+        reason = f"{name}: everything is saved; the same command resumes the run"
+        return LaunchDecision("stopped", reason)
+    if _count_idle_requeue(run_dir, advanced) >= IDLE_REQUEUE_LIMIT:
         return LaunchDecision(
             "give_up",
-            f"{IDLE_REQUEUES} starts in a row were asked to leave before a checkpoint, shard or stage was finished; "
-            "raise slurm.time, or lower slurm.notice_s",
+            f"{IDLE_REQUEUE_LIMIT} starts in a row had to stop before a checkpoint, shard or stage "
+            "was finished; raise slurm.time or lower slurm.notice_s",
         )
-    return LaunchDecision("requeue", f"{name}: everything is saved, the job is queued again")
+    return LaunchDecision("requeue", f"{name}: everything is saved; the job is requeued")
 
 
-def _idle_requeues(run_dir: Path, further: bool) -> int:
-    """How many starts in a row have been queued again without getting further, this one included."""
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}" if number else "unknown signal"
+
+
+def _count_idle_requeue(run_dir: Path, advanced: bool) -> int:
+    """Requeues in a row without progress, this one included; kept in logs/idle_requeues."""
     path = run_dir / "logs" / "idle_requeues"
-    before = records.text(path)
-    count = (
-        0
-        if further
-        else 1 + (int(before) if before.isascii() and before.isdigit() and len(before) < 9 else 0)
-    )
+    count = 0
+    if not advanced:
+        before = records.read_text(path)
+        is_count = before.isascii() and before.isdigit() and len(before) < 9
+        count = 1 + (int(before) if is_count else 0)
     try:
         path.write_text(str(count))
     except OSError:
-        return 0  # a full disk must not keep the run out of the queue
+        return 0  # a full disk must not prevent the requeue
     return count
 
 
+def _decide_after_fault(
+    run_dir: Path, advanced: bool, start: int, relaunches: int, idle_starts: int
+) -> LaunchDecision:
+    """Relaunch in place, unless no relaunch is left or the last starts made no progress."""
+    error = first_error(run_dir)
+    fault = "a process ended without an error message (killed?)"
+    if error is not None:
+        fault = f"rank {error['rank']}: {error['error']}"
+    _log_fault(run_dir, start, fault, advanced)
+
+    idle_starts = 0 if advanced else max(idle_starts + 1, logged_idle_starts(run_dir))
+    if start >= relaunches:
+        limit = f"after {relaunches} relaunches; raise runtime.relaunches, or fix the cause"
+        return LaunchDecision("give_up", f"{fault} ({limit})", idle_starts)
+    if idle_starts >= IDLE_START_LIMIT:
+        limit = f"{IDLE_START_LIMIT} starts in a row finished no checkpoint, shard or stage"
+        return LaunchDecision("give_up", f"{fault} ({limit})", idle_starts)
+    return LaunchDecision("relaunch", fault, idle_starts)
+
+
 def first_error(run_dir: Path) -> dict[str, Any] | None:
-    """The earliest error any rank left: {rank, error, time, traceback}; None when there is none that can be read."""
-    errors = [
-        error
-        for error in map(records.record, run_dir.glob("logs/error-rank*.json"))
-        if error
-        and {"rank", "error"} <= error.keys()
-        and isinstance(error.get("time"), (int, float))
-    ]
-    return min(errors, key=lambda e: e["time"], default=None)
+    """Earliest readable error of all ranks: {rank, error, time, traceback}; or None."""
+    errors = []
+    for path in run_dir.glob("logs/error-rank*.json"):
+        error = records.read_object(path) or {}
+        has_time = isinstance(error.get("time"), (int, float))
+        if has_time and {"rank", "error"} <= error.keys():
+            errors.append(error)
+    return min(errors, key=lambda error: error["time"], default=None)
 
 
-def stalls(run_dir: Path) -> int:
-    """How many of this job's last starts ended in a fault with nothing finished, as far as logs/faults.jsonl could be written."""
+def logged_idle_starts(run_dir: Path) -> int:
+    """Faulty starts in a row without progress at the end of logs/faults.jsonl, of this job only."""
     count = 0
-    for fault in reversed(records.entries(run_dir / "logs" / "faults.jsonl")):
-        if records.number(fault.get("start")) is None:  # of another make
+    for fault in reversed(records.read_objects(run_dir / "logs" / "faults.jsonl")):
+        if records.as_integer(fault.get("start")) is None:  # not written by `_log_fault`
             continue
-        if fault.get("advanced", True) or fault.get("job") != _job():
+        if fault.get("advanced", True) or fault.get("job") != _job_start():
             break
         count += 1
         if fault["start"] == 0:
@@ -184,54 +223,70 @@ def stalls(run_dir: Path) -> int:
     return count
 
 
-def _job() -> str | None:
-    """Of which start of which Slurm job this is: a job that was queued again may be on other nodes, and counts anew."""
-    return (
-        f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        if "SLURM_JOB_ID" in os.environ
-        else None
-    )
+def _job_start() -> str | None:
+    """Slurm job and its number of restarts; None outside Slurm.
+
+    A requeued job may run on other nodes, so its idle starts are counted from zero.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
-def _remember(run_dir: Path, start: int, text: str, advanced: bool) -> None:
-    try:
-        records.append(
-            run_dir / "logs" / "faults.jsonl",
-            {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                "job": _job(),
-                "start": start,
-                "fault": text,
-                "advanced": advanced,
-            },
-        )
-    except OSError:
-        pass  # a full disk must not stop a relaunch
+def _log_fault(run_dir: Path, start: int, fault: str, advanced: bool) -> None:
+    """Append to logs/faults.jsonl; a full disk must not prevent a relaunch."""
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "job": _job_start(),
+        "start": start,
+        "fault": fault,
+        "advanced": advanced,
+    }
+    with contextlib.suppress(OSError):
+        records.append_object(run_dir / "logs" / "faults.jsonl", entry)
 
 
 def main(argv: list[str]) -> int:
-    """For the batch script. begin RUN: prints the mark. port: prints a free port. decide RUN MARK START RELAUNCHES IDLE: the action and the next
-    IDLE, then a line that says why. Returns 1, with one line, where the run folder cannot be written."""
-    if argv[0] == "port":
+    """Command line for the batch script; returns the exit code.
+
+    prepare RUN                                         prints the progress digest
+    port                                                prints a free port
+    decide RUN DIGEST START RELAUNCHES IDLE_STARTS      prints "ACTION IDLE_STARTS", then the reason
+
+    Returns 1, after one line on stderr, if the run folder cannot be written.
+    """
+    command = argv[0]
+    if command == "port":
         print(free_port(""))
-    elif argv[0] == "begin":
-        try:
-            print(begin(Path(argv[1])))
-        except OSError as error:
-            print(
-                f"failed: {error.filename}: {error.strerror}, so no start can be made; make room or mend it, the same command goes on",
-                file=sys.stderr,
-            )
-            return 1
-    else:
-        verdict = decide(Path(argv[1]), argv[2], *map(int, argv[3:]))
-        try:
-            print(f"{verdict.action} {verdict.idle}\n{' '.join(verdict.why.split())}", flush=True)
-        except (
-            BrokenPipeError
-        ):  # the script was killed meanwhile (its node died): nobody asks any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        return 0
+    if command == "prepare":
+        return _print_prepare(Path(argv[1]))
+    decision = decide(Path(argv[1]), argv[2], *map(int, argv[3:]))
+    return _print_decision(decision)
+
+
+def _print_prepare(run_dir: Path) -> int:
+    try:
+        print(prepare_start(run_dir))
+    except OSError as error:
+        print(
+            f"failed: {error.filename}: {error.strerror}; the ranks cannot be started. "
+            "Make room or repair it; the same command resumes the run",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _print_decision(decision: LaunchDecision) -> int:
+    reason = " ".join(decision.reason.split())
+    try:
+        print(f"{decision.action} {decision.idle_starts}\n{reason}", flush=True)
+    except BrokenPipeError:
+        # The batch script was killed in the meantime (its node died). Python flushes stdout once
+        # more at its exit; send that to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

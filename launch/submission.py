@@ -1,4 +1,4 @@
-"""Handing a batch script to Slurm: one job a run folder, through submitit, what Slurm says told in one line."""
+"""Submission of a batch script through submitit, one job per run folder, and checks before it."""
 
 from __future__ import annotations
 
@@ -10,156 +10,161 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import watch
+from dist_scan.config import ConfigError, RunConfig, dump
+from dist_scan.storage.atomic import write_json, write_text
+from launch.job import QueueError, queued_job
+from launch.run_lock import acquire_lock
 
-SUBMITTING = "slurm/submitting"  # locked while a submission looks, writes and submits
+SUBMITTING = "slurm/submitting"
+"""Locked during a submission. Not the run's own lock: the job may start before its end."""
 
 
-def place(run, text: str) -> str:
-    """Write RUN/config.yaml, hand the script to Slurm, write RUN/slurm/job.json; returns the job's id. Raises ConfigError, also for a
-    run folder that a job, a local run or another submission holds."""
-    from dist_scan.config import ConfigError, dump
-    from dist_scan.storage.atomic import write_json, write_text
-    from launch.local import take_lease
+def submit(run: RunConfig, script: str) -> str:
+    """Write RUN/config.yaml, submit the batch script, write RUN/slurm/job.json; returns the job id.
 
-    look_for_slurm()
+    Raises ConfigError, also if a job, a local run or another submission uses the run folder.
+    """
+    require_slurm()
     run_dir = run.run_dir.resolve()
+    # An absolute path: the job may start in another folder.
+    absolute = run.runtime.model_copy(update={"run_dir": str(run_dir)})
     job_id = None
     try:
         (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
-        with take_lease(
-            run_dir, SUBMITTING, "is being submitted by"
-        ):  # not the run's own lock: the job may start before this ends
-            refuse_second(run_dir)
-            placed = run.model_copy(
-                update={"runtime": run.runtime.model_copy(update={"run_dir": str(run_dir)})}
-            )  # wherever the job is started from
-            write_text(run_dir / "config.yaml", dump(placed))
-            job_id = send(run_dir, text)
-            write_json(
-                run_dir / "slurm" / "job.json",
-                {
-                    "job_id": job_id,
-                    "run_dir": str(run_dir),
-                    "name": run.name,
-                    "nodes": run.slurm.nodes,
-                    "world_size": run.slurm.world_size,
-                    "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                },
-            )
+        with acquire_lock(run_dir, SUBMITTING, "is being submitted by"):
+            require_unused(run_dir)
+            write_text(run_dir / "config.yaml", dump(run.model_copy(update={"runtime": absolute})))
+            job_id = _send(run_dir, script)
+            job = {
+                "job_id": job_id,
+                "run_dir": str(run_dir),
+                "name": run.name,
+                "nodes": run.slurm.nodes,
+                "world_size": run.slurm.world_size,
+                "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            }
+            write_json(run_dir / "slurm" / "job.json", job)
     except OSError as error:
-        went = (
-            f"job {job_id} was submitted, but status and cancel will not know it: stop it with scancel {job_id}"
-            if job_id
-            else "nothing was submitted"
-        )
+        outcome = "nothing was submitted"
+        if job_id is not None:
+            outcome = (
+                f"job {job_id} was submitted, but status and cancel cannot find it; stop it with "
+                f"scancel {job_id}"
+            )
         raise ConfigError(
-            f"runtime.run_dir: cannot write '{error.filename or run_dir}' ({error.strerror}); {went}; give another folder with runtime.run_dir=PATH"
+            f"runtime.run_dir: cannot write '{error.filename or run_dir}' ({error.strerror}); "
+            f"{outcome}; choose another folder with runtime.run_dir=PATH"
         ) from None
     return job_id
 
 
-def check(run_dir: Path, text: str, setup: Sequence[str]) -> None:
-    """What can be known of a submission beforehand, for a dry run too. Raises ConfigError for a run folder that cannot be, a script that is no shell."""
+def check(run_dir: Path, script: str, setup: Sequence[str]) -> None:
+    """Everything that can be checked before a submission, for a dry run too. Raises ConfigError."""
     check_folder(run_dir.resolve())
-    check_shell(text, setup)
+    check_shell(script, setup)
 
 
 def check_folder(run_dir: Path) -> None:
-    """Raises ConfigError where Slurm would misread the folder's name, or it cannot be made or written. Nothing is left behind."""
-    from dist_scan.config import ConfigError
+    """Raise ConfigError if Slurm would misread the folder's name, or if it is not writable.
 
-    if bad := re.search(r"[\x00-\x1f\x7f\\%]", str(run_dir)):
+    Nothing is left behind.
+    """
+    if match := re.search(r"[\x00-\x1f\x7f\\%]", str(run_dir)):
         raise ConfigError(
-            f"runtime.run_dir: {str(run_dir)!r} has a {bad[0]!r} in its name, which Slurm reads as something else; give another with runtime.run_dir=PATH"
+            f"runtime.run_dir: {str(run_dir)!r} contains {match[0]!r}, which Slurm would replace; "
+            "choose another with runtime.run_dir=PATH"
         )
-    there = run_dir
+    existing = run_dir
     try:
-        there = next(p for p in (run_dir, *run_dir.parents) if p.exists())
-        Path(tempfile.mkdtemp(prefix=".tmp-", dir=there)).rmdir()
+        existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        Path(tempfile.mkdtemp(prefix=".tmp-", dir=existing)).rmdir()
     except OSError as error:
         raise ConfigError(
-            f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}: {there}); give another with runtime.run_dir=PATH"
+            f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}: {existing}); choose "
+            "another with runtime.run_dir=PATH"
         ) from None
 
 
-def check_shell(text: str, setup: Sequence[str]) -> None:
-    """Raises ConfigError naming the setup line with which the script is no shell; a warning of bash's (a heredoc without an end) counts too."""
-    from dist_scan.config import ConfigError
+def check_shell(script: str, setup: Sequence[str]) -> None:
+    """Raise ConfigError if bash cannot parse the script; names the setup line at fault.
 
-    if said := shell_says("\n".join(setup)):
-        at = min(
-            [len(setup), *map(int, re.findall(r"line (\d+)", said))]
-        )  # where it began, of where it began and where it was missed
+    A warning of bash counts too: it accepts a here-document without an end.
+    """
+    if message := _syntax_error("\n".join(setup)):
+        # Bash reports where a construct began, where its end was missed, or both; name the first.
+        reported = [int(number) for number in re.findall(r"line (\d+)", message)]
+        line = min([len(setup), *reported])
         raise ConfigError(
-            f"slurm.setup: bash cannot read line {at}, '{setup[at - 1]}': {said}; each construct must be closed within the setup lines"
+            f"slurm.setup: bash cannot parse line {line}, '{setup[line - 1]}': {message}; each "
+            "construct must end within the setup lines"
         )
-    if said := shell_says(text):
-        raise ConfigError(f"the batch script is no shell that bash can read: {said}")
+    if message := _syntax_error(script):
+        raise ConfigError(f"bash cannot parse the batch script: {message}")
 
 
-def shell_says(text: str) -> str:
-    """What `bash -n` has against a script, in one line; '' when nothing, or where there is no bash here."""
+def _syntax_error(script: str) -> str:
+    """What `bash -n` reports about a script, in one line; '' if nothing, or without a bash."""
     if shutil.which("bash") is None:
         return ""
-    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
-    return " ".join(done.stderr.split()) or "exit code " * bool(done.returncode)
+    result = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    message = " ".join(result.stderr.split())
+    if not message and result.returncode:
+        message = f"exit code {result.returncode}"
+    return message
 
 
-def look_for_slurm() -> None:
-    """Raises ConfigError where there is no sbatch."""
-    from dist_scan.config import ConfigError
-
+def require_slurm() -> None:
+    """Raise ConfigError if there is no sbatch."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "sbatch was not found: this machine is no Slurm login node. Run here with: python launch/local.py CONFIG, "
-            "or try a Slurm at home: python tests/slurm/cluster.py up"
+            "sbatch was not found: this machine is not a Slurm login node. Run here with: python "
+            "launch/local.py CONFIG, or start a test cluster: python tests/slurm/cluster.py up"
         )
 
 
-def refuse_second(run_dir: Path) -> None:
-    """Raises ConfigError naming the job or the process that holds the run folder."""
-    from dist_scan.config import ConfigError
-
+def require_unused(run_dir: Path) -> None:
+    """Raise ConfigError that names the job or the process that uses the run folder."""
     try:
-        job = watch.live_job(run_dir)
-    except watch.NoAnswer as error:
-        raise ConfigError(
-            f"{error}; a job may hold '{run_dir}', so nothing was submitted"
-        ) from None
+        job = queued_job(run_dir)
+    except QueueError as error:
+        raise ConfigError(f"{error}; a job may use '{run_dir}', so nothing was submitted") from None
     if job is not None:
         raise ConfigError(
-            f"the run folder '{run_dir}' belongs to job {job['job_id']}, which is {job['state'].lower()}; "
-            f"wait for it, cancel it (scancel {job['job_id']}), or give this run another name with name=OTHER"
+            f"the run folder '{run_dir}' belongs to job {job.job_id}, which is "
+            f"{job.state.lower()}; wait for it, cancel it (scancel {job.job_id}), or give this run "
+            "another name with name=OTHER"
         )
     if (run_dir / "lock").exists():
-        from launch.local import take_lease
-
-        take_lease(run_dir).close()
+        acquire_lock(run_dir).close()
 
 
-def send(run_dir: Path, text: str) -> str:
-    """Submit through submitit; returns the job's id. Raises ConfigError with what sbatch said."""
+def _send(run_dir: Path, script: str) -> str:
+    """Submit through submitit; returns the job id. Raises ConfigError with sbatch's message."""
     import submitit
 
-    from dist_scan.config import ConfigError
+    class ScriptExecutor(submitit.SlurmExecutor):
+        """submitit's submission with our own batch script.
 
-    class Executor(submitit.SlurmExecutor):
-        """submitit's submission with our own batch text: its signal handler, its pickled call and its requeueing are not used."""
+        Its signal handler, its pickled call and its requeueing are not used.
+        """
 
         def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return text
+            return script
 
     try:
-        return Executor(folder=run_dir / "slurm").submit(_never, str(run_dir)).job_id
+        job = ScriptExecutor(folder=run_dir / "slurm").submit(_never_called, str(run_dir))
     except submitit.core.utils.FailedJobError as error:
         raise ConfigError(f"Slurm refused the job: {error}") from None
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"Slurm refused the job: {error.stderr or error}") from None
+    return str(job.job_id)
 
 
-def _never(run_dir: str) -> None:
-    """What submitit pickles: the run folder's path and nothing else. The batch text starts the run, this is never called."""
+def _never_called(run_dir: str) -> None:
+    """What submitit pickles; it holds nothing but the run folder's path.
+
+    The batch script starts the run.
+    """
     raise RuntimeError(
-        f"started through submitit's pickle; start it with launch/slurm.py ({run_dir})"
+        f"started through submitit's pickle; start the run with launch/slurm.py ({run_dir})"
     )

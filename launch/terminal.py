@@ -1,4 +1,4 @@
-"""A terminal that may be closed while a run writes to it: what is said then is lost, and nothing else."""
+"""Output streams that survive the loss of their terminal."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import sys
 from typing import Any, TextIO
 
 
-class Terminal:
-    """A text stream on a terminal. Once that is gone (EIO), what is written goes to /dev/null instead of ending the writer."""
+class TerminalStream:
+    """A text stream on a terminal; if the terminal is closed (EIO), further output is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As the stream's."""
+        """Write to the stream."""
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._gone(error)
+            self._drop_output(error)
             return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush the stream."""
         try:
             self._stream.flush()
         except OSError as error:
-            self._gone(error)
+            self._drop_output(error)
 
-    def _gone(self, error: OSError) -> None:
+    def _drop_output(self, error: OSError) -> None:
         if error.errno != errno.EIO:
             raise error
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
@@ -39,9 +39,12 @@ class Terminal:
         return getattr(self._stream, name)
 
 
-def outlive() -> None:
-    """Let this process, and those forked from it, outlive the terminal they write to. A file or a pipe is left as it is."""
+def survive_hangup() -> None:
+    """Let this process and those forked from it continue after their terminal is closed.
+
+    Files and pipes are left unchanged.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Terminal) and stream.isatty():
-            setattr(sys, name, Terminal(stream))
+        if stream is not None and not isinstance(stream, TerminalStream) and stream.isatty():
+            setattr(sys, name, TerminalStream(stream))

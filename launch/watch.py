@@ -1,298 +1,209 @@
-"""Looking at a submitted run: status, follow, cancel. Reads the run folder and squeue (job states need no accounting)."""
+"""Watch a submitted run: status, follow, cancel.
+
+Reads the run folder and squeue; job states need no accounting.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+from dist_scan.config import ConfigError
 from launch import records
+from launch.job import QueuedJob, QueueError, original_run_dir, queued_job, submitted_job
+from launch.run_lock import local_holder
 
 COMMANDS = ("status", "follow", "cancel")
-BENCHMARK = "benchmark.json"  # in the folder of a benchmark, which holds a run folder for each number of nodes
+BENCHMARK = "benchmark.json"
+"""In the folder of a scaling benchmark, which holds one run folder per number of nodes."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def main(argv: list[str]) -> int:
-    """status|follow|cancel RUN, or the folder of a benchmark. Raises ConfigError when there is no such run."""
-    from dist_scan.config import ConfigError
-
-    found = run_dirs(Path(argv[1])) if len(argv) == 2 else []
-    if not found:
-        what = (
-            f"'{argv[1]}' is no run folder (no config.yaml)"
-            if len(argv) == 2
-            else "expected one run folder"
+    """Run `status|follow|cancel RUN`; RUN may be the folder of a benchmark. Raises ConfigError."""
+    command = argv[0]
+    usage = f"usage: launch/slurm.py {command} runs/NAME"
+    if len(argv) != 2:
+        raise ConfigError(f"{command}: expected one run folder; {usage}")
+    folders = run_dirs(Path(argv[1]))
+    if not folders:
+        raise ConfigError(
+            f"{command}: '{argv[1]}' is not a run folder (it has no config.yaml); {usage}"
         )
-        raise ConfigError(f"{argv[0]}: {what}; usage: launch/slurm.py {argv[0]} runs/NAME")
-    if argv[0] == "status":
-        print("\n\n".join(status(run_dir) for run_dir in found))
+    if command == "status":
+        print("\n\n".join(status(run_dir) for run_dir in folders))
         return 0
-    if argv[0] == "follow":
-        return follow_all(found)
-    return min(
-        [cancel(run_dir) for run_dir in reversed(found)]
-    )  # the last first: the end of one is what the next waits for
+    if command == "follow":
+        return follow_all(folders)
+    # The last job first: it is waiting for the end of the one before it.
+    return min([cancel(run_dir) for run_dir in reversed(folders)])
 
 
 def run_dirs(folder: Path) -> list[Path]:
-    """The folder itself when it is a run's; those of a benchmark, fewest nodes first."""
-    if (folder / BENCHMARK).is_file():
-        return sorted(
-            (
-                p.parent
-                for p in folder.glob("nodes-*/config.yaml")
-                if re.fullmatch("nodes-[0-9]{1,9}", p.parent.name)
-            ),
-            key=lambda p: int(p.name.removeprefix("nodes-")),
-        )
-    return [folder] if (folder / "config.yaml").is_file() else []
-
-
-class NoAnswer(RuntimeError):
-    """squeue said nothing about the job: slurmctld may be away. The job itself does not mind."""
-
-
-ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "OUT_OF_MEMORY",
-    "REVOKED",
-)
-
-
-def live_job(run_dir: Path) -> dict[str, Any] | None:
-    """The run's own job as squeue knows it: {job_id, state, nodes, reason}; None when it has left the queue. Raises NoAnswer."""
-    facts = _job(run_dir)
-    if facts is None or shutil.which("squeue") is None or original(run_dir):
-        return None
-    done = subprocess.run(
-        ["squeue", "-h", "-j", facts["job_id"], "-o", "%T|%D|%R|%o"], capture_output=True, text=True
-    )
-    if (
-        done.returncode and "invalid job id" not in done.stderr.lower()
-    ):  # an id that Slurm has forgotten is an answer
-        raise NoAnswer(
-            f"squeue could not say how job {facts['job_id']} stands: {' '.join(done.stderr.split()) or done.returncode}"
-        )
-    if not done.stdout.strip():
-        return None
-    state, nodes, reason, script = (done.stdout.strip().splitlines()[0].split("|", 3) + [""])[:4]
-    if state in ENDED or _of_another(script, facts.get("run_dir")):
-        return None
-    return {
-        **facts,
-        "state": state,
-        "nodes": int(nodes) if nodes.isdigit() else 0,
-        "reason": reason,
-    }
-
-
-def _of_another(script: str, run_dir: object) -> bool:
-    """Whether a job that runs `script` is not the one submitted from `run_dir`: ids are used again, and other clusters have the same."""
-    return (
-        isinstance(run_dir, str)
-        and script.startswith("/")
-        and not script.startswith(f"{run_dir}/slurm/")
-    )
-
-
-def original(run_dir: Path) -> Path | None:
-    """The run folder that this one is a copy of, by its job.json, which the copy took along; None for a run folder of its own, moved or not."""
-    facts = _job(run_dir) or {}
-    if not isinstance(facts.get("run_dir"), str):  # of before run_dir was kept
-        return None
-    first = Path(facts["run_dir"])
-    try:
-        same = first.samefile(run_dir)
-    except (OSError, ValueError):  # it is no longer there
-        return None
-    return None if same or (_job(first) or {}).get("job_id") != facts["job_id"] else first
-
-
-def _job(run_dir: Path) -> dict[str, Any] | None:
-    """RUN/slurm/job.json with its job_id as text; None where there is none that can be read."""
-    facts = records.record(run_dir / "slurm" / "job.json") or {}
-    job_id = str(facts.get("job_id"))
-    return {**facts, "job_id": job_id} if re.fullmatch("[0-9]{1,12}", job_id) else None
+    """[folder] if it is a run folder; the run folders of a benchmark, fewest nodes first."""
+    if not (folder / BENCHMARK).is_file():
+        return [folder] if (folder / "config.yaml").is_file() else []
+    by_nodes = {}
+    for config in folder.glob("nodes-*/config.yaml"):
+        if match := re.fullmatch("nodes-([0-9]{1,9})", config.parent.name):
+            by_nodes[int(match[1])] = config.parent
+    return [by_nodes[nodes] for nodes in sorted(by_nodes)]
 
 
 def status(run_dir: Path) -> str:
-    """Where the run stands, in a few lines: job, stage, step, rate, time left, restarts, last fault."""
-    facts, job, silence = _job(run_dir), None, ""
+    """A few lines: job, state, progress, restarts, last fault."""
+    job = None
+    queue_error = ""
     try:
-        job = live_job(run_dir)
-    except NoAnswer as error:
-        silence = str(error)
-    lines, first = [f"run      {run_dir}"], original(run_dir)
-    if first:
-        lines.append(
-            f"job      none of its own: this folder is a copy of {first}, and job {facts['job_id']} belongs to that"
-        )
-    elif silence:
-        lines.append(f"job      {facts['job_id']}: {silence}")
-    elif job:
-        lines.append(
-            f"job      {job['job_id']} {job['state'].lower()}, {job['nodes']} nodes ({job['reason']})"
-        )
-    elif facts:
-        lines.append(
-            f"job      {facts['job_id']} has left the queue"
-            + (f" (submitted {facts['submitted']})" if "submitted" in facts else "")
-        )
-    lines.append(f"state    {'not known' if silence else _state(run_dir, job)}")
-    last = [
-        line
-        for line in _lines(run_dir / "logs" / "run.log")
-        if "/s, " in line or ": starts" in line or ": resumes" in line
-    ][-1:]
-    lines += [f"progress {line[9:]} (at {line[:8]})" for line in last]
-    starts = [
-        line
-        for line in _lines(run_dir / "slurm" / f"{(facts or {}).get('job_id')}.out")
-        if ": start " in line
-    ]
-    faults = records.entries(run_dir / "logs" / "faults.jsonl")
+        job = queued_job(run_dir)
+    except QueueError as error:
+        queue_error = str(error)
+    submitted = submitted_job(run_dir)
+    job_id = submitted["job_id"] if submitted else ""
+
+    lines = [f"run      {run_dir}"]
+    if submitted:
+        lines.append(f"job      {_job_line(run_dir, submitted, job, queue_error)}")
+    lines.append(f"state    {'not known' if queue_error else _state(run_dir, job)}")
+    progress = [line for line in _read_lines(run_dir / "logs" / "run.log") if _is_progress(line)]
+    if progress:
+        clock, text = progress[-1][:8], progress[-1][9:]
+        lines.append(f"progress {text} (at {clock})")
+    job_log = _read_lines(run_dir / "slurm" / f"{job_id}.out")
+    starts = [line for line in job_log if ": start " in line]
+    faults = records.read_objects(run_dir / "logs" / "faults.jsonl")
     lines.append(f"restarts {max(len(starts) - 1, 0)}, faults {len(faults)}")
     if faults:
-        lines.append(
-            f"last     {faults[-1].get('time', 'when is not known')} {faults[-1].get('fault', 'what is not known')}"
-        )
+        when = faults[-1].get("time", "unknown time")
+        lines.append(f"last     {when} {faults[-1].get('fault', 'unknown fault')}")
     return "\n".join(lines)
 
 
-def _state(run_dir: Path, job: dict | None) -> str:
-    if (run_dir / "DONE").is_file() and (job is None or job["state"] != "PENDING"):
-        report = run_dir / "report.html"
-        return f"done at {records.text(run_dir / 'DONE')}" + (
-            f"; report: {report}" if report.exists() else ""
-        )
+def _job_line(
+    run_dir: Path, submitted: dict[str, str], job: QueuedJob | None, queue_error: str
+) -> str:
+    job_id = submitted["job_id"]
+    original = original_run_dir(run_dir)
+    if original:
+        return f"none: this folder is a copy of {original}, and job {job_id} belongs to that"
+    if queue_error:
+        return f"{job_id}: {queue_error}"
     if job:
-        return {"PENDING": "waits in the queue", "RUNNING": "runs"}.get(
-            job["state"], job["state"].lower()
-        )
-    if holder := held_here(run_dir):
-        return f"runs here: {holder}"
-    for marker, text in (
-        ("MISTAKE", "ended by a mistake in its settings"),
-        ("STOPPED", "stopped; the same command goes on"),
-    ):
-        if (run_dir / marker).is_file():
-            return text
-    return "not running; the same command goes on from the last checkpoint"
+        return f"{job_id} {job.state.lower()}, {job.nodes} nodes ({job.reason})"
+    when = f" (submitted {submitted['submitted']})" if "submitted" in submitted else ""
+    return f"{job_id} has left the queue{when}"
 
 
-def held_here(run_dir: Path) -> str:
-    """Which process of this machine holds the run folder's lock (`process PID on HOST`); '' when none does. Only looked at: a lock that was tried
-    for would refuse a run that starts at this moment (Linux)."""
-    try:
-        inode, holder = (run_dir / "lock").stat().st_ino, records.text(run_dir / "lock")
-        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    except OSError:
-        return ""
-    # an inode's number is known to its own disk alone: the process must be the one that has signed
-    held = any(
-        len(words) > 5
-        and words[1] == "FLOCK"
-        and words[5].endswith(f":{inode}")
-        and holder.startswith(f"process {words[4]} on ")
-        for words in locks
-    )
-    return holder if held else ""
+def _state(run_dir: Path, job: QueuedJob | None) -> str:
+    is_pending = job is not None and job.state == "PENDING"
+    if (run_dir / "DONE").is_file() and not is_pending:
+        text = f"done at {records.read_text(run_dir / 'DONE')}"
+        report = run_dir / "report.html"
+        return f"{text}; report: {report}" if report.exists() else text
+    if job is not None:
+        names = {"PENDING": "waiting in the queue", "RUNNING": "running"}
+        return names.get(job.state, job.state.lower())
+    if holder := local_holder(run_dir):
+        return f"running on this machine: {holder}"
+    if (run_dir / "MISTAKE").is_file():
+        return "ended by a fatal error, named in MISTAKE and in the log"
+    if (run_dir / "STOPPED").is_file():
+        return "stopped; the same command resumes the run"
+    return "not running; the same command resumes the run from the last checkpoint"
 
 
-def _lines(path: Path) -> list[str]:
-    return records.text(path).splitlines()
+def _is_progress(line: str) -> bool:
+    """Whether a line of run.log tells a rate, or the start of a stage."""
+    return any(text in line for text in ("/s, ", ": starts", ": resumes"))
+
+
+def _read_lines(path: Path) -> list[str]:
+    return records.read_text(path).splitlines()
 
 
 def follow(run_dir: Path) -> int:
-    """Show run.log as it grows until the job leaves the queue. Returns 0 when the run is done. Ctrl-C leaves the job alone."""
-    log, at = run_dir / "logs" / "run.log", 0
+    """Print run.log as it grows until the job leaves the queue.
+
+    Returns 0 if the run is complete. Ctrl-C ends only the printing.
+    """
+    log = run_dir / "logs" / "run.log"
+    position = 0
+    last_report = ""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    said = None
     try:
         while True:
-            at = _copy(log, at)
+            position = _print_from(log, position)
             try:
-                job = live_job(run_dir)
-            except NoAnswer as error:
-                if said != "no answer":
-                    said = "no answer"
-                    print(f"{error}; asked again until it does", flush=True)
-                time.sleep(5)
-                continue
-            if job and job["state"] != said:
-                said = job["state"]
-                print(f"job {job['job_id']}: {said.lower()} ({job['reason']})", flush=True)
-            if job is None:
-                break
-            time.sleep(2)
+                job = queued_job(run_dir)
+            except QueueError as error:
+                report, text, wait_s = "no answer", f"{error}; trying again", 5
+            else:
+                if job is None:
+                    break
+                report, wait_s = job.state, 2
+                text = f"job {job.job_id}: {job.state.lower()} ({job.reason})"
+            if report != last_report:
+                print(text, flush=True)
+                last_report = report
+            time.sleep(wait_s)
     except KeyboardInterrupt:
-        print(
-            "\nthe job goes on; look again with: launch/slurm.py follow "
-            + shlex.quote(str(run_dir))
-        )
-        return 130
-    _copy(log, at)
+        folder = shlex.quote(str(run_dir))
+        print(f"\nthe job continues; watch it again with: launch/slurm.py follow {folder}")
+        return INTERRUPTED
+    _print_from(log, position)
     print(status(run_dir))
     return 0 if (run_dir / "DONE").is_file() else 1
 
 
-def follow_all(run_dirs: list[Path]) -> int:
-    """One after another. Returns the first code that is not 0; Ctrl-C ends it all."""
-    codes = []
-    for run_dir in run_dirs:
-        codes.append(follow(run_dir))
-        if codes[-1] == 130:
-            return 130
-    return next((code for code in codes if code), 0)
+def follow_all(folders: list[Path]) -> int:
+    """Follow one run after another. Returns the first code that is not 0; Ctrl-C ends it all."""
+    first_error = 0
+    for run_dir in folders:
+        code = follow(run_dir)
+        if code == INTERRUPTED:
+            return code
+        first_error = first_error or code
+    return first_error
 
 
-def _copy(log: Path, at: int) -> int:
+def _print_from(log: Path, position: int) -> int:
+    """Print a file from a position on; returns the position of its end."""
     try:
-        with open(log, errors="replace") as f:
-            f.seek(at)
-            sys.stdout.write(f.read())
+        with open(log, errors="replace") as file:
+            file.seek(position)
+            sys.stdout.write(file.read())
             sys.stdout.flush()
-            return f.tell()
+            return file.tell()
     except OSError:
-        return at
+        return position
 
 
 def cancel(run_dir: Path) -> int:
-    """scancel: the ranks save and leave, and the job does not come back."""
-    from dist_scan.config import ConfigError
-
+    """scancel: the ranks save and stop, and the job does not return. Raises ConfigError."""
     try:
-        job = live_job(run_dir)
-    except NoAnswer as error:
+        job = queued_job(run_dir)
+    except QueueError as error:
         raise ConfigError(f"{error}; nothing was cancelled, try again") from None
     if job is None:
-        first = original(run_dir)
-        holder = held_here(run_dir)
-        print(
-            f"{run_dir} is a copy of {first}, and its job belongs to that; nothing was cancelled"
-            if first
-            else f"{run_dir} has no job: {holder} runs it; Ctrl-C there, or `kill PID`, saves and ends it"
-            if holder
-            else f"no job of {run_dir} is in the queue"
-        )
+        print(_why_no_job(run_dir))
         return 1
-    done = subprocess.run(["scancel", job["job_id"]], capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(
-            f"scancel could not cancel job {job['job_id']}: {' '.join(done.stderr.split()) or done.returncode}; try again"
-        )
-    print(f"cancelled job {job['job_id']}; everything saved stays, the same command goes on")
+    result = subprocess.run(["scancel", job.job_id], capture_output=True, text=True)
+    if result.returncode:
+        message = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+        raise ConfigError(f"scancel could not cancel job {job.job_id}: {message}; try again")
+    print(f"cancelled job {job.job_id}; saved work is kept, the same command resumes the run")
     return 0
+
+
+def _why_no_job(run_dir: Path) -> str:
+    if original := original_run_dir(run_dir):
+        return f"{run_dir} is a copy of {original}, and its job belongs to that; nothing cancelled"
+    if holder := local_holder(run_dir):
+        return f"{run_dir} has no job: {holder} runs it; Ctrl-C there, or `kill PID`, stops it"
+    return f"no job of {run_dir} is in the queue"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_file_with_a_main_is_found_and_described() -> None:
-    found = {b.name: b for b in suite.find()}
+    found = {b.name: b for b in suite.find_benchmarks()}
     assert {
         "loader",
         "augment",
