@@ -15,7 +15,7 @@ import numpy as np
 from dist_scan.monitoring.bottleneck import section_fractions
 from dist_scan.monitoring.step_timer import SECTIONS
 
-MARKERS = {"MISTAKE": "ended by a mistake in its settings: ", "STOPPED": "stopped before its end "}
+MARKERS = {"MISTAKE": "ended by a fatal error: ", "STOPPED": "stopped before its end "}
 
 
 def stage_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_scan.config import ConfigError, RunConfig, SlurmConfig
-from dist_scan.run_config import load_config
 from dist_scan.storage.atomic import write_json
 from launch import command_line, submission, watch
 from launch.plan import image_counts, measure_network, training_memory
@@ -73,6 +72,8 @@ def main(args: argparse.Namespace) -> int:
 
     Raises ConfigError before anything is submitted.
     """
+    from dist_scan.run_config import load_config  # imports torch: not for `slurm.py status`
+
     # Validate everything.
     names = parse_names(args.benchmark)
     node_counts = parse_node_counts(args.nodes)
@@ -256,7 +257,7 @@ def benchmark_commands(
     values = template_values(runs[0], num_images)
     commands = {}
     for run in runs:
-        global_batch = run.stages[values["stage"]].global_batch
+        global_batch = trainings(run)[values["stage"]].global_batch
         values["batch"] = global_batch // run.slurm.world_size
         values["folder"] = run.run_dir / "work"
         commands[run.slurm.nodes] = [
@@ -275,7 +276,7 @@ def template_values(run: RunConfig, num_images: Mapping[str, int]) -> dict[str, 
         )
     name, stage = next(iter(with_network.items()))
     network = measure_network(stage.network, run.data.size)
-    neighbours = [s.num_neighbours for s in run.stages.values() if s.kind == "neighbours"]
+    neighbours = [getattr(s, "num_neighbours", None) for s in run.stages.values()]
     return {
         "model": stage.network.name,
         "stem": stage.network.stem,
@@ -286,7 +287,7 @@ def template_values(run: RunConfig, num_images: Mapping[str, int]) -> dict[str, 
         "gradient": 4 * network.parameters,
         "dim": network.dim,
         "rows": min(num_images.get("train", MAX_ROWS), MAX_ROWS),
-        "k": neighbours[0] if neighbours else 20,
+        "k": next(filter(None, neighbours), 20),
         "clusters": max(_cluster_counts(run), default=1000),
         "source": run.data.train.source,
         "stored": run.data.stored,
@@ -330,6 +331,8 @@ def has_all_figures(run: RunConfig, names: Sequence[str]) -> bool:
 
     Raises ConfigError if its folder has figures of other settings.
     """
+    from dist_scan.run_config import load_config
+
     if (run.run_dir / "config.yaml").is_file():
         before = load_config(run.run_dir / "config.yaml")
         changed = [

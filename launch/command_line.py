@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 from dist_scan.config import ConfigError, RunConfig, SlurmConfig
-from dist_scan.run_config import load_config
 
 PROFILE_STEPS = 300
 SLURM_FLAGS = [name for name in SlurmConfig.model_fields if name not in ("setup", "sbatch", "srun")]
@@ -30,6 +29,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_run(args: argparse.Namespace, *overrides: str) -> RunConfig:
     """The validated config with the command line's overrides; `overrides` are applied last."""
+    from dist_scan.run_config import load_config  # imports torch: not for `slurm.py status`
+
     profile = [f"runtime.profile={PROFILE_STEPS}"] if args.profile else []
     return load_config(args.config, [*profile, *args.overrides, *overrides])
 

@@ -67,7 +67,7 @@ def plan(run: RunConfig, tflops: float | None, counts: dict[str, int] | None = N
     rows.reverse()
     networks = _networks(run)
     for name, stage in run.stages.items():
-        count = num_images.get(stage.images_split(run.stages), 0)
+        count = num_images.get(stage.images_split(run.stages) or "", 0)
         cost = _stage_cost(run, stage, count, networks[name])
         stage_s = cost.flops / flops_per_s
         disk += cost.disk

@@ -76,11 +76,11 @@ def test_one_job_through_a_taken_port_and_eleven_faults_gives_the_undisturbed_re
         job.restarts() == 1 and log.count("requeue: SIGUSR2") == 1 and log.count("relaunch: ") == 8
     ), log
     assert (
-        log.count("relaunch: the port was taken; another is tried") == 1
+        log.count("relaunch: the rendezvous port was taken; trying another") == 1
         and log.count("relaunch: SIGTERM") == 3
     )
     assert "relaunch: rank 1: InjectedError" in log and log.rstrip().endswith(
-        "done: the run is done"
+        "done: the run is complete"
     )
     assert (job.run_dir / "logs" / "run.log").read_text().count("could not save") == 2
     assert job.shards_twice() == [] and {name.split("/")[1] for name, _ in job.seen} == {

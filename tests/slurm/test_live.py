@@ -28,7 +28,7 @@ def test_four_nodes_equal_four_local_processes_bit_for_bit(cluster, tmp_path: Pa
     local = run(tmp_path / "local", processes=4)
     assert local.returncode == 0, local.stdout
     log = job.finish()
-    assert "4 ranks" in log and "done: the run is done" in log and job.restarts() == 0
+    assert "4 ranks" in log and "done: the run is complete" in log and job.restarts() == 0
     job.same(tmp_path / "local")
 
 
@@ -107,5 +107,7 @@ def test_a_mistake_ends_the_job_and_is_named(cluster, tmp_path: Path) -> None:
     cluster.call("scancel", blocker)
     job.wait(lambda: job.state() in ("GONE", "FAILED"), 60, "the end")
     assert (
-        "mistake: " in job.log() and str(images) in job.log() and job.log().count(": start ") == 1
+        "fatal_error: " in job.log()
+        and str(images) in job.log()
+        and job.log().count(": start ") == 1
     )

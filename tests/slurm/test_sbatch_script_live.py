@@ -9,14 +9,13 @@ import fcntl
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dist_scan.config import SlurmConfig
-from launch import sbatch_script as batch
+from launch.sbatch_script import BatchJob, script
 from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -55,14 +54,13 @@ class Toy:
         (root / "dist_scan" / "__init__.py").write_text("")
         (root / "dist_scan" / "run.py").write_text(RANK + body)
         (self.run_dir / "slurm").mkdir(parents=True)
-        self.text = batch.script(
-            SlurmConfig(nodes=nodes, **options), self.run_dir, "toy", sys.executable, root, 3
-        )
+        job = BatchJob(SlurmConfig(nodes=nodes, **options), self.run_dir, "toy", 3, checkout=root)
+        self.text = script(job)
 
     def submit(self) -> Toy:
-        script = self.run_dir / "slurm" / "script.sh"
-        script.write_text(self.text)
-        self.id = self.cluster.call("sbatch", "--parsable", str(script)).strip()
+        path = self.run_dir / "slurm" / "script.sh"
+        path.write_text(self.text)
+        self.id = self.cluster.call("sbatch", "--parsable", str(path)).strip()
         return self
 
     def log(self) -> str:
@@ -118,7 +116,7 @@ def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(cluster, tmp_path:
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
         toy.run_dir / "DONE"
     ).exists()
-    assert "requeue: Slurm ends the job before the ranks have left" in toy.log()
+    assert "requeue: Slurm ends the job before the ranks have stopped" in toy.log()
 
 
 @pytest.mark.parametrize("old_env", [False, True])
@@ -176,7 +174,7 @@ def test_a_term_that_slurm_did_not_mean_is_no_end(cluster, tmp_path: Path) -> No
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0") and (
         toy.run_dir / "DONE"
     ).exists(), toy.log()
-    assert "relaunch: SIGTERM" in toy.log() and "Slurm lets this job run on" in toy.log()
+    assert "relaunch: SIGTERM" in toy.log() and "Slurm has not ended this job" in toy.log()
 
 
 def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster, tmp_path: Path) -> None:
@@ -185,7 +183,7 @@ def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster, tmp_path: Pat
         fcntl.flock(lock, fcntl.LOCK_EX)
         print("process 123 on elsewhere", file=lock, flush=True)
         assert toy.submit().ended()["JobState"] == "FAILED"
-    assert "in use by process 123 on elsewhere; this job leaves" in toy.log() and not list(
+    assert "in use by process 123 on elsewhere; this job ends" in toy.log() and not list(
         toy.run_dir.glob("start-*")
     )
 
@@ -199,7 +197,7 @@ def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(cluster, tmp_path: 
             "exec 9>>", 'echo -n "job $SLURM_JOB_ID on gone" >"$RUN/lock"\nexec 9>>'
         )  # it was this job
         toy.submit()
-        toy.wait(lambda: "former start still holds" in toy.log())
+        toy.wait(lambda: "earlier start of this job still holds" in toy.log())
         time.sleep(1)
         assert not list(toy.run_dir.glob("start-*"))
     assert toy.ended()["JobState"] == "COMPLETED" and "done: " in toy.log()

@@ -17,8 +17,8 @@ EVERY_STEP = "runtime.checkpoint_s=1e-9"
 STAGES = PRETEXT + LONG
 # The batch script's first look for a port finds one that somebody takes at that moment; all else is launch/slurm.py.
 TAKEN = (
-    "import sys; from launch import batch, slurm; real = batch.script; batch.script = lambda *a, **k: real(*a, **k).replace("
-    "'$(ask port)', '$([ $used = 0 ] && echo {port} || ask port)'); sys.exit(slurm.main())"
+    "import sys; from launch import slurm; real = slurm.script; slurm.script = lambda job: real(job).replace("
+    "'$(recovery port)', '$([ $num_steps = 0 ] && echo {port} || recovery port)'); sys.exit(slurm.main())"
 )
 
 

@@ -96,7 +96,7 @@ def test_the_lock_of_a_launcher_that_was_killed_is_waited_for(tmp_path: Path) ->
     import time
 
     from dist_scan.config import ConfigError
-    from launch.local import take_lease
+    from launch.run_lock import acquire_lock
 
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -107,11 +107,11 @@ def test_the_lock_of_a_launcher_that_was_killed_is_waited_for(tmp_path: Path) ->
         lock.flush()
         if not freed:
             with pytest.raises(ConfigError, match=f"in use by process {pid}"):
-                take_lease(tmp_path)
+                acquire_lock(tmp_path)
             continue
         threading.Timer(1.0, lock.close).start()
         began = time.monotonic()
-        take_lease(tmp_path).close()
+        acquire_lock(tmp_path).close()
         assert time.monotonic() - began >= 0.9
 
 

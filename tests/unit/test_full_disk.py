@@ -9,7 +9,7 @@ from typing import Never
 import pytest
 
 from dist_scan.storage import atomic
-from launch import local
+from launch import local, run_lock
 
 QUICK = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml")
 
@@ -50,6 +50,6 @@ def test_a_file_system_without_locks_is_said_and_gone_on_with(
     def none(*_) -> Never:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(local.fcntl, "flock", none)
-    local.take_lease(tmp_path).close()
-    assert "no locks on this file system (No locks available)" in capsys.readouterr().err
+    monkeypatch.setattr(run_lock.fcntl, "flock", none)
+    run_lock.acquire_lock(tmp_path).close()
+    assert "this file system has no locks (No locks available)" in capsys.readouterr().err

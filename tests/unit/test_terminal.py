@@ -1,4 +1,4 @@
-"""A terminal that is closed under a local run."""
+"""A terminal that is closed during a local run."""
 
 from __future__ import annotations
 
@@ -11,66 +11,78 @@ from pathlib import Path
 import pytest
 
 from launch import local, terminal
+from tests.support.launches import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import os, pathlib, sys
+from launch import terminal
+os.dup2({pipe}, 3)
+terminal.survive_hangup()
+print("before", flush=True)
+input()
+print("after", flush=True)
+print("error", file=sys.stderr)
+pathlib.Path("/dev/fd/3").write_text("survived")
+"""
 
 
-def test_what_is_said_to_a_closed_terminal_is_lost_and_no_more() -> None:
-    here, there = os.openpty()
-    program = (
-        "import sys, pathlib; from launch import terminal; terminal.outlive(); print('before', flush=True); input(); "
-        "print('after', flush=True); print('error', file=sys.stderr); pathlib.Path('/dev/fd/3').write_text('lived')"
-    )
-    told, tell = os.pipe()
-    lived = subprocess.Popen(
-        [sys.executable, "-c", f"import os; os.dup2({tell}, 3); {program}"],
+def test_output_to_a_closed_terminal_is_dropped() -> None:
+    controller, terminal_end = os.openpty()
+    read_end, write_end = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(pipe=write_end)],
         stdin=subprocess.PIPE,
-        stdout=there,
-        stderr=there,
-        pass_fds=[tell],
+        stdout=terminal_end,
+        stderr=terminal_end,
+        pass_fds=[write_end],
         cwd=ROOT,
     )
-    os.close(there)
-    os.close(tell)
-    assert b"before" in os.read(here, 100)
-    os.close(here)
-    lived.communicate(b"\n", timeout=60)
-    assert lived.returncode == 0 and os.read(told, 10) == b"lived"
+    os.close(terminal_end)
+    os.close(write_end)
+    assert b"before" in os.read(controller, 100)
+    os.close(controller)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
+    assert os.read(read_end, 10) == b"survived"
 
 
-def test_a_file_or_a_pipe_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_pipes_are_left_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open(tmp_path / "log", "w") as log:
         monkeypatch.setattr(sys, "stdout", log)
-        terminal.outlive()
+        terminal.survive_hangup()
         assert sys.stdout is log
 
 
-class Rank:
-    """A process that has not ended, which the launcher only signals."""
+class LiveRank:
+    """A process that has not ended."""
 
-    exitcode, pid = None, 4321
+    exitcode = None
+    pid = 4321
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_closed_terminal_asks_the_ranks_to_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nohup
+def test_a_closed_terminal_stops_the_ranks_unless_under_nohup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nohup: bool
 ) -> None:
-    """A hang-up reaches them as TERM; under nohup it reaches nobody."""
-    sent, before = [], {number: signal.getsignal(number) for number in local.NOTICE}
-    real = os.kill
+    """A hang-up reaches the ranks as TERM, and they save; under nohup it reaches nobody."""
+    sent: list[tuple[int, int]] = []
+    handlers = {number: signal.getsignal(number) for number in local.STOP_SIGNALS}
+    kill = os.kill
 
-    def wait(ranks) -> int:
-        real(os.getpid(), signal.SIGHUP)
+    def hang_up(ranks: list[LiveRank]) -> int:
+        kill(os.getpid(), signal.SIGHUP)
         return 0
 
-    monkeypatch.setattr(local, "start", lambda *_: [Rank()])
-    monkeypatch.setattr(local, "wait_for_ranks", wait)
-    monkeypatch.setattr(local.os, "kill", lambda pid, number: sent.append((pid, number)))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else lambda *_: sent.append("nobody"))
+    monkeypatch.setattr(local, "start_ranks", lambda *_: [LiveRank()])
+    monkeypatch.setattr(local, "wait_for_ranks", hang_up)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else lambda *_: sent.append((0, 0)))
     try:
-        assert local.attempt(tmp_path, 1) == 0
+        assert local.run_ranks(tmp_path, 1) == 0
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, local.NOTICE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, local.STOP_SIGNALS)
     assert sent == ([] if nohup else [(4321, signal.SIGTERM)])
