@@ -13,8 +13,8 @@ import pytest
 from benchmarks.runs import problems, stage_rows
 from benchmarks.scaling import collect, curves, draw, lost
 from dist_scan.config import ConfigError, dump
-from dist_scan.monitoring.bottleneck import TrainingSetup, judge
-from dist_scan.monitoring.step_timer import NAMES
+from dist_scan.monitoring.bottleneck import TrainingSetup, find_bottleneck
+from dist_scan.monitoring.step_timer import SECTIONS
 from dist_scan.run_config import load_config
 from launch import benchmark, slurm, watch
 from launch.benchmark import Suite
@@ -58,7 +58,7 @@ def test_benchmarks_over_nodes() -> None:
         ),
         (["--nodes", "1,1", "--benchmark", QUICK], "each once"),
         (["--benchmark", QUICK], "--nodes 1,2,4"),
-        (["--nodes", "1,3", "--benchmark", QUICK], "does not divide over 3"),
+        (["--nodes", "1,3", "--benchmark", QUICK], "is not divisible by 3"),
         (["--nodes", "2,3", "--weak", "--benchmark", QUICK], "3 is no multiple of 2"),
         (["--nodes", "1,2", "--steps", "1", "--benchmark", QUICK], "2 or more"),
         (
@@ -185,15 +185,15 @@ def test_every_srun_of_a_benchmark_job_is_counted(tmp_path: Path, benchmark_scri
 def write_run(folder: Path, nodes: int, s_per_image: dict[str, float], late_s: float = 0.0) -> Path:
     """A run folder as a job leaves it: 300 steps of 256 images, the last rank late by `late_s`."""
     run_dir = folder / f"nodes-{nodes}"
-    seconds = np.zeros((nodes, len(NAMES)))
+    seconds = np.zeros((nodes, len(SECTIONS)))
     for name, s in s_per_image.items():
-        seconds[:, NAMES.index(name)] = s * 256 * 300
+        seconds[:, SECTIONS.index(name)] = s * 256 * 300
     if nodes > 1:
-        seconds[-1, NAMES.index("forward")] += late_s
-        seconds[:-1, NAMES.index("all_reduce")] += late_s
+        seconds[-1, SECTIONS.index("forward")] += late_s
+        seconds[:-1, SECTIONS.index("all_reduce")] += late_s
     hosts = tuple(f"<n{i}>" for i in range(nodes))
     setup = TrainingSetup(256, nodes, "cuda", 8, 8, "jpeg", 256, 224, hosts)
-    bottleneck = judge(seconds, 300, setup)
+    bottleneck = find_bottleneck(seconds, 300, setup)
     timing = {
         "steps": 300,
         "first_step_s": 3.25,
@@ -201,7 +201,7 @@ def write_run(folder: Path, nodes: int, s_per_image: dict[str, float], late_s: f
         "waits_for": bottleneck.waits_for,
         "verdict": bottleneck.text,
         "images_per_s": round(256 * 300 / float(seconds.sum(1).mean()), 1),
-        "seconds_by_rank": {name: seconds[:, i].tolist() for i, name in enumerate(NAMES)},
+        "seconds_by_rank": {name: seconds[:, i].tolist() for i, name in enumerate(SECTIONS)},
     }
     stages = {"beton_train": "beton", "pretext": "train", "neighbours": "neighbours"}
     for stage, kind in stages.items():

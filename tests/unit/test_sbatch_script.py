@@ -12,7 +12,7 @@ import pytest
 
 from dist_scan.config import SlurmConfig
 from dist_scan.config.slurm import limit_in_seconds
-from dist_scan.world.world import World, cores
+from dist_scan.world.world import World, cores_per_rank
 from launch import sbatch_script
 from launch.sbatch_script import BatchJob
 
@@ -111,18 +111,18 @@ def test_the_script_is_valid_shell_for_names_with_spaces_and_quotes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "cores_per_rank", "expected"),
+    ("bound", "slurm_cores", "expected"),
     [(12, "12", 12), (96, None, 12), (96, "12", 12), (4, "12", 4), (3, None, 1)],
 )
 def test_a_rank_uses_the_cores_that_slurm_gave_it_or_its_share_of_all(
-    monkeypatch: pytest.MonkeyPatch, bound: int, cores_per_rank: str | None, expected: int
+    monkeypatch: pytest.MonkeyPatch, bound: int, slurm_cores: str | None, expected: int
 ) -> None:
     """One of eight ranks that srun has bound to 12 cores must not take only an eighth of them."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(bound)))
     monkeypatch.delenv("CORES_PER_RANK", raising=False)
-    if cores_per_rank:
-        monkeypatch.setenv("CORES_PER_RANK", cores_per_rank)
-    assert cores(World(local_world_size=8)) == expected
+    if slurm_cores:
+        monkeypatch.setenv("CORES_PER_RANK", slurm_cores)
+    assert cores_per_rank(World(local_world_size=8)) == expected
 
 
 def test_slurms_variables_become_the_place_of_a_rank() -> None:

@@ -75,7 +75,7 @@ def test_a_closed_terminal_stops_the_ranks_unless_under_nohup(
         kill(os.getpid(), signal.SIGHUP)
         return 0
 
-    monkeypatch.setattr(local, "start_ranks", lambda *_: [LiveRank()])
+    monkeypatch.setattr(local, "fork_ranks", lambda *_: [LiveRank()])
     monkeypatch.setattr(local, "wait_for_ranks", hang_up)
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else lambda *_: sent.append((0, 0)))
