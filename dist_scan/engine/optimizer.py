@@ -81,7 +81,7 @@ def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> to
     ]
     if config.kind == "sgd":
         for group, given in zip(wanted, (g for g in groups if g.parameters)):
-            group["momentum"] = config.momentum if given.momentum is None else given.momentum
+            group["momentum"] = config.momentum if given.sgd_momentum is None else given.sgd_momentum
             group["nesterov"] = config.nesterov and group["momentum"] > 0
         return torch.optim.SGD(
             wanted, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov

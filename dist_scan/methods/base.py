@@ -1,7 +1,8 @@
-"""The one abstraction: a method is a loss over (views, targets) plus a rule that renews the targets.
+"""Base class of all methods: a loss over (views, targets), and hooks that update the targets.
 
-A method is one file `dist_scan/methods/<kind>.py` with one class that has a `Config`; the engine finds it by its name and
-knows nothing else about it.
+A method is one file ``dist_scan/methods/<kind>.py`` with one class that has a ``Config``. A config
+selects it by ``method: {kind: <kind>}``; there is no list to edit, and the engine knows a method
+only through the hooks below.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,58 +22,62 @@ from torch import Tensor, nn
 from dist_scan import methods
 from dist_scan.config.kinds import Kind, KindConfig, kind_class
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.heads.partition import HeadPartition
-from dist_scan.models.batch_norm import check_groups
+from dist_scan.models.backbone import BackboneConfig, save_backbone
+from dist_scan.models.batch_norm import check_groups, convert_batch_norm
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.sharding import RowSharding
 
 
 class MethodConfig(KindConfig):
-    """Settings of a method; `kind` is the name of its file, and a method says so: kind: Literal["mine"] = "mine"."""
+    """Settings of a method."""
 
     def partitionable_heads(self) -> tuple[int, ...]:
-        """Clusters of each head, where heads or their clusters may be split over ranks (heads/partition.py); else ()."""
+        """Clusters of each head, if heads or their clusters may be split over ranks; else ()."""
         return ()
 
     def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Raise ValueError when the method cannot train on batches of global_batch images over so many ranks (before any work)."""
+        """Raise ValueError if the method cannot train on such batches over so many ranks."""
 
 
 class NetworkConfig(MethodConfig):
     """Settings of a method that trains a network with batch norm."""
 
     bn_groups: int = Field(default=1, ge=1)
-    """Batch norm sees the global batch in so many parts; 1: whole, on any number of ranks. Ranks and parts: one divides the other."""
+    """Number of parts of the global batch that batch norm normalises separately; 1: the whole batch
+    together, on any number of ranks. One of bn_groups and the number of ranks divides the other."""
 
     def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit."""
+        """Raise ValueError unless groups, ranks and batch divide one another."""
         check_groups(self.bn_groups, world_size, global_batch)
 
 
 class Step(NamedTuple):
-    """What forward returns. `skip` (equal on all ranks): no update this step; it is counted."""
+    """Result of ``Method.forward``."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = {}
-    """Scalars; the loop averages them over ranks."""
-    keep: dict[str, Tensor] = {}
-    """For end_step (keys to enqueue, predictions to remember); detached."""
+    """Scalars to log; the training loop averages them over ranks."""
+    for_end_step: dict[str, Tensor] = {}
+    """Detached tensors that ``end_step`` needs, such as keys to enqueue."""
     skip: bool = False
+    """True (on all ranks alike): make no update. Skipped steps are counted."""
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters with a learning rate of lr_scale times the schedule's; weight_decay None means the optimizer's."""
+    """Parameters that the optimizer treats alike. None means: the optimizer's own setting."""
 
     parameters: list[nn.Parameter]
     lr_scale: float = 1.0
+    """Factor on the learning rate of the schedule."""
     weight_decay: float | None = None
-    momentum: float | None = None
-    """sgd's; None means the optimizer's."""
+    sgd_momentum: float | None = None
 
 
 @dataclass(frozen=True)
 class MethodInputs:
-    """What a stage hands to a method when it is made."""
+    """What a stage passes to the constructor of a method."""
 
     num_images: int
     global_batch: int
@@ -80,110 +85,163 @@ class MethodInputs:
     on_features: bool = False
     """Views are rows of a feature table, not images."""
     feature_dim: int = 0
-    """Width of the backbone's features (or of the table's rows)."""
+    """Width of the backbone's features, or of the table's rows."""
     backbone: nn.Module | None = None
-    """Fresh or loaded, as the stage says; with on_features it is what made the features and is only published."""
-    backbone_config: Any = None
-    """Its models.backbone.BackboneConfig, so that a publication can be loaded again."""
+    """Fresh or loaded. With on_features: the network that made the features, only published."""
+    backbone_config: BackboneConfig | None = None
+    """Configuration of the backbone; published with it so that it can be rebuilt."""
     feature_mean: np.ndarray | None = None
-    """Mean [D] of the table's features, when on_features."""
+    """Mean [D] of the table's features, with on_features."""
     feature_std: np.ndarray | None = None
-    """Standard deviation [D] of the table's features, when on_features."""
+    """Standard deviation [D] of the table's features, with on_features."""
     input_folders: Mapping[str, Path] = field(default_factory=dict)
-    """Folders of the artifacts that the stage refers to, by role (`model`: a published cluster model)."""
+    """Folders of the artifacts that the stage refers to, by role (``model``: a cluster model)."""
     epochs: int = 0
     work_dir: Path | None = None
-    """Where tables of a whole-set moment lie while it lasts (the same on all ranks; not there until someone makes it)."""
+    """Folder for temporary tables of ``begin_epoch``, the same on all ranks; it need not exist."""
     head_partition: HeadPartition = "batch"
-    """What ranks share: the batch, or (on features) the heads or their clusters, and then each rank has the whole batch."""
+    """What ranks divide among them: the batch or, on features, the heads or the clusters of each
+    head. In the last two cases every rank reads the whole global batch."""
     stop_requested: Callable[[], bool] = lambda: False
-    """Whether someone asked this process to leave: long searches ask it and raise Stopped."""
+    """True once this process was asked to stop; long searches poll it and raise StopRequested."""
+
+    def network(self, config: NetworkConfig) -> nn.Module:
+        """The backbone, its batch norm over ``config.bn_groups`` parts of the global batch."""
+        assert self.backbone is not None, "a stage that gives images gives a backbone"
+        return convert_batch_norm(self.backbone, config.bn_groups)
 
 
-Embed = Callable[..., Any]
-"""embed(network, recipe='center') -> FeatureTable of the whole set, made by all ranks (collective); `network.num_features` wide.
-recipe: a name, or the number of one of the stage's own recipes. Leaves the network in eval mode."""
+class Embed(Protocol):
+    """Computes features of all images with a network of width ``network.num_features``.
+
+    Collective. ``recipe`` is the name of a recipe, or the index of one of the stage's own recipes.
+    Leaves the network in eval mode.
+    """
+
+    def __call__(self, network: nn.Module, recipe: str | int = "center") -> FeatureTable: ...
 
 
 class Method(nn.Module, Kind, ABC):
-    """Everything remembered is a buffer (equal on all ranks) or a bank; no state appears later."""
+    """A trainable method. All its state is in parameters, buffers and memory banks.
+
+    Buffers are equal on all ranks; memory banks hold a row per image, sharded over ranks. No state
+    may be created after the constructor, or a resumed run would miss it.
+    """
 
     Config: ClassVar[type[MethodConfig]]
     recipes: ClassVar[tuple[str, ...]]
-    """One augmentation recipe per view, by name; the stage's `recipes:` overrides them."""
+    """Name of the augmentation recipe of each view; ``recipes:`` of the stage overrides it."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """What its stage must give: images (cached features will not do), model (it starts from a published cluster model)."""
+    """What the stage must give: "images" (not cached features), "model" (a cluster model)."""
     uses_neighbours: ClassVar[bool] = False
-    """The last view is of a random neighbour of the row instead of the row itself."""
+    """The last view shows a random neighbour of the image instead of the image itself."""
     publishes: ClassVar[tuple[str, ...]] = ("backbone",)
-    """What other stages may take from publish()'s folder: backbone, model (a cluster model), clusters (of the training images)."""
-
+    """What other stages may read from the folder that ``publish`` fills: "backbone", "model" (a
+    cluster model), "clusters" (assignments of the training images)."""
     sharded_state: Mapping[str, RowSharding] = MappingProxyType({})
-    """Parameters and buffers of which each rank has only its rows, by state-dict name. When there are any, no gradient is averaged:
-    each rank has the whole global batch, and the gradient of its loss is that of the global loss."""
+    """Parameters and buffers, by name in the state dict, of which each rank holds only some rows.
+    If there are any, gradients are not averaged: each rank has the whole global batch, and the
+    gradient of its loss is that of the global loss."""
+
+    config: MethodConfig
 
     def __init__(self, config: MethodConfig, inputs: MethodInputs) -> None:
         super().__init__()
-        self.config, self.inputs = config, inputs
+        self.config = config
+        self.inputs = inputs
 
     @classmethod
     def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
-        """The recipes of a method whose number of views is a setting; else `recipes`."""
+        """Recipe names of a method whose number of views depends on its settings."""
         return cls.recipes
 
     def epoch_views(self, epoch: int) -> tuple[int, ...] | None:
-        """Which recipes make the views of this epoch, by number, also one several times; None: each once. Others are not decoded."""
+        """Recipe index of each view in this epoch; None: every recipe once.
+
+        An index may occur several times. Recipes that do not occur are not decoded.
+        """
         return None
 
     @abstractmethod
     def forward(self, batch: Batch) -> Step:
-        """The loss of this rank's part; what is global (entropy, negatives, counts) goes through collectives."""
+        """Loss of this rank's part of the batch.
+
+        Whatever concerns the global batch (entropy, negatives, counts) uses collectives. The mean
+        of the ranks' losses is the global loss.
+        """
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
-        """Before an epoch; collective. Returns the parameters it re-initialised (their optimizer state is dropped, and a checkpoint
-        is written: a run resumed inside the epoch does not repeat this). Raises Stopped only before it has changed anything."""
+        """Update the targets from the whole data set before an epoch. Collective.
+
+        Returns the parameters that were re-initialised: the optimizer drops their state, and a
+        checkpoint is written, so a run that resumes inside the epoch does not call this again.
+        StopRequested may be raised only before any state has changed.
+        """
         return ()
 
     def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray | None:
-        """The rows [n] that an epoch visits, in order, drawn from `rows` [n]; None: each once, shuffled. Collective; asked after
-        begin_epoch and again after a resume: a function of what is remembered, the same on all ranks."""
+        """Image rows [n] that the epoch visits, in order, chosen from ``rows`` [n]. Collective.
+
+        None: every row once, shuffled. Called after ``begin_epoch`` and again after a resume, so it
+        must depend on saved state only, and be equal on all ranks.
+        """
         return None
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
-        """After the optimizer's update: EMA, queue, bank rows."""
+        """Update moving averages, queues and memory banks after the optimizer's update."""
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        """After an epoch; collective. Choosing by held-out rows; returns what to log (equal on all ranks)."""
+        """Select by held-out rows after an epoch; returns what to log, equal on all ranks.
+
+        Collective.
+        """
         return {}
 
     def early_stop_reason(self) -> str:
-        """A reason to end training before the last epoch (a plateau), or ''. Asked after end_epoch; equal on all ranks."""
+        """Why training should end after this epoch (a plateau, say), or "". Equal on all ranks."""
         return ""
 
     def warning(self) -> str:
-        """What a person must hear of the epoch that ended (a collapse, with the remedy), or ''. Asked after end_epoch; equal on all ranks."""
+        """Warning about the epoch that ended, with a remedy, or "". Equal on all ranks."""
         return ""
 
     def memory_banks(self) -> Mapping[str, MemoryBank]:
-        """Rows per image, sharded over ranks; saved by shard and re-dealt when the number of ranks changes."""
+        """Memory banks by name. A checkpoint stores their shards; ranks may change in number."""
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What the optimizer updates."""
+        """Parameters for the optimizer."""
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
     def prepare_publish(self) -> None:
-        """Just before publish; collective: bring what it writes to rank 0."""
+        """Gather what ``publish`` writes. Collective; called just before it."""
 
     @abstractmethod
     def publish(self, out: Path) -> None:
-        """Write what the stage hands on into `out` (called on rank 0 only)."""
+        """Write the results into the folder ``out``. Called on rank 0 only."""
+
+
+class NetworkMethod(Method):
+    """A method that trains the stage's backbone and publishes it, with its projector if any."""
+
+    config: NetworkConfig
+    backbone: nn.Module
+    projector: nn.Module | None
+
+    def __init__(self, config: NetworkConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.backbone = inputs.network(config)
+        self.projector = None
+
+    def publish(self, out: Path) -> None:
+        assert self.inputs.backbone_config is not None
+        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
 
 
 def method_class(kind: str) -> type[Method]:
-    """The method in dist_scan/methods/<kind>.py. Raises ConfigError if there is none."""
+    """The class in ``dist_scan/methods/<kind>.py``. Raises ConfigError if there is none."""
     cls = kind_class(methods, kind)
     assert issubclass(cls, Method)
     return cls

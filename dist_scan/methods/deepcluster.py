@@ -1,8 +1,12 @@
-"""DeepCluster: cluster all features, train on the cluster ids, again each epoch (Caron et al., ECCV 2018; FIDELITY.md 3)."""
+"""DeepCluster: cluster the features of all images, train on the cluster ids, and repeat.
+
+Caron et al., Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018: Eq. 1
+(classification of pseudo-labels), Eq. 2 (k-means), Sec. 3.3 (sampler against trivial solutions),
+Sec. 3.4 (whitening, optimizer), Eq. 3 (NMI), appendix (power iteration clustering).
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,15 +17,27 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.data.assignments import Assignments, save_history
+from dist_scan.data.assignments import Assignments
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.hashing import hash_keys
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
 from dist_scan.losses import classification_loss
-from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, ParameterGroup, Step
-from dist_scan.models.backbone import save_backbone
-from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.methods._clustering import (
+    KMEANS_STREAM,
+    TOP_LAYER_STREAM,
+    AssignmentHistory,
+    empty_folder,
+    hashed_seed,
+    known_values,
+)
+from dist_scan.methods.base import (
+    Embed,
+    MethodInputs,
+    NetworkConfig,
+    NetworkMethod,
+    ParameterGroup,
+    Step,
+)
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
@@ -29,16 +45,14 @@ from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.options import KMeansOptions, NeighbourOptions
 from dist_scan.search.pic import pic
 from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
-from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
 
-TOP, SEED = 501, 502  # streams of the hash
-SAMPLERS: dict[str, Callable] = {
+SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
     "uniform": uniform_over_labels,
     "released_order": released_order,
     "images": labelled_order,
 }
-FACTS = (
+STATISTICS = (
     "clusters",
     "empty_clusters",
     "split_clusters",
@@ -46,219 +60,223 @@ FACTS = (
     "images_left_out",
     "nmi_previous",
 )
+"""Logged facts about a clustering, in the order of the buffer ``facts``."""
 
 
 class DeepClusterConfig(NetworkConfig):
-    """Defaults are the paper's for ImageNet."""
+    """The defaults are the paper's for ImageNet."""
 
     kind: Literal["deepcluster"] = "deepcluster"
     num_clusters: int = Field(default=10_000, ge=2)
-    """k of k-means. With pic, which finds its own number: the most that the top layer holds; images of the smallest clusters beyond it
-    sit an epoch out and are counted."""
+    """Number of clusters of k-means. pic finds its own number: then the size of the top layer, and
+    images of the smallest clusters beyond it are left out for an epoch and counted."""
     clustering: Literal["kmeans", "pic"] = "kmeans"
+    """pic: power iteration clustering."""
     whiten_dim: int | None = Field(default=256, ge=1)
-    """PCA whitening to so many dimensions before rows get unit length; null: unit length only."""
+    """Dimensions of PCA whitening, after which rows get unit length; null: unit length only."""
     iterations: int = Field(default=20, ge=1)
-    """Of k-means, from random images."""
+    """Iterations of k-means, which starts from random images."""
     pic_neighbours: int = Field(default=5, ge=1)
     pic_sigma: float = Field(default=0.2, gt=0)
     pic_alpha: float = Field(default=1e-3, gt=0, le=1)
     pic_iterations: int = Field(default=200, ge=1)
     pic_teleport: Literal["paper", "released"] = "paper"
     sampler: Literal["uniform", "released_order", "images"] = "uniform"
-    """uniform: over pseudo-labels (paper). released_order: what the released code visits, which is not balanced. images: each once."""
+    """uniform: every pseudo-label equally often (paper). released_order: as the released code
+    visits images, which is not balanced. images: every image once."""
     top_lr_scale: float = Field(default=1.0, gt=0)
-    """The top layer's learning rate as a share of the schedule's."""
+    """Learning rate of the top layer, as a factor on the schedule's."""
     top_momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of the top layer's own SGD: none, as released."""
+    """SGD momentum of the top layer; the released code uses none."""
     reassign: int = Field(default=1, ge=1)
-    """Epochs on one clustering, with one top layer. Small sets need several: an epoch has too few steps for a new top layer."""
+    """Number of epochs with one clustering and one top layer. Small sets need several: an epoch has
+    too few steps to train a new top layer."""
     track: bool = False
-    """Publish every clustering, not only the last one (4 bytes an image each), for evaluation."""
+    """Publish every clustering, not only the last one (4 bytes per image each), for evaluation."""
 
 
 class Clustering(NamedTuple):
-    """assignment [N] int32, -1 for an image that sits out; ids run over clusters that hold images."""
+    """Assignment [N] int32 of all images, and statistics to log.
+
+    Cluster ids have no gaps; -1 marks an image that is left out.
+    """
 
     assignment: np.ndarray
-    facts: dict[str, float]
+    statistics: dict[str, float]
 
 
-class DeepClusterMethod(Method):
-    """The epoch's assignment is a bank: a run resumed inside an epoch trains on. Only the first `used` rows of the top layer take part."""
+class DeepClusterMethod(NetworkMethod):
+    """The assignment is a memory bank, so a run that resumes inside an epoch need not recluster.
+
+    Only the first ``used`` rows of the top layer belong to clusters.
+    """
 
     Config = DeepClusterConfig
     recipes = ("deepcluster",)
     needs = ("images",)
     publishes = ("backbone", "clusters")
+    config: DeepClusterConfig
+    used: Tensor
+    facts: Tensor
 
     def __init__(self, config: DeepClusterConfig, inputs: MethodInputs) -> None:
-        super().__init__(config, inputs)
         if config.whiten_dim is not None and config.whiten_dim > inputs.feature_dim:
             raise ValueError(
-                f"whiten_dim: {config.whiten_dim} of {inputs.feature_dim} features; allowed: at most {inputs.feature_dim}, or null"
+                f"whiten_dim: {config.whiten_dim} is more than the width of the features; "
+                f"allowed: at most {inputs.feature_dim}, or null"
             )
-        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
+        super().__init__(config, inputs)
         self.top = nn.Linear(inputs.feature_dim, config.num_clusters)
         self.register_buffer("used", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
-        snapshots = -(-inputs.epochs // config.reassign) if config.track else 0
+        self.register_buffer("facts", torch.full((len(STATISTICS),), torch.nan).double())
         self.assignment = MemoryBank(inputs.num_images, dtype=torch.int32, fill=-1)
-        self.history = (
-            MemoryBank(inputs.num_images, (snapshots,), torch.int32, fill=-1) if snapshots else None
-        )
-        self.targets = torch.full(
-            (inputs.num_images,), -1
-        )  # the whole bank, on every rank: read again after a resume
-        self.kept: Tensor | None = None
+        self.history: AssignmentHistory | None = None
+        if config.track:
+            self.history = AssignmentHistory(inputs.num_images, inputs.epochs, config.reassign)
+        # Pseudo-labels [N] of all images, on every rank; read from the bank before each epoch.
+        self.targets = torch.full((inputs.num_images,), -1)
 
     def memory_banks(self) -> dict[str, MemoryBank]:
-        return {"assignment": self.assignment} | ({"history": self.history} if self.history else {})
+        banks = {"assignment": self.assignment}
+        if self.history is not None:
+            banks["history"] = self.history
+        return banks
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        body = [p for p in self.backbone.parameters() if p.requires_grad]
         return [
-            ParameterGroup(body),
+            ParameterGroup([p for p in self.backbone.parameters() if p.requires_grad]),
             ParameterGroup(
                 list(self.top.parameters()),
                 self.config.top_lr_scale,
-                momentum=self.config.top_momentum,
+                sgd_momentum=self.config.top_momentum,
             ),
         ]
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
-        """Embed all, cluster, and start a new top layer: N(0, 0.01), bias 0."""
         if epoch % self.config.reassign:
             return ()
-        before = self.assignment.whole().numpy()
-        found = self._cluster(embed(self.backbone), epoch)
-        found.facts["nmi_previous"] = (
-            assignment_nmi(before, found.assignment) if epoch else float("nan")
-        )
-        self.facts.copy_(torch.tensor([found.facts[name] for name in FACTS]))
-        self.used.fill_(int(found.assignment.max()) + 1)
-        self.assignment.fill(torch.from_numpy(found.assignment))
+        # Cluster the features of all images (Eq. 2).
+        previous = self.assignment.whole().numpy()
+        assignment, statistics = self._cluster(embed(self.backbone), epoch)
+        # Compare with the clustering before (Eq. 3).
+        statistics["nmi_previous"] = assignment_nmi(previous, assignment) if epoch else np.nan
+        self.facts.copy_(torch.tensor([statistics[name] for name in STATISTICS]))
+        # Make the clusters the targets.
+        self.used.fill_(int(assignment.max()) + 1)
+        self.assignment.fill(torch.from_numpy(assignment))
         if self.history is not None:
-            self.history.fill(torch.from_numpy(found.assignment), epoch // self.config.reassign)
-        fresh = torch.Generator().manual_seed(seed_of(self.inputs.seed, TOP, epoch))
+            self.history.fill(torch.from_numpy(assignment), self.history.column(epoch))
+        # Start a new top layer: N(0, 0.01), bias 0.
+        seed = hashed_seed(self.inputs.seed, TOP_LAYER_STREAM, epoch)
+        weight = torch.randn(self.top.weight.shape, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            self.top.weight.copy_(torch.randn(self.top.weight.shape, generator=fresh) * 0.01)
+            self.top.weight.copy_(weight * 0.01)
             self.top.bias.zero_()
         return list(self.top.parameters())
 
     def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Balanced over pseudo-labels, as the sampler says."""
         self.targets = self.assignment.whole().long()
-        return SAMPLERS[self.config.sampler](
-            rows, self.targets.numpy()[rows], self.inputs.seed, epoch
-        )
+        sample = SAMPLERS[self.config.sampler]
+        return sample(rows, self.targets.numpy()[rows], self.inputs.seed, epoch)
 
     def _cluster(self, table: FeatureTable, epoch: int) -> Clustering:
-        folder, stop = emptied(self.inputs.work_dir), self.inputs.stop_requested
-        if self.config.whiten_dim is not None:
+        """Whiten the features, then cluster them by k-means or power iteration (Sec. 3.4)."""
+        config = self.config
+        folder = empty_folder(self.inputs.work_dir)
+        if config.whiten_dim is not None:
+            whitening = fit_table_whitening(table, config.whiten_dim)
             table = write_whitened_table(
-                table,
-                fit_table_whitening(table, self.config.whiten_dim),
-                folder / "whitened",
-                stop=stop,
+                table, whitening, folder / "whitened", stop=self.inputs.stop_requested
             )
-        if self.config.clustering == "pic":
+        if config.clustering == "pic":
             return self._power_iteration(table, folder)
-        found = kmeans(
+        result = kmeans(
             table,
-            self.config.num_clusters,
+            config.num_clusters,
             KMeansOptions(
-                iterations=self.config.iterations,
+                iterations=config.iterations,
                 init="random",
-                normalise=self.config.whiten_dim is None,
-                seed=seed_of(self.inputs.seed, SEED, epoch),
+                normalise=config.whiten_dim is None,
+                seed=hashed_seed(self.inputs.seed, KMEANS_STREAM, epoch),
             ),
-            stop=stop,
+            stop=self.inputs.stop_requested,
             progress=current().rank == 0,
         )
-        return _compact(
-            found.assignment, self.config.num_clusters, self.config.num_clusters, found.num_splits
+        return renumber_clusters(
+            result.assignment, config.num_clusters, config.num_clusters, result.num_splits
         )
 
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
-        c, loud = self.config, current().rank == 0
-        metric = "cosine" if c.whiten_dim is None else "l2"
+        """Power iteration clustering of the graph of nearest neighbours."""
+        config = self.config
         graph = mine_neighbours(
             table,
             folder / "neighbours",
-            c.pic_neighbours,
-            NeighbourOptions(metric=metric),
+            config.pic_neighbours,
+            NeighbourOptions(metric="cosine" if config.whiten_dim is None else "l2"),
             stop=self.inputs.stop_requested,
-            progress=loud,
+            progress=current().rank == 0,
         )
-        found = pic(
+        result = pic(
             graph,
-            sigma=c.pic_sigma,
-            alpha=c.pic_alpha,
-            iterations=c.pic_iterations,
-            teleport=c.pic_teleport,
+            sigma=config.pic_sigma,
+            alpha=config.pic_alpha,
+            iterations=config.pic_iterations,
+            teleport=config.pic_teleport,
             stop=self.inputs.stop_requested,
-            progress=loud,
+            progress=current().rank == 0,
         )
-        return _compact(found.assignment, found.num_clusters, c.num_clusters, 0)
+        return renumber_clusters(result.assignment, result.num_clusters, config.num_clusters, 0)
 
     def forward(self, batch: Batch) -> Step:
         features = self.backbone(batch.views[0])
-        if getattr(
-            self.backbone, "ends_before_relu", False
-        ):  # clusters are of what comes before it, the classifier stands after it
+        # The last ReLU belongs to the classifier: clusters are of the features before it.
+        if getattr(self.backbone, "ends_before_relu", False):
             features = F.relu(features)
-        used, targets = int(self.used), self.targets[batch.index].to(features.device)
+        # Classify the pseudo-labels (Eq. 1) with the rows of the top layer that have a cluster.
+        targets = self.targets[batch.index].to(features.device)
+        num_used = int(self.used)
+        weight, bias = self.top.weight[:num_used], self.top.bias[:num_used]
         with torch.autocast(features.device.type, enabled=False):
-            logits = F.linear(
-                features.to(self.top.weight.dtype), self.top.weight[:used], self.top.bias[:used]
-            )
+            logits = F.linear(features.to(weight.dtype), weight, bias)
             loss, accuracy = classification_loss(logits, targets)
         return Step(loss, {"pseudo_accuracy": accuracy})
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        """What the clustering of this epoch was like."""
-        return {name: value for name, value in zip(FACTS, self.facts.tolist()) if value == value}
+        return known_values(STATISTICS, self.facts)
 
     def prepare_publish(self) -> None:
         self.targets = self.assignment.whole().long()
-        self.kept = self.history.whole() if self.history is not None else None
+        if self.history is not None:
+            self.history.gather()
 
     def publish(self, out: Path) -> None:
-        """The backbone, and the last epoch's assignment (images that sat out count as cluster 0)."""
-        save_backbone(out, self.backbone, self.inputs.backbone_config)
+        """Write the backbone and the last assignment; images left out count as cluster 0."""
+        super().publish(out)
         Assignments(self.targets.clamp(min=0).numpy(), max(int(self.used), 1)).save(out)
-        if self.kept is not None:
-            save_history(
-                out, np.arange(self.kept.shape[1]) * self.config.reassign, self.kept.numpy()
-            )
+        if self.history is not None:
+            self.history.save(out)
 
 
-def seed_of(*keys: int) -> int:
-    return int(hash_keys(*keys) >> 33)
+def renumber_clusters(
+    assignment: np.ndarray, num_clusters: int, max_clusters: int, num_splits: int
+) -> Clustering:
+    """The assignment [N] with ids without gaps, in the old order, and its statistics.
 
-
-def emptied(folder: Path) -> Path:
-    """The folder with nothing in it (rank 0 looks after it)."""
-    if current().rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    barrier()
-    return folder
-
-
-def _compact(assignment: np.ndarray, num_clusters: int, most: int, num_split: int) -> Clustering:
-    """Ids without gaps, in the old order. Of more than `most` clusters the smallest (of equals the last) are left out: -1."""
+    If more than ``max_clusters`` hold images, only the largest keep them (the first of equal size).
+    ``num_splits`` is the number of empty clusters that k-means filled by a split.
+    """
     sizes = np.bincount(assignment, minlength=num_clusters)
-    held = np.flatnonzero(sizes)
-    kept = np.sort(held[np.argsort(-sizes[held], kind="stable")[:most]])
-    new = np.full(num_clusters, -1, np.int32)
-    new[kept] = np.arange(len(kept), dtype=np.int32)
-    left_out = int(sizes.sum() - sizes[kept].sum())
-    facts = {
-        "clusters": len(kept),
-        "empty_clusters": num_clusters - len(held),
-        "split_clusters": num_split,
+    non_empty = np.flatnonzero(sizes)
+    largest_first = np.argsort(-sizes[non_empty], kind="stable")
+    used = np.sort(non_empty[largest_first[:max_clusters]])
+    new_id = np.full(num_clusters, -1, np.int32)
+    new_id[used] = np.arange(len(used), dtype=np.int32)
+    statistics = {
+        "clusters": len(used),
+        "empty_clusters": num_clusters - len(non_empty),
+        "split_clusters": num_splits,
         "largest_cluster": float(sizes.max() / sizes.sum()),
-        "images_left_out": left_out,
+        "images_left_out": int(sizes.sum() - sizes[used].sum()),
     }
-    return Clustering(new[assignment], facts)
+    return Clustering(new_id[assignment], statistics)

@@ -1,8 +1,13 @@
-"""DeepCluster-v2: several prototype heads over projections remembered from the epoch before (Caron et al., NeurIPS 2020; FIDELITY.md 3b).
+"""DeepCluster-v2: several classifiers whose weights are centroids of remembered projections.
 
-Shared with DeepCluster: the engine's moments, the bank, k-means. Different: no pass over the data to cluster, spherical k-means, the
-centroids are the classifier, several views. Its released code drops the gradient of the prototypes for 300,000 iterations, which is
-always: here they are not trained.
+Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, NeurIPS
+2020 (the SwAV paper, which describes DeepCluster-v2 as a baseline) and its released
+main_deepclusterv2.py. Changes since DeepCluster: no pass over the data to cluster, since the
+projections come from the epoch before; spherical k-means, whose centroids are the classifier;
+several views.
+
+The released code drops the gradient of the classifier for 300,000 iterations, longer than any of
+its runs; here it is not trained.
 """
 
 from __future__ import annotations
@@ -17,28 +22,45 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_scan.data.assignments import Assignments, save_history
+from dist_scan.data.assignments import Assignments
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Embed, Method, MethodInputs, NetworkConfig, Step
-from dist_scan.methods.deepcluster import SEED, emptied, seed_of
-from dist_scan.models.backbone import save_backbone
+from dist_scan.methods._clustering import (
+    KMEANS_STREAM,
+    AssignmentHistory,
+    empty_folder,
+    hashed_seed,
+    known_values,
+)
+from dist_scan.methods.base import (
+    Embed,
+    MethodConfig,
+    MethodInputs,
+    NetworkConfig,
+    NetworkMethod,
+    Step,
+)
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import assignment_nmi
-from dist_scan.search.kmeans import kmeans
+from dist_scan.search.kmeans import KMeansResult, kmeans
 from dist_scan.search.options import KMeansOptions
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
 
-REMEMBERED = 2  # views whose projections the bank holds: the large crops
-FACTS = ("nmi_previous", "empty_clusters", "split_clusters")
+NUM_REMEMBERED_VIEWS = 2
+"""Views whose projections are remembered: the large crops."""
+STATISTICS = ("nmi_previous", "empty_clusters", "split_clusters")
+"""Logged facts about the clusterings, in the order of the buffer ``facts``."""
 
 
 class DeepClusterV2Config(NetworkConfig):
-    """Defaults: the released two-crop ImageNet run. Multi-crop: small_crops 4 and recipes of 160 and 96 px."""
+    """The defaults are the released two-crop run on ImageNet.
+
+    Multi-crop: small_crops 4, with recipes of 160 and 96 pixels.
+    """
 
     kind: Literal["deepcluster_v2"] = "deepcluster_v2"
     num_clusters: int = Field(default=3000, ge=2)
@@ -47,197 +69,192 @@ class DeepClusterV2Config(NetworkConfig):
     projection_dim: int = Field(default=128, ge=1)
     hidden_dim: int = Field(default=2048, ge=1)
     iterations: int = Field(default=10, ge=1)
-    """Of spherical k-means, from random images."""
+    """Iterations of spherical k-means, which starts from random images."""
     small_crops: int = Field(default=0, ge=0)
-    """Views beside the two that are remembered; they are trained on the same targets."""
+    """Number of views beside the two that are remembered, trained on the same targets."""
     track: bool = False
-    """Publish every clustering of the first head, not only the last one (4 bytes an image each), for evaluation."""
+    """Publish every clustering of the first head, not only the last one (4 bytes per image each),
+    for evaluation."""
 
 
-class DeepClusterV2Method(Method):
-    """Banks: projections of two views [N, 2, D] and the heads' assignments [N, H]. Before the first epoch the bank is filled by one pass over
-    centre crops (released: training crops in train mode). Rows that an epoch drops keep what they had (released: they sit out)."""
+class DeepClusterV2Method(NetworkMethod):
+    """Memory banks: projections of two views [N, 2, D], and assignments of H heads [N, H].
+
+    Before the first epoch, one pass over centre crops fills the projections (released code: over
+    training crops, in train mode). Images that an epoch drops keep their last projections (released
+    code: they are ignored).
+    """
 
     Config = DeepClusterV2Config
     recipes = ("dcv2", "dcv2")
     needs = ("images",)
     publishes = ("backbone", "clusters")
+    config: DeepClusterV2Config
+    projector: nn.Module
+    facts: Tensor
 
     def __init__(self, config: DeepClusterV2Config, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
-        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
-        self.projector = convert_batch_norm(
-            Projector(
-                inputs.feature_dim,
-                config.projection_dim,
-                hidden_dim=config.hidden_dim,
-                batch_norm=True,
-            ),
-            config.bn_groups,
+        projector = Projector(
+            inputs.feature_dim, config.projection_dim, hidden_dim=config.hidden_dim, batch_norm=True
         )
+        self.projector = convert_batch_norm(projector, config.bn_groups)
         self.prototypes = nn.Parameter(
             torch.zeros(config.num_heads, config.num_clusters, config.projection_dim),
             requires_grad=False,
         )
-        self.register_buffer("facts", torch.full((len(FACTS),), float("nan"), dtype=torch.float64))
-        self.projections = MemoryBank(inputs.num_images, (REMEMBERED, config.projection_dim))
-        self.assignment = MemoryBank(inputs.num_images, (config.num_heads,), torch.int32, fill=-1)
-        self.history = (
-            MemoryBank(inputs.num_images, (inputs.epochs,), torch.int32, fill=-1)
-            if config.track
-            else None
-        )
-        self.kept: Tensor | None = None
-        self.targets = torch.full(
-            (inputs.num_images, config.num_heads), -1
-        )  # the whole bank, on every rank: read again after a resume
+        self.register_buffer("facts", torch.full((len(STATISTICS),), torch.nan).double())
+        num_images = inputs.num_images
+        self.projections = MemoryBank(num_images, (NUM_REMEMBERED_VIEWS, config.projection_dim))
+        self.assignment = MemoryBank(num_images, (config.num_heads,), torch.int32, fill=-1)
+        self.history = AssignmentHistory(num_images, inputs.epochs) if config.track else None
+        # Targets [N, H] of all images, on every rank; read from the bank before each epoch.
+        self.targets = torch.full((num_images, config.num_heads), -1)
 
     @classmethod
-    def recipes_for(cls, config: DeepClusterV2Config) -> tuple[str, ...]:
-        """Two views, and the small ones."""
+    def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
+        assert isinstance(config, DeepClusterV2Config)
         return cls.recipes + cls.recipes[:1] * config.small_crops
 
     def memory_banks(self) -> dict[str, MemoryBank]:
-        return {"projections": self.projections, "assignment": self.assignment} | (
-            {"history": self.history} if self.history else {}
-        )
+        banks = {"projections": self.projections, "assignment": self.assignment}
+        if self.history is not None:
+            banks["history"] = self.history
+        return banks
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
-        """Cluster the bank once for each head; head h looks at view h mod 2."""
         if epoch == 0:
-            self._first_fill(embed(Projected(self.backbone, self.projector)))
-        before, table, found = self.assignment.whole().numpy(), self._as_table(), []
-        for head in range(self.config.num_heads):
-            found.append(
-                kmeans(
-                    table,
-                    self.config.num_clusters,
-                    KMeansOptions(
-                        iterations=self.config.iterations,
-                        init="random",
-                        spherical=True,
-                        view=head % REMEMBERED,
-                        seed=seed_of(self.inputs.seed, SEED, epoch, head),
-                    ),
-                    stop=self.inputs.stop_requested,
-                    progress=current().rank == 0,
-                )
-            )
-        assignment = np.stack([f.assignment for f in found], 1)
+            dim = self.config.projection_dim
+            self._remember(embed(ProjectionNetwork(self.backbone, self.projector, dim)))
+        # Cluster the remembered projections once per head.
+        previous = self.assignment.whole().numpy()
+        table = self._projection_table()
+        results = [self._cluster(table, epoch, head) for head in range(self.config.num_heads)]
+        assignment = np.stack([result.assignment for result in results], 1)
+        # The centroids are the classifier, the clusters its targets.
+        centroids = np.stack([result.centroids for result in results])
         with torch.no_grad():
-            self.prototypes.copy_(torch.from_numpy(np.stack([f.centroids for f in found])))
+            self.prototypes.copy_(torch.from_numpy(centroids))
         self.assignment.fill(torch.from_numpy(assignment))
         if self.history is not None:
-            self.history.fill(torch.from_numpy(assignment[:, 0]), epoch)
-        nmi = (
-            [assignment_nmi(a, b) for a, b in zip(before.T, assignment.T)]
-            if epoch
-            else [float("nan")]
-        )
-        self.facts.copy_(
-            torch.tensor(
-                [
-                    np.mean(nmi),
-                    sum(int((f.sizes == 0).sum()) for f in found),
-                    sum(f.num_splits for f in found),
-                ]
-            )
-        )
+            self.history.fill(torch.from_numpy(assignment[:, 0]), self.history.column(epoch))
+        # Statistics to log: NMI is the mean over heads.
+        nmi = [np.nan]
+        if epoch > 0:
+            nmi = [assignment_nmi(old, new) for old, new in zip(previous.T, assignment.T)]
+        num_empty = sum(int((result.sizes == 0).sum()) for result in results)
+        num_splits = sum(result.num_splits for result in results)
+        self.facts.copy_(torch.tensor([np.mean(nmi), num_empty, num_splits]))
         return [self.prototypes]
 
-    def _first_fill(self, table: FeatureTable) -> None:
-        for s, mine in self.projections.shards.items():
-            rows = torch.from_numpy(
-                table.rows(
-                    np.arange(int(self.projections.starts[s]), int(self.projections.starts[s + 1]))
-                )
-            ).to(mine)
-            mine.copy_(F.normalize(rows, dim=1)[:, None].expand_as(mine))
+    def _cluster(self, table: FeatureTable, epoch: int, head: int) -> KMeansResult:
+        """Spherical k-means for one head; heads take turns in the view they look at."""
+        options = KMeansOptions(
+            iterations=self.config.iterations,
+            init="random",
+            spherical=True,
+            view=head % NUM_REMEMBERED_VIEWS,
+            seed=hashed_seed(self.inputs.seed, KMEANS_STREAM, epoch, head),
+        )
+        return kmeans(
+            table,
+            self.config.num_clusters,
+            options,
+            stop=self.inputs.stop_requested,
+            progress=current().rank == 0,
+        )
 
-    def _as_table(self) -> FeatureTable:
-        """The bank on disk, where k-means reads it: shard s of one is shard s of the other."""
-        out = emptied(self.inputs.work_dir)
+    def _remember(self, table: FeatureTable) -> None:
+        """Fill the bank: the projection of the centre crop stands for both views."""
+        for shard, rows in self.projections.shards.items():
+            start, stop = self.projections.starts[shard : shard + 2].tolist()
+            projections = torch.from_numpy(table.rows(np.arange(start, stop))).to(rows)
+            rows.copy_(F.normalize(projections, dim=1)[:, None].expand_as(rows))
+
+    def _projection_table(self) -> FeatureTable:
+        """The projections in files, for k-means. Shards of bank and table are the same rows."""
+        folder = empty_folder(self.inputs.work_dir)
         if current().rank == 0:
             FeatureTable.create(
-                out,
+                folder,
                 self.inputs.num_images,
-                REMEMBERED,
+                NUM_REMEMBERED_VIEWS,
                 self.config.projection_dim,
                 self.projections.num_shards,
             )
         barrier()
-        table = FeatureTable.open(out)
-        for s, rows in self.projections.shards.items():
-            table.write_shard(s, rows.float().cpu().numpy())
+        table = FeatureTable.open(folder)
+        for shard, rows in self.projections.shards.items():
+            table.write_shard(shard, rows.float().cpu().numpy())
         barrier()
-        return FeatureTable.open(out)
+        return FeatureTable.open(folder)
 
     def epoch_rows(self, epoch: int, rows: np.ndarray) -> None:
-        """Every row once, shuffled."""
         self.targets = self.assignment.whole().long()
 
     def forward(self, batch: Batch) -> Step:
+        # Project all views onto the unit sphere, views of one size in one pass.
         z = torch.cat(
             [
                 F.normalize(at_least_fp32(self.projector(self.backbone(images))), dim=1)
-                for images in by_size(batch.views)
+                for images in concatenate_by_size(batch.views)
             ]
         )
+        # All views of an image share its targets, one per head.
         targets = self.targets[batch.index].to(z.device).repeat(len(batch.views), 1)
+        # Classify by the centroids of each head; the loss is the mean over heads.
         with torch.autocast(z.device.type, enabled=False):
-            logits = (
-                torch.einsum("bd,hkd->hbk", z, self.prototypes.to(z.dtype))
-                / self.config.temperature
-            )
-            loss = torch.stack(
-                [F.cross_entropy(head, target) for head, target in zip(logits, targets.T)]
-            ).mean()
+            prototypes = self.prototypes.to(z.dtype)
+            logits_HBC = torch.einsum("bd,hkd->hbk", z, prototypes) / self.config.temperature
+            losses = [F.cross_entropy(logits, t) for logits, t in zip(logits_HBC, targets.T)]
+            loss = torch.stack(losses).mean()
+        accuracy = (targets == logits_HBC.detach().argmax(2).T).double().mean()
+        # Remember the projections of the large crops [b, 2, D].
         b = len(batch.index)
-        return Step(
-            loss,
-            {"pseudo_accuracy": (targets == logits.detach().argmax(2).T).double().mean()},
-            {"projections": z.detach()[: REMEMBERED * b].view(REMEMBERED, b, -1).transpose(0, 1)},
-        )
+        large = z.detach()[: NUM_REMEMBERED_VIEWS * b].view(NUM_REMEMBERED_VIEWS, b, -1)
+        return Step(loss, {"pseudo_accuracy": accuracy}, {"projections": large.transpose(0, 1)})
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
-        self.projections.write(batch.index, step.keep["projections"])
+        self.projections.write(batch.index, step.for_end_step["projections"])
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        """What the clusterings of this epoch were like; NMI is the heads' mean."""
-        return {name: value for name, value in zip(FACTS, self.facts.tolist()) if value == value}
+        return known_values(STATISTICS, self.facts)
 
     def prepare_publish(self) -> None:
         self.targets = self.assignment.whole().long()
-        self.kept = self.history.whole() if self.history is not None else None
+        if self.history is not None:
+            self.history.gather()
 
     def publish(self, out: Path) -> None:
-        """The backbone and projector, and the first head's last assignment."""
-        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
+        """Write backbone, projector and the last assignment of the first head."""
+        super().publish(out)
         Assignments(self.targets[:, 0].numpy(), self.config.num_clusters).save(out)
-        if self.kept is not None:
-            save_history(out, np.arange(self.kept.shape[1]), self.kept.numpy())
+        if self.history is not None:
+            self.history.save(out)
 
 
-class Projected(nn.Module):
-    """images -> projections [B, D], for embedding."""
+class ProjectionNetwork(nn.Module):
+    """Images -> projections [B, num_features], not normalised."""
 
-    def __init__(self, backbone: nn.Module, projector: Projector) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, dim: int) -> None:
         super().__init__()
-        self.backbone, self.projector, self.num_features = (
-            backbone,
-            projector,
-            projector[-1].out_features,
-        )
+        self.backbone = backbone
+        self.projector = projector
+        self.num_features = dim
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
 
-def by_size(views: Sequence[Tensor]) -> Iterable[Tensor]:
-    """Neighbouring views of one size together [n b, 3, S, S], in order: one pass through the network each, as released."""
+def concatenate_by_size(views: Sequence[Tensor]) -> Iterable[Tensor]:
+    """Consecutive views of one size as one batch [n * b, 3, S, S], in order.
+
+    As in the released code, each of these batches passes through the network at once, so batch norm
+    sees its views together.
+    """
     start = 0
-    for v in range(1, len(views) + 1):
-        if v == len(views) or views[v].shape != views[start].shape:
-            yield torch.cat(list(views[start:v]))
-            start = v
+    for end in range(1, len(views) + 1):
+        if end == len(views) or views[end].shape != views[start].shape:
+            yield torch.cat(list(views[start:end]))
+            start = end

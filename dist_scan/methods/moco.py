@@ -1,8 +1,12 @@
-"""MoCo v1 and v2: one view against the other's key from a slow copy and a queue of older keys (He et al., CVPR 2020)."""
+"""MoCo v1 and v2: a query against the key of the other view and a queue of older keys.
+
+He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020: Sec. 3.1
+and Eq. 1 (loss), Eq. 2 (key encoder), Sec. 3.3 (shuffled batch norm), Alg. 1 (order of a step).
+Chen et al., Improved Baselines with Momentum Contrastive Learning, 2020: the defaults (v2).
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,9 +16,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, info_nce
-from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
-from dist_scan.models.backbone import save_backbone
-from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
 from dist_scan.models.layers import MomentumCopy, Projector
 from dist_scan.models.memory_bank import Queue, check_queue
 from dist_scan.world.collectives import all_rows
@@ -22,86 +24,95 @@ from dist_scan.world.world import current
 
 
 class MoCoConfig(NetworkConfig):
-    """Defaults are v2's. v1: temperature 0.07, mlp false, recipes moco_v1."""
+    """The defaults are MoCo v2. For v1: temperature 0.07, mlp false, recipes moco_v1."""
 
     kind: Literal["moco"] = "moco"
     temperature: float = Field(default=0.2, gt=0)
     momentum: float = Field(default=0.999, ge=0, lt=1)
+    """Momentum m of the key encoder (MoCo, Eq. 2)."""
     queue_size: int = Field(default=65536, ge=1)
-    """A multiple of global_batch."""
+    """Number of keys in the queue, a multiple of global_batch."""
     projection_dim: int = Field(default=128, ge=1)
     mlp: bool = True
+    """Project by two layers (v2); false: by one (v1)."""
     symmetric: bool = False
-    """Each view is query and key in turn (of the CIFAR demo); the paper has one direction."""
+    """Use each view as query and as key, as in the CIFAR demo of MoCo; the paper has one
+    direction."""
     bn_groups: int = Field(default=8, ge=1)
-    """Parts of the global batch for batch norm. Keys are shuffled over the parts, or the network reads off which rows were
-    normalised together; with one part the shuffle does nothing and costs accuracy (4 points on CIFAR-10)."""
+    """Number of parts of the global batch that batch norm normalises separately. Keys are shuffled
+    over the parts, or the network could tell which rows were normalised together. With one part
+    the shuffle has no effect, which costs accuracy (4 points on CIFAR-10)."""
 
     def check_batch(self, global_batch: int, world_size: int) -> None:
-        """Batch norm's groups, the ranks and the batch must fit; the queue holds whole batches."""
+        """Raise ValueError unless the queue holds whole batches and the groups divide."""
         super().check_batch(global_batch, world_size)
-        check_queue(self.queue_size, global_batch * (1 + self.symmetric))
+        check_queue(self.queue_size, self.keys_per_step(global_batch))
+
+    def keys_per_step(self, global_batch: int) -> int:
+        """Number of keys that a step enqueues."""
+        return 2 * global_batch if self.symmetric else global_batch
 
 
-class MoCoMethod(Method):
-    """Queue and key network are buffers. The permutation is a function of (seed, step): nothing is broadcast."""
+class MoCoMethod(NetworkMethod):
+    """The queue and the key encoder are buffers, equal on all ranks."""
 
     Config = MoCoConfig
     recipes = ("moco_v2", "moco_v2")
     needs = ("images",)
+    config: MoCoConfig
+    projector: Projector
 
     def __init__(self, config: MoCoConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
-        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
         self.projector = Projector(inputs.feature_dim, config.projection_dim, config.mlp)
         self.key = MomentumCopy(nn.Sequential(self.backbone, self.projector), config.momentum)
-        self.queue = Queue(
-            config.queue_size,
-            config.projection_dim,
-            inputs.global_batch * (1 + config.symmetric),
-            inputs.seed,
-        )
+        keys_per_step = config.keys_per_step(inputs.global_batch)
+        self.queue = Queue(config.queue_size, config.projection_dim, keys_per_step, inputs.seed)
 
     def forward(self, batch: Batch) -> Step:
         first, second = batch.views
-        loss, keys = self._one_way(first, second, batch.step, 0)
+        loss, keys = self._query_against_keys(first, second, 2 * batch.step)
         if self.config.symmetric:
-            other, more = self._one_way(second, first, batch.step, 1)
-            loss, keys = (loss + other) / 2, torch.stack([keys, more], 1).flatten(0, 1)
-        return Step(loss, keep={"keys": keys})
+            # The other direction. Keys are interleaved, so that ranks enqueue in image order.
+            other_loss, other_keys = self._query_against_keys(second, first, 2 * batch.step + 1)
+            loss = (loss + other_loss) / 2
+            keys = torch.stack([keys, other_keys], 1).flatten(0, 1)
+        return Step(loss, for_end_step={"keys": keys})
 
-    def _one_way(
-        self, query_view: Tensor, key_view: Tensor, step: int, way: int
+    def _query_against_keys(
+        self, query_view: Tensor, key_view: Tensor, shuffle: int
     ) -> tuple[Tensor, Tensor]:
+        """Loss of one direction and this rank's keys [b, d]; ``shuffle`` selects a permutation."""
+        # Queries from the trained encoder.
         queries = F.normalize(at_least_fp32(self.projector(self.backbone(query_view))), dim=1)
-        keys = self._keys(key_view, step, way)
+        # Keys from the key encoder, without gradient.
+        keys = self._encode_keys(key_view, shuffle)
+        # Eq. 1: the own key is the positive, the queue holds the negatives.
         return info_nce(queries, keys, self.queue.rows, self.config.temperature), keys
 
     @torch.no_grad()
-    def _keys(self, images: Tensor, step: int, way: int) -> Tensor:
-        """Keys [b, d] of this rank's images, normalised among a random part of the global batch."""
+    def _encode_keys(self, images: Tensor, shuffle: int) -> Tensor:
+        """Keys [b, d] of this rank's images, with shuffled batch norm (Sec. 3.3)."""
         if self.config.bn_groups == 1:
             return F.normalize(at_least_fp32(self.key(images)), dim=1)
-        b, start = len(images), current().rank * len(images)
-        order = shuffled(b * current().world_size, self.inputs.seed, 2 * step + way).to(
-            images.device
-        )
-        keys = F.normalize(
-            at_least_fp32(self.key(all_rows(images)[order[start : start + b]])), dim=1
-        )
-        return all_rows(keys)[order.argsort()[start : start + b]]
+        b = len(images)
+        start = current().rank * b
+        # Shuffle: this rank encodes a random part of the global batch.
+        order = permutation(b * current().world_size, self.inputs.seed, shuffle).to(images.device)
+        shuffled_images = all_rows(images)[order[start : start + b]]
+        shuffled_keys = F.normalize(at_least_fp32(self.key(shuffled_images)), dim=1)
+        # Undo the shuffle: every key returns to the rank of its image.
+        return all_rows(shuffled_keys)[order.argsort()[start : start + b]]
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
+        # Eq. 2: key = m * key + (1 - m) * query, parameters only.
         self.key.update(nn.ModuleList([self.backbone, self.projector]))
-        self.queue.enqueue(step.keep["keys"])
-
-    def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
+        # Alg. 1: the keys replace the oldest ones after the update.
+        self.queue.enqueue(step.for_end_step["keys"])
 
 
-def shuffled(num_rows: int, seed: int, step: int) -> Tensor:
-    """A permutation of the global batch, the same on all ranks."""
-    return torch.randperm(
-        num_rows, generator=torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    )
+def permutation(num_rows: int, seed: int, number: int) -> Tensor:
+    """Permutation of the global batch, a function of its arguments: nothing is broadcast."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+    return torch.randperm(num_rows, generator=generator)

@@ -1,12 +1,16 @@
-"""Instance discrimination: every image is a class of its own, against a memory of all others (Wu et al., CVPR 2018; SCAN's Table 2).
+"""Instance discrimination (NCE): every image is its own class, against a memory of all images.
 
-The paper's softmax over all N images (its Eq. 2), which the released code recommends for CIFAR-10 (no noise samples). It is exact for
-ImageNet too: the memory is a bank, each rank scores the global batch against its own rows, and two numbers per image are exchanged.
+Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018:
+Sec. 3.1: Eq. 2 (softmax over all images) and the memory bank. A pretext task in SCAN,
+Table 2.
+
+The full softmax is used instead of noise samples, as the released code recommends for CIFAR-10. It
+is exact for large sets too: the memory is sharded, each rank scores the global batch against its
+own rows, and two numbers per image are exchanged.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,9 +20,7 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
-from dist_scan.models.backbone import save_backbone
-from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
 from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.collectives import all_max, all_rows, all_sum
@@ -26,78 +28,75 @@ from dist_scan.world.world import current
 
 
 class NCEConfig(NetworkConfig):
-    """Defaults: CIFAR-10. ImageNet: temperature 0.07."""
+    """The defaults are for CIFAR-10. For ImageNet: temperature 0.07."""
 
     kind: Literal["nce"] = "nce"
     temperature: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.5, ge=0, lt=1)
-    """A row of the memory becomes momentum * row + (1 - momentum) * projection, of unit length."""
+    """Momentum of the memory: a row becomes momentum * row + (1 - momentum) * projection,
+    normalised to unit length."""
     projection_dim: int = Field(default=128, ge=1)
 
 
-class NCEMethod(Method):
-    """The memory starts as random unit rows, a function of the seed."""
+class NCEMethod(NetworkMethod):
+    """The memory starts with random rows of unit length that depend on the seed only."""
 
     Config = NCEConfig
     recipes = ("moco_v1",)
     needs = ("images",)
+    config: NCEConfig
+    projector: Projector
 
     def __init__(self, config: NCEConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
-        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
         self.projector = Projector(inputs.feature_dim, config.projection_dim, mlp=False)
         self.memory = MemoryBank(inputs.num_images, (config.projection_dim,))
-        for s, rows in self.memory.shards.items():
-            rows.copy_(
-                F.normalize(
-                    torch.randn(
-                        rows.shape, generator=torch.Generator().manual_seed(inputs.seed * 4099 + s)
-                    ),
-                    dim=1,
-                )
-            )
+        for shard, rows in self.memory.shards.items():
+            generator = torch.Generator().manual_seed(inputs.seed * 4099 + shard)
+            rows.copy_(F.normalize(torch.randn(rows.shape, generator=generator), dim=1))
 
     def memory_banks(self) -> dict[str, MemoryBank]:
         return {"memory": self.memory}
 
     def forward(self, batch: Batch) -> Step:
+        # Project the images onto the unit sphere.
         z = F.normalize(at_least_fp32(self.projector(self.backbone(batch.views[0]))), dim=1)
-        own = self.memory.read(batch.index).to(z)
-        loss = instance_loss(z, own, self._mine(z), self.config.temperature)
-        return Step(loss, keep={"projections": z.detach(), "rows": own})
+        # Read each image's own row, and the shards of the memory that this rank holds.
+        own_rows = self.memory.read(batch.index).to(z)
+        # Eq. 2: softmax over all images.
+        loss = instance_loss(z, own_rows, self._local_memory(z), self.config.temperature)
+        return Step(loss, for_end_step={"projections": z.detach(), "rows": own_rows})
 
-    def _mine(self, like: Tensor) -> Tensor:
-        """This rank's rows of the memory, on the device of the batch."""
-        rows = list(self.memory.shards.values())
-        return torch.cat(rows).to(like) if rows else like.new_zeros((0, like.shape[1]))
+    def _local_memory(self, like: Tensor) -> Tensor:
+        """Rows [M, D] of the memory that this rank holds, with the device and type of ``like``."""
+        shards = list(self.memory.shards.values())
+        return torch.cat(shards).to(like) if shards else like.new_zeros((0, like.shape[1]))
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
+        # Move the rows of the batch towards the new projections.
         m = self.config.momentum
-        self.memory.write(
-            batch.index,
-            F.normalize(m * step.keep["rows"] + (1 - m) * step.keep["projections"], dim=1),
-        )
-
-    def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
+        rows, projections = step.for_end_step["rows"], step.for_end_step["projections"]
+        self.memory.write(batch.index, F.normalize(m * rows + (1 - m) * projections, dim=1))
 
 
 def instance_loss(z_BD: Tensor, own_BD: Tensor, memory_MD: Tensor, temperature: float) -> Tensor:
-    """-log softmax(z . memory / T) at the own row, over the rows [M, D] of all ranks; this rank's mean over its B rows z. Collective.
+    """-log softmax(z . memory / T) of the own row, over the rows [M, D] of all ranks (Wu, Eq. 2).
 
-    The gradient of log sum exp over all rows is the sum of the ranks', each with the share of the sum that its rows make.
+    Mean over this rank's rows z [B, D]; ``own`` [B, D] are their rows of the memory. Collective.
     """
-    everyone = all_rows(z_BD)
-    scores = everyone @ memory_MD.T / temperature
-    largest = all_max(
-        scores.max(1).values if len(memory_MD) else everyone.new_full((len(everyone),), -torch.inf)
-    )
-    mine = torch.exp(scores - largest[:, None]).sum(1)
-    total = all_sum(mine)
+    # Scores of the global batch against the rows of this rank.
+    all_z = all_rows(z_BD)
+    scores = all_z @ memory_MD.T / temperature
+    # Log-sum-exp over the rows of all ranks, stabilised by the largest score.
+    no_score = all_z.new_full((len(all_z),), -torch.inf)
+    largest = all_max(scores.max(1).values if len(memory_MD) else no_score)
+    local_sum = torch.exp(scores - largest[:, None]).sum(1)
+    total = all_sum(local_sum)
     b, start = len(z_BD), current().rank * len(z_BD)
-    # value: this rank's mean of log total. Gradient: d log total / d z of every image through this rank's rows, summed over ranks by all_rows;
-    # 1/b and not 1/(W b), as DDP divides by the number of ranks
-    through = (mine / total).sum() / b
     value = (total.log() + largest)[start : start + b].mean()
-    return through + (value - through).detach() - (z_BD * own_BD).sum(1).mean() / temperature
+    # The gradient of log(total) is the sum over ranks of local_sum / total: all_rows adds the parts
+    # up in its backward pass. It is divided by b, not W * b: DDP divides by the number of ranks.
+    gradient = (local_sum / total).sum() / b
+    log_total = gradient + (value - gradient).detach()
+    return log_total - (z_BD * own_BD).sum(1).mean() / temperature

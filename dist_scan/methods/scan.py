@@ -1,4 +1,10 @@
-"""SCAN: an image and its neighbour in the same cluster, all clusters in use (Van Gansbeke et al., ECCV 2020)."""
+"""SCAN: an image and its neighbour belong to one cluster, and all clusters are used.
+
+Van Gansbeke et al., SCAN: Learning to Classify Images without Labels, ECCV 2020: Sec. 2.2 and Eq. 2
+(loss). The readable form of the loss is ``losses.scan_loss``; training uses its fused form for
+linear heads. The draw of a neighbour, and the released code's self-pairs, are settings of the train
+stage.
+"""
 
 from __future__ import annotations
 
@@ -21,44 +27,53 @@ from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.layers import Normalise
 from dist_scan.world.world import current
 
-SHARDED = ("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias")
+SHARDED_STATE = ("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias")
+"""State of which a rank holds only some rows, if heads or clusters are split over ranks."""
 
 
 class ScanConfig(NetworkConfig):
-    """The draw of neighbours (and the released code's self_as_candidate) is a setting of the train stage."""
+    """The defaults are for small sets; ImageNet: num_heads 10, train_backbone false."""
 
     kind: Literal["scan"] = "scan"
     num_clusters: NumClusters
-    """One number, or several ([500, 1000, 2000]): num_heads heads of each; the first is what later stages get by default."""
+    """One number, or several ([500, 1000, 2000]): num_heads heads of each. Later stages use the
+    first by default."""
     num_heads: int = Field(default=1, ge=1)
     entropy_weight: float = Field(default=5.0, ge=0)
-    """For training; heads and epochs are chosen with weight 1, as released."""
+    """Weight lambda of the entropy in Eq. 2, for training. Heads and epochs are selected with
+    weight 1, as in the released code."""
     normalise: Normalise = "standardise"
-    """Of the features. A learning rate belongs to their scale: 30 on raw ResNet-50 features is not 30 on standardised ones."""
+    """Normalisation of the features. The learning rate depends on their scale: 30 on raw ResNet-50
+    features is not 30 on standardised ones."""
     train_backbone: bool = True
-    """On images: train the network too (small sets), or only the heads, the network in eval mode (ImageNet)."""
+    """On images: train the network too (small sets); false: only the heads, with the network in
+    eval mode (ImageNet)."""
 
     def partitionable_heads(self) -> tuple[int, ...]:
-        """Heads, and the clusters of a head, are independent of one another."""
+        """All heads: they, and the clusters of one head, can be split over ranks."""
         return head_sizes(self.num_clusters, self.num_heads)
 
 
 class ScanMethod(Method):
-    """H heads at once; per number of clusters the head and epoch with the lowest held-out loss is published, without held-out rows
-    the last epoch's first head."""
+    """Trains several linear heads at once on features of images and their neighbours.
+
+    For each number of clusters, the head and epoch with the lowest held-out loss are published;
+    without held-out rows the first head of the last epoch.
+    """
 
     Config = ScanConfig
     recipes = ("simclr", "simclr")
     publishes = ("model",)
     uses_neighbours = True
+    config: ScanConfig
 
     def __init__(self, config: ScanConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
-        trained = config.train_backbone and not inputs.on_features
-        if trained and not isinstance(config.num_clusters, int):
+        is_trained = config.train_backbone and not inputs.on_features
+        if is_trained and not isinstance(config.num_clusters, int):
             raise ValueError(
-                f"num_clusters: {list(config.num_clusters)} on a trained network, of which each number would choose another epoch; "
-                "give one number, or train_backbone: false"
+                f"num_clusters: {list(config.num_clusters)} with a trained network: each number "
+                "would select its own epoch; give one number, or set train_backbone: false"
             )
         backbone = None if inputs.on_features else inputs.backbone
         self.features = HeadFeatures(
@@ -67,41 +82,51 @@ class ScanMethod(Method):
             config.normalise,
             inputs.feature_mean,
             inputs.feature_std,
-            trained,
+            is_trained,
         )
         self.heads = ClusterHeads(
             inputs.feature_dim, config.num_clusters, config.num_heads, inputs.head_partition
         )
-        if trained:
-            convert_batch_norm(backbone, config.bn_groups)
         self.choice = HeadSelection(self.heads)
-        self.best = BestNetwork(backbone) if trained else None
+        self.best = None
+        if is_trained:
+            assert backbone is not None, "a stage that gives images gives a backbone"
+            convert_batch_norm(backbone, config.bn_groups)
+            self.best = BestNetwork(backbone)
         if self.heads.row_sharding is not None:
-            self.sharded_state = dict.fromkeys(SHARDED, self.heads.row_sharding)
-        self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
+            self.sharded_state = dict.fromkeys(SHARDED_STATE, self.heads.row_sharding)
+        # Features of the last step, for the divergence check after the epoch; not saved.
+        self._last_features: Tensor | None = None
 
     def forward(self, batch: Batch) -> Step:
+        # Features of the images and of one random neighbour of each.
         anchors, neighbours = self.features.pair(batch.views[0], batch.views[-1])
-        world, share = current(), self.heads.partition
-        self._last = (
-            anchors.detach()
-            if share == "batch"
-            else anchors.detach().tensor_split(world.world_size)[world.rank]
-        )
-        terms = self._terms(anchors, neighbours)
-        mine, times = (
-            terms.total.sum(),
-            world.world_size if share == "heads" else 1,
-        )  # other ranks have other heads: their mean is to be the sum
-        told = {
-            name: value.detach().sum() * times / len(self.heads.sizes)
+        self._last_features = self._local_rows(anchors.detach())
+        # Eq. 2 for every head; heads are independent, so their losses are summed.
+        terms = self._loss_terms(anchors, neighbours)
+        loss = terms.total.sum()
+        num_parts = 1
+        if self.heads.partition == "heads":
+            # Ranks have different heads: the mean of their losses must be the sum over all heads,
+            # with the gradient of this rank's own sum.
+            num_parts = current().world_size
+            loss = loss + (num_parts - 1) * loss.detach()
+        # Log the mean over heads.
+        metrics = {
+            name: value.detach().sum() * num_parts / len(self.heads.sizes)
             for name, value in terms._asdict().items()
         }
-        return Step(mine + (times - 1) * mine.detach(), told)
+        return Step(loss, metrics)
 
-    def _terms(self, anchors_BD: Tensor, neighbours_BD: Tensor) -> ScanTerms:
-        """Of this rank's part: of the batch, of the heads, or of their clusters."""
-        heads, weight = self.heads, self.config.entropy_weight
+    def _local_rows(self, features_BD: Tensor) -> Tensor:
+        """This rank's rows, also if every rank has the whole global batch."""
+        if self.heads.partition == "batch":
+            return features_BD
+        return features_BD.tensor_split(current().world_size)[current().rank]
+
+    def _loss_terms(self, anchors_BD: Tensor, neighbours_BD: Tensor) -> ScanTerms:
+        """Eq. 2 per head, of this rank's part of the batch, of the heads or of their clusters."""
+        heads, entropy_weight = self.heads, self.config.entropy_weight
         if heads.partition == "clusters":
             return scan_clusters_loss(
                 anchors_BD,
@@ -110,34 +135,36 @@ class ScanMethod(Method):
                 heads.bias,
                 heads.sizes,
                 heads.local_sizes,
-                weight,
+                entropy_weight,
             )
-        held = [c for c in heads.local_sizes if c]
         return scan_heads_loss(
             anchors_BD,
             neighbours_BD,
             heads.weight,
             heads.bias,
-            held,
-            weight,
+            [size for size in heads.local_sizes if size > 0],
+            entropy_weight,
             whole_batch=heads.partition == "heads",
         )
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        values, better = select_epoch(
-            epoch, self.heads, self.choice, self.features, held_out, self._last
+        # Select head and epoch by the held-out loss; keep the network of the best epoch.
+        metrics, is_best = select_epoch(
+            epoch, self.heads, self.choice, self.features, held_out, self._last_features
         )
-        if better and self.best is not None:
+        if is_best and self.best is not None:
+            assert self.features.backbone is not None
             self.best.save(self.features.backbone)
-        self._last = None
-        return values
+        self._last_features = None
+        return metrics
 
     def prepare_publish(self) -> None:
         self.choice.gather()
 
     def publish(self, out: Path) -> None:
         if self.best is not None:
+            assert self.features.backbone is not None
             self.best.restore(self.features.backbone)
         publish_heads(
             out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config

@@ -1,8 +1,11 @@
-"""SimCLR: two views of an image against all other views of the global batch (Chen et al., ICML 2020)."""
+"""SimCLR: two views of an image against all other views of the global batch.
+
+Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020:
+Sec. 2.1 and Eq. 1 (NT-Xent loss).
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,38 +14,39 @@ from pydantic import Field
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32, nt_xent
-from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
-from dist_scan.models.backbone import save_backbone
-from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
 from dist_scan.models.layers import Projector
 
 
 class SimCLRConfig(NetworkConfig):
-    """Defaults rebuild SCAN's pretext; `symmetric: true` is the SimCLR paper's loss."""
+    """The defaults are SCAN's pretext task; ``symmetric: true`` is the SimCLR paper's loss."""
 
     kind: Literal["simclr"] = "simclr"
     temperature: float = Field(default=0.1, gt=0)
     projection_dim: int = Field(default=128, ge=1)
     symmetric: bool = False
-    """Both views are anchors (paper); false: only the first (as SCAN's code was released)."""
+    """Use both views as anchors (SimCLR, Eq. 1); false: only the first, as in SCAN's released
+    code."""
 
 
-class SimCLRMethod(Method):
-    """Both views go through the network in one pass, interleaved, so batch norm sees them together."""
+class SimCLRMethod(NetworkMethod):
+    """Both views pass through the network together, so batch norm sees both."""
 
     Config = SimCLRConfig
     recipes = ("simclr", "simclr")
     needs = ("images",)
+    config: SimCLRConfig
+    projector: Projector
 
     def __init__(self, config: SimCLRConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
-        self.backbone = convert_batch_norm(inputs.backbone, config.bn_groups)
         self.projector = Projector(inputs.feature_dim, config.projection_dim)
 
     def forward(self, batch: Batch) -> Step:
+        # Interleave the views: rows 2i and 2i + 1 show image i.
         images = torch.stack(batch.views, 1).flatten(0, 1)
+        # Project onto the unit sphere.
         z = F.normalize(at_least_fp32(self.projector(self.backbone(images))), dim=1)
-        return Step(nt_xent(z[0::2], z[1::2], self.config.temperature, self.config.symmetric))
-
-    def publish(self, out: Path) -> None:
-        save_backbone(out, self.backbone, self.inputs.backbone_config, self.projector)
+        # Eq. 1: the positive of a view is the other view of its image.
+        first, second = z[0::2], z[1::2]
+        return Step(nt_xent(first, second, self.config.temperature, self.config.symmetric))

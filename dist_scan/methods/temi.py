@@ -1,4 +1,12 @@
-"""TEMI: student heads learn from averaged teacher heads by pointwise mutual information of neighbours (Adaloglou et al., BMVC 2023)."""
+"""TEMI: student heads learn from teacher heads by the pointwise mutual information of neighbours.
+
+Adaloglou et al., Exploring the Limits of Deep Image Clustering using Pretrained Models, BMVC 2023:
+Sec. 3 (loss, weights of pairs, running mean of the teacher). The readable form of the loss is
+``losses.temi_loss``; training uses its fused form for linear heads.
+
+The heads of the paper are two-layer networks and its loss is a mean over heads; here heads are
+linear and their losses are summed, as for SCAN.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +29,35 @@ from dist_scan.models.layers import MomentumCopy, Normalise
 
 
 class TemiConfig(MethodConfig):
-    """The paper's values as defaults; its heads are small networks, ours are linear, on the same bank as SCAN's."""
+    """The defaults are the paper's."""
 
     kind: Literal["temi"] = "temi"
     num_clusters: NumClusters
-    """One number, or several: num_heads heads of each, all of which share the weights of pairs."""
+    """One number, or several: num_heads heads of each. All heads share the weights of pairs."""
     num_heads: int = Field(default=10, ge=1)
     beta: float = Field(default=0.6, gt=0, le=1)
-    """1 is plain mutual information, which leaves clusters empty; 0.5 makes them all equally large."""
+    """Exponent of the probabilities. 1 is plain mutual information, which leaves clusters empty;
+    0.5 makes all clusters equally large."""
     temperature: float = Field(default=0.1, gt=0)
-    """Of student and teacher alike. It is folded into the heads that are published."""
+    """Temperature of student and teacher. Published heads are divided by it."""
     momentum: float = Field(default=0.996, ge=0, lt=1)
-    """Of the teacher."""
+    """Momentum of the teacher."""
     marginal_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of the running mean of the teacher's probabilities; the batch at hand is in it, as in the released code."""
+    """Momentum of the running mean of the teacher's probabilities. The mean includes the current
+    batch, as in the released code."""
     normalise: Normalise = "standardise"
+    """Normalisation of the features."""
 
 
 class TemiMethod(Method):
-    """The teacher's heads are chosen (as SCAN's are, by the held-out loss with entropy weight 1) and published."""
+    """The teacher's heads are selected by SCAN's held-out loss (entropy weight 1) and published."""
 
     Config = TemiConfig
     recipes = ("simclr", "simclr")
     publishes = ("model",)
     uses_neighbours = True
+    config: TemiConfig
+    marginal: Tensor
 
     def __init__(self, config: TemiConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
@@ -58,23 +71,26 @@ class TemiMethod(Method):
         )
         self.heads = ClusterHeads(inputs.feature_dim, config.num_clusters, config.num_heads)
         self.teacher = MomentumCopy(self.heads, config.momentum)
-        self.register_buffer(
-            "marginal", torch.cat([torch.full((c,), 1 / c) for c in self.heads.sizes])
-        )
+        uniform = [torch.full((size,), 1 / size) for size in self.heads.sizes]
+        self.register_buffer("marginal", torch.cat(uniform))
         self.choice = HeadSelection(self.heads)
-        self._last = None  # features of the last step, for the check after the epoch: nothing is remembered over epochs
+        # Features of the last step, for the divergence check after the epoch; not saved.
+        self._last_features: Tensor | None = None
 
     def forward(self, batch: Batch) -> Step:
+        # Features of the images and of one random neighbour of each.
         first, second = self.features.pair(batch.views[0], batch.views[-1])
-        self._last = first.detach()
-        log_p, marginal = self._teacher(concatenate_views(first, second))
+        self._last_features = first.detach()
+        # The teacher sees both views, without gradient.
+        teacher_log_p, marginal = self._teacher(concatenate_views(first, second))
+        # Weighted pointwise mutual information per head; losses are summed.
         losses = temi_heads_loss(
             first,
             second,
             self.heads.weight,
             self.heads.bias,
             self.heads.sizes,
-            log_p,
+            teacher_log_p,
             marginal.split(self.heads.sizes),
             self.config.beta,
             self.config.temperature,
@@ -83,7 +99,10 @@ class TemiMethod(Method):
 
     @torch.no_grad()
     def _teacher(self, features_XD: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Log-probabilities [X, C] per head, and the running marginal [S] with this batch in it."""
+        """The teacher's log-probabilities [X, C] per head, and the running mean [S] of all heads.
+
+        The running mean includes this batch; ``end_step`` stores it.
+        """
         log_p = [
             (logits / self.config.temperature).log_softmax(1)
             for logits in self.teacher(features_XD)
@@ -93,7 +112,8 @@ class TemiMethod(Method):
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
-        self.marginal.copy_(step.keep["marginal"])
+        self.marginal.copy_(step.for_end_step["marginal"])
+        # teacher = momentum * teacher + (1 - momentum) * student
         self.teacher.update(self.heads)
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -101,12 +121,16 @@ class TemiMethod(Method):
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
+        # Published heads have no temperature: it is folded into their weights.
         heads = copy.deepcopy(self.teacher.module)
+        assert isinstance(heads, ClusterHeads)
         for tensor in heads.parameters():
             tensor.div_(self.config.temperature)
-        values, _ = select_epoch(epoch, heads, self.choice, self.features, held_out, self._last)
-        self._last = None
-        return values
+        metrics, _ = select_epoch(
+            epoch, heads, self.choice, self.features, held_out, self._last_features
+        )
+        self._last_features = None
+        return metrics
 
     def publish(self, out: Path) -> None:
         publish_heads(

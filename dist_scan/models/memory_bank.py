@@ -16,6 +16,9 @@ from dist_scan.world.world import current
 class Queue(nn.Module):
     """MoCo's dictionary: the newest `size` keys [K, D], replicated; starts as random unit rows (a function of seed)."""
 
+    rows: Tensor
+    pointer: Tensor
+
     def __init__(self, size: int, dim: int, global_batch: int, seed: int) -> None:
         super().__init__()
         check_queue(size, global_batch)

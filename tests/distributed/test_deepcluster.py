@@ -228,13 +228,13 @@ def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path:
     x = images()[rows]
     both = method(Batch(rows, (x, x.flip(3), x[:, :, 1:7, 1:7]), 1, 0))
     one = [float(method(Batch(rows, (v, v), 1, 0)).loss) for v in (x, x.flip(3), x[:, :, 1:7, 1:7])]
-    assert float(both.loss) == pytest.approx(np.mean(one)) and both.keep["projections"].shape == (
+    assert float(both.loss) == pytest.approx(np.mean(one)) and both.for_end_step["projections"].shape == (
         B,
         2,
         8,
     )
     method.end_step(Batch(rows, (x,), 1, 0), both)
-    torch.testing.assert_close(method.projections.read(rows), both.keep["projections"].float())
+    torch.testing.assert_close(method.projections.read(rows), both.for_end_step["projections"].float())
     assert [p is method.prototypes for p in method.begin_epoch(2, embed)] == [True]
 
 

@@ -215,7 +215,7 @@ def test_refinement_comes_once_a_round(tmp_path: Path) -> None:
     assert asked == [2, 4]
     assert [method.epoch_views(e) for e in range(4)] == [(0, 1), (2, 2, 2, 2), (1,), (2, 2, 2, 2)]
     method.config = method.config.model_copy(update={"rotation_first": True})
-    assert [method.rotates(e) for e in range(4)] == [True, False, True, False]
+    assert [method.is_rotation_epoch(e) for e in range(4)] == [True, False, True, False]
 
 
 def test_rotations_are_told_apart_by_their_label() -> None:

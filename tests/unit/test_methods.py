@@ -14,9 +14,9 @@ from torch import nn
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.selection import held_out_loss
 from dist_scan.methods.base import MethodInputs, method_class
-from dist_scan.methods.moco import shuffled
+from dist_scan.methods.moco import permutation
 from dist_scan.methods.nce import instance_loss
-from dist_scan.methods.rotnet import quarter_turns
+from dist_scan.methods.rotnet import rotate_by_quarter_turns
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster_model import ClusterModel, load_cluster_model, save_cluster_model
 from dist_scan.models.layers import FeatureNorm
@@ -253,15 +253,15 @@ def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder) -> None:
 
 
 def test_moco_shuffle_is_a_function_of_seed_and_step() -> None:
-    assert torch.equal(shuffled(8, 1, 2), shuffled(8, 1, 2)) and not torch.equal(
-        shuffled(64, 1, 2), shuffled(64, 1, 3)
+    assert torch.equal(permutation(8, 1, 2), permutation(8, 1, 2)) and not torch.equal(
+        permutation(64, 1, 2), permutation(64, 1, 3)
     )
-    assert sorted(shuffled(8, 1, 2).tolist()) == list(range(8))
+    assert sorted(permutation(8, 1, 2).tolist()) == list(range(8))
 
 
 def test_rotnet_turns_every_image_four_times() -> None:
     images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
-    turned, turns = quarter_turns(images)
+    turned, turns = rotate_by_quarter_turns(images)
     assert (
         turns.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
         and torch.equal(turned[0], images[0])
@@ -292,7 +292,7 @@ def test_nce_remembers_a_moving_average_of_unit_length() -> None:
     method.end_step(batch(), step)
     after = method.memory.read(torch.arange(64))
     torch.testing.assert_close(
-        after[:16], F.normalize(0.25 * before[:16] + 0.75 * step.keep["projections"], dim=1)
+        after[:16], F.normalize(0.25 * before[:16] + 0.75 * step.for_end_step["projections"], dim=1)
     )
     assert torch.equal(after[16:], before[16:])
 
@@ -304,7 +304,7 @@ def test_moco_enqueues_the_keys_and_follows_slowly() -> None:
     with torch.no_grad():
         method.backbone.conv1.weight += 1
     method.end_step(batch(), step)
-    torch.testing.assert_close(method.queue.rows[:16], step.keep["keys"])
+    torch.testing.assert_close(method.queue.rows[:16], step.for_end_step["keys"])
     torch.testing.assert_close(method.key.module[0].conv1.weight, before + 0.5)
 
 
