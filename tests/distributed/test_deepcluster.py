@@ -165,7 +165,7 @@ def test_every_epoch_has_a_new_top_layer_without_memory_and_clusters_no_gaps(
     assert method.begin_epoch(1, embed) == () and torch.equal(method.top.weight, first)
     method.begin_epoch(2, embed)
     assert not torch.equal(method.top.weight, first)
-    assert [g.momentum for g in method.parameter_groups()] == [None, 0.0]
+    assert [g.sgd_momentum for g in method.parameter_groups()] == [None, 0.0]
 
 
 def test_what_is_published(tmp_path: Path) -> None:
@@ -228,13 +228,17 @@ def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path:
     x = images()[rows]
     both = method(Batch(rows, (x, x.flip(3), x[:, :, 1:7, 1:7]), 1, 0))
     one = [float(method(Batch(rows, (v, v), 1, 0)).loss) for v in (x, x.flip(3), x[:, :, 1:7, 1:7])]
-    assert float(both.loss) == pytest.approx(np.mean(one)) and both.for_end_step["projections"].shape == (
+    assert float(both.loss) == pytest.approx(np.mean(one)) and both.for_end_step[
+        "projections"
+    ].shape == (
         B,
         2,
         8,
     )
     method.end_step(Batch(rows, (x,), 1, 0), both)
-    torch.testing.assert_close(method.projections.read(rows), both.for_end_step["projections"].float())
+    torch.testing.assert_close(
+        method.projections.read(rows), both.for_end_step["projections"].float()
+    )
     assert [p is method.prototypes for p in method.begin_epoch(2, embed)] == [True]
 
 
@@ -266,10 +270,10 @@ class StopAt:
     def __init__(self, step=-1) -> None:
         self.step, self.requested = step, False
 
-    def row(self, step, values) -> None:
+    def write_row(self, step, values) -> None:
         self.requested |= step == self.step - 1
 
-    def timing(self, step, values) -> None:
+    def write_timing(self, step, values) -> None:
         pass
 
 
