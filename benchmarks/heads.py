@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.interleaved import job_world, measure_job, medians
 from benchmarks.rows import emit
 from dist_scan.engine.precision import set_determinism
-from dist_scan.heads.autograd import means_from_sums, scan_heads_loss
+from dist_scan.heads.autograd import mean_probabilities, scan_heads_loss
 from dist_scan.heads.cpu_loops import LoopHead
 from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import release_buffers
@@ -99,14 +99,14 @@ def losses(batch: int, clusters: int, device: torch.device) -> tuple[dict[str, R
 
     def ours() -> None:
         if device.type == "cpu":
-            LoopHead(work, bias, batch, lambda rows: (given[0, rows], given[1, rows])).finish_(
-                WEIGHT
-            )
+            LoopHead(
+                work, bias, batch, lambda rows: (given[0, rows], given[1, rows])
+            ).loss_and_gradients_(WEIGHT)
             return
         from dist_scan.heads.gpu_kernels import KernelHead
 
         head = KernelHead(work, batch)
-        means, count = means_from_sums([head.anchor_sum()], batch, whole_batch=True)
+        means, count = mean_probabilities([head.anchor_sum()], batch, whole_batch=True)
         head.to_gradients_(entropy_and_gradient(means[0], WEIGHT)[1], 1 / count)
 
     def published() -> None:

@@ -1,4 +1,6 @@
-"""Heads among themselves, without labels: how alike they cluster, which cluster of one is which of another, and their mean."""
+"""Heads among themselves, without labels: how alike they cluster, which cluster of one is which of
+another, and their mean.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from dist_scan.search.agreement import adjusted_rand_index, contingency_table
 
 
 def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[float]:
-    """Per head: the mean adjusted Rand index of its assignment [N] with the other heads'; NaN for a head alone."""
+    """Per head: the mean adjusted Rand index of its assignment [N] with the other heads'; NaN for
+    a head alone.
+    """
     count = len(assignments)
     between = np.full((count, count), np.nan)
     for i in range(count):
@@ -23,7 +27,9 @@ def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[floa
 
 
 def consensus(logits: Sequence[Tensor], mappings: Sequence[Tensor]) -> Tensor:
-    """The heads' mean probability [B, C] in the reference's clusters; mappings [C] int64 as `match_clusters` gives them."""
+    """The heads' mean probability [B, C] in the reference's clusters; mappings [C] int64 as
+    `match_clusters` gives them.
+    """
     total = torch.zeros_like(logits[0])
     for each, mapping in zip(logits, mappings):
         total[:, mapping] += each.softmax(1)

@@ -1,9 +1,9 @@
-"""SCAN's loss and gradient by one head's logits as compiled loops over rows: what head_kernel does on a GPU, on a CPU. Import it late: numba
-takes a second.
+"""SCAN's loss and gradient by one head's logits as compiled loops over rows, in float32 on a CPU.
 
-Legend as in head_step: logits [2b, C] in float32, anchors above neighbours. A row stays in a core's nearest cache while everything that is to be
-done with it is done, so the logits pass through memory twice, once on the way to probabilities and once to gradients. Rows are summed in chunks of
-ROWS: the same bits with any number of threads.
+Computes what `torch_head.TorchHead` does; formulas and names are explained there. Import it late:
+numba takes a second. A row stays in a core's first cache while everything is done with it, so the
+logits pass through memory twice: on the way to exponentials, and to gradients. Rows are summed in
+chunks of ROWS, so that the result is the same bits with any number of threads.
 """
 
 from __future__ import annotations
@@ -22,150 +22,199 @@ from dist_scan.heads.torch_head import MIN_INNER_PRODUCT, joint_softmax
 from dist_scan.losses import MIN_PROBABILITY
 
 ROWS = 64
-SUMS = {
-    "reassoc",
-    "nsz",
-    "contract",
-}  # of the compiler's liberties: sums in any order. What makes a NaN a number is not among them.
+"""Pairs of a chunk."""
 
-LOG2E, LN2_HIGH, LN2_LOW = (
-    np.float32(1.44269504),
-    np.float32(0.693359375),
-    np.float32(-2.12194440e-4),
-)
-LOWEST = np.float32(
-    -87.3
-)  # exp stays 1e-38 below: float32 has only numbers with fewer digits there
-ROUND = np.float32(
-    1.5 * 2**23 + 127
-)  # adding it rounds to an integer and leaves that, and float32's bias of exponents, in the lowest bits
-E1, E2, E3, E4, E5 = (
-    np.float32(x)
-    for x in (
-        0.9999997063022554,
-        0.4999914783067549,
-        0.166676381603376,
-        0.04189816061562441,
-        0.008290270044410422,
-    )
-)
-ZERO, ONE, LEAST = np.float32(0), np.float32(1), np.float32(MIN_PROBABILITY)
+ANY_ORDER = {"reassoc", "nsz", "contract"}
+"""Optimisations of the compiler for loops that sum: any order, but no assumption that NaN is
+absent.
+"""
+
+ZERO, ONE = np.float32(0), np.float32(1)
+MIN_MEAN = np.float32(MIN_PROBABILITY)
+
+# Constants of _exponential: exp(x) = 2^k e^r with k = round(x / ln 2) and r = x - k ln 2.
+LOG2_E = np.float32(1.44269504)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+# exp stays at 1e-38 below this: smaller float32 numbers have fewer digits.
+LOWEST = np.float32(-87.3)
+# Adding this rounds to an integer and leaves it, with float32's exponent bias, in the lowest bits.
+ROUND = np.float32(1.5 * 2**23 + 127)
+E1 = np.float32(0.9999997063022554)
+E2 = np.float32(0.4999914783067549)
+E3 = np.float32(0.166676381603376)
+E4 = np.float32(0.04189816061562441)
+E5 = np.float32(0.008290270044410422)
+
+
+# --- kernels ---------------------------------------------------------------------------------
 
 
 @compiled(fastmath={"contract"})
-def _exponential(logit, bias, top):
-    """exp(logit + bias - top) of what is at most 0, to 2 units in the last place: 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2], whose relative error
-    is 9.2e-8 (the least there is with five coefficients and 1 at 0). By itself: its sums keep their order."""
-    x = (logit + bias) - top
-    x = LOWEST if x < LOWEST else x  # a NaN stays, and is kept by the polynomial
-    rounded = x * LOG2E + ROUND
+def _exponential(logit: np.float32, bias: np.float32, maximum: np.float32) -> np.float32:
+    """exp(logit + bias - maximum) of a sum of at most 0, to 2 units in the last place.
+
+    2^k times a polynomial on [-ln 2 / 2, ln 2 / 2] with a relative error of 9.2e-8, the least for
+    five coefficients and the value 1 at 0. A function of its own, so that its sums keep their
+    order.
+    """
+    x = (logit + bias) - maximum
+    # A NaN is not below LOWEST; the polynomial keeps it.
+    x = LOWEST if x < LOWEST else x
+    rounded = x * LOG2_E + ROUND
     k = rounded - ROUND
     r = x - k * LN2_HIGH - k * LN2_LOW
     y = ((((E5 * r + E4) * r + E3) * r + E2) * r + E1) * r + ONE
     return y * np.int32(np.float32(rounded).view(np.int32) << 23).view(np.float32)
 
 
-@compiled(fastmath=SUMS)
-def exponentials(row, bias, top):
-    """exp(row + bias - top) in place, no sum above top. Returns their sum."""
+@compiled(fastmath=ANY_ORDER)
+def exponentials(row: np.ndarray, bias: np.ndarray, maximum: np.float32) -> np.float32:
+    """Replace row by exp(row + bias - maximum), where no sum is above maximum. Returns their
+    sum.
+    """
     wide_vectors()
     total = ZERO
     for c in range(len(row)):
-        y = _exponential(row[c], bias[c], top)
+        y = _exponential(row[c], bias[c], maximum)
         row[c] = y
         total += y
     return total
 
 
 @compiled()
-def _largest(row, bias):
-    """The largest row + bias. As integers of the same order: a maximum of floats is not vectorised (9 times slower)."""
+def _row_maximum(row: np.ndarray, bias: np.ndarray) -> np.float32:
+    """The largest row + bias.
+
+    Compared as integers of the same order: a maximum of floats is not vectorised (9 times slower).
+    """
     wide_vectors()
-    top = np.int32(-(2**31))
+    maximum = np.int32(-(2**31))
     for c in range(len(row)):
         bits = np.float32(row[c] + bias[c]).view(np.int32)
-        top = max(top, np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF)))
-    return np.int32(top ^ ((top >> 31) & 0x7FFFFFFF)).view(np.float32)
+        maximum = max(maximum, np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF)))
+    return np.int32(maximum ^ ((maximum >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
 @compiled(fastmath={"contract"})
-def _add(row, share, sums) -> None:
+def _add_scaled(row: np.ndarray, scale: np.float32, sums: np.ndarray) -> None:
     wide_vectors()
     for c in range(len(row)):
-        sums[c] += row[c] * share
+        sums[c] += row[c] * scale
 
 
 @compiled()
-def exponentiate(logits, bias, shares, sums, first, last) -> None:
-    """Logits [2b, C] without their bias become exp(logit - the row's largest); times shares [2b] they are probabilities. sums [chunks, C]: the
-    anchors' probabilities. Chunks first to last - 1."""
+def exponentiate(
+    logits: np.ndarray,
+    bias: np.ndarray,
+    inverse_sums: np.ndarray,
+    sums: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    """Replace logits [2b, C] without their bias by e = exp(logits + bias - row maximum).
+
+    inverse_sums [2b]: 1 / sum of e, so that e * inverse_sum is the probability. sums [chunks, C]:
+    the anchors' probabilities. Works on chunks first to last - 1.
+    """
     wide_vectors()
     b = len(logits) // 2
     for chunk in range(first, last):
         sums[chunk] = ZERO
         for i in range(chunk * ROWS, min(b, (chunk + 1) * ROWS)):
             for at in (i, b + i):
-                shares[at] = ONE / exponentials(logits[at], bias, _largest(logits[at], bias))
-            _add(logits[i], shares[i], sums[chunk])
+                inverse_sums[at] = ONE / exponentials(
+                    logits[at], bias, _row_maximum(logits[at], bias)
+                )
+            _add_scaled(logits[i], inverse_sums[i], sums[chunk])
 
 
-@compiled(fastmath=SUMS)
-def _products(e, f, entropy_gradient):
-    """(<e, f>, <e, slope>)."""
+@compiled(fastmath=ANY_ORDER)
+def _inner_products(
+    e: np.ndarray, f: np.ndarray, entropy_gradient: np.ndarray
+) -> tuple[np.float32, np.float32]:
+    """(<e, f>, <e, entropy_gradient>)."""
     wide_vectors()
-    both, own = ZERO, ZERO
+    inner_product, expected_gradient = ZERO, ZERO
     for c in range(len(e)):
-        both += e[c] * f[c]
-        own += e[c] * entropy_gradient[c]
-    return both, own
+        inner_product += e[c] * f[c]
+        expected_gradient += e[c] * entropy_gradient[c]
+    return inner_product, expected_gradient
 
 
 @compiled(fastmath={"contract"})
-def _pair(e, f, p_share, q_share, entropy_gradient, both, own, scale, sums) -> None:
-    """A pair's numerators become scale times their gradients; sums [C] are added up."""
+def _pair_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
+    e: np.ndarray,
+    f: np.ndarray,
+    p_scale: np.float32,
+    q_scale: np.float32,
+    entropy_gradient: np.ndarray,
+    inner_product: np.float32,
+    expected_gradient: np.float32,
+    scale: np.float32,
+    sums: np.ndarray,
+) -> None:
+    """Replace a pair's exponentials by scale times their gradients, and add these to sums [C].
+
+    p = e * p_scale and q = f * q_scale; expected_gradient is <p, entropy_gradient>.
+    """
     wide_vectors()
-    back = ONE / both
+    inverse = ONE / inner_product
     for c in range(len(e)):
-        r = e[c] * f[c] * back
-        dq = (f[c] * q_share - r) * scale
-        dp = (e[c] * p_share * (entropy_gradient[c] - own + ONE) - r) * scale
+        r = e[c] * f[c] * inverse
+        dq = (f[c] * q_scale - r) * scale
+        dp = (e[c] * p_scale * (entropy_gradient[c] - expected_gradient + ONE) - r) * scale
         f[c], e[c] = dq, dp
         sums[c] += dp + dq
 
 
 @compiled()
-def gradients(numerator, shares, entropy_gradient, scale, sums, nll, low, first, last) -> None:
-    """Numerators [2b, C] become scale times the gradients of sum(-log<p, q>) + <slope, sum p>, but for rows with <p, q> < SMALL, which stay.
-    sums [chunks, C]: of the gradients, anchors and neighbours; nll [chunks]: of -log<p, q>, those rows left out; low [b]: whether it is one of them.
-    Chunks first to last - 1."""
+def to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
+    e_and_f: np.ndarray,
+    inverse_sums: np.ndarray,
+    entropy_gradient: np.ndarray,
+    scale: np.float32,
+    sums: np.ndarray,
+    nll: np.ndarray,
+    underflowed: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    """Replace the exponentials e of anchors above f of neighbours [2b, C] by scale times the
+    gradients by the logits of sum(-log <p, q>) + <entropy_gradient, sum p>.
+
+    Rows with <p, q> < MIN_INNER_PRODUCT stay as they are and are marked in underflowed [b].
+    sums [chunks, C]: of the gradients of anchors and neighbours; nll [chunks]: of -log <p, q>; both
+    without those rows. Works on chunks first to last - 1.
+    """
     wide_vectors()
-    b = len(numerator) // 2
+    b = len(e_and_f) // 2
     for chunk in range(first, last):
         sums[chunk] = ZERO
         nll[chunk] = 0.0
         for i in range(chunk * ROWS, min(b, (chunk + 1) * ROWS)):
-            e, f = numerator[i], numerator[b + i]
-            both, own = _products(e, f, entropy_gradient)
-            similar = np.float64(both) * shares[i] * shares[b + i]
-            low[i] = similar < MIN_INNER_PRODUCT
-            if not low[i]:  # a NaN is not low: it goes on as it is
-                nll[chunk] -= np.log(similar)
-                _pair(
+            e, f = e_and_f[i], e_and_f[b + i]
+            inner_product, expected_gradient = _inner_products(e, f, entropy_gradient)
+            similarity = np.float64(inner_product) * inverse_sums[i] * inverse_sums[b + i]
+            underflowed[i] = similarity < MIN_INNER_PRODUCT
+            # A NaN is not below the limit and is passed on to the gradients.
+            if not underflowed[i]:
+                nll[chunk] -= np.log(similarity)
+                _pair_gradients(
                     e,
                     f,
-                    shares[i],
-                    shares[b + i],
+                    inverse_sums[i],
+                    inverse_sums[b + i],
                     entropy_gradient,
-                    both,
-                    own * shares[i],
+                    inner_product,
+                    expected_gradient * inverse_sums[i],
                     scale,
                     sums[chunk],
                 )
 
 
 @compiled()
-def column_sums(sums):
-    """[C] of [chunks, C], in order."""
+def column_sums(sums: np.ndarray) -> np.ndarray:
+    """Sum [C] over the rows of sums [chunks, C], in order."""
     total = np.zeros(sums.shape[1], np.float32)
     for chunk in range(len(sums)):
         for c in range(len(total)):
@@ -174,142 +223,173 @@ def column_sums(sums):
 
 
 @compiled()
-def entropy_and_gradient(sums, count, weight):
-    """head_step's of the mean of `count` rows, from their sums [chunks, C]: (entropy, slope [C])."""
-    entropy_gradient, entropy = column_sums(sums), 0.0
-    for c in range(len(entropy_gradient)):
-        mean = entropy_gradient[c] / np.float32(count)
-        clamped = LEAST if mean < LEAST else mean  # a NaN stays
+def entropy_and_gradient(
+    sums: np.ndarray, count: int, weight: np.float32
+) -> tuple[float, np.ndarray]:
+    """(entropy, gradient [C] of -weight * entropy) of the mean over `count` rows.
+
+    sums [chunks, C]: of the rows' probabilities. As `torch_head.entropy_and_gradient`.
+    """
+    gradient = column_sums(sums)
+    entropy = 0.0
+    for c in range(len(gradient)):
+        mean = gradient[c] / np.float32(count)
+        # A NaN is not below the limit and stays.
+        clamped = MIN_MEAN if mean < MIN_MEAN else mean
         log = np.log(clamped)
         entropy -= clamped * log
-        entropy_gradient[c] = ZERO if mean < LEAST else (log + ONE) * weight
-    return entropy, entropy_gradient
+        gradient[c] = ZERO if mean < MIN_MEAN else (log + ONE) * weight
+    return entropy, gradient
 
 
 @compiled()
-def add_up(sums, nll, low):
-    """What chunks have left: (sum [C] of the gradients, of -log<p, q>, whether there are rows to be done again)."""
-    return column_sums(sums), nll.sum(), low.any()
+def add_chunks(
+    sums: np.ndarray, nll: np.ndarray, underflowed: np.ndarray
+) -> tuple[np.ndarray, float, bool]:
+    """(sum [C] of the gradients, sum of -log <p, q>, whether any row has underflowed)."""
+    return column_sums(sums), nll.sum(), underflowed.any()
+
+
+# --- heads -----------------------------------------------------------------------------------
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+def _thread_pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads)
 
 
-def _in_threads(work: Callable, chunks: int, *given) -> None:
-    """work(*given, first, last) over all chunks, on as many threads as PyTorch uses."""
-    threads = min(torch.get_num_threads(), chunks)
-    if threads < 2:
-        return work(*given, 0, chunks)
-    ends = [t * chunks // threads for t in range(threads + 1)]
-    list(_pool(threads).map(lambda first, last: work(*given, first, last), ends[:-1], ends[1:]))
+def _run_in_threads(kernel: Callable[..., None], num_chunks: int, *arguments: object) -> None:
+    """kernel(*arguments, first, last) over all chunks, on as many threads as PyTorch uses."""
+    num_threads = min(torch.get_num_threads(), num_chunks)
+    if num_threads < 2:
+        kernel(*arguments, 0, num_chunks)
+        return
+    ends = [t * num_chunks // num_threads for t in range(num_threads + 1)]
+    ranges = zip(ends[:-1], ends[1:])
+    list(_thread_pool(num_threads).map(lambda chunks: kernel(*arguments, *chunks), ranges))
 
 
 class LoopHead:
-    """One head's logits [2b, C], contiguous float32 on the CPU and still without their bias, worked on in place. See head_step.TorchHead."""
+    """`torch_head.Head` in compiled loops. Logits [2b, C] come without their bias."""
+
+    dbias: Tensor | None = None
 
     def __init__(
-        self, logits: Tensor, bias: Tensor, b: int, recompute_logits: RecomputeLogits
+        self, logits: Tensor, bias: Tensor, num_pairs: int, recompute_logits: RecomputeLogits
     ) -> None:
-        if (
-            logits.dtype != torch.float32
-            or not logits.is_contiguous()
-            or len(logits) != 2 * b
-            or logits.device.type != "cpu"
-        ):
+        is_float32_on_cpu = logits.dtype == torch.float32 and logits.device.type == "cpu"
+        if not (is_float32_on_cpu and logits.is_contiguous() and len(logits) == 2 * num_pairs):
             raise ValueError(
-                f"logits: {tuple(logits.shape)} {logits.dtype} on {logits.device.type}; allowed: contiguous float32 [{2 * b}, C] on the cpu; "
-                "use head_step.TorchHead"
+                f"logits: {tuple(logits.shape)} {logits.dtype} on {logits.device.type}; allowed: "
+                f"contiguous float32 [{2 * num_pairs}, C] on the cpu; use torch_head.TorchHead"
             )
         if bias.dtype != torch.float32 or bias.shape != logits.shape[1:]:
             raise ValueError(
-                f"bias: {tuple(bias.shape)} {bias.dtype}; allowed: float32 [{logits.shape[1]}], as the logits"
+                f"bias: {tuple(bias.shape)} {bias.dtype}; "
+                f"allowed: float32 [{logits.shape[1]}], as the logits"
             )
-        chunks, clusters = -(-b // ROWS), logits.shape[1]
-        self.logits, self.b, self.rows = logits, b, logits.numpy()
-        self.shares, self.sums = torch.empty(2 * b).numpy(), torch.empty(chunks, clusters).numpy()
-        self.nll, self.low = (
-            torch.empty(chunks, dtype=torch.float64).numpy(),
-            torch.empty(b, dtype=torch.bool).numpy(),
-        )
-        self.begin(_array(bias), recompute_logits)
+        num_chunks = -(-num_pairs // ROWS)
+        self.logits = logits
+        self.num_pairs = num_pairs
+        # Arrays that the kernels work on; allocated by PyTorch, whose memory is aligned.
+        self._array = logits.numpy()
+        self._inverse_sums = torch.empty(2 * num_pairs).numpy()
+        self._sums = torch.empty(num_chunks, logits.shape[1]).numpy()
+        self._nll = torch.empty(num_chunks, dtype=torch.float64).numpy()
+        self._underflowed = torch.empty(num_pairs, dtype=torch.bool).numpy()
+        self.exponentiate(_array(bias), recompute_logits)
 
-    def begin(self, bias: np.ndarray, recompute_logits: RecomputeLogits) -> None:
-        """Make numerators of the logits; in the same memory again for the next head's."""
-        self.recompute_logits = recompute_logits
-        _in_threads(exponentiate, len(self.sums), self.rows, bias, self.shares, self.sums)
+    def exponentiate(self, bias: np.ndarray, recompute_logits: RecomputeLogits) -> None:
+        """Start with new logits: those of the next head may have been written to the same
+        memory.
+        """
+        self._recompute_logits = recompute_logits
+        _run_in_threads(
+            exponentiate, len(self._sums), self._array, bias, self._inverse_sums, self._sums
+        )
 
     def anchor_sum(self) -> Tensor:
-        """[C]: the sum of the anchors' probabilities."""
-        return torch.from_numpy(column_sums(self.sums))
+        return torch.from_numpy(column_sums(self._sums))
 
     def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
-        """The logits become scale times the gradients by them of sum(-log<p, q>) + <slope, sum p>; dbias [C]: their sum. Returns the sum of -log<p, q>."""
-        return torch.tensor(
-            self._to_gradients(_array(entropy_gradient), float(scale)), dtype=self.logits.dtype
-        )
+        nll = self._to_gradients(_array(entropy_gradient), float(scale))
+        return torch.tensor(nll, dtype=self.logits.dtype)
 
-    def finish_(self, entropy_weight: float) -> tuple[float, float]:
-        """All rows of the batch are here: the logits become the gradients of the head's loss. Returns its (consistency, entropy)."""
-        count = max(1, self.b)
+    def loss_and_gradients_(self, entropy_weight: float) -> tuple[float, float]:
+        """(consistency, entropy) of a head whose rows are those of the global batch.
+
+        Replaces the logits by the gradients of the head's loss.
+        """
+        count = max(1, self.num_pairs)
         entropy, entropy_gradient = entropy_and_gradient(
-            self.sums, count, np.float32(entropy_weight)
+            self._sums, count, np.float32(entropy_weight)
         )
         return self._to_gradients(entropy_gradient, 1 / count) / count, entropy
 
     def _to_gradients(self, entropy_gradient: np.ndarray, scale: float) -> float:
-        _in_threads(
-            gradients,
-            len(self.nll),
-            self.rows,
-            self.shares,
+        _run_in_threads(
+            to_gradients,
+            len(self._nll),
+            self._array,
+            self._inverse_sums,
             entropy_gradient,
             np.float32(scale),
-            self.sums,
-            self.nll,
-            self.low,
+            self._sums,
+            self._nll,
+            self._underflowed,
         )
-        dbias, nll, again = add_up(self.sums, self.nll, self.low)
+        dbias, nll, any_underflowed = add_chunks(self._sums, self._nll, self._underflowed)
         self.dbias = torch.from_numpy(dbias)
-        return nll + self._again(entropy_gradient, scale) if again else nll
+        if any_underflowed:
+            nll += self._recompute_underflowed(self.dbias, entropy_gradient, scale)
+        return nll
 
-    def _again(self, entropy_gradient: np.ndarray, scale: float) -> float:
-        """The rows whose product has underflown."""
-        low, entropy_gradient = (
-            torch.from_numpy(np.flatnonzero(self.low)),
-            torch.from_numpy(entropy_gradient),
-        )
-        r, nll = joint_softmax(*self.recompute_logits(low))
-        p, q = (
-            self.logits[rows] * torch.from_numpy(self.shares)[rows, None]
-            for rows in (low, low + self.b)
-        )
-        dp, dq = (
-            (p * (entropy_gradient - (p @ entropy_gradient)[:, None] + 1) - r) * scale,
-            (q - r) * scale,
-        )
-        self.logits[low], self.logits[low + self.b] = dp, dq
-        self.dbias += dp.sum(0) + dq.sum(0)
+    def _recompute_underflowed(
+        self, dbias: Tensor, entropy_gradient: np.ndarray, scale: float
+    ) -> float:
+        """Gradients of the underflowed rows, from their logits; adds to dbias. Returns their
+        loss.
+        """
+        anchors = torch.from_numpy(np.flatnonzero(self._underflowed))
+        neighbours = anchors + self.num_pairs
+        g = torch.from_numpy(entropy_gradient)
+        inverse_sums = torch.from_numpy(self._inverse_sums)
+        p = self.logits[anchors] * inverse_sums[anchors, None]
+        q = self.logits[neighbours] * inverse_sums[neighbours, None]
+        r, nll = joint_softmax(*self._recompute_logits(anchors))
+        dp = (p * (g - (p @ g)[:, None] + 1) - r) * scale
+        dq = (q - r) * scale
+        self.logits[anchors] = dp
+        self.logits[neighbours] = dq
+        dbias += dp.sum(0) + dq.sum(0)
         return float(nll)
 
 
 def scan_heads_in_loops(
-    x: FeaturePair, weight: Tensor, bias: Tensor, back: HeadGradients, entropy_weight: float
+    x: FeaturePair, weight: Tensor, bias: Tensor, gradients: HeadGradients, entropy_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """(consistency [H], entropy [H]) of heads whose batch is all here; their gradients go to `back`. As head_step's loop over heads, in the memory of
-    the head before and without PyTorch between the products: after one no cache holds anything of its small calls."""
-    head, terms, biases = None, [], _array(bias)
-    for h, (at, own) in enumerate(zip(back.at, weight.split(back.sizes))):
-        if head is None or head.logits.shape[1] != len(own):
-            head = None  # before the new one: its logits take the place of this one's
-            head = LoopHead(x.logits(own), bias[at], x.b, x.again(own, bias[at]))
+    """SCAN's (consistency [H], entropy [H]) of heads that see the global batch; fills `gradients`.
+
+    As `autograd.scan_heads_by_group`, but all heads of a size use the memory of the first one, and
+    PyTorch does nothing but the products: its small calls between them would run with cold caches.
+    """
+    head: LoopHead | None = None
+    terms = []
+    biases = _array(bias)
+    weights = weight.split(gradients.sizes)
+    for h, (at, head_weight) in enumerate(zip(gradients.slices, weights)):
+        recompute_logits = x.recompute_logits(head_weight, bias[at])
+        if head is None or head.logits.shape[1] != len(head_weight):
+            # Free the old logits before the new ones are allocated.
+            head = None
+            head = LoopHead(x.logits(head_weight), bias[at], x.num_pairs, recompute_logits)
         else:
-            x.logits(own, out=head.logits)
-            head.begin(biases[at], x.again(own, bias[at]))
-        terms.append(head.finish_(entropy_weight))
-        back.store(h, head.logits, head.dbias)
-    return torch.tensor(terms, dtype=weight.dtype).T.unbind()
+            x.logits(head_weight, out=head.logits)
+            head.exponentiate(biases[at], recompute_logits)
+        terms.append(head.loss_and_gradients_(entropy_weight))
+        gradients.store(h, head.logits, head.dbias)
+    consistency, entropy = torch.tensor(terms, dtype=weight.dtype).T.unbind()
+    return consistency, entropy
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""What methods that train heads share: features from a frozen or trained network or from a table, and what is published."""
+"""What methods that train heads share: features from a frozen or trained network or from a table,
+and what is published.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from dist_scan.models.layers import FeatureNorm, Normalise
 
 
 class HeadFeatures(nn.Module):
-    """Views -> features [B, D] as the heads see them: images through the network (in eval mode and without gradient unless it is
-    trained), rows of a feature table as they are; then the normalisation."""
+    """Views -> features [B, D] as the heads see them: images through the network (in eval mode and
+    without gradient unless it is trained), rows of a feature table as they are; then the
+    normalisation.
+    """
 
     def __init__(
         self,
@@ -90,7 +94,8 @@ def select_epoch(
     held_out: HeldOut | None,
     last: Tensor | None,
 ) -> tuple[dict[str, float], bool]:
-    """(what to log, whether this epoch is kept) after an epoch. Collective; `last`: features of the last step, for the check.
+    """(what to log, whether this epoch is kept) after an epoch. Collective; `last`: features of
+    the last step, for the check.
 
     Raises ValueError when the heads have diverged (see HeadSelection.check)."""
     values = {} if last is None else choice.check_divergence(heads, last)
@@ -111,7 +116,9 @@ def publish_heads(
     backbone: nn.Module | None,
     backbone_config: Any,
 ) -> None:
-    """The chosen head as a cluster model (of the first number of clusters), and all heads as they were kept."""
+    """The chosen head as a cluster model (of the first number of clusters), and all heads as they
+    were kept.
+    """
     head = choice.selected_head()
     save_cluster_model(
         out,

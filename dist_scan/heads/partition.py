@@ -1,7 +1,8 @@
-"""What ranks partition when heads train on cached features: the batch (data parallel), the heads, or the clusters of every head.
+"""How ranks divide the training of heads on cached features: by batch, by heads, or by clusters.
 
-Heads on a bank partition nothing. Dealt over the ranks, each rank works on the whole batch and a part of the weights: no gradient is
-sent, and weights, their gradient, the optimizer's memory and what is kept of the choice are held once over all ranks (PERFORMANCE.md 3).
+Heads on cached features share no parameters. Partitioned by heads or by clusters, each rank reads
+the whole batch and holds a part of the weights: gradients are not sent, and weights, gradients,
+optimizer state and selected heads are stored once over all ranks.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from collections.abc import Sequence
 from typing import Literal
 
 HeadPartition = Literal["batch", "heads", "clusters"]
-MAX_LOAD_RATIO = 1.25  # the busiest rank's clusters over an even share; a rank with one head more than the others holds them all up
+"""What ranks divide: the batch (data parallel), whole heads, or the clusters of every head."""
+
+MAX_LOAD_RATIO = 1.25
+"""Most clusters on one rank relative to an even division; all ranks wait for the busiest one."""
+
 MIB = 2**20
 
 
 def partition_clusters(
     sizes: Sequence[int], partition: HeadPartition, world_size: int
 ) -> tuple[tuple[slice, ...], ...]:
-    """[W][H]: the clusters of head h that rank r holds (empty slices included).
+    """Clusters of head h that rank r holds, as slices [r][h]; empty slices included.
 
-    batch: all on every rank. heads: whole heads, the largest first, each to the rank with the fewest clusters so far. clusters: of every
-    head an even part, rank by rank.
+    batch: every rank holds all. heads: whole heads, the largest first, each to the rank with the
+    fewest clusters so far. clusters: an even part of every head, in rank order.
     """
     if partition == "batch":
         return (tuple(slice(0, c) for c in sizes),) * world_size
@@ -29,7 +34,9 @@ def partition_clusters(
             tuple(slice(c * r // world_size, c * (r + 1) // world_size) for c in sizes)
             for r in range(world_size)
         )
-    load, owner = [0] * world_size, {}
+    # Greedy bin packing of whole heads.
+    load = [0] * world_size
+    owner = [0] * len(sizes)
     for h in sorted(range(len(sizes)), key=lambda h: (-sizes[h], h)):
         owner[h] = load.index(min(load))
         load[owner[h]] += sizes[h]
@@ -46,50 +53,54 @@ def choose_partition(
     batch: int,
     requested: HeadPartition | Literal["auto"] = "auto",
 ) -> tuple[HeadPartition, str]:
-    """(what ranks partition, why) for heads of `sizes` clusters on features [batch, dim] of the global batch.
+    """(partition, reason) with the least communication, for heads of `sizes` clusters on features
+    [batch, dim] of the global batch.
 
-    `sizes` is empty for a method whose heads cannot be split. Raises ValueError when what was asked for would leave a rank without work.
+    `sizes` is empty for a method whose heads cannot be split. Raises ValueError if the requested
+    partition leaves a rank without work.
     """
     if not sizes:
         return "batch", "the heads of this method cannot be split"
     if requested != "auto":
-        _refuse_idle_ranks(world_size, sizes, requested)
-        return requested, "asked for by runtime.heads"
+        _check_no_idle_rank(world_size, sizes, requested)
+        return requested, "set by runtime.heads"
     if world_size == 1:
         return "batch", "one rank"
     total = sum(sizes)
-    gradient, rows = (
-        8 * total * dim,
-        4 * batch * dim * (world_size - 1) // world_size,
-    )  # ring: each byte out and in; two views in fp16
-    if gradient <= rows:
-        return (
-            "batch",
-            f"a gradient of {gradient / MIB:.1f} MiB to send is less than {rows / MIB:.1f} MiB of rows that each rank would read more",
+    # A ring all-reduce sends and receives every byte of the float32 gradient once.
+    gradient_bytes = 8 * total * dim
+    # Rows of other ranks that each rank reads if it sees the whole batch: two views in float16.
+    row_bytes = 4 * batch * dim * (world_size - 1) // world_size
+    if gradient_bytes <= row_bytes:
+        return "batch", (
+            f"sending a gradient of {gradient_bytes / MIB:.1f} MiB costs less than reading "
+            f"{row_bytes / MIB:.1f} MiB more rows on each rank"
         )
-    saved = f"no gradient of {gradient / MIB:.1f} MiB to send"
-    load = max(
-        sum(at.stop for at in parts) for parts in partition_clusters(sizes, "heads", world_size)
-    )
-    if world_size <= len(sizes) and load * world_size <= MAX_LOAD_RATIO * total:
-        return "heads", f"{saved}; the busiest of {world_size} ranks has {load} of {total} clusters"
-    messages = 28 * len(sizes) * batch  # head_clusters: seven numbers a head and row
-    if min(sizes) >= world_size and messages < gradient:
-        return (
-            "clusters",
-            f"{saved} but {messages / MIB:.1f} MiB of sums; whole heads would give the busiest of {world_size} ranks {load} of {total} clusters",
+    saved = f"no gradient of {gradient_bytes / MIB:.1f} MiB is sent"
+    ranges = partition_clusters(sizes, "heads", world_size)
+    busiest = max(sum(at.stop for at in rank) for rank in ranges)
+    if world_size <= len(sizes) and busiest * world_size <= MAX_LOAD_RATIO * total:
+        return "heads", f"{saved}; the busiest rank has {busiest} of {total} clusters"
+    # Seven float32 numbers per head and pair, see split_clusters.
+    message_bytes = 28 * len(sizes) * batch
+    if min(sizes) >= world_size and message_bytes < gradient_bytes:
+        return "clusters", (
+            f"{saved}, only {message_bytes / MIB:.1f} MiB of sums; with whole heads the busiest "
+            f"rank would have {busiest} of {total} clusters"
         )
-    return (
-        "batch",
-        f"{len(sizes)} heads do not divide well over {world_size} ranks, nor do their clusters",
-    )
+    return "batch", f"neither {len(sizes)} heads nor their clusters divide well over the ranks"
 
 
-def _refuse_idle_ranks(world_size: int, sizes: Sequence[int], requested: HeadPartition) -> None:
-    most = {"batch": world_size, "heads": len(sizes), "clusters": min(sizes)}
-    if world_size > most[requested]:
-        few = f"{most[requested]} {requested}{' of a head' if requested == 'clusters' else ''}"
-        raise ValueError(
-            f"runtime.heads: '{requested}', but {world_size} ranks would share {few}; "
-            f"allowed: {', '.join(['auto', *(k for k, v in most.items() if world_size <= v)])}"
-        )
+def _check_no_idle_rank(world_size: int, sizes: Sequence[int], requested: HeadPartition) -> None:
+    most_ranks = {"batch": world_size, "heads": len(sizes), "clusters": min(sizes)}
+    if world_size <= most_ranks[requested]:
+        return
+    if requested == "heads":
+        parts = f"{len(sizes)} heads"
+    else:
+        parts = f"{min(sizes)} clusters in the smallest head"
+    allowed = ["auto", *(kind for kind, most in most_ranks.items() if world_size <= most)]
+    raise ValueError(
+        f"runtime.heads: '{requested}' leaves a rank without work ({parts}, {world_size} ranks); "
+        f"allowed: {', '.join(allowed)}"
+    )

@@ -1,4 +1,6 @@
-"""Choosing among heads and epochs by held-out rows, and what is kept of the choice. No label is read."""
+"""Choosing among heads and epochs by held-out rows, and what is kept of the choice. No label is
+read.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,14 @@ OUT = (
 
 
 class HeadSelection(nn.Module):
-    """For each number of clusters: the head with the lowest held-out loss of all epochs, and all heads as they were then.
+    """For each number of clusters: the head with the lowest held-out loss of all epochs, and all
+    heads as they were then.
 
-    Buffers, so that a resumed run chooses as an undisturbed one: kept_weight [S, D] and kept_bias [S]; losses [H] of the epoch kept;
-    stability [H]; alignment [S]: the chosen head's cluster that each cluster is (-1: not known, no held-out rows); collapsed: epochs
-    in a row in which every head had one cluster for all. Of heads dealt over ranks, kept_weight and kept_bias are this rank's rows
-    until `collect`.
+    Buffers, so that a resumed run chooses as an undisturbed one: kept_weight [S, D] and kept_bias
+    [S]; losses [H] of the epoch kept; stability [H]; alignment [S]: the chosen head's cluster that
+    each cluster is (-1: not known, no held-out rows); collapsed: epochs in a row in which every
+    head had one cluster for all. Of heads dealt over ranks, kept_weight and kept_bias are this
+    rank's rows until `collect`.
     """
 
     def __init__(self, heads: ClusterHeads) -> None:
@@ -59,9 +63,11 @@ class HeadSelection(nn.Module):
 
     @torch.no_grad()
     def check_divergence(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
-        """After an epoch: the largest logit, and the largest cluster's share of the mean probability in the head where it is smallest.
-        Collective. Raises ValueError, with the way out, when logits are beyond float32, or for the PATIENCE-th epoch in a row every
-        head has put everything into one cluster."""
+        """After an epoch: the largest logit, and the largest cluster's share of the mean
+        probability in the head where it is smallest. Collective. Raises ValueError, with the way
+        out, when logits are beyond float32, or for the PATIENCE-th epoch in a row every head has
+        put everything into one cluster.
+        """
         size, shares = torch.zeros((), device=features_BD.device), []
         rows = all_sum(torch.tensor(float(len(features_BD)), device=features_BD.device)).clamp(
             min=1
@@ -84,7 +90,9 @@ class HeadSelection(nn.Module):
 
     @torch.no_grad()
     def keep_newest(self, epoch: int, heads: ClusterHeads) -> None:
-        """Without held-out rows: the newest epoch, and of each number of clusters its first head."""
+        """Without held-out rows: the newest epoch, and of each number of clusters its first
+        head.
+        """
         self.best_epoch.fill_(epoch)
         self.best_loss.fill_(math.nan)
         self.kept_weight.copy_(heads.weight)
@@ -94,8 +102,10 @@ class HeadSelection(nn.Module):
     def update(
         self, epoch: int, heads: ClusterHeads, rows_MD: Tensor, neighbours_AK: np.ndarray
     ) -> tuple[dict[str, float], bool]:
-        """(what to log, whether the first number of clusters improved). Raises ValueError when no loss is a number. Collective: rows [m, D] are this rank's part of the M
-        held-out rows, their features as the heads see them. Memory: one head's logits [M, C] in float64."""
+        """(what to log, whether the first number of clusters improved). Raises ValueError when no
+        loss is a number. Collective: rows [m, D] are this rank's part of the M held-out rows,
+        their features as the heads see them. Memory: one head's logits [M, C] in float64.
+        """
         neighbours = torch.from_numpy(neighbours_AK).to(rows_MD.device).long()
         losses, assigned = [], []
         for h in range(len(self.sizes)):
@@ -223,7 +233,9 @@ class PublishedHeads:
         )
 
     def consensus(self, num_clusters: int, features: Tensor) -> Tensor:
-        """The mean probability [B, num_clusters] of all heads with so many clusters, in the clusters of the chosen one."""
+        """The mean probability [B, num_clusters] of all heads with so many clusters, in the
+        clusters of the chosen one.
+        """
         members = [h for h, c in enumerate(self.sizes) if c == num_clusters]
         if not members:
             raise ValueError(
@@ -240,10 +252,12 @@ class PublishedHeads:
 
 
 def held_out_loss(logits_MC: Tensor, neighbours_AK: Tensor) -> Tensor:
-    """SCAN's loss of held-out rows with entropy weight 1 (the released code's choice of head and epoch); rows 0..A-1 are anchors.
+    """SCAN's loss of held-out rows with entropy weight 1 (the released code's choice of head and
+    epoch); rows 0..A-1 are anchors.
 
-    The released code also pairs every anchor with itself, because its neighbour files hold the row first; mined tables here never do, so
-    this is the mean over neighbours alone (the paper's Eq. 2). By gathering: no matrix of anchors by anchors."""
+    The released code also pairs every anchor with itself, because its neighbour files hold the row
+    first; mined tables here never do, so this is the mean over neighbours alone (the paper's Eq.
+    2). By gathering: no matrix of anchors by anchors."""
     log_p = logits_MC.double().log_softmax(1)
     anchors = log_p[: len(neighbours_AK)]
     total = sum(-torch.logsumexp(anchors + log_p[column], 1).mean() for column in neighbours_AK.T)

@@ -1,93 +1,26 @@
-"""SCAN's head step where every head's clusters are dealt over the ranks: all ranks have the whole batch, a softmax is over all ranks' columns.
+"""SCAN's loss when the clusters of every head are split over the ranks.
 
-Legend as in head_step; b rows of the batch, G heads of a group, c this rank's clusters of a head. Said per group: row maxima [G, 2b] and
-[G, b], row sums [G, 3b] and [G, b + 1]; no gradient. Written with log-sum-exp throughout: nothing underflows, and no rank does
-more than another because of the numbers it meets.
+All ranks have the whole batch, and a softmax is over the columns of all ranks. Per group of heads,
+four messages are all-reduced: row maxima [G, 2b] and [G, b], then row sums [G, 3b] and [G, b + 1];
+no gradient is sent. Shapes as in the package's docstring, with b pairs of the global batch, G
+heads of a group and c clusters of a head on this rank. Every softmax subtracts its row's maximum:
+nothing underflows, and no rank does more work than another because of the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dist_scan.heads.autograd import HeadsFunction, groups
+from dist_scan.heads.autograd import HeadsFunction, head_groups
 from dist_scan.heads.products import FeaturePair, HeadGradients, head_slices
 from dist_scan.heads.torch_head import entropy_and_gradient
 from dist_scan.losses import ScanTerms, at_least_fp32
 from dist_scan.world.collectives import all_max, all_sum
 from dist_scan.world.world import current
-
-
-def over_clusters_(logits: Sequence[Tensor], entropy_weight: float) -> tuple[Tensor, Tensor]:
-    """This rank's columns of the logits [2b, c] of some heads become, in place, b times their gradients by them.
-    Returns (consistency [G], entropy [G]), the same on all ranks. Collective."""
-    b = len(logits[0]) // 2
-    top = all_max(torch.stack([each.amax(1) for each in logits]))
-    both = []
-    for each, most in zip(logits, top):
-        each.sub_(most[:, None])
-        both.append(each[:b] + each[b:])
-    both_top = all_max(torch.stack([r.amax(1) for r in both]))
-    for each, r, most in zip(logits, both, both_top):
-        each.exp_()
-        r.sub_(most[:, None]).exp_()
-    sums = all_sum(
-        torch.stack([torch.cat([each.sum(1), r.sum(1)]) for each, r in zip(logits, both)])
-    )
-    entropy_gradients, sent = [], []
-    for each, r, total in zip(logits, both, sums):
-        each.div_(total[: 2 * b, None])
-        r.div_(total[2 * b :, None])
-        entropy, entropy_gradient = entropy_and_gradient(each[:b].mean(0), entropy_weight)
-        entropy_gradients.append(entropy_gradient)
-        sent.append(torch.cat([torch.mv(each[:b], entropy_gradient), entropy.view(1)]))
-    heard = all_sum(torch.stack(sent))
-    for each, r, entropy_gradient, own in zip(logits, both, entropy_gradients, heard):
-        each[b:].sub_(r)
-        each[:b].mul_(entropy_gradient - (own[:b, None] - 1)).sub_(r)
-    lse = sums.log()
-    return (lse[:, :b] + lse[:, b : 2 * b] - lse[:, 2 * b :] - both_top).mean(1), heard[:, b]
-
-
-class ScanClustersFunction(HeadsFunction):
-    """On features that need no gradient: weight and bias hold own_sizes[h] of the sizes[h] clusters of head h."""
-
-    @staticmethod
-    def forward(ctx, anchors, neighbours, weight, bias, sizes, local_sizes, entropy_weight):
-        if any(ctx.needs_input_grad[:2]):
-            raise ValueError(
-                "heads whose clusters are dealt over ranks train on fixed features; share the batch to train the network too"
-            )
-        with torch.autocast(weight.device.type, enabled=False):
-            x, own = (
-                FeaturePair(
-                    anchors, neighbours, weight.dtype, apart=max(local_sizes) <= len(anchors)
-                ),
-                head_slices(local_sizes),
-            )
-            back, consistency, entropy = HeadGradients(x, weight, bias, local_sizes, False), [], []
-            for group in groups(
-                [-(-c // current().world_size) for c in sizes]
-            ):  # by what the fullest rank has: all send the same messages
-                logits = [x.logits(weight[own[h]], bias[own[h]]) for h, _ in group]
-                values = over_clusters_(logits, entropy_weight)
-                for (h, _), each in zip(group, logits):
-                    back.store(h, each)
-                consistency.append(values[0])
-                entropy.append(values[1])
-        HeadsFunction.keep(ctx, local_sizes, back, weight.new_ones(()) / len(anchors))
-        consistency, entropy = torch.cat(consistency), torch.cat(entropy)
-        ctx.mark_non_differentiable(consistency, entropy)
-        return consistency - entropy_weight * entropy, consistency, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        _, dweight, dbias = HeadsFunction.handed_on(ctx, grad)
-        return None, None, dweight, dbias, None, None, None
 
 
 def scan_clusters_loss(
@@ -99,13 +32,109 @@ def scan_clusters_loss(
     local_sizes: Sequence[int],
     entropy_weight: float,
 ) -> ScanTerms:
-    """`scan_heads_loss` on the whole global batch where each rank holds own_sizes[h] of the sizes[h] clusters of every head, s = sum(own_sizes).
+    """SCAN's loss (Eq. 2, `losses.scan_loss`) of linear heads whose clusters are split over ranks.
 
-    Collective. The terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's clusters.
+    Every rank passes the features of the whole global batch, and weight and bias of its
+    local_sizes[h] of the sizes[h] clusters of every head, s = sum(local_sizes). Collective. The
+    terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's
+    clusters, and can be taken once.
     """
-    anchors, neighbours = at_least_fp32(anchors_BD), at_least_fp32(neighbours_BD)
+    anchors = at_least_fp32(anchors_BD)
+    neighbours = at_least_fp32(neighbours_BD)
     return ScanTerms(
         *ScanClustersFunction.apply(
-            anchors, neighbours, weight_sD, bias_s, tuple(sizes), tuple(local_sizes), entropy_weight
+            anchors, neighbours, weight_sD, bias_s, sizes, local_sizes, entropy_weight
         )
     )
+
+
+class ScanClustersFunction(HeadsFunction):
+    """(total, consistency, entropy) [H] of `scan_clusters_loss`; total has the gradient."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 - autograd functions take their arguments one by one
+        ctx: Any,
+        anchors: Tensor,
+        neighbours: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        sizes: Sequence[int],
+        local_sizes: Sequence[int],
+        entropy_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if any(ctx.needs_input_grad[:2]):
+            raise ValueError(
+                "heads whose clusters are split over ranks train on fixed features only; "
+                "partition the batch to train the network too"
+            )
+        with torch.autocast(weight.device.type, enabled=False):
+            x = FeaturePair(anchors, neighbours, weight.dtype, max(local_sizes))
+            gradients = HeadGradients(x, weight, bias, local_sizes, with_features=False)
+            local = head_slices(local_sizes)
+            # All ranks must send the same messages: groups follow the rank with the most clusters.
+            most_clusters = [-(-c // current().world_size) for c in sizes]
+            consistencies: list[Tensor] = []
+            entropies: list[Tensor] = []
+            for group in head_groups(most_clusters):
+                logits = [x.logits(weight[local[h]], bias[local[h]]) for h, _ in group]
+                consistency, entropy = clusters_to_gradients_(logits, entropy_weight)
+                consistencies.append(consistency)
+                entropies.append(entropy)
+                for (h, _), dlogits in zip(group, logits):
+                    gradients.store(h, dlogits)
+        scale = weight.new_ones(()) / len(anchors)
+        HeadsFunction.save_gradients(ctx, gradients, anchors.dtype, scale)
+        consistency, entropy = torch.cat(consistencies), torch.cat(entropies)
+        ctx.mark_non_differentiable(consistency, entropy)
+        return consistency - entropy_weight * entropy, consistency, entropy
+
+
+def clusters_to_gradients_(
+    logits: Sequence[Tensor], entropy_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Replace this rank's columns of the logits [2b, c] of G heads by b times their gradients.
+
+    Returns (consistency [G], entropy [G]), the same on all ranks. Collective. The gradients are
+    those of `torch_head`, whose names p, q and r are used here.
+    """
+    b = len(logits[0]) // 2
+    # Row maxima over all ranks: of the logits, then of the sums a + n
+    maxima = all_max(torch.stack([a_and_n.amax(1) for a_and_n in logits]))
+    sums_of_logits = []
+    for a_and_n, maximum in zip(logits, maxima):
+        a_and_n.sub_(maximum[:, None])
+        sums_of_logits.append(a_and_n[:b] + a_and_n[b:])
+    joint_maxima = all_max(torch.stack([both.amax(1) for both in sums_of_logits]))
+    # Exponentials, and their row sums over all ranks
+    for a_and_n, both, maximum in zip(logits, sums_of_logits, joint_maxima):
+        a_and_n.exp_()
+        both.sub_(maximum[:, None]).exp_()
+    row_sums = all_sum(
+        torch.stack(
+            [
+                torch.cat([exponentials.sum(1), joint.sum(1)])
+                for exponentials, joint in zip(logits, sums_of_logits)
+            ]
+        )
+    )
+    # Probabilities p, q and r; the entropy and its gradient, of this rank's clusters
+    entropy_gradients = []
+    local_sums = []
+    for p_and_q, r, row_sum in zip(logits, sums_of_logits, row_sums):
+        p_and_q.div_(row_sum[: 2 * b, None])
+        r.div_(row_sum[2 * b :, None])
+        p = p_and_q[:b]
+        entropy, entropy_gradient = entropy_and_gradient(p.mean(0), entropy_weight)
+        entropy_gradients.append(entropy_gradient)
+        local_sums.append(torch.cat([torch.mv(p, entropy_gradient), entropy.view(1)]))
+    # [G, b + 1]: <p, entropy gradient> of each anchor, and the entropy, over all ranks
+    global_sums = all_sum(torch.stack(local_sums))
+    # Gradients by the logits
+    for p_and_q, r, entropy_gradient, sums in zip(
+        logits, sums_of_logits, entropy_gradients, global_sums
+    ):
+        p_and_q[b:].sub_(r)
+        p_and_q[:b].mul_(entropy_gradient - (sums[:b, None] - 1)).sub_(r)
+    lse = row_sums.log()
+    nll = lse[:, :b] + lse[:, b : 2 * b] - lse[:, 2 * b :] - joint_maxima
+    return nll.mean(1), global_sums[:, b]

@@ -1,6 +1,21 @@
-"""SCAN's loss of one head and its gradient by the logits, in PyTorch."""
+"""The loss of one head and its gradient by the logits, in PyTorch.
+
+SCAN's loss of one head (Van Gansbeke et al., ECCV 2020, Eq. 2; `losses.scan_loss`) is
+
+    L = -1/B sum_i log <p_i, q_i> + entropy_weight * sum_c m_c log m_c,   m = 1/B sum_i p_i,
+
+with p = softmax(a) of an anchor and q = softmax(n) of its neighbour. With r = p q / <p, q>, which
+is the softmax of a + n, and g the gradient of the entropy term by m, the gradients by the logits
+are
+
+    B dL/dn = q - r,        B dL/da = p - r + p (g - <p, g>).
+
+They take the place of the logits. `cpu_loops` and `gpu_kernels` compute the same, faster.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,79 +23,104 @@ from torch import Tensor
 from dist_scan.heads.products import RecomputeLogits
 from dist_scan.losses import MIN_PROBABILITY
 
-BLOCK = 65536  # numbers a row block of the in-place gradient holds: what a core's cache keeps (1.04 to 1.15 times faster than whole heads)
-MIN_INNER_PRODUCT = 1e-25  # below this <p, q> has lost digits in float32: such rows are done again from their logits
+BLOCK_NUMBERS = 65536
+"""Numbers of a block of rows whose gradient is computed at once: what the cache of a core holds
+(1.04 to 1.15 times faster than whole heads)."""
+
+MIN_INNER_PRODUCT = 1e-25
+"""Below this, <p, q> has lost digits in float32: such rows are recomputed from their logits."""
+
+
+class Head(Protocol):
+    """Logits [2b, C] of one head, anchors above neighbours, which become gradients in place."""
+
+    logits: Tensor
+    num_pairs: int
+    dbias: Tensor | None
+    """Sum of the gradients over rows [C], if `to_gradients_` has computed it."""
+
+    def anchor_sum(self) -> Tensor:
+        """Sum of the anchors' probabilities [C]."""
+
+    def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
+        """Replace the logits by scale times the gradients by them of
+        sum(-log <p, q>) + <entropy_gradient, sum p>. Returns sum(-log <p, q>).
+        """
+
+
+class TorchHead:
+    """`Head` in PyTorch: the logits become probabilities, then gradients."""
+
+    dbias: Tensor | None = None
+
+    def __init__(self, logits: Tensor, num_pairs: int, recompute_logits: RecomputeLogits) -> None:
+        self.logits = torch.softmax(logits, 1, out=logits)
+        self.num_pairs = num_pairs
+        self.recompute_logits = recompute_logits
+
+    def anchor_sum(self) -> Tensor:
+        return self.logits[: self.num_pairs].sum(0)
+
+    def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
+        p, q = self.logits[: self.num_pairs], self.logits[self.num_pairs :]
+        nll = probabilities_to_gradients_(p, q, entropy_gradient, self.recompute_logits)
+        self.logits.mul_(scale)
+        return nll
 
 
 def entropy_and_gradient(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Of a mean probability [C]: its entropy, and the slope [C] of -weight * entropy; flat where it is clamped."""
+    """(entropy, gradient [C] of -weight * entropy) of a mean probability [C].
+
+    The gradient is 0 where the mean is clamped.
+    """
     clamped = mean.clamp(min=MIN_PROBABILITY)
     log_mean = clamped.log()
-    return -torch.dot(clamped, log_mean), (log_mean + 1).mul_(weight).mul_(mean >= MIN_PROBABILITY)
+    entropy = -torch.dot(clamped, log_mean)
+    return entropy, (log_mean + 1).mul_(weight).mul_(mean >= MIN_PROBABILITY)
 
 
-def to_gradients_(
+def probabilities_to_gradients_(
     p: Tensor, q: Tensor, entropy_gradient: Tensor, recompute_logits: RecomputeLogits
 ) -> Tensor:
-    """Probabilities [b, C] of one head become, in place, the gradients by the logits of sum(-log<p, q>) + <slope, sum p>.
+    """Replace the probabilities p, q [b, C] by the gradients of
+    sum(-log <p, q>) + <entropy_gradient, sum p> by their logits. Returns sum(-log <p, q>).
 
-    By n: q - r; by a: p - r + p (slope - <p, slope>), with r = p q / <p, q>. Returns the sum of -log<p, q>. logits_of(rows) are
-    asked for where the product has underflown.
+    Rows whose inner product has underflowed are recomputed from recompute_logits(rows).
     """
-    total, rows = p.new_zeros(()), max(1, BLOCK // p.shape[1])
-    scratch, factor = (torch.empty_like(p[:rows]) for _ in range(2))
-    for start in range(0, len(p), rows):
-        p_rows, q_rows = p[start : start + rows], q[start : start + rows]
-        r = torch.mul(p_rows, q_rows, out=scratch[: len(p_rows)])
-        s = r.sum(1, keepdim=True)
-        low = (s[:, 0] < MIN_INNER_PRODUCT).nonzero()[:, 0]
-        if len(low):
-            r[low], nll = joint_softmax(*recompute_logits(low + start))
-            r_scale = s.clone()
-            r_scale[low] = 1
-            total -= s.index_fill(0, low, 1).log().sum() - nll
+    total = p.new_zeros(())
+    block_rows = max(1, BLOCK_NUMBERS // p.shape[1])
+    product_buffer = torch.empty_like(p[:block_rows])
+    factor_buffer = torch.empty_like(p[:block_rows])
+    for start in range(0, len(p), block_rows):
+        p_rows = p[start : start + block_rows]
+        q_rows = q[start : start + block_rows]
+        # r = p q / <p, q>, from the logits where the inner product underflows
+        r = torch.mul(p_rows, q_rows, out=product_buffer[: len(p_rows)])
+        inner_product = r.sum(1, keepdim=True)
+        underflowed = (inner_product[:, 0] < MIN_INNER_PRODUCT).nonzero()[:, 0]
+        if len(underflowed):
+            r[underflowed], nll = joint_softmax(*recompute_logits(underflowed + start))
+            divisor = inner_product.index_fill(0, underflowed, 1)
+            total -= divisor.log().sum() - nll
         else:
-            r_scale = s
-            total -= s.log().sum()
-        r.div_(r_scale)
+            divisor = inner_product
+            total -= divisor.log().sum()
+        r.div_(divisor)
+        # dL/dn = q - r
         q_rows.sub_(r)
-        own = torch.mv(p_rows, entropy_gradient).sub_(1)[:, None]
-        p_rows.mul_(torch.sub(entropy_gradient, own, out=factor[: len(p_rows)])).sub_(r)
+        # dL/da = p (g - <p, g> + 1) - r
+        expected_gradient = torch.mv(p_rows, entropy_gradient).sub_(1)[:, None]
+        factor = torch.sub(entropy_gradient, expected_gradient, out=factor_buffer[: len(p_rows)])
+        p_rows.mul_(factor).sub_(r)
     return total
 
 
 def joint_softmax(a: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """(r [b, C], the sum of -log<p, q>) of logits of any size."""
-    a, n = (
-        a - a.amax(1, keepdim=True),
-        n - n.amax(1, keepdim=True),
-    )  # centred: the three LSEs below do not cancel
+    """(softmax of a + n [b, C], sum of -log <p, q>) from logits of any size."""
+    # Centred, so that the three log-sum-exps below do not cancel.
+    a = a - a.amax(1, keepdim=True)
+    n = n - n.amax(1, keepdim=True)
     both = a + n
     lse = torch.logsumexp(both, 1)
-    return (both - lse[:, None]).exp_(), (torch.logsumexp(a, 1) + torch.logsumexp(n, 1) - lse).sum()
-
-
-class TorchHead:
-    """One head's logits [2b, C], anchors above neighbours, worked on in place. Faster: head_loops.LoopHead on a CPU, head_kernel.KernelHead on a GPU."""
-
-    dbias: Tensor | None = None
-    """[C], where making the gradients has made their sum over rows too."""
-
-    def __init__(self, logits: Tensor, b: int, recompute_logits: RecomputeLogits) -> None:
-        self.logits, self.b, self.recompute_logits = (
-            torch.softmax(logits, 1, out=logits),
-            b,
-            recompute_logits,
-        )
-
-    def anchor_sum(self) -> Tensor:
-        """[C]: the sum of the anchors' probabilities."""
-        return self.logits[: self.b].sum(0)
-
-    def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
-        """The logits become scale times the gradients by them; see the function of this name, also for what is returned."""
-        nll = to_gradients_(
-            self.logits[: self.b], self.logits[self.b :], entropy_gradient, self.recompute_logits
-        )
-        self.logits.mul_(scale)
-        return nll
+    nll = (torch.logsumexp(a, 1) + torch.logsumexp(n, 1) - lse).sum()
+    return (both - lse[:, None]).exp_(), nll

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.heads.autograd import mean_probabilities, temi_heads_loss
+from dist_scan.heads.autograd import TemiObjective, mean_probabilities, temi_heads_loss
 from dist_scan.heads.features import HeadFeatures, publish_heads, select_epoch
 from dist_scan.heads.linear import ClusterHeads, NumClusters
 from dist_scan.heads.products import concatenate_views
@@ -84,17 +84,14 @@ class TemiMethod(Method):
         # The teacher sees both views, without gradient.
         teacher_log_p, marginal = self._teacher(concatenate_views(first, second))
         # Weighted pointwise mutual information per head; losses are summed.
-        losses = temi_heads_loss(
-            first,
-            second,
-            self.heads.weight,
-            self.heads.bias,
-            self.heads.sizes,
+        heads = self.heads
+        objective = TemiObjective(
             teacher_log_p,
-            marginal.split(self.heads.sizes),
+            marginal.split(heads.sizes),
             self.config.beta,
             self.config.temperature,
         )
+        losses = temi_heads_loss(first, second, heads.weight, heads.bias, heads.sizes, objective)
         return Step(losses.sum(), {"total": losses.detach().mean()}, {"marginal": marginal})
 
     @torch.no_grad()
@@ -107,7 +104,8 @@ class TemiMethod(Method):
             (logits / self.config.temperature).log_softmax(1)
             for logits in self.teacher(features_XD)
         ]
-        means, _ = mean_probabilities([each.exp() for each in log_p])
+        sums = [each.exp().sum(0) for each in log_p]
+        means, _ = mean_probabilities(sums, len(features_XD))
         return log_p, torch.lerp(torch.cat(means), self.marginal, self.config.marginal_momentum)
 
     @torch.no_grad()

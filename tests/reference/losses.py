@@ -1,4 +1,4 @@
-"""Slow, obvious float64 losses, row by row from the papers' formulas, to hold dist_scan/losses.py against."""
+"""Losses row by row from the papers' formulas, in float64: slow, to test dist_scan/losses.py."""
 
 from __future__ import annotations
 
@@ -6,61 +6,64 @@ import torch
 from torch import Tensor
 
 
-def scan(a: Tensor, n: Tensor, weight: float) -> Tensor:
-    """One head, logits [B, C]: -mean log sum_c p q - weight * H(mean p); differentiable, float64 log space, no tricks of the product."""
+def scan(a: Tensor, n: Tensor, entropy_weight: float) -> Tensor:
+    """One head, logits [B, C]: -mean log sum_c p q - entropy_weight * H(mean p)."""
     log_p, log_q = a.double().log_softmax(1), n.double().log_softmax(1)
-    consistency = -torch.stack(
-        [torch.logsumexp(log_p[i] + log_q[i], 0) for i in range(len(a))]
-    ).mean()
+    log_products = [torch.logsumexp(log_p[i] + log_q[i], 0) for i in range(len(a))]
     mean = log_p.exp().mean(0).clamp(min=1e-8)
-    return consistency + weight * (mean * mean.log()).sum()
+    return -torch.stack(log_products).mean() + entropy_weight * (mean * mean.log()).sum()
 
 
-def nt_xent(first: Tensor, second: Tensor, t: float, symmetric: bool) -> Tensor:
-    """Anchor by anchor; the 2B-1 others are candidates."""
+def nt_xent(first: Tensor, second: Tensor, temperature: float, symmetric: bool) -> Tensor:
+    """Anchor by anchor; the 2 B - 1 others are candidates."""
     both, b = torch.cat([first, second]).double(), len(first)
     losses = []
     for i in range(2 * b if symmetric else b):
-        others = [j for j in range(2 * b) if j != i]
-        exponents = torch.stack([both[i] @ both[j] / t for j in others])
-        losses.append(torch.logsumexp(exponents, 0) - both[i] @ both[(i + b) % (2 * b)] / t)
+        logits = torch.stack([both[i] @ both[j] / temperature for j in range(2 * b) if j != i])
+        positive = both[i] @ both[(i + b) % (2 * b)] / temperature
+        losses.append(torch.logsumexp(logits, 0) - positive)
     return torch.stack(losses).mean()
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
+def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Row by row."""
-    q, k, queue = q.double(), k.double(), queue.double()
-    return torch.stack(
-        [
-            torch.logsumexp(torch.cat([(q[i] @ k[i])[None], queue @ q[i]]) / t, 0) - q[i] @ k[i] / t
-            for i in range(len(q))
-        ]
-    ).mean()
+    losses = []
+    for q, k in zip(queries.double(), keys.double()):
+        logits = torch.cat([(q @ k)[None], queue.double() @ q]) / temperature
+        losses.append(torch.logsumexp(logits, 0) - logits[0])
+    return torch.stack(losses).mean()
 
 
-def confident(strong: Tensor, weak: Tensor, threshold: float, balance: bool) -> Tensor:
-    """As the released code: weights n / n_c, F.cross_entropy's weighted mean over the confident rows."""
+def confident(strong: Tensor, weak: Tensor, threshold: float, class_balance: bool) -> Tensor:
+    """As the released code: weights n / n_c, weighted mean of the cross-entropy over confident
+    rows.
+    """
     p, labels = weak.double().softmax(1).max(1)
-    keep = p > threshold
-    counts = [int((labels[keep] == c).sum()) for c in range(weak.shape[1])]
-    n = sum(counts)
-    weight = torch.tensor([n / c if c and balance else 1.0 for c in counts], dtype=torch.float64)
-    return torch.nn.functional.cross_entropy(strong.double()[keep], labels[keep], weight)
+    mask = p > threshold
+    counts = [int((labels[mask] == c).sum()) for c in range(weak.shape[1])]
+    weights = [sum(counts) / c if c and class_balance else 1.0 for c in counts]
+    return torch.nn.functional.cross_entropy(
+        strong.double()[mask], labels[mask], torch.tensor(weights, dtype=torch.float64)
+    )
 
 
 def temi(
     student: list[Tensor], teacher: list[Tensor], marginals: list[Tensor], beta: float
 ) -> Tensor:
-    """Per head, mean over pairs and directions of -w log sum_c (s t)^beta / m; student and teacher [2B, C] logits (temperature inside)."""
-    s, t = ([x.double().softmax(1) for x in heads] for heads in (student, teacher))
+    """Per head [H]: mean over pairs and directions of -w log sum_c (s t)^beta / m.
+
+    Student and teacher: logits [2B, C] per head, divided by the temperature.
+    """
+    s = [logits.double().softmax(1) for logits in student]
+    t = [logits.double().softmax(1) for logits in teacher]
     b = len(s[0]) // 2
     weights = [sum(float(x[i] @ x[i + b]) for x in t) / len(t) for i in range(b)]
-    out = []
-    for h in range(len(s)):
-        pmi = lambda i, j: ((s[h][i] * t[h][j]) ** beta / marginals[h].double()).sum().log()  # noqa: E731
-        out.append(
-            -torch.stack(
-                [w * (pmi(i, i + b) + pmi(i + b, i)) / 2 for i, w in enumerate(weights)]
-            ).mean()
-        )
-    return torch.stack(out)
+    losses = []
+    for h, marginal in enumerate(marginals):
+        terms = []
+        for i, w in enumerate(weights):
+            for x, other in ((i, i + b), (i + b, i)):
+                ratios = (s[h][x] * t[h][other]) ** beta / marginal.double()
+                terms.append(-w * ratios.sum().log())
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses)

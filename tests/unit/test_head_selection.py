@@ -1,4 +1,6 @@
-"""Choosing heads without labels: alignment, consensus, stability, the choice over epochs, and the stop when heads diverge."""
+"""Choosing heads without labels: alignment, consensus, stability, the choice over epochs, and the
+stop when heads diverge.
+"""
 
 from __future__ import annotations
 
