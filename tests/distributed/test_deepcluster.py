@@ -273,7 +273,7 @@ class StopAt:
     def write_row(self, step, values) -> None:
         self.requested |= step == self.step - 1
 
-    def write_timing(self, step, values) -> None:
+    def write_timing(self, step, steps, sections) -> None:
         pass
 
 
