@@ -77,7 +77,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _rank(args: argparse.Namespace) -> int:
-    import numpy as np
 
     from dist_scan.data.assignments import Assignments
     from dist_scan.data.feature_table import FeatureTable
@@ -86,8 +85,8 @@ def _rank(args: argparse.Namespace) -> int:
     from dist_scan.search.kmeans import kmeans
     from dist_scan.search.options import KMeansOptions
     from dist_scan.search.summary import describe_kmeans
+    from dist_scan.storage.arrays import write_npy
     from dist_scan.storage.artifacts import WORK
-    from dist_scan.storage.atomic import write_atomic
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import close_world, open_world
 
@@ -119,7 +118,7 @@ def _rank(args: argparse.Namespace) -> int:
         return 128 + (stop.signal or 15)
     if world.rank == 0:
         Assignments(found.assignment, args.k).save(out)
-        write_atomic(out / "centroids.npy", lambda f: np.save(f, found.centroids))
+        write_npy(out / "centroids.npy", found.centroids)
         shutil.rmtree(out / WORK, ignore_errors=True)
         print(f"{out}: {describe_kmeans(found)}")
     barrier()

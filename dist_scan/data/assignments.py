@@ -1,4 +1,4 @@
-"""A cluster for every image: what k-means and trained heads publish and evaluation reads."""
+"""The cluster of every image: written by k-means and trained heads, read by evaluation."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_scan.storage.atomic import write_atomic
+from dist_scan.storage.arrays import write_npz
+
+FILE = "assignments.npz"
 
 
 @dataclass(frozen=True)
 class Assignments:
-    """cluster [N] int32; probability [N] float32 of that cluster and top [N, T] int32 (most probable first), if there are any."""
+    """Cluster of each of N images, and what is known about the runners-up."""
 
     cluster: np.ndarray
+    """[N] int32."""
     num_clusters: int
     probability: np.ndarray | None = None
+    """[N] float32: probability of `cluster`."""
     top: np.ndarray | None = None
+    """[N, T] int32: the most probable clusters, in descending order."""
 
     def save(self, path: Path) -> None:
         """Write into a folder."""
-        parts = {
+        arrays: dict[str, np.ndarray] = {
             "cluster": self.cluster.astype(np.int32),
-            "num_clusters": np.int64(self.num_clusters),
+            "num_clusters": np.array(self.num_clusters, np.int64),
         }
         if self.probability is not None:
-            parts["probability"] = self.probability.astype(np.float32)
+            arrays["probability"] = self.probability.astype(np.float32)
         if self.top is not None:
-            parts["top"] = self.top.astype(np.int32)
-        write_atomic(Path(path) / "assignments.npz", lambda f: np.savez(f, **parts))
+            arrays["top"] = self.top.astype(np.int32)
+        write_npz(Path(path) / FILE, arrays)
 
     @classmethod
     def load(cls, path: Path) -> Assignments:
-        """Read from a folder. Raises ValueError when it holds none."""
-        file = Path(path) / "assignments.npz"
+        """Read from a folder. Raises ValueError if it has none."""
+        file = Path(path) / FILE
         if not file.is_file():
-            raise ValueError(f"{path}: holds no assignments.npz; give a kmeans or assign stage")
-        with np.load(file) as parts:
+            raise ValueError(f"{path}: no {FILE}; give the folder of a kmeans or assign stage")
+        with np.load(file) as arrays:
+            num_clusters = int(arrays["num_clusters"])
             return cls(
-                parts["cluster"],
-                int(parts["num_clusters"]),
-                parts.get("probability"),
-                parts.get("top"),
+                arrays["cluster"], num_clusters, arrays.get("probability"), arrays.get("top")
             )
 
 
 def save_history(path: Path, epochs: np.ndarray, cluster: np.ndarray) -> None:
-    """Write into a folder the clusters [N, E] of every image at the start of each of `epochs` [E] (-1: none), for evaluation."""
-    write_atomic(
-        Path(path) / "history.npz",
-        lambda f: np.savez_compressed(
-            f, epoch=np.asarray(epochs), cluster=cluster.T.astype(np.int32)
-        ),
-    )
+    """Write the clusters of every image over the epochs into a folder, for evaluation.
+
+    cluster: [N, E], the cluster of each image at the start of each of `epochs` [E]; -1: none.
+    """
+    arrays = {"epoch": np.asarray(epochs), "cluster": cluster.T.astype(np.int32)}
+    write_npz(Path(path) / "history.npz", arrays, compressed=True)

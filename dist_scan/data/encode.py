@@ -1,4 +1,7 @@
-"""One image's bytes -> what is stored, or the reason why not. Imports neither torch nor ffcv: worker processes start quickly."""
+"""Encode the bytes of one image for storage, or say why it cannot be read.
+
+Imports neither torch nor ffcv, so that worker processes start quickly.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dist_scan.config import DataConfig
+from dist_scan.config.data import DataConfig
 
-JPEG, RAW = 0, 1  # the .beton format's modes
-MOST_PIXELS = (
-    2**27
-)  # a decompression bomb is a listed failure, decided from the header, before pixels are made
-MOST_BYTES = 8 * 2**20 - 64  # a stored sample must fit into a page of the file
+JPEG, RAW = 0, 1  # modes of an image in the .beton format
+MAX_PIXELS = 2**27  # read from the header: a decompression bomb is refused before it is decoded
+MAX_BYTES = 8 * 2**20 - 64  # an image must fit into a page of the file
+MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO[^>]*>")
+EXIF_ORIENTATION = 0x0112
 
 
 class UnreadableImageError(ValueError):
-    """Why an image was left out."""
+    """The reason why an image cannot be stored."""
 
 
 class EncodedImage(NamedTuple):
-    """One image as it lies in the file."""
+    """One image as it is stored."""
 
     data: bytes
     mode: int
@@ -33,9 +36,10 @@ class EncodedImage(NamedTuple):
 
 
 def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> EncodedImage:
-    """Decode, turn upright, make RGB, resize, store. Raises Unreadable with the reason.
+    """Decode, apply the EXIF rotation, convert to RGB, resize, and encode for storage.
 
-    `pass_through=False` re-encodes what stored=original would hand on untouched.
+    With stored=original, a plain RGB JPEG is stored as it is, unless `pass_through` is False.
+    Raises UnreadableImageError with the reason.
     """
     if not data:
         raise UnreadableImageError("zero bytes")
@@ -43,70 +47,83 @@ def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> Encode
         return _encode(data, config, pass_through)
     except UnreadableImageError:
         raise
-    except Exception as error:  # PIL lets struct.error and a dozen others through on damaged files; one image must not end a build
-        text = re.sub(
-            r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}"
-        )  # an address: the list must be the same at each build
+    except Exception as error:
+        # PIL raises struct.error and a dozen others for damaged files: none may end a build.
+        # Memory addresses are removed: the list of unreadable images is the same at each build.
+        text = MEMORY_ADDRESS.sub("", f"{type(error).__name__}: {error}")
         raise UnreadableImageError(text[:200]) from None
 
 
 def _encode(data: bytes, config: DataConfig, pass_through: bool) -> EncodedImage:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns about odd metadata of images it reads well
+        warnings.simplefilter("ignore")  # PIL warns about odd metadata of images that it reads
         image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise UnreadableImageError(
-                f"{image.width} x {image.height} pixels (allowed: {MOST_PIXELS:,})"
+                f"{image.width} x {image.height} pixels (allowed: {MAX_PIXELS:,})"
             )
-        if pass_through and config.stored == "original" and _as_it_is(image, len(data), config):
-            image.load()  # a truncated file is found here
+        is_original = pass_through and config.stored == "original"
+        if is_original and _can_pass_through(image, len(data), config):
+            image.load()  # raises if the file is truncated
             return EncodedImage(data, JPEG, image.height, image.width)
-        return _store(_resize(_rgb(ImageOps.exif_transpose(image)), config), config)
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        return _to_stored(_resize(upright, config), config)
 
 
-def _as_it_is(image: Image.Image, size: int, config: DataConfig) -> bool:
-    plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-    return plain and size <= MOST_BYTES and max(image.size) <= config.max_side
+def _can_pass_through(image: Image.Image, size: int, config: DataConfig) -> bool:
+    """True for an upright RGB JPEG of `size` bytes that is small enough."""
+    is_rgb_jpeg = image.format == "JPEG" and image.mode == "RGB"
+    is_upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+    return is_rgb_jpeg and is_upright and size <= MAX_BYTES and max(image.size) <= config.max_side
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16-bit and float greys are scaled (PIL would clip them to white), palettes and alpha over black."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64)
-        if not np.isfinite(values).all():
-            raise UnreadableImageError("has pixels that are no numbers")
-        return Image.fromarray(
-            np.clip(values / _top(image, float(values.max())) * 255 + 0.5, 0, 255).astype(np.uint8)
-        ).convert("RGB")
-    return image.convert("RGB")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB image of any mode.
+
+    16-bit and float greys are scaled (PIL would clip them to white); alpha is dropped.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+        raise UnreadableImageError("has pixels that are NaN or Inf")
+    scaled = values / _white_level(image, float(values.max())) * 255 + 0.5
+    return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).convert("RGB")
 
 
-def _top(image: Image.Image, most: float) -> float:
-    """What counts as white: by the format where it says, else the smallest usual range that holds the values."""
+def _white_level(image: Image.Image, largest: float) -> float:
+    """The value of white in a grey image.
+
+    Given by the format if possible, else the end of the smallest usual range with all values.
+    """
     if image.mode.startswith("I;16") or image.format == "PNG":
         return 65535.0
-    return next(
-        (top for top in (1.0, 255.0, 65535.0) if most <= top and (top > 1 or image.mode == "F")),
-        most,
-    )
+    levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    return next((level for level in levels if largest <= level), largest)
 
 
 def _resize(image: Image.Image, config: DataConfig) -> Image.Image:
-    wanted = 1.0 if config.stored == "original" else config.resolution / min(image.size)
-    scale = min(wanted, config.max_side / max(image.size))
-    size = tuple(max(1, int(side * scale + 0.5)) for side in image.size)
-    return image if size == image.size else image.resize(size, Image.BILINEAR)
+    """Resize the shorter side to `resolution`, unless the longer one then exceeds `max_side`."""
+    width, height = image.size
+    scale = 1.0
+    if config.stored != "original":
+        scale = config.resolution / min(width, height)
+    scale = min(scale, config.max_side / max(width, height))
+    size = (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5)))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
-def _store(image: Image.Image, config: DataConfig) -> EncodedImage:
+def _to_stored(image: Image.Image, config: DataConfig) -> EncodedImage:
+    """Pixels or a JPEG. Raises UnreadableImageError if it does not fit into a page."""
     if config.stored == "raw":
-        stored = EncodedImage(np.asarray(image).tobytes(), RAW, image.height, image.width)
+        mode, data = RAW, np.asarray(image).tobytes()
     else:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=config.quality)
-        stored = EncodedImage(buffer.getvalue(), JPEG, image.height, image.width)
-    if len(stored.data) > MOST_BYTES:
+        mode, data = JPEG, buffer.getvalue()
+    if len(data) > MAX_BYTES:
         raise UnreadableImageError(
-            f"{len(stored.data):,} bytes when stored (allowed: {MOST_BYTES:,}); lower data.resolution or data.max_side"
+            f"{len(data):,} bytes when stored (allowed: {MAX_BYTES:,}); "
+            "lower data.resolution or data.max_side"
         )
-    return stored
+    return EncodedImage(data, mode, image.height, image.width)

@@ -1,11 +1,11 @@
-"""Opening a .beton for a set of recipes: the one place where settings become a loader."""
+"""Open a .beton with the recipes and settings of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from dist_scan.config import RunConfig
+from dist_scan.config.run import RunConfig
 from dist_scan.data.augment.recipes import Recipe, RecipeConfig, build_recipe
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.world.world import World, cores_per_rank
@@ -14,23 +14,23 @@ from dist_scan.world.world import World, cores_per_rank
 def open_images(
     path: Path, recipes: tuple[RecipeConfig, ...], batch: int, run: RunConfig, world: World
 ) -> tuple[BetonLoader, tuple[Recipe, ...]]:
-    """A loader whose batches hold one view per recipe, and the recipes that colour them."""
+    """(loader, recipes): batches of the loader have one crop per recipe, for it to augment."""
     built = tuple(build_recipe(r, run.data.size, run.data.mean, run.data.std) for r in recipes)
-    most = cores_per_rank(world)
+    cores = cores_per_rank(world)
     loader = BetonLoader(
         path,
-        tuple(r.crop for r in built),
+        tuple(recipe.crop for recipe in built),
         seed=run.seed,
         batch_size=batch,
-        workers=min(run.runtime.workers or most, most),
+        workers=min(run.runtime.workers or cores, cores),
     )
     return loader, built
 
 
 def input_description(recipe: RecipeConfig, run: RunConfig) -> dict[str, Any]:
-    """How an image file becomes what the network sees, in words a stranger can follow (JSON): for whoever loads a model elsewhere."""
-    crop = build_recipe(recipe, run.data.size, run.data.mean, run.data.std).crop
+    """How an image file becomes the network's input, as JSON for users of an exported model."""
     data = run.data
+    crop = build_recipe(recipe, data.size, data.mean, data.std).crop
     stored = {
         "raw": "pixels as resized",
         "jpeg": f"JPEG of quality {data.quality}",

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from dist_scan.data.order import check_rows
-from dist_scan.storage.atomic import write_atomic, write_json
+from dist_scan.storage.arrays import write_npy
+from dist_scan.storage.atomic import write_json
 
 METADATA_FILE = "table.json"
 
@@ -137,8 +138,7 @@ class ShardedTable(ABC):
                 raise ValueError(
                     f"shard {shard} of {self.path} has rows {start}..{stop - 1}, got {len(array)}"
                 )
-            array = np.ascontiguousarray(array, self.dtypes[name])
-            write_atomic(self._file(shard, name), partial(np.save, arr=array))
+            write_npy(self._file(shard, name), np.ascontiguousarray(array, self.dtypes[name]))
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, ...]:
         """The arrays of a shard. Raises ValueError if one is missing or damaged."""

@@ -16,7 +16,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.heads.selection import PublishedHeads
 from dist_scan.models.cluster_model import load_cluster_model
 from dist_scan.stages.base import Stage
-from dist_scan.storage.atomic import write_atomic
+from dist_scan.storage.arrays import write_npz
 from dist_scan.world.collectives import barrier, gather_rows
 
 TOP = 5
@@ -98,7 +98,7 @@ class ConsensusStage(Stage):
                 c.out
             )
             parts = {"cluster": every.T.numpy().astype(np.int32), "sizes": np.array(heads.sizes)}
-            write_atomic(c.out / "heads.npz", lambda f: np.savez(f, **parts))
+            write_npz(c.out / "heads.npz", parts)
         barrier()
 
     def _features(self) -> Iterator[Tensor]:

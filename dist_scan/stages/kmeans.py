@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from dist_scan.config.stage import Ref, StageConfig
@@ -62,8 +61,8 @@ class KMeansStage(Stage):
         from dist_scan.search.kmeans import kmeans
         from dist_scan.search.options import KMeansOptions
         from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
+        from dist_scan.storage.arrays import write_npy
         from dist_scan.storage.artifacts import WORK
-        from dist_scan.storage.atomic import write_atomic
 
         c, s = self.context, self.config
         table = FeatureTable.open(c.inputs["features"])
@@ -92,5 +91,5 @@ class KMeansStage(Stage):
         )
         if c.world.rank == 0:
             Assignments(result.assignment, s.num_clusters).save(c.out)
-            write_atomic(c.out / "centroids.npy", lambda f: np.save(f, result.centroids))
+            write_npy(c.out / "centroids.npy", result.centroids)
         barrier()

@@ -136,7 +136,7 @@ def test_probabilities_of_jitter_and_grey() -> None:
 def test_probability_and_range_of_blur(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        augment.colour, "blur", lambda x, draws, p, *a: (seen.append((draws, p)), x)[1]
+        augment.colour, "random_blur", lambda x, draws, p, *a: (seen.append((draws, p)), x)[1]
     )
     n = 4000
     run(made("moco_v2"), flat(n), np.arange(n))
@@ -313,8 +313,8 @@ def test_what_is_no_batch_of_images_is_refused(images, index) -> None:
 def test_colour_of_nobody() -> None:
     """A batch in which no image is chosen comes back as it was."""
     x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(colour.blur(x, np.full((2, 2), 0.9), 0.5), x) and torch.equal(
-        colour.greyscale(x, np.full(2, 0.9), 0.2), x
+    assert torch.equal(colour.random_blur(x, np.full((2, 2), 0.9), 0.5), x) and torch.equal(
+        colour.random_greyscale(x, np.full(2, 0.9), 0.2), x
     )
 
 
@@ -359,7 +359,7 @@ def test_a_turn_is_counter_clockwise() -> None:
 
     picture = torch.arange(25.0).view(1, 1, 5, 5)
     torch.testing.assert_close(
-        warp.turn(picture, np.array([90.0])), torch.rot90(picture, 1, (2, 3)), atol=1e-4, rtol=0
+        warp.rotate(picture, np.array([90.0])), torch.rot90(picture, 1, (2, 3)), atol=1e-4, rtol=0
     )
 
 

@@ -174,7 +174,7 @@ TORCHVISION = {
 def test_colour_equals_torchvision(name, low, high) -> None:
     x = to_tensor(photographs(32, 40)) / 255
     value = np.random.default_rng(2).uniform(low, high, len(x))
-    ours = getattr(colour, name)(x, colour.column(value, x))
+    ours = getattr(colour, name)(x, colour.per_image(value, x))
     theirs = torch.stack([TORCHVISION[name](image, float(v)) for image, v in zip(x, value)])
     # torchvision's grey uses .2989 and .587 and .114 (sum .9999), PIL's .299: up to 1.8e-4 apart
     assert (ours - theirs).abs().max() < (2e-4 if name in ("contrast", "saturation") else 5e-6)
@@ -194,7 +194,7 @@ def test_colour_is_within_rounding_of_pil(name, low, high) -> None:
     images = photographs(32, 40)
     value = np.random.default_rng(3).uniform(low, high, len(images))
     x = to_tensor(images) / 255
-    ours = getattr(colour, name)(x, colour.column(value, x)) * 255
+    ours = getattr(colour, name)(x, colour.per_image(value, x)) * 255
     theirs = to_tensor(
         np.stack(
             [
@@ -262,7 +262,7 @@ def test_hue_turns_red_to_yellow(jitter) -> None:
 
 def test_greyscale_equals_pils_within_rounding() -> None:
     images = photographs(32, 10)
-    ours = colour.greyscale(to_tensor(images) / 255, np.zeros(10), 0.5) * 255
+    ours = colour.random_greyscale(to_tensor(images) / 255, np.zeros(10), 0.5) * 255
     theirs = np.stack([np.asarray(Image.fromarray(i).convert("L")) for i in images])
     assert np.abs(ours.numpy() - theirs[:, None]).max() < 0.51
 
@@ -271,7 +271,7 @@ def test_blur_is_near_pils_and_scales_with_sigma() -> None:
     images = photographs(96, 12)
     sigma = np.linspace(0.1, 2, 12)
     ours = (
-        colour.blur(to_tensor(images) / 255, np.stack([np.zeros(12), (sigma - 0.1) / 1.9], 1), 0.5)
+        colour.random_blur(to_tensor(images) / 255, np.stack([np.zeros(12), (sigma - 0.1) / 1.9], 1), 0.5)
         * 255
     )
     theirs = to_tensor(

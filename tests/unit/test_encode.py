@@ -93,7 +93,7 @@ JPG = encoded(picture(), "JPEG")
         (b"", "zero bytes"),
         (b"hello" * 50, "cannot identify"),
         (JPG[: len(JPG) // 2], "OSError"),
-        (flat(np.nan, np.float32, kind="TIFF"), "no numbers"),
+        (flat(np.nan, np.float32, kind="TIFF"), "NaN or Inf"),
         (encoded(Image.new("1", (20000, 20000))), "bomb"),
     ],
     ids=["empty", "garbage", "truncated", "nan", "bomb"],

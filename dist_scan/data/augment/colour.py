@@ -1,6 +1,7 @@
-"""Colour on batches with parameters per sample: images [B, 3, H, W] float in [0, 1], factors [B]. Definitions are torchvision's.
+"""Colour operations on batches, with parameters for each image.
 
-Each function's result for an image does not depend on the images beside it.
+Images x are float [B, 3, H, W] in [0, 1], factors [B, 1, 1, 1]; draws are uniform in [0, 1), on the
+CPU. The definitions are torchvision's. The result for an image does not depend on the others.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as PIL's "L" mode
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL's mode "L"
+Strength = tuple[float, float, float, float]
+"""Of brightness, contrast, saturation and hue."""
 
 
-def column(values: np.ndarray, like: Tensor) -> Tensor:
-    """[B] numbers drawn on the CPU -> [B, 1, 1, 1] beside the images."""
-    return torch.as_tensor(np.ascontiguousarray(values), dtype=like.dtype, device=like.device).view(
-        -1, 1, 1, 1
-    )
+def per_image(values: np.ndarray, like: Tensor) -> Tensor:
+    """Values [B] as [B, 1, 1, 1] with the dtype and on the device of the images."""
+    tensor = torch.as_tensor(np.ascontiguousarray(values), dtype=like.dtype, device=like.device)
+    return tensor.view(-1, 1, 1, 1)
 
 
-def grey(x: Tensor) -> Tensor:
-    """Luminance [B, 1, H, W]."""
+def luminance(x: Tensor) -> Tensor:
+    """Weighted mean of the channels, [B, 1, H, W]."""
     r, g, b = x.unbind(1)
     return (r * LUMA[0] + g * LUMA[1] + b * LUMA[2])[:, None]
 
 
 def image_mean(x: Tensor) -> Tensor:
-    """Mean of each image, [B, 1, 1, 1], added up in pairs in an order that is the same everywhere.
+    """Mean of each image, [B, 1, 1, 1], by pairwise sums in a fixed order.
 
-    Tensor.mean adds a batch of one in another order (two threads share one image), and a GPU's order depends on B too.
+    The order of Tensor.mean depends on the batch size: two threads share an image that is alone,
+    and on a GPU every batch size has its own order.
     """
     sums = x.flatten(1)
     count = sums.shape[1]
@@ -43,7 +46,7 @@ def image_mean(x: Tensor) -> Tensor:
 
 
 def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * x + (1 - factor) * other, clipped."""
+    """factor * x + (1 - factor) * other, clipped to [0, 1]."""
     return (x * factor + other * (1 - factor)).clamp_(0, 1)
 
 
@@ -53,121 +56,124 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean luminance of each image."""
-    return blend(x, image_mean(grey(x)), factor)
+    """Blend with the mean luminance of the image."""
+    return blend(x, image_mean(luminance(x)), factor)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's own luminance."""
-    return blend(x, grey(x), factor)
+    """Blend with the luminance."""
+    return blend(x, luminance(x), factor)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` of a full circle (in [-0.5, 0.5]), exactly, in HSV."""
+    """Rotate the hue in HSV by `shift`, a fraction of a full circle in [-0.5, 0.5]."""
+    # RGB to HSV: value, chroma, and the hue in sixths of a circle
     r, g, b = x.unbind(1)
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sector = torch.where(
-        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
-    turned = torch.remainder(sector / 6 + shift[:, 0], 1.0) * 6
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    green_or_blue = torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
+    sector = torch.where(value == r, (g - b) / divisor, green_or_blue)
+    rotated = torch.remainder(sector / 6 + shift[:, 0], 1.0) * 6
+
+    # HSV to RGB in closed form: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + h) mod 6
     channels = []
-    for n in (
-        5,
-        3,
-        1,
-    ):  # Smith 1978 in its closed form: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + h) mod 6
-        k = torch.remainder(n + turned, 6.0)
+    for n in (5, 3, 1):
+        k = torch.remainder(n + rotated, 6.0)
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
     return torch.stack(channels, 1)
 
 
-def jitter(x: Tensor, draws: np.ndarray, strength: tuple[float, float, float, float]) -> Tensor:
-    """ColorJitter: brightness, contrast, saturation, hue, in an order of each sample's own. draws [B, 8] in [0, 1)."""
+def jitter(x: Tensor, draws: np.ndarray, strength: Strength) -> Tensor:
+    """torchvision's ColorJitter with a random order of the four operations for each image.
+
+    draws: [B, 8]; the first four give the factors, the others the order.
+    """
+    factors = [1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate(strength[:3])]
+    factors.append(strength[3] * (2 * draws[:, 3] - 1))
     order = draws[:, 4:8].argsort(1)
-    b, c, s, h = strength
-    factors = [1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate((b, c, s))] + [
-        h * (2 * draws[:, 3] - 1)
-    ]
     x = x.clone()
     for place in range(4):
         for number, apply in enumerate((brightness, contrast, saturation, hue)):
             rows = np.flatnonzero(order[:, place] == number)
             if len(rows):
-                at = torch.from_numpy(rows).to(x.device)
-                x[at] = apply(x[at], column(factors[number][rows], x))
+                selected = torch.from_numpy(rows).to(x.device)
+                x[selected] = apply(x[selected], per_image(factors[number][rows], x))
     return x
 
 
-def jitter_fused(
-    x: Tensor, draws: np.ndarray, strength: tuple[float, float, float, float]
-) -> Tensor:
-    """The four as one 3x3 matrix and an offset per sample, in a fixed order: 10 times faster, hue as a YIQ rotation, no clipping
-    between the steps (mean difference .03 with hue on, .003 without)."""
-    n, eye = len(draws), np.eye(3)
+def jitter_fused(x: Tensor, draws: np.ndarray, strength: Strength) -> Tensor:
+    """Approximate colour jitter, 10 times faster: a 3x3 matrix and an offset for each image.
+
+    The order is fixed, hue is a rotation in YIQ, and nothing is clipped between the operations: the
+    mean difference from `jitter` is 0.03 with hue and 0.003 without. draws: [B, 8].
+    """
     light, con, sat = (1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate(strength[:3]))
-    angle = (
-        -2 * np.pi * strength[3] * (2 * draws[:, 3] - 1)
-    )  # in the IQ plane, red to yellow turns to the right
-    luma = np.tile(np.array(LUMA), (3, 1))
+
+    # Hue: a rotation in the plane of I and Q; the sign makes red turn to yellow
+    angle = -2 * np.pi * strength[3] * (2 * draws[:, 3] - 1)
     to_yiq = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-    turn = np.zeros((n, 3, 3))
-    turn[:, 0, 0], turn[:, 1, 1], turn[:, 2, 2] = 1, np.cos(angle), np.cos(angle)
-    turn[:, 1, 2], turn[:, 2, 1] = -np.sin(angle), np.sin(angle)
-    colour = (
-        np.linalg.inv(to_yiq)
-        @ turn
-        @ to_yiq
-        @ (sat[:, None, None] * eye + (1 - sat)[:, None, None] * luma)
-    )
+    turn = np.zeros((len(draws), 3, 3))
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = np.cos(angle)
+    turn[:, 2, 1] = np.sin(angle)
+    turn[:, 1, 2] = -turn[:, 2, 1]
+
+    # Saturation, then hue, then contrast and brightness
+    luma = np.tile(np.array(LUMA), (3, 1))
+    saturate = sat[:, None, None] * np.eye(3) + (1 - sat)[:, None, None] * luma
+    colour = np.linalg.inv(to_yiq) @ turn @ to_yiq @ saturate
     matrix = torch.as_tensor(colour * (light * con)[:, None, None], dtype=x.dtype, device=x.device)
-    offset = column(light * (1 - con), x) * image_mean(grey(x))
+    offset = per_image(light * (1 - con), x) * image_mean(luminance(x))
     return (torch.einsum("bij,bjhw->bihw", matrix, x) + offset).clamp_(0, 1)
 
 
-def greyscale(x: Tensor, draws: np.ndarray, probability: float) -> Tensor:
-    """Some samples without colour. draws [B]."""
-    chosen = column(draws < probability, x)
-    return torch.where(chosen > 0, grey(x).expand_as(x), x)
+def random_greyscale(x: Tensor, draws: np.ndarray, probability: float) -> Tensor:
+    """Replace the channels of some images by the luminance. draws: [B]."""
+    is_grey = per_image(draws < probability, x)
+    return torch.where(is_grey > 0, luminance(x).expand_as(x), x)
 
 
-def blur(
+def random_blur(
     x: Tensor, draws: np.ndarray, probability: float, sigma: tuple[float, float] = (0.1, 2.0)
 ) -> Tensor:
-    """Gaussian blur of some samples with a sigma of their own (pixels). draws [B, 2].
+    """Gaussian blur of some images, with sigma uniform between two numbers of pixels.
 
-    Taps out to three of the largest sigmas; edges repeat, as PIL's (MoCo v2's transform; a reflecting edge is twice as far from it).
+    draws: [B, 2]; whether to blur, and sigma. The kernel ends at three times the largest sigma.
+    Edge pixels are repeated, as PIL does in MoCo v2's transform.
     """
     rows = np.flatnonzero(draws[:, 0] < probability)
     if not len(rows):
         return x
     radius = int(np.ceil(3 * sigma[1]))
     taps = np.arange(-radius, radius + 1)
-    widths = sigma[0] + (sigma[1] - sigma[0]) * draws[rows, 1]
-    weights = np.exp(-0.5 * (taps / widths[:, None]) ** 2)
+    sigmas = sigma[0] + (sigma[1] - sigma[0]) * draws[rows, 1]
+    weights = np.exp(-0.5 * (taps / sigmas[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)
-    at = torch.from_numpy(rows).to(x.device)
-    part = x[at]
-    for dim in (2, 3):
-        pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
-        wide = F.pad(part, pad, mode="replicate")
-        size = part.shape[dim]
-        part = sum(column(weights[:, k], x) * wide.narrow(dim, k, size) for k in range(len(taps)))
+    selected = torch.from_numpy(rows).to(x.device)
+    blurred = x[selected]
+    for dim, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded = F.pad(blurred, pad, mode="replicate")
+        size = blurred.shape[dim]
+        blurred = torch.zeros_like(blurred)
+        for k in range(len(taps)):
+            blurred += per_image(weights[:, k], x) * padded.narrow(dim, k, size)
     x = x.clone()
-    x[at] = part
+    x[selected] = blurred
     return x
 
 
-def cutout(x: Tensor, side: np.ndarray, row: np.ndarray, col: np.ndarray) -> Tensor:
-    """One box of zeros per sample: centre (row, col) [B] in pixels, `side` [B] (even; 0 for none), clipped at the edges.
+def cutout(x: Tensor, side: np.ndarray, row: np.ndarray, column: np.ndarray) -> Tensor:
+    """Set one square of each image to zero, clipped at the edges.
 
-    On normalised images zero is the dataset's mean colour.
+    side: [B], even, in pixels; 0: none. row, column: [B], its centre.
+    On normalised images zero is the mean colour of the data set.
     """
     half = side // 2
-    table = torch.from_numpy(np.stack([row - half, row + half, col - half, col + half])).to(
-        x.device
-    )[..., None]
-    ys, xs = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-    inside_y, inside_x = (ys >= table[0]) & (ys < table[1]), (xs >= table[2]) & (xs < table[3])
+    bounds = np.stack([row - half, row + half, column - half, column + half])
+    top, bottom, left, right = torch.from_numpy(bounds).to(x.device)[..., None]
+    ys = torch.arange(x.shape[2], device=x.device)
+    xs = torch.arange(x.shape[3], device=x.device)
+    inside_y = (ys >= top) & (ys < bottom)
+    inside_x = (xs >= left) & (xs < right)
     return x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)

@@ -1,12 +1,16 @@
-"""Augmentation recipes by name. The decoder cuts (CropSpec), the device colours; both draw from hashes of (seed, epoch, index, view).
+"""Augmentation recipes by name, their settings, and their application to a batch of images.
 
-FIDELITY.md 1.3 (SCAN's standard, simclr, ours = randaugment), 2.3 (MMDC), 3 (DeepCluster v1, v2), 4 (MoCo v1, v2), QUICKSTART.md (digits).
+The loader cuts the crops on the CPU (CropSpec), a Recipe changes colours and shapes on the device.
+Both draw their numbers from hashes of (seed, epoch, row, view).
+
+Sources: SCAN ("standard", "simclr", "randaugment" for self-labelling), MMDC, DeepCluster and
+DeepCluster-v2 ("dcv2"), MoCo v1 and v2; docs/fidelity.md compares them with the released code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,41 +18,46 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from dist_scan.config import DataConfig, StrictModel, suggest
+from dist_scan.config.base import StrictModel, suggest
+from dist_scan.config.data import DataConfig
 from dist_scan.data.augment import colour, warp
 from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.augment.randaugment import randaugment
 from dist_scan.data.hashing import uniform_draws
 
-COLOUR = 301  # this use's stream of the hash
+COLOUR = 301  # stream of the hash
 NUM_DRAWS = 24
-Draws = np.ndarray  # [B, NUM_DRAWS] in [0, 1)
+Draws = np.ndarray
+"""[B, NUM_DRAWS] in [0, 1). Columns: 0-7 RandAugment, digits or rotation; 8 whether to jitter the
+colours; 9-16 jitter; 17 greyscale; 18-19 blur; 20-23 cutout."""
 
 
 @dataclass(frozen=True)
 class RecipeSpec:
-    """What a recipe name stands for."""
+    """What a recipe does. Probabilities end in _p."""
 
     crop: Literal["random_resized", "random", "center"]
     scale: tuple[float, float] = (0.2, 1.0)
+    """random_resized: fraction of the image's area."""
     flip: float = 0.0
     jitter: tuple[float, float, float, float] | None = None
+    """Strength of brightness, contrast, saturation and hue, as in torchvision's ColorJitter."""
     jitter_p: float = 0.8
     grey_p: float = 0.0
     blur_p: float = 0.0
     special: Literal["none", "randaugment", "digits"] = "none"
     cutout_p: float = 0.0
-    share: tuple[float, ...] = ()
-    """Side of the crop as a share of the image's shorter side: one of these."""
+    crop_fractions: tuple[float, ...] = ()
+    """Side of the crop as a fraction of the image's shorter side; one of these is drawn."""
     degrees: float = 0.0
-    """Turned by an angle uniform between minus and plus this."""
+    """Largest angle of a rotation in either direction, uniform."""
     normalise: bool = True
 
 
 SCAN_JITTER = (0.4, 0.4, 0.4, 0.1)
 RECIPES: dict[str, RecipeSpec] = {
     "center": RecipeSpec("center"),
-    "whole": RecipeSpec("center", share=(1.0,)),
+    "whole": RecipeSpec("center", crop_fractions=(1.0,)),
     "crop": RecipeSpec("random", flip=0.5),
     "standard": RecipeSpec("random_resized", (0.08, 1.0), flip=0.5),
     "simclr": RecipeSpec("random_resized", flip=0.5, jitter=SCAN_JITTER, grey_p=0.2),
@@ -70,44 +79,51 @@ RECIPES: dict[str, RecipeSpec] = {
         jitter=(0.4, 0.4, 0.4, 0.125),
         jitter_p=1.0,
         grey_p=0.2,
-        share=(20 / 32,),
+        crop_fractions=(20 / 32,),
         normalise=False,
     ),
-    "mmdc_center": RecipeSpec("center", share=(20 / 32,), normalise=False),
-    "mmdc_rotation": RecipeSpec(
-        "random", share=(20 / 32,), normalise=False
-    ),  # of the images whose quarter turns are told apart
+    "mmdc_center": RecipeSpec("center", crop_fractions=(20 / 32,), normalise=False),
+    # Images whose quarter turns are classified
+    "mmdc_rotation": RecipeSpec("random", crop_fractions=(20 / 32,), normalise=False),
     "mmdc_mnist": RecipeSpec(
-        "random", share=(24 / 28, 20 / 28, 16 / 28), degrees=25.0, normalise=False
+        "random", crop_fractions=(24 / 28, 20 / 28, 16 / 28), degrees=25.0, normalise=False
     ),
-    "mmdc_mnist_center": RecipeSpec("center", share=(24 / 28,), normalise=False),
+    "mmdc_mnist_center": RecipeSpec("center", crop_fractions=(24 / 28,), normalise=False),
     "digits": RecipeSpec("center", special="digits", cutout_p=0.5),
     "digits_strong": RecipeSpec("center", special="digits", cutout_p=1.0),
 }
 
 
 class RecipeConfig(StrictModel):
-    """A recipe: a name, or a name with changes. In YAML `simclr` and `{name: simclr, blur_p: 0.5}` are both right."""
+    """A recipe by name, with changes. In YAML: `simclr`, or `{name: simclr, blur_p: 0.5}`."""
 
     name: str
     colour: Literal["exact", "fused"] = "exact"
-    """fused: colour jitter as one 3x3 matrix, 10 times faster, not to the letter."""
+    """fused: colour jitter as one 3x3 matrix: 10 times faster, approximate."""
     scale: tuple[float, float] | None = None
-    """Smallest and largest share of the image's area in a random resized crop."""
+    """Smallest and largest fraction of the image's area in a random resized crop."""
     share: float | None = Field(default=None, gt=0, le=1)
-    """mmdc: the side of the crop as a share of the shorter side: 20/32 (CIFAR, Tiny ImageNet), 64/96 (STL-10, ImageNet-10)."""
+    """mmdc: side of the crop as a fraction of the image's shorter side.
+
+    20/32 for CIFAR and Tiny ImageNet, 64/96 for STL-10 and ImageNet-10.
+    """
     degrees: float | None = Field(default=None, ge=0, le=180)
-    """mmdc_mnist: largest angle by which the crop is turned; what comes in from outside is black."""
+    """mmdc_mnist: largest angle of rotation; pixels from outside are black."""
     size: int | None = Field(default=None, ge=8)
-    """Pixels of this view; left out: data.size. Multi-crop has views of 160 and 96."""
+    """Side of this view in pixels; default: data.size. Multi-crop has views of 160 and 96."""
     strength: float | None = Field(default=None, ge=0, le=1.25)
-    """Of the colour jitter, as SimCLR counts: brightness, contrast, saturation .8 of it, hue .2 of it. SCAN and MoCo v2: 0.5; dcv2: 1."""
+    """SimCLR's strength s of the colour jitter: brightness, contrast, saturation 0.8 s, hue 0.2 s.
+
+    SCAN and MoCo v2: 0.5; dcv2: 1.
+    """
     flip: float | None = Field(default=None, ge=0, le=1)
     blur_p: float | None = Field(default=None, ge=0, le=1)
     grey_p: float | None = Field(default=None, ge=0, le=1)
     cutout: int | None = Field(default=None, ge=0)
-    """randaugment: the hole's side is 2 * (L // 2) with L uniform over 1..cutout pixels; left out: 16, 32, 75 at 32, 96, 224 px, in
-    between in proportion; 0: no hole."""
+    """randaugment: the side of the cutout is 2 * (L // 2) pixels with L uniform in 1..cutout.
+
+    Default: 16, 32, 75 at 32, 96, 224 pixels, interpolated in between. 0: no cutout.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -116,174 +132,186 @@ class RecipeConfig(StrictModel):
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _is_known(cls, name: str) -> str:
         if name not in RECIPES:
             raise ValueError(
-                f"unknown recipe '{name}'; allowed: {', '.join(RECIPES)}{suggest(name, RECIPES)}"
+                f"no recipe '{name}'; allowed: {', '.join(RECIPES)}{suggest(name, RECIPES)}"
             )
         return name
 
     @field_validator("scale")
     @classmethod
-    def _ordered(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+    def _is_ordered(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
         if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale {scale}: allowed: two numbers with 0 < low <= high <= 1")
+            raise ValueError(f"{scale}; allowed: two numbers with 0 < low <= high <= 1")
         return scale
 
     @model_validator(mode="after")
     def _has_effect(self) -> RecipeConfig:
-        look = RECIPES[self.name]
-        applies = {
-            "scale": look.crop == "random_resized",
-            "share": bool(look.share),
-            "degrees": look.degrees > 0,
-            "strength": look.jitter is not None,
-            "cutout": look.special == "randaugment",
+        spec = RECIPES[self.name]
+        effects = {
+            "scale": spec.crop == "random_resized",
+            "share": bool(spec.crop_fractions),
+            "degrees": spec.degrees > 0,
+            "strength": spec.jitter is not None,
+            "cutout": spec.special == "randaugment",
+            "colour": spec.jitter is not None,
         }
-        idle = [
-            setting
-            for setting, does in applies.items()
-            if getattr(self, setting) is not None and not does
-        ]
-        idle += ["colour"] * (self.colour == "fused" and look.jitter is None)
-        if idle:
-            raise ValueError(
-                f"recipe '{self.name}' has nothing that {idle[0]} could change; leave it out, or take another recipe"
-            )
+        for setting, has_effect in effects.items():
+            is_default = getattr(self, setting) == type(self).model_fields[setting].default
+            if not is_default and not has_effect:
+                raise ValueError(
+                    f"{setting} has no effect on recipe '{self.name}'; "
+                    "remove it, or use another recipe"
+                )
         return self
 
 
 class Recipe:
-    """images uint8 [B, S, S, 3] as the decoder cut them -> float32 [B, 3, S, S], coloured and normalised."""
+    """Augments crops uint8 [B, S, S, 3] and returns float32 [B, 3, S, S], normalised."""
 
     def __init__(
         self,
-        look: RecipeSpec,
+        spec: RecipeSpec,
         crop: CropSpec,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         fused: bool,
-        hole: int,
+        max_cutout: int,
     ) -> None:
-        self.look, self.crop, self.fused, self.hole = look, crop, fused, hole
-        self.mean, self.std = (
-            torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (mean, std)
-        )
+        self.spec = spec
+        self.crop = crop
+        self.fused = fused
+        self.max_cutout = max_cutout
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
 
     def __call__(
         self, images: Tensor, index: np.ndarray, *, seed: int, epoch: int, view: int
     ) -> Tensor:
-        """A function of each image, its row `index` [B], and (seed, epoch, view); not of the batch around it. Raises ValueError."""
-        if (
-            images.dtype != torch.uint8
-            or images.ndim != 4
-            or images.shape[3] != 3
-            or len(index) != len(images)
-        ):
+        """Augmented views of the dataset rows `index` [B].
+
+        A view is a function of its image, its row, and (seed, epoch, view), not of the other images
+        in the batch. Raises ValueError if images have another dtype or shape.
+        """
+        is_batch = images.ndim == 4 and images.shape[3] == 3 and len(index) == len(images)
+        if images.dtype != torch.uint8 or not is_batch:
             raise ValueError(
-                f"a recipe takes uint8 [B, S, S, 3] and B rows, got {images.dtype} {list(images.shape)} and {len(index)} rows"
+                f"a recipe takes uint8 [B, S, S, 3] and B rows, got {images.dtype} "
+                f"{list(images.shape)} and {len(index)} rows"
             )
         draws = uniform_draws(seed, epoch, np.asarray(index), view, NUM_DRAWS, COLOUR)
         x = self._special(images.permute(0, 3, 1, 2).contiguous().float(), draws).div_(255)
         x = self._colour(x, draws)
-        if self.look.normalise:
+        if self.spec.normalise:
             x = x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
         return self._cutout(x, draws)
 
     def _special(self, x: Tensor, draws: Draws) -> Tensor:
-        if self.look.special == "randaugment":
+        """RandAugment, the affine map and contrast of digits, or a rotation; x in 0..255."""
+        if self.spec.special == "randaugment":
             return randaugment(x, draws[:, :8])
-        if self.look.special == "digits":
+        if self.spec.special == "digits":
             x = warp.digits_affine(x, draws[:, :6])
             mean = colour.image_mean(x)
-            return (mean + (x - mean) * colour.column(0.5 + draws[:, 6], x)).clamp_(0, 255)
-        return warp.turn(x, self.look.degrees * (2 * draws[:, 0] - 1)) if self.look.degrees else x
+            contrast = colour.per_image(0.5 + draws[:, 6], x)
+            return (mean + (x - mean) * contrast).clamp_(0, 255)
+        if self.spec.degrees:
+            return warp.rotate(x, self.spec.degrees * (2 * draws[:, 0] - 1))
+        return x
 
     def _colour(self, x: Tensor, draws: Draws) -> Tensor:
-        look = self.look
-        if look.jitter is not None:
-            rows = np.flatnonzero(draws[:, 8] < look.jitter_p)
-            apply: Callable = colour.jitter_fused if self.fused else colour.jitter
-            at = torch.from_numpy(rows).to(x.device)
+        """Colour jitter, greyscale and blur, each of some images; x in 0..1."""
+        spec = self.spec
+        if spec.jitter is not None:
+            rows = np.flatnonzero(draws[:, 8] < spec.jitter_p)
+            jitter = colour.jitter_fused if self.fused else colour.jitter
+            selected = torch.from_numpy(rows).to(x.device)
             if len(rows):
-                x[at] = apply(x[at], draws[rows, 9:17], look.jitter)
-        if look.grey_p:
-            x = colour.greyscale(x, draws[:, 17], look.grey_p)
-        return colour.blur(x, draws[:, 18:20], look.blur_p) if look.blur_p else x
+                x[selected] = jitter(x[selected], draws[rows, 9:17], spec.jitter)
+        if spec.grey_p:
+            x = colour.random_greyscale(x, draws[:, 17], spec.grey_p)
+        if spec.blur_p:
+            x = colour.random_blur(x, draws[:, 18:20], spec.blur_p)
+        return x
 
     def _cutout(self, x: Tensor, draws: Draws) -> Tensor:
-        if not self.look.cutout_p or not self.hole:
+        """Set a square of some images to zero."""
+        if not self.spec.cutout_p or not self.max_cutout:
             return x
         size = x.shape[2]
-        if self.look.special == "digits":  # side 1/8 to 1/2 of the image
+        if self.spec.special == "digits":  # side 1/8 to 1/2 of the image
             side = 2 * np.rint(size * (1 / 8 + 3 / 8 * draws[:, 20]) / 2).astype(np.int64)
-        else:  # L uniform over 1..hole, side 2 * (L // 2), as released
-            side = 2 * ((1 + np.floor(draws[:, 20] * self.hole).astype(np.int64)) // 2)
-        side = np.where(draws[:, 21] < self.look.cutout_p, side, 0)
-        return colour.cutout(
-            x,
-            side,
-            np.floor(draws[:, 22] * size).astype(np.int64),
-            np.floor(draws[:, 23] * size).astype(np.int64),
-        )
+        else:  # side 2 * (L // 2) with L uniform in 1..max_cutout, as in SCAN's released code
+            side = 2 * ((1 + np.floor(draws[:, 20] * self.max_cutout).astype(np.int64)) // 2)
+        side = np.where(draws[:, 21] < self.spec.cutout_p, side, 0)
+        row, column = np.floor(draws[:, 22:24].T * size).astype(np.int64)
+        return colour.cutout(x, side, row, column)
 
 
 def build_recipe(
     config: RecipeConfig, size: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Recipe:
-    """The recipe for views of `size` pixels. Centre and random crops of large images are of the 256/224 enlarged one, as published."""
-    base, size = RECIPES[config.name], config.size or size
-    changes = {
-        k: getattr(config, k)
-        for k in ("scale", "share", "degrees", "flip", "blur_p", "grey_p")
-        if getattr(config, k) is not None
-    }
+    """The recipe for views of `size` pixels, unless the config has a size.
+
+    At 160 pixels or more, centre and random crops are of the image with its shorter side resized to
+    256/224 of the view, as published for ImageNet.
+    """
+    size = config.size or size
+    names = ("scale", "degrees", "flip", "blur_p", "grey_p")
+    changes: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.share is not None:
-        changes["share"] = (config.share,)
+        changes["crop_fractions"] = (config.share,)
     if config.strength is not None:
         changes["jitter"] = tuple(config.strength * amount for amount in (0.8, 0.8, 0.8, 0.2))
-    look = RecipeSpec(**{**base.__dict__, **changes})
-    if look.share:
-        resize = tuple(round(size / share) for share in look.share)
-    else:
-        resize = None if look.crop == "random_resized" or size < 160 else round(size * 256 / 224)
-    hole = (
-        config.cutout
-        if config.cutout is not None
-        else int(np.interp(size, (32, 96, 224), (16, 32, 75)))
-    )
-    crop = CropSpec(look.crop, size, scale=look.scale, resize=resize, flip=look.flip)
-    return Recipe(look, crop, mean, std, config.colour == "fused", hole)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    spec = replace(RECIPES[config.name], **changes)
+    resize: int | tuple[int, ...] | None = None
+    if spec.crop_fractions:
+        resize = tuple(round(size / fraction) for fraction in spec.crop_fractions)
+    elif spec.crop != "random_resized" and size >= 160:
+        resize = round(size * 256 / 224)
+    max_cutout = config.cutout
+    if max_cutout is None:
+        max_cutout = int(np.interp(size, (32, 96, 224), (16, 32, 75)))
+    crop = CropSpec(spec.crop, size, scale=spec.scale, resize=resize, flip=spec.flip)
+    return Recipe(spec, crop, mean, std, config.colour == "fused", max_cutout)
 
 
 def resolution_warnings(recipes: Iterable[RecipeConfig], data: DataConfig) -> list[str]:
-    """What these recipes show of the stored images that is seldom wanted."""
-    found = [
-        resolution_warning(recipe, data.size, data.stored, data.resolution) for recipe in recipes
-    ]
-    return [text for text in found if text]
+    """Warnings about recipes whose views do not suit the size of the stored images."""
+    warnings = (resolution_warning(r, data.size, data.stored, data.resolution) for r in recipes)
+    return [text for text in warnings if text]
 
 
 def resolution_warning(config: RecipeConfig, size: int, stored: str, resolution: int) -> str:
-    """What views of images stored like this (see DataConfig) show that is seldom meant, and the way out; '' when the numbers fit."""
-    crop, look = build_recipe(config, size, (0.0,) * 3, (1.0,) * 3).crop, RECIPES[config.name]
-    fits = round(crop.size * 256 / 224)
-    if look.share or (stored == "original" and (look.crop == "random_resized" or crop.resize)):
+    """Warning with a remedy if views show a small part of the stored images, or enlarge them.
+
+    '' if the sizes fit. stored, resolution: see DataConfig.
+    """
+    recipe = build_recipe(config, size, (0.0,) * 3, (1.0,) * 3)
+    spec, crop = recipe.spec, recipe.crop
+    if spec.crop_fractions:
         return ""
-    if stored == "original" or (
-        crop.resize is None and look.crop != "random_resized" and resolution > fits
-    ):
-        seen = (
-            "whatever their size"
-            if stored == "original"
-            else f"of {resolution} px: {(crop.size / resolution) ** 2:.0%} of a square image"
+    side = crop.size
+    fitting = round(side * 256 / 224)
+    adapts_to_image = spec.crop == "random_resized" or crop.resize is not None
+    cuts = f"recipe '{config.name}' cuts {side} x {side} px out of the stored images"
+    if stored == "original":
+        if adapts_to_image:
+            return ""
+        return (
+            f"{cuts}, whatever their size. To use whole images set data.stored: jpeg and "
+            f"data.resolution: {fitting}"
         )
-        way = (
-            f"data.resolution: {fits}"
-            if stored != "original"
-            else f"data.stored: jpeg and data.resolution: {fits}"
+    if not adapts_to_image and resolution > fitting:
+        return (
+            f"{cuts}, of {resolution} px: {(side / resolution) ** 2:.0%} of a square image. "
+            f"To use whole images set data.resolution: {fitting}"
         )
-        return f"recipe '{config.name}' cuts {crop.size} x {crop.size} px out of the stored images, {seen}. To see them whole give {way}"
-    if resolution < crop.size:
-        return f"recipe '{config.name}' enlarges images stored with a shorter side of {resolution} px to {crop.size}. Give data.resolution: {fits}, or a smaller data.size"
+    if resolution < side:
+        return (
+            f"recipe '{config.name}' enlarges images stored with a shorter side of {resolution} px "
+            f"to {side}. Set data.resolution: {fitting}, or a smaller data.size"
+        )
     return ""
