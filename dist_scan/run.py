@@ -95,7 +95,7 @@ def _work(folder: Path, stop: StopFlag, markers: RunMarkers) -> int:
     def say(text: str) -> None:
         if world.rank == 0:
             print_line(text, sys.stdout)
-            Progress.log_file.write(time.strftime("%H:%M:%S ") + text + "\n")
+            Progress.write_log(text)
 
     try:
         Pipeline(run, world, stop, say).run()

@@ -35,7 +35,7 @@ DISPLAY_NAMES = {
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What the advice depends on. ``workers`` (threads of the loader) and ``cores`` are per rank."""
+    """What the advice depends on. ``workers`` (loader threads) and ``cores`` are per rank."""
 
     global_batch: int
     world_size: int = 1

@@ -1,7 +1,7 @@
 """Files that a stage logs to: metrics.jsonl (the record), TensorBoard events, run.log.
 
-No error of these files ends the work. On a full disk, lines that cannot be written are lost; this is
-reported once, and later lines are written again as soon as there is space.
+No error of these files ends the work. On a full disk, lines that cannot be written are lost; this
+is reported once, and later lines are written again as soon as there is space.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,6 +27,27 @@ TENSORBOARD_RETRY_S = 10.0
 """Seconds between attempts after an error; each attempt creates a file."""
 
 
+class _Outage:
+    """Reports on stderr that writes fail, once, and later that they work again."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.failures = 0
+
+    def report_failure(self, error: OSError) -> None:
+        if self.failures == 0:
+            print_line(
+                f"log: cannot write {self.target}: {error.strerror}; what cannot be written is "
+                "lost, the work continues"
+            )
+        self.failures += 1
+
+    def report_success(self) -> None:
+        if self.failures > 0:
+            print_line(f"log: {self.target} can be written again; {self.failures} writes failed")
+            self.failures = 0
+
+
 class JsonLinesFile:
     """A file that lines are appended to, created with the first one.
 
@@ -35,30 +57,23 @@ class JsonLinesFile:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.file: BinaryIO | None = None
-        self.lost_lines = 0
+        self.outage = _Outage(str(path))
 
     def write(self, text: str) -> bool:
         """Append text that ends in a newline. Returns False if it, or a part of it, is lost."""
         try:
             self._append(text.encode())
         except OSError as error:
+            self.outage.report_failure(error)
             self.close()
-            if self.lost_lines == 0:
-                print_line(
-                    f"log: cannot write {self.path}: {error.strerror}; its lines are lost until "
-                    "there is space on the disk again, the work continues"
-                )
-            self.lost_lines += 1
             return False
-        if self.lost_lines > 0:
-            print_line(f"log: {self.path} can be written again; {self.lost_lines} lines were lost")
-            self.lost_lines = 0
+        self.outage.report_success()
         return True
 
     def _append(self, data: bytes) -> None:
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+b", buffering=0)
+            self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  see close()
         append_line(self.file, data)
 
     def close(self) -> None:
@@ -68,8 +83,8 @@ class JsonLinesFile:
         if file is not None:
             try:
                 file.close()
-            except OSError:  # NFS may report a full disk only now; earlier lines were lost with it.
-                self.lost_lines += 1
+            except OSError as error:  # NFS may report only now that the disk is full.
+                self.outage.report_failure(error)
 
 
 class TensorBoardWriter:
@@ -86,7 +101,7 @@ class TensorBoardWriter:
         # A new name each time: a file that ends in a partial event is never continued.
         unique = f"{time.time():.3f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         self.path = folder / f"events.out.tfevents.{unique}"
-        self.file = open(self.path, "ab", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  see close()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -117,16 +132,16 @@ class TensorBoardWriter:
 class StageLog:
     """Metrics of one stage. Only rank 0 writes; on other ranks the calls do nothing."""
 
-    def __init__(self, run_dir: Path, stage: str, enabled: bool | None = None) -> None:
-        self.enabled = current().rank == 0 if enabled is None else enabled
+    def __init__(self, run_dir: Path, stage: str) -> None:
+        self.enabled = current().rank == 0
         self.run_dir = Path(run_dir)
         self.stage = stage
         self.path = self.run_dir / "logs" / f"{stage}.metrics.jsonl"
         self.rows = JsonLinesFile(self.path)
         self.tensorboard_dir = self.run_dir / "tensorboard" / stage
         self.tensorboard: TensorBoardWriter | None = None
-        self.tensorboard_failed = False
-        self.tensorboard_retry_at = 0.0
+        self.outage = _Outage(f"TensorBoard events in {self.tensorboard_dir}")
+        self.retry_at = 0.0
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
         """Write metrics by name at an optimizer step.
@@ -146,7 +161,7 @@ class StageLog:
 
     def _write(self, row: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         is_written = self.rows.write(json.dumps(row) + "\n")
-        if is_written and time.monotonic() >= self.tensorboard_retry_at:
+        if is_written and time.monotonic() >= self.retry_at:
             self._write_tensorboard(row["step"], scalars)
 
     def _write_tensorboard(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -155,27 +170,18 @@ class StageLog:
                 self.tensorboard = TensorBoardWriter(self.tensorboard_dir)
             self.tensorboard.write_scalars(step, scalars)
         except OSError as error:
+            self.outage.report_failure(error)
             self._close_tensorboard()
-            self.tensorboard_retry_at = time.monotonic() + TENSORBOARD_RETRY_S
-            if not self.tensorboard_failed:
-                print_line(
-                    f"log: cannot write TensorBoard events in {self.tensorboard_dir}: "
-                    f"{error.strerror}; they are left out until there is space, the work continues"
-                )
-            self.tensorboard_failed = True
-            return
-        if self.tensorboard_failed:
-            self.tensorboard_failed = False
-            print_line(f"log: TensorBoard events in {self.tensorboard_dir} are written again")
+            self.retry_at = time.monotonic() + TENSORBOARD_RETRY_S
+        else:
+            self.outage.report_success()
 
     def _close_tensorboard(self) -> None:
         writer = self.tensorboard
         self.tensorboard = None
         if writer is not None:
-            try:
+            with suppress(OSError):  # NFS reports failed writes here; the file is not used again.
                 writer.close()
-            except OSError:
-                pass  # NFS reports a failed write here; the file is not used any more.
 
     def close(self) -> None:
         """Close all files. Never raises OSError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,10 +48,8 @@ def reset_peak_memory() -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_memory() -> dict[str, int]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import ClassVar, Protocol, TextIO
+
+from dist_scan.monitoring.watchdog import watched
 
 REFRESH_S = 0.5
 """Seconds between updates of the live line on a terminal."""
@@ -14,17 +17,9 @@ LINE_EVERY_S = 10.0
 
 
 class LineWriter(Protocol):
-    """Receives plain lines, as `JsonLinesFile` does."""
+    """Receives lines, as `JsonLinesFile` does."""
 
     def write(self, text: str, /) -> object: ...
-
-
-class SectionWatchdog(Protocol):
-    """Receives the begin, the progress and the end of long work, as `Watchdog` does."""
-
-    def enter(self, name: str) -> None: ...
-    def advance(self, unit: str) -> None: ...
-    def leave(self) -> None: ...
 
 
 def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
@@ -32,10 +27,8 @@ def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None
 
     Output that cannot be written (a full disk, a closed pipe) must not end the work.
     """
-    try:
+    with suppress(OSError):
         print(text, end=end, file=stream or sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def format_duration(seconds: float) -> str:
@@ -68,8 +61,6 @@ class Progress:
 
     log_file: ClassVar[LineWriter | None] = None
     """Also receives a plain line every 10 s; set once per process."""
-    watchdog: ClassVar[SectionWatchdog | None] = None
-    """Ends a process whose work makes no progress; set once per process."""
 
     def __init__(
         self,
@@ -86,6 +77,7 @@ class Progress:
         self.done = done
         self.first = done
         self.enabled = enabled
+        self.watched = watched(name)
         self.stream = stream or sys.stderr
         self.is_live = self.stream.isatty()
         self.started = time.monotonic()
@@ -96,8 +88,7 @@ class Progress:
         self.last_logged: int | None = None
 
     def __enter__(self) -> Progress:
-        if self.watchdog is not None:
-            self.watchdog.enter(self.name)
+        self.section = self.watched.__enter__()
         return self
 
     def __exit__(
@@ -106,16 +97,16 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.watchdog is not None:
-            self.watchdog.leave()
+        self.watched.__exit__(kind, error, trace)
         self._print(is_last=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished units; prints from time to time, with the latest note."""
         self.done += count
         self.note = note or self.note
-        if self.watchdog is not None:
-            self.watchdog.advance(self.unit)
+        # The first step may compile and select kernels; its limit is that of other sections.
+        self.section.is_step = self.unit == "steps"
+        self.section.restart()
         now = time.monotonic()
         if now >= self.next_print:
             self.next_print = now + (REFRESH_S if self.is_live else LINE_EVERY_S)
@@ -149,8 +140,13 @@ class Progress:
             print_line(line, self.stream)
             self.last_printed = self.done
         now = time.monotonic()
-        is_due = is_last or now >= self.next_log
-        if self.log_file is not None and self.last_logged != self.done and is_due:
+        if self.last_logged != self.done and (is_last or now >= self.next_log):
             self.next_log = now + LINE_EVERY_S
             self.last_logged = self.done
-            self.log_file.write(time.strftime("%H:%M:%S ") + line + "\n")
+            self.write_log(line)
+
+    @classmethod
+    def write_log(cls, text: str) -> None:
+        """Write text with the time of day to the log file, if there is one."""
+        if cls.log_file is not None:
+            cls.log_file.write(time.strftime("%H:%M:%S ") + text + "\n")

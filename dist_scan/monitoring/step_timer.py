@@ -30,7 +30,7 @@ SECTIONS = (
     "other",
 )
 UNDIVIDED = ("save", "epoch")
-"""Sections that include their inner ones: all ranks wait in a collective for the one that writes."""
+"""Sections that include inner ones: other ranks wait in a collective for the one that writes."""
 Timestamp = Any
 """Seconds on the host, or an event in the device's stream."""
 T = TypeVar("T")
@@ -107,7 +107,7 @@ class StepTimer:
         self.gradients_ready = self._now()
 
     def split_at_last_gradient(self, name: str) -> None:
-        """Count the time since the last `gradient_ready` as ``name``, not as the current section."""
+        """Count the time since the last `gradient_ready` as ``name``."""
         if self.gradients_ready is not None:
             on_host = self.record_event is None
             end = max(self.gradients_ready, self.last) if on_host else self.gradients_ready

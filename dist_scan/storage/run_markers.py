@@ -7,6 +7,7 @@ them is overwritten in place, which needs no new block, and renamed to the file 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -40,10 +41,8 @@ class RunMarkers:
     def release(self) -> None:
         """Remove the preallocated files; called when the rank ends normally. Never raises."""
         for path in map(self._reserved, KINDS):
-            try:
+            with suppress(OSError):  # On a read-only disk they stay; the next start reuses them.
                 path.unlink(missing_ok=True)
-            except OSError:
-                pass  # On a read-only disk they stay; the next start reuses them.
 
     def write_marker(self, name: str, text: str, short: str | None = None) -> None:
         """Write the marker file RUN/``name`` (DONE, STOPPED, ...) atomically and durably.

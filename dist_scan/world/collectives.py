@@ -53,8 +53,8 @@ def all_mean(x: Tensor) -> Tensor:
     """Mean over ranks, differentiable.
 
     The gradient flows to the local x with factor 1. DistributedDataParallel then averages gradients
-    over ranks, which supplies the factor 1/W: a loss of the mean has the gradient that one rank with
-    the global batch would have. The backward pass needs no communication.
+    over ranks, which supplies the factor 1/W: a loss of the mean has the gradient that one rank
+    with the global batch would have. The backward pass needs no communication.
     """
     if _is_single():
         return x

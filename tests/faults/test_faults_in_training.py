@@ -84,7 +84,7 @@ def test_rows_1_2_20_killed_ranks_and_a_taken_port(whole, tmp_path: Path) -> Non
         )
     same(done, whole)
     assert (
-        "the port was taken; another is tried" in done.said
+        "the rendezvous port was taken; trying another" in done.said
         and done.said.count("starting again") == 3
         and len(faults(done)) == 2
     )

@@ -203,7 +203,7 @@ def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
         batches=lambda epoch, first=0, views=None, order=None: iter([batch(0), batch(1)][first:]),
     )
     saver = Checkpointer(CheckpointStore(tmp_path / "checkpoints", 2, said.append), 1e9)
-    log = StageLog(tmp_path, "selflabelling", enabled=False)
+    log = StageLog(tmp_path, "selflabelling")
     timing = TrainingProfile(
         log, tmp_path, TrainingSetup(16, 1, stored="raw", resolution=8, size=8)
     )
