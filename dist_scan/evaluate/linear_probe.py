@@ -1,14 +1,15 @@
-"""Linear probes: how well labels can be read off each layer of a frozen network (Zhang et al. 2016; DeepCluster, Table 1; FIDELITY.md 3).
+"""Linear probes: a linear classifier on each layer of a frozen network.
 
-A Method like any other, so that the engine trains, saves and resumes it; but it reads labels, so it lives here and no config can name it
-in a train stage.
+Zhang, Isola and Efros, Colorful Image Colorization, ECCV 2016; DeepCluster, Table 1. The probe is a
+Method, so that the engine trains, saves and resumes it. It reads labels, so it lives here and no
+train stage can name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,123 +20,150 @@ from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Method, MethodConfig, MethodInputs, Step
 from dist_scan.models.backbone import save_tensors
 
-LAST = "features"  # the network's own output
+OUTPUT = "features"
+"""Layer name of the network's own output."""
 
 
 class ProbesConfig(MethodConfig):
-    """layers: names of modules, or their unique endings; `features` is the network's output."""
+    """Layers to probe."""
 
     kind: Literal["probes"] = "probes"
-    layers: tuple[str, ...] = (LAST,)
+    layers: tuple[str, ...] = (OUTPUT,)
+    """Names of modules, or unique endings of them; "features" is the network's output."""
     most_features: int = 9600
-    """A layer's map is averaged down to the largest square grid with at most so many numbers."""
+    """A layer's map is averaged down to the largest square grid with at most this many values."""
 
 
 class LayerProbes(Method):
-    """One linear classifier per layer, all trained at once: they share nothing but the pass through the network."""
+    """One linear classifier per layer, trained together; they share no parameters."""
 
     recipes = ("crop",)
+    config: ProbesConfig
 
     def __init__(
         self, config: ProbesConfig, inputs: MethodInputs, labels: Tensor, sample: Tensor
     ) -> None:
-        """labels [N] int64, -1 never visited; sample: a batch of images, to see how wide layers are."""
+        """labels [N] int64, -1 if an image is not visited; sample: images, to measure widths."""
         super().__init__(config, inputs)
+        assert inputs.backbone is not None
         self.backbone = inputs.backbone.requires_grad_(False).eval()
-        self.labels, self.num_classes = labels, int(labels.max()) + 1
-        self.caught: dict[str, Tensor] = {}
+        self.labels = labels
+        self.num_classes = int(labels.max()) + 1
+        self.layer_outputs: dict[str, Tensor] = {}
         for name in config.layers:
-            if name != LAST:
-                found_module(self.backbone, name).register_forward_hook(self._catcher(name))
+            if name != OUTPUT:
+                find_module(self.backbone, name).register_forward_hook(self._store_output_as(name))
         with torch.no_grad():
-            widths = [f.shape[1] for f in self._layers(sample)]
-        self.heads = nn.ModuleList(nn.Linear(width, self.num_classes) for width in widths)
-        for head in self.heads:
+            widths = [features.shape[1] for features in self._layer_features(sample)]
+        heads = [nn.Linear(width, self.num_classes) for width in widths]
+        for head in heads:
             nn.init.normal_(head.weight, 0, 0.01)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
 
-    def _catcher(self, name: str):
-        def catch(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.caught[name] = output
+    def _store_output_as(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.layer_outputs[name] = output
 
-        return catch
+        return hook
 
     def train(self, mode: bool = True) -> LayerProbes:
         super().train(mode)
         self.backbone.eval()
         return self
 
-    def _layers(self, images: Tensor) -> list[Tensor]:
-        """Per layer [b, width], pooled and flat."""
+    def _layer_features(self, images: Tensor) -> list[Tensor]:
+        """Pooled features [b, width] of each layer."""
         with torch.no_grad():
-            self.caught[LAST] = self.backbone(images)
-        found = [
-            pooled(self.caught[name], self.config.most_features) for name in self.config.layers
+            self.layer_outputs[OUTPUT] = self.backbone(images)
+        features = [
+            pool_to_grid(self.layer_outputs[name], self.config.most_features)
+            for name in self.config.layers
         ]
-        self.caught.clear()
-        return found
+        self.layer_outputs.clear()
+        return features
 
     def logits(self, images: Tensor) -> list[Tensor]:
-        """Per layer [b, num_classes]."""
-        return [head(f.to(head.weight.dtype)) for head, f in zip(self.heads, self._layers(images))]
+        """Logits [b, num_classes] of each layer's probe."""
+        logits = []
+        for head, features in zip(self.heads, self._layer_features(images)):
+            assert isinstance(head, nn.Linear)
+            logits.append(head(features.to(head.weight.dtype)))
+        return logits
 
     def forward(self, batch: Batch) -> Step:
         labels = self.labels[batch.index].to(batch.views[0].device)
-        logits = [at_least_fp32(x) for x in self.logits(batch.views[0])]
-        losses = torch.stack([F.cross_entropy(x, labels) for x in logits])
-        hits = {
-            f"accuracy_{name}": (x.argmax(1) == labels).double().mean()
-            for name, x in zip(self.config.layers, logits)
-        }
-        return Step(
-            losses.sum(), hits
-        )  # no parameter is shared: the sum trains each as if it were alone
+        losses = []
+        metrics = {}
+        for name, logits in zip(self.config.layers, self.logits(batch.views[0])):
+            losses.append(F.cross_entropy(at_least_fp32(logits), labels))
+            metrics[f"accuracy_{name}"] = (logits.argmax(1) == labels).double().mean()
+        # No parameter is shared, so the sum trains every probe as if it were alone.
+        return Step(torch.stack(losses).sum(), metrics)
 
     def publish(self, out: Path) -> None:
-        """probes.safetensors: the classifiers."""
+        """Write the classifiers into probes.safetensors."""
         save_tensors(out / "probes.safetensors", self.heads.state_dict())
 
 
-def pooled(features: Tensor, most: int) -> Tensor:
-    """[b, C, H, W] averaged down to the largest grid g x g with C g g <= most, flat; [b, D] as it is."""
+def pool_to_grid(features: Tensor, most_features: int) -> Tensor:
+    """[b, C, H, W] averaged down to the largest g x g grid with C g g <= most_features, flat.
+
+    [b, D] is returned as it is.
+    """
     if features.ndim == 2:
         return features
-    grid = max(1, int((most / features.shape[1]) ** 0.5 + 1e-9))
+    grid = max(1, int((most_features / features.shape[1]) ** 0.5 + 1e-9))
     return F.adaptive_avg_pool2d(features, min(grid, *features.shape[2:])).flatten(1)
 
 
-def found_module(network: nn.Module, name: str) -> nn.Module:
-    """The module of this name, or the one whose dotted name ends in it. Raises ValueError when there is none, or more."""
+def find_module(network: nn.Module, name: str) -> nn.Module:
+    """The module of this name, or the only one whose dotted name ends in it.
+
+    Raises ValueError if there is none, or more than one.
+    """
     modules = dict(network.named_modules())
-    hits = [k for k in modules if k == name] or [k for k in modules if k.endswith(f".{name}")]
-    if len(hits) != 1:
-        outer = [k for k in modules if k and k.count(".") <= 2]
-        raise ValueError(
-            f"layers: '{name}' is {'no module' if not hits else f'the end of {len(hits)} modules ({hits[:4]})'} of this network; "
-            f"allowed: {LAST}, or one of {', '.join(outer[:40])}{', ...' if len(outer) > 40 else ''}"
-        )
-    return modules[hits[0]]
+    matches = [key for key in modules if key == name]
+    matches = matches or [key for key in modules if key.endswith(f".{name}")]
+    if len(matches) == 1:
+        return modules[matches[0]]
+    problem = "is no module"
+    if matches:
+        problem = f"is the end of {len(matches)} modules ({', '.join(matches[:4])})"
+    outer = [key for key in modules if key and key.count(".") <= 2]
+    listed = ", ".join(outer[:40]) + (", ..." if len(outer) > 40 else "")
+    raise ValueError(
+        f"layers: '{name}' {problem} of this network; allowed: {OUTPUT}, or one of {listed}"
+    )
 
 
 def ten_crops(images: Tensor, size: int) -> Iterator[Tensor]:
-    """Corners and centre of [b, 3, S, S], and their mirror images, each [b, 3, size, size]. Of a square of `size` itself: two views."""
-    room = images.shape[2] - size
-    places = (
-        [(0, 0), (0, room), (room, 0), (room, room), (room // 2, room // 2)] if room else [(0, 0)]
-    )
-    for top, left in places:
+    """Corners and centre of [b, 3, S, S] and their mirror images, each [b, 3, size, size].
+
+    Only two views if S equals size. The centre comes last.
+    """
+    margin = images.shape[2] - size
+    corners = [(0, 0), (0, margin), (margin, 0), (margin, margin)]
+    for top, left in [*corners, (margin // 2, margin // 2)] if margin else [(0, 0)]:
         view = images[:, :, top : top + size, left : left + size]
         yield view
         yield view.flip(3)
 
 
 @torch.inference_mode()
-def probe_hits(probes: LayerProbes, images: Tensor, labels: Tensor, size: int, ten: bool) -> Tensor:
-    """How many of the images [b, 3, S, S] each layer's probe names rightly [layers] int64: of the mean probability over the crops, or the centre."""
-    crops: Sequence[Tensor] = list(ten_crops(images, size))
-    if not ten:
+def count_correct(
+    probes: LayerProbes, images: Tensor, labels: Tensor, size: int, use_ten_crops: bool
+) -> Tensor:
+    """Number [layers] int64 of the images [b, 3, S, S] that each layer's probe gets right.
+
+    By the mean probability over ten crops, or by the centre crop alone.
+    """
+    crops = list(ten_crops(images, size))
+    if not use_ten_crops:
+        # The centre without its mirror image.
         crops = crops[-2:-1]
-    sums = [0.0] * len(probes.heads)
+    sums: list[Tensor] = []
     for crop in crops:
-        sums = [total + at_least_fp32(x).softmax(1) for total, x in zip(sums, probes.logits(crop))]
+        probabilities = [at_least_fp32(logits).softmax(1) for logits in probes.logits(crop)]
+        sums = [total + p for total, p in zip(sums, probabilities)] if sums else probabilities
     return torch.stack([(total.argmax(1) == labels).sum() for total in sums])

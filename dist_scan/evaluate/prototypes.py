@@ -1,4 +1,4 @@
-"""Which images stand for a cluster, and which it is least sure of."""
+"""Images that represent a cluster, and images that the model is least sure of."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ def find_prototypes(
     top: int = 10,
     only: Collection[int] | None = None,
 ) -> dict[int, list[int]]:
-    """Per used cluster the rows of its `top` most confident images, the prototype first, the rest by confidence.
+    """Rows of the ``top`` most confident images of each non-empty cluster, prototype first.
 
-    The prototype is the one of them nearest (L2) to the mean of their features (the released SCAN code, FIDELITY.md
-    1.10). cluster [N], -1 for none; probability [N] of that cluster; features(rows [m] int64) -> [m, D], the
-    un-normalised backbone features; it is asked once per cluster, for at most `top` rows.
-    Unlike the released code, which pads clusters of fewer than `top` images with foreign ones, a small cluster uses
-    only its own; an empty one has no entry. `only` leaves out all clusters but these.
+    As in SCAN's released code, the prototype is the image nearest (L2) to the mean of their
+    features; the others follow by confidence. A cluster with fewer images uses only its own; the
+    released code fills it up with images of other clusters.
+
+    cluster [N], -1 for none; probability [N] of that cluster; ``features(rows [m])`` returns the
+    backbone's features [m, D], not normalised, and is called once per cluster. ``only`` selects
+    clusters.
     """
-    found, wanted = {}, None if only is None else {int(c) for c in only}
-    for c, members in _members(cluster, -np.asarray(probability, np.float64), num_clusters):
-        if wanted is not None and c not in wanted:
+    selected = range(num_clusters) if only is None else {int(c) for c in only}
+    found = {}
+    for c, members in _sorted_members(cluster, -np.asarray(probability, np.float64), num_clusters):
+        if c not in selected:
             continue
         best = members[:top]
         x = np.asarray(features(best), np.float64)
-        first = int(((x - x.mean(axis=0)) ** 2).sum(axis=1).argmin())
-        found[c] = [int(best[first]), *(int(i) for k, i in enumerate(best) if k != first)]
+        prototype = int(((x - x.mean(axis=0)) ** 2).sum(axis=1).argmin())
+        found[c] = [int(best[prototype]), *np.delete(best, prototype).tolist()]
     return found
 
 
 def low_confidence(
     cluster: np.ndarray, probability: np.ndarray, count: int
 ) -> dict[int, list[int]]:
-    """Per used cluster the rows of its `count` least confident images, least confident first; ties by row."""
+    """Rows of the ``count`` least confident images of each non-empty cluster, least first."""
     num_clusters = int(np.max(cluster, initial=-1)) + 1
-    return {
-        c: members[:count].tolist()
-        for c, members in _members(cluster, np.asarray(probability), num_clusters)
-    }
+    members = _sorted_members(cluster, np.asarray(probability), num_clusters)
+    return {c: rows[:count].tolist() for c, rows in members}
 
 
-def _members(
+def _sorted_members(
     cluster: np.ndarray, key: np.ndarray, num_clusters: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(cluster, its rows by ascending key, ties by row): one sort for all clusters."""
+    """Each non-empty cluster and its rows by ascending key, ties by row. Sorts only once."""
     cluster = np.asarray(cluster)
     order = np.lexsort((key, cluster))
     bounds = np.searchsorted(cluster[order], np.arange(num_clusters + 1))

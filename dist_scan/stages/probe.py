@@ -165,7 +165,7 @@ class ProbeStage(Stage):
         from dist_scan.data.beton.format import read_labels
         from dist_scan.data.feed import eval_batches
         from dist_scan.data.images import open_images
-        from dist_scan.evaluate.linear_probe import probe_hits
+        from dist_scan.evaluate.linear_probe import count_correct
         from dist_scan.stages.beton import beton_path
 
         c, config, size = self.context, self.config, self.context.run.data.size
@@ -182,7 +182,7 @@ class ProbeStage(Stage):
             c.world.device,
         ):
             with autocast(config.precision, c.world.device):
-                hits += probe_hits(
+                hits += count_correct(
                     probes,
                     batch.views[0],
                     torch.from_numpy(labels)[batch.index].to(c.world.device),
