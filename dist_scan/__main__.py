@@ -1,47 +1,51 @@
-"""python -m dist_scan COMMAND ...: each command is a module of dist_scan/commands, found by its name."""
+"""`python -m dist_scan COMMAND ...`: each command is a module of dist_scan/commands."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import pkgutil
 import sys
+from collections.abc import Sequence
 
 from dist_scan import commands
-from dist_scan.config import ConfigError
+from dist_scan.config import USER_ERROR
+from dist_scan.config.kinds import kinds
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code; a mistake of the user's is one line and 2."""
-    parser = argparse.ArgumentParser(prog="python -m dist_scan")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    chosen = next(iter(argv if argv is not None else sys.argv[1:]), None)
-    for info in pkgutil.iter_modules(commands.__path__):
-        if chosen in (
-            info.name,
-            "-h",
-            "--help",
-            None,
-        ):  # the others are not imported: some are slow to
-            module = importlib.import_module(f"dist_scan.commands.{info.name}")
-            sub = subparsers.add_parser(
-                info.name, help=module.__doc__.splitlines()[0], description=module.__doc__
-            )
-            module.add_arguments(sub)
-            sub.set_defaults(main=module.main)
-        else:
-            subparsers.add_parser(info.name)
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; an error of the user is one line and exit code 2."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.main(args)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except OSError as error:
-        if error.filename is None:  # no file of the user's: not for them to mend
+        if error.filename is None:  # not about a file of the user
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return USER_ERROR
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command, and its function as `main`."""
+    parser = argparse.ArgumentParser(prog="python -m dist_scan")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    names = kinds(commands)
+    is_command_named = len(argv) > 0 and argv[0] in names
+    for name in names:
+        # Only the command to run is imported: some take long.
+        if is_command_named and name != argv[0]:
+            subparsers.add_parser(name)
+            continue
+        module = importlib.import_module(f"{commands.__name__}.{name}")
+        description = module.__doc__ or ""
+        subparser = subparsers.add_parser(
+            name, help=description.partition("\n")[0], description=description
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(main=module.main)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

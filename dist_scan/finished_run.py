@@ -1,4 +1,4 @@
-"""A run that is done, read from its folder alone: no source of images, no checkpoint of others need still be there."""
+"""A finished run, read from its folder alone: its images and checkpoints may be gone."""
 
 from __future__ import annotations
 
@@ -6,127 +6,147 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_scan.config import ConfigError, RunConfig, read_yaml, validate_settings
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.storage.artifacts import MANIFEST, STAGES, Artifact
 
 
+class ModelChoice(NamedTuple):
+    """A stage that published a cluster model, and the assign stage that used it, if any."""
+
+    stage: str
+    assign: str | None
+
+
 @dataclass(frozen=True)
 class FinishedRun:
-    """`run` holds name, seed and data; `stages` every finished artefact by its stage's name, in order."""
+    """A finished run; read-only.
+
+    Args:
+        folder: the run folder.
+        config: name, seed and data of the run. It has no stages: their settings are in the
+            manifests of their artifacts.
+        artifacts: the artifact of every stage by name, in order.
+    """
 
     folder: Path
-    run: RunConfig
-    stages: Mapping[str, Artifact]
+    config: RunConfig
+    artifacts: Mapping[str, Artifact]
 
-    def inputs(self, name: str) -> dict[str, str]:
-        """Role -> the stage that a stage refers to."""
+    def stages_of_kind(self, kind: str) -> list[str]:
+        """Names of the stages of a kind, in order."""
+        return [name for name, stage in self.artifacts.items() if stage.manifest["kind"] == kind]
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """The settings that a stage ran with."""
+        return self.artifacts[stage].manifest["config"]
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """Role -> name of the stage that a stage refers to."""
+        paths = self.artifacts[stage].manifest["inputs"]
+        return {role: Path(path).parent.name for role, path in paths.items()}
+
+    def recipe(self, assign: str | None) -> RecipeConfig:
+        """The recipe by which an assign stage read its images; centre crops without one."""
+        if assign is None:
+            return RecipeConfig(name="center")
+        settings = self.settings(assign)["recipe"]
+        return validate_settings(RecipeConfig, settings, f"stages.{assign}.recipe")
+
+    def provenance(self, stage: str) -> dict[str, Any]:
+        """Run, seed, stage and fingerprint, by which its artifact can be identified."""
         return {
-            role: Path(path).parent.name
-            for role, path in self.stages[name].manifest["inputs"].items()
+            "run": self.config.name,
+            "seed": self.config.seed,
+            "stage": stage,
+            "fingerprint": self.artifacts[stage].manifest["fingerprint"],
         }
 
-    def of_kind(self, kind: str) -> list[str]:
-        """Names of the stages of a kind, in order."""
-        return [name for name, stage in self.stages.items() if stage.manifest["kind"] == kind]
+    def image_model_stages(self) -> list[str]:
+        """Names of the stages that published a cluster model with a backbone, in order."""
+        found = []
+        for name, artifact in self.artifacts.items():
+            file = artifact.path / "cluster.json"
+            if file.is_file() and json.loads(file.read_text())["backbone"]:
+                found.append(name)
+        return found
 
-    def config(self, name: str) -> dict[str, Any]:
-        """A stage's settings as it ran with them."""
-        return self.stages[name].manifest["config"]
+    def choose_model(self, wanted: str | None = None) -> ModelChoice:
+        """The cluster model of the wanted stage; of an assign stage, the one that it used.
 
-    def cluster_models(self) -> list[str]:
-        """Names of the stages that published a cluster model that takes images."""
-        files = {name: stage.path / "cluster.json" for name, stage in self.stages.items()}
-        return [
-            name
-            for name, file in files.items()
-            if file.is_file() and json.loads(file.read_text())["backbone"]
-        ]
-
-    def chosen(self, wanted: str | None = None) -> tuple[str, str | None]:
-        """(the stage whose cluster model is meant, the assign stage that used it or None): the wanted one, or the model behind the
-        report's best subject. Raises ConfigError with the names there are."""
-        models, assigns = (
-            self.cluster_models(),
-            {name: self.inputs(name)["model"] for name in self.of_kind("assign")},
-        )
-        if wanted is None:
-            wanted = self._best()
-        if wanted in assigns:
-            wanted = assigns[wanted]
+        Without a wanted stage, the model behind the subject that the report calls best, else the
+        last one. Raises ConfigError with the names that are allowed.
+        """
+        models = self.image_model_stages()
         if not models:
             raise ConfigError(
-                f"{self.folder}: no stage of this run published a cluster model that takes images; train scan or selflabel, with `backbone:`"
+                f"{self.folder}: no stage of this run published a cluster model that takes images; "
+                "train scan or selflabel, with `backbone:`"
             )
-        if wanted is None:
-            wanted = models[-1]
-        if wanted not in models:
+        used_by = {name: self.inputs(name)["model"] for name in self.stages_of_kind("assign")}
+        stage = wanted or self._best_stage() or models[-1]
+        stage = used_by.get(stage, stage)
+        if stage not in models:
             raise ConfigError(
-                f"{self.folder}: stage '{wanted}' has no cluster model that takes images; allowed: --stage {', '.join(models)}"
+                f"{self.folder}: stage '{stage}' has no cluster model that takes images; "
+                f"allowed: --stage {', '.join(models)}"
             )
-        return wanted, next((name for name, model in assigns.items() if model == wanted), None)
+        assign = next((name for name, model in used_by.items() if model == stage), None)
+        return ModelChoice(stage, assign)
 
-    def _best(self) -> str | None:
-        """The stage behind what the report calls best; None without a report."""
-        for name in self.of_kind("report"):
-            config = self.config(name)
-            return self.config(config["evaluate"])["subjects"][config["best"]]
+    def _best_stage(self) -> str | None:
+        """The stage of the subject that the report calls best; None without a report."""
+        for name in self.stages_of_kind("report"):
+            report = self.settings(name)
+            return self.settings(report["evaluate"])["subjects"][report["best"]]
         return None
 
 
-def open_finished(run_dir: str | Path) -> FinishedRun:
-    """Read RUN. Raises ConfigError when it is no run, or not done."""
+def open_finished_run(run_dir: str | Path) -> FinishedRun:
+    """Open a run folder. Raises ConfigError if it is not one, or the run is not finished."""
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"'{folder}' is no run's folder (no config.yaml); give RUN as runs/NAME")
+        raise ConfigError(
+            f"'{folder}' is not a run folder (no config.yaml); give one, as runs/NAME"
+        )
     if not (folder / "DONE").is_file():
         raise ConfigError(
-            f"the run in '{folder}' is not finished (no DONE); start it again with the command that began it, it goes on from where it was"
+            f"the run in '{folder}' is not finished (no DONE); "
+            "start it again with the command that began it, which resumes it"
         )
-    return FinishedRun(folder, _settings(folder), _artefacts(folder))
+    return FinishedRun(folder, _read_config(folder / "config.yaml"), _read_artifacts(folder))
 
 
-def _settings(folder: Path) -> RunConfig:
-    """Name, seed and data; the stages are in their manifests, as they ran."""
-    tree = read_yaml(
-        (folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml")
-    )
-    parts = {key: tree.get(key) for key in ("name", "seed", "data")}
-    return validate_settings(RunConfig, parts | {"stages": {}}, str(folder / "config.yaml"))
+def _read_config(file: Path) -> RunConfig:
+    """Name, seed and data."""
+    tree = read_yaml(file.read_text(encoding="utf-8"), str(file))
+    settings = {key: tree.get(key) for key in ("name", "seed", "data")}
+    return validate_settings(RunConfig, settings | {"stages": {}}, str(file))
 
 
-def _artefacts(folder: Path) -> dict[str, Artifact]:
-    """Every stage's artefact: by stages.json; of a run from before there was one, the newest manifest."""
-    listed = folder / STAGES
-    if listed.is_file():
-        paths = {
-            name: folder / "stages" / name / mark
-            for name, mark in json.loads(listed.read_text()).items()
-        }
+def _read_artifacts(folder: Path) -> dict[str, Artifact]:
+    """The artifacts that stages.json lists; without that file the newest one of every stage.
+
+    .beton files may be missing: they lie in a cache, or were removed.
+    """
+    if (folder / STAGES).is_file():
+        fingerprints = json.loads((folder / STAGES).read_text())
+        paths = {name: folder / "stages" / name / fp for name, fp in fingerprints.items()}
     else:
-        newest = sorted(
-            (folder / "stages").glob(f"*/*/{MANIFEST}"), key=lambda file: file.stat().st_mtime
-        )
-        paths = {file.parent.parent.name: file.parent for file in newest}
-    found = {name: path for name, path in paths.items() if (path / MANIFEST).is_file()}
-    lost = [
-        name for name in paths if name not in found and not name.startswith("beton_")
-    ]  # .beton files may lie in a cache, or be removed
-    if lost or not found:
-        raise ConfigError(
-            f"{folder}: the results of {', '.join(lost) or 'every stage'} are missing under stages/; start the run again, it makes them"
-        )
-    return {
+        manifests = (folder / "stages").glob(f"*/*/{MANIFEST}")
+        newest_last = sorted(manifests, key=lambda file: file.stat().st_mtime)
+        paths = {file.parent.parent.name: file.parent for file in newest_last}
+    found = {
         name: Artifact(path, json.loads((path / MANIFEST).read_text()))
-        for name, path in found.items()
+        for name, path in paths.items()
+        if (path / MANIFEST).is_file()
     }
-
-
-def recipe_of(done: FinishedRun, assign: str | None) -> RecipeConfig:
-    """The recipe by which an assign stage read its images; centre crops without one."""
-    if assign is None:
-        return RecipeConfig(name="center")
-    settings = done.config(assign)["recipe"]
-    return validate_settings(RecipeConfig, settings, f"stages.{assign}.recipe")
+    missing = [name for name in paths if name not in found and not name.startswith("beton_")]
+    if missing or not found:
+        raise ConfigError(
+            f"{folder}: the results of {', '.join(missing) or 'every stage'} are missing under "
+            "stages/; start the run again to make them"
+        )
+    return found

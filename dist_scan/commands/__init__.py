@@ -1,1 +1,5 @@
-"""What `python -m dist_scan` can do: one module per command, with add_arguments(parser) and main(args) -> exit code."""
+"""Commands of `python -m dist_scan`.
+
+One module per command, with `add_arguments(parser)` and `main(args)`, which returns the exit code.
+Modules are imported only when their command is run or described, so heavy imports are inside main.
+"""

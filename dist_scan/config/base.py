@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
+USER_ERROR = 2
+"""Exit code of a process that ends because of invalid input from the user."""
+
 
 class ConfigError(ValueError):
-    """Invalid input from the user; printed without a traceback (exit code 2)."""
+    """Invalid input from the user; printed without a traceback."""
 
 
 class StrictModel(BaseModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ from dist_scan.config.stage import StageConfig
 from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import broadcast_object
+from dist_scan.world.processes import available_cores
 
 FILE = "images.beton"
 
@@ -45,7 +45,7 @@ class BetonStage(Stage):
 
         config, run = self.config, self.context.run
         source = open_source(config.data.splits()[config.split])
-        workers = run.runtime.workers or len(os.sched_getaffinity(0))
+        workers = run.runtime.workers or available_cores()
         report = write_beton(source, self.context.out / FILE, config.data, workers)
         if report.num_bad:
             self.context.say(

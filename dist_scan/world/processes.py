@@ -28,9 +28,14 @@ def wait_passively() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def available_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def limit_threads(processes: int) -> None:
     """Divide the cores among the processes: two oversubscribed ranks were 17 times slower."""
-    threads = len(os.sched_getaffinity(0)) // max(1, processes)
+    threads = available_cores() // max(1, processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 

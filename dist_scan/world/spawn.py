@@ -15,7 +15,7 @@ from functools import partial
 from multiprocessing.queues import SimpleQueue
 from types import FrameType
 
-from dist_scan.config import ConfigError
+from dist_scan.config import USER_ERROR, ConfigError
 from dist_scan.world.processes import (
     context,
     free_port,
@@ -26,8 +26,6 @@ from dist_scan.world.processes import (
     wait_passively,
 )
 
-USER_ERROR = 2
-"""Exit code of an error that the user can correct."""
 FIRST_SLURM_PORT = 20000
 NUM_SLURM_PORTS = 12000
 

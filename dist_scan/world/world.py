@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dist_scan.world.processes import LOOPBACK
+from dist_scan.world.processes import LOOPBACK, available_cores
 
 LISTEN_BACKLOG = 4096
 
@@ -44,7 +44,7 @@ def cores_per_rank(world: World) -> int:
     The launcher sets CORES_PER_RANK where Slurm binds every task to cores of its own; elsewhere the
     ranks of a node share its cores.
     """
-    available = len(os.sched_getaffinity(0))
+    available = available_cores()
     per_rank = int(os.environ.get("CORES_PER_RANK", 0))
     if per_rank:
         return min(per_rank, available)

@@ -124,7 +124,7 @@ def test_row_8_three_saves_that_fail_on_a_full_disk_end_the_run_once(disk, begin
     launcher.join(120)
     text = said.read_text()
     assert (
-        launcher.exitcode == life.USER_MISTAKE
+        launcher.exitcode == life.USER_ERROR
         and "starting again" not in text
         and "Traceback" not in text
     ), text
@@ -153,19 +153,19 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.yaml").touch()
     RunMarkers(tmp_path, 1).reserve()
     monkeypatch.setattr(run_markers, "write_text", raise_full)
-    monkeypatch.setattr(life, "FIRST_WORD_S", 0.0)
+    monkeypatch.setattr(life, "RANK_0_FIRST_S", 0.0)
     return tmp_path
 
 
 def test_a_mistake_and_an_error_are_left_where_no_new_block_can_be_had(full) -> None:
     error = ValueError("\u00e4" * 5000)
-    life._remember(RunMarkers(full, 1), error)
+    life._record_error(RunMarkers(full, 1), error)
     left = first_error(full)
     assert (
         left["error"] == "ValueError: " + "\u00e4" * (life.SHORT - len("ValueError: "))
         and left["rank"] == 1
     )
-    assert life._mistake(RunMarkers(full, 1), "\u00e4" * 20000) == life.USER_MISTAKE
+    assert life._report_user_error(RunMarkers(full, 1), "\u00e4" * 20000) == life.USER_ERROR
     assert (full / "MISTAKE").read_text().startswith("rank 1: \u00e4") and not list(
         full.glob("logs/.kept*")
     )
@@ -175,8 +175,8 @@ def test_what_can_be_left_nowhere_is_said_and_raises_nothing(
     full, capfd: pytest.CaptureFixture[str]
 ) -> None:
     RunMarkers(full, 1).release()
-    life._remember(RunMarkers(full, 1), ValueError("bad"))
-    assert life._mistake(RunMarkers(full, 1), "bad") == life.USER_MISTAKE
+    life._record_error(RunMarkers(full, 1), ValueError("bad"))
+    assert life._report_user_error(RunMarkers(full, 1), "bad") == life.USER_ERROR
     assert not (full / "MISTAKE").exists() and not list(full.glob("logs/*"))
     said = capfd.readouterr().err
     assert (

@@ -55,7 +55,7 @@ def test_it_runs_what_is_missing_and_writes_one_table(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(COMPARE)
     first = compare(tmp_path, "--at-once", "2")
     assert first.returncode == 0, first.stdout
-    assert "ACC" in (tmp_path / "out" / "more-seed0" / "said.txt").read_text()
+    assert "ACC" in (tmp_path / "out" / "more-seed0" / "output.txt").read_text()
     table = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert table["num_images"] == 200
     for name, member in (("k-means", "plain"), ("on unit rows", "unit"), ("of 12", "more")):
@@ -76,8 +76,8 @@ def test_it_runs_what_is_missing_and_writes_one_table(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout
     lines = again.stdout.splitlines()
     assert [line.rpartition("/")[2] for line in lines[:3]] == [
-        "plain-seed0: done before, skipped",
-        "more-seed0: done before, skipped",
+        "plain-seed0: already done, skipped",
+        "more-seed0: already done, skipped",
         "unit-seed0",
     ]
     assert (

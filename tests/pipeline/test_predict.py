@@ -260,7 +260,7 @@ def test_killed_or_stopped_it_leaves_no_half_answer_and_the_same_command_goes_on
         assert any(text.startswith("predict: ") for text in process.stdout), "it began to predict"
         process.send_signal(wish)
         rest = process.stdout.read()
-    assert process.returncode == code and ("the same command goes on" in rest) == (code == 130)
+    assert process.returncode == code and ("the same command resumes it" in rest) == (code == 130)
     assert not out.exists() and not out.with_suffix(".bad.csv").exists()
     assert (work / "images.beton").is_file()
     encoded = []
@@ -311,7 +311,7 @@ def test_a_training_image_is_no_news_and_noise_is(
 
 
 MISTAKES = {
-    "no run": (["{tmp}/none", "{images}", "-o", "{tmp}/o.parquet"], "is no run's folder"),
+    "no run": (["{tmp}/none", "{images}", "-o", "{tmp}/o.parquet"], "is not a run folder"),
     "not finished": (["{half}", "{images}", "-o", "{tmp}/o.parquet"], "is not finished"),
     "no images": (
         ["{run}", "{tmp}/nowhere", "-o", "{tmp}/o.parquet"],
@@ -320,7 +320,7 @@ MISTAKES = {
     "empty folder": (["{run}", "{tmp}/empty", "-o", "{tmp}/o.parquet"], "has no images"),
     "all broken": (
         ["{run}", "{tmp}/broken", "-o", "{tmp}/o.parquet"],
-        "not one of the 1 images of",
+        "none of the 1 images of",
     ),
     "out exists": (
         ["{run}", "{images}", "-o", "{tmp}/there.parquet"],

@@ -250,7 +250,7 @@ def test_a_method_is_one_file_and_resumes(tmp_path: Path) -> None:
     for name, kill in (("whole", False), ("killed", True)):
         folder = tmp_path / name
         line = [*LOCAL, str(tmp_path / "mine.yaml"), f"runtime.run_dir={folder}"]
-        env = environment(PYTHONPATH=str(tmp_path))
+        env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
         if kill:
             first = subprocess.Popen(
                 line,

@@ -111,9 +111,10 @@ def test_it_runs_for_a_few_steps(name, photographs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)
 def test_a_comparison_names_configs_and_subjects_that_are_there(path, tmp_path: Path) -> None:
-    from dist_scan.commands.compare import planned, read_comparison, same_data
+    from dist_scan.compare.config import read_comparison
+    from dist_scan.compare.runs import check_same_data, plan_runs
 
     comparison = read_comparison(path)
-    runs = planned(comparison, path.parent, tmp_path)
-    same_data(runs)
+    runs = plan_runs(comparison, path.parent, tmp_path)
+    check_same_data(runs, tmp_path)
     assert len(runs) == len(comparison.seeds) * len(comparison.members)

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_scan.commands import compare
-from dist_scan.commands.compare import Runs, planned, read_comparison, same_data
+from dist_scan.compare import local_runs
+from dist_scan.compare.config import read_comparison
+from dist_scan.compare.local_runs import LocalRuns
+from dist_scan.compare.runs import check_same_data, plan_runs
 from dist_scan.config import ConfigError
 from dist_scan.report.comparison import Comparison, Row, cell, markdown, write_page
 from tests.support.launches import ROOT
@@ -101,7 +103,7 @@ baseline: pixels
 
 def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
     found, path = comparison(tmp_path, WHOLE)
-    runs = planned(found, path.parent, tmp_path / "out")
+    runs = plan_runs(found, path.parent, tmp_path / "out")
     assert [(key, run.seed, run.run_dir.name) for key, run in runs.items()] == [
         ((m, s), s, f"{m}-seed{s}") for s in (0, 4) for m in "ab"
     ]
@@ -109,7 +111,7 @@ def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
         runs["b", 4].stages["pretext"].epochs == 3
         and len({run.runtime.cache_dir for run in runs.values()}) == 1
     )
-    same_data(runs)
+    check_same_data(runs, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +120,10 @@ def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
         (
             "baseline: pixels",
             "baseline: pixel",
-            "baseline: 'pixel' is no row; allowed: pixels, heads",
+            "baseline: 'pixel' is not a row; allowed: pixels, heads",
         ),
         ("b.scan", "c.scan", "names no member; allowed: a.SUBJECT, b.SUBJECT"),
-        ("b.scan", "b.scam", "'scam' is no subject of b; allowed: b.kmeans_pixels"),
+        ("b.scan", "b.scam", "'scam' is not a subject of b; allowed: b.kmeans_pixels"),
         ("seeds: [0, 4]", "seeds: [4, 4]", "allowed: different numbers"),
         ("seeds:", "seed:", "seed"),
         ("stages.pretext.epochs=3", "data.train.limit=1000", "do not cluster the same images"),
@@ -132,7 +134,7 @@ def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
 def test_mistakes_are_told_before_any_work(tmp_path: Path, before, after, message) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         found, path = comparison(tmp_path, WHOLE.replace(before, after))
-        same_data(planned(found, path.parent, tmp_path / "out"))
+        check_same_data(plan_runs(found, path.parent, tmp_path / "out"), tmp_path)
 
 
 LAUNCHER = """
@@ -154,13 +156,13 @@ sys.exit(folder.name == "fails" and 3)
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs of these names by a launcher that sleeps; returns the exit code and how often a run's end was told."""
     (tmp_path / "launcher.py").write_text(LAUNCHER)
-    monkeypatch.setattr(compare, "LOCAL", tmp_path / "launcher.py")
-    monkeypatch.setattr(compare, "dump", lambda run: "")
+    monkeypatch.setattr(local_runs, "LOCAL", tmp_path / "launcher.py")
+    monkeypatch.setattr(local_runs, "dump", lambda run: "")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def go(*names: str, at_once: int):
         told, runs = [], {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
-        return Runs(1, at_once, [tmp_path / "data"]).all(runs, lambda: told.append(1)), len(told)
+        return LocalRuns(1, at_once, [tmp_path / "data"]).run_all(runs, lambda: told.append(1)), len(told)
 
     return go
 
@@ -179,7 +181,7 @@ def test_runs_share_the_cores_and_the_first_builds_the_data_alone(started, tmp_p
     threads = json.loads((tmp_path / "b" / "began").read_text())[1]
     assert (
         threads == str(max(1, len(os.sched_getaffinity(0)) // 2))
-        and (tmp_path / "b" / "said.txt").read_text() == "said by b\n"
+        and (tmp_path / "b" / "output.txt").read_text() == "said by b\n"
     )
     assert (
         started("e", "f", at_once=2) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
@@ -205,7 +207,7 @@ def test_a_run_that_fails_ends_the_others_and_nothing_is_started_after_it(
         and not (tmp_path / "long" / "ended").exists()
         and not (tmp_path / "never").exists()
     )
-    assert "fails: ended with 3; the same command goes on" in capfd.readouterr().err
+    assert "fails: ended with 3; the same command resumes it" in capfd.readouterr().err
 
 
 def test_a_notice_reaches_every_run(started, tmp_path: Path) -> None:

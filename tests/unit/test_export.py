@@ -137,7 +137,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
     for words, expected in (
         (["run", "there"], "exists; give a folder that does not"),
-        (["nowhere", "out"], "is no run's folder"),
+        (["nowhere", "out"], "is not a run folder"),
         (["run", "out", "--stage", "pretext"], "allowed: --stage heads"),
     ):
         assert main(["export", str(tmp_path / words[0]), str(tmp_path / words[1]), *words[2:]]) == 2

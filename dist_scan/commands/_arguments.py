@@ -1,0 +1,37 @@
+"""Arguments and checks that several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dist_scan.config import ConfigError
+
+
+def add_finished_run(parser: argparse.ArgumentParser) -> None:
+    """RUN and --stage."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "--stage", help="whose model (default: the one behind the subject the report calls best)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+
+
+def add_workers(parser: argparse.ArgumentParser, description: str) -> None:
+    """--workers; 0 stands for all cores."""
+    parser.add_argument(
+        "--workers", type=int, default=0, help=f"{description} (default: as many as cores)"
+    )
+
+
+def check_at_least(args: argparse.Namespace, **minima: int) -> None:
+    """Raise ConfigError if an argument that is given is less than its minimum."""
+    for name, minimum in minima.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: {value}; allowed: {minimum} or more")

@@ -1,0 +1,1 @@
+"""Comparison of several configs over several seeds on the same data."""

@@ -1,0 +1,62 @@
+"""Settings of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from dist_scan.config import StrictModel, read_settings, validate_settings
+
+
+class MemberConfig(StrictModel):
+    """One config of a comparison."""
+
+    config: str
+    """A run's YAML file, relative to the comparison's."""
+    overrides: tuple[str, ...] = ()
+    """dotted.path=value, as on a launcher's command line."""
+
+
+class ComparisonConfig(StrictModel):
+    """What is compared. Every run has a folder OUT/<member>-seed<N>."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seeds: tuple[int, ...] = Field(min_length=1)
+    members: dict[str, MemberConfig] = Field(min_length=1)
+    rows: dict[str, str] = Field(min_length=1)
+    """Name in the table -> member.subject (a subject of the member's evaluate stage)."""
+    baseline: str
+    """The row that the others are compared with."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"{list(seeds)}; allowed: different numbers, none negative")
+        return seeds
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        if self.baseline not in self.rows:
+            allowed = ", ".join(self.rows)
+            raise ValueError(f"baseline: '{self.baseline}' is not a row; allowed: {allowed}")
+        for row, target in self.rows.items():
+            member, _ = split_target(target)
+            if member not in self.members:
+                allowed = ", ".join(f"{name}.SUBJECT" for name in self.members)
+                raise ValueError(f"rows.{row}: '{target}' names no member; allowed: {allowed}")
+        return self
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """Member and subject of `member.subject`."""
+    member, _, subject = target.partition(".")
+    return member, subject
+
+
+def read_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
+    """Read, override and validate a comparison. Raises ConfigError."""
+    return validate_settings(ComparisonConfig, read_settings(path, overrides), str(path))

@@ -1,0 +1,93 @@
+"""New images, stored as the run stored its own."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dist_scan.config import ConfigError, DataConfig, SplitConfig
+from dist_scan.data.beton.format import read_metadata, sidecar
+from dist_scan.data.beton.write import storage_fingerprint, write_beton
+from dist_scan.data.sources.open import open_source
+from dist_scan.prediction.options import PredictOptions
+from dist_scan.world.processes import available_cores
+
+STORAGE_SETTINGS = ("stored", "resolution", "max_side", "quality")
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """A .beton of the images that can be read.
+
+    Args:
+        beton: the file.
+        index: place of each of its images in the source [N]; unreadable images count too.
+        num_bad: number of images that cannot be read.
+    """
+
+    beton: Path
+    index: np.ndarray
+    num_bad: int
+
+
+def store_images(options: PredictOptions, data: DataConfig) -> StoredImages:
+    """Encode the images as the run's own were, or use a .beton that was encoded so.
+
+    Lists the unreadable ones in `options.bad_images`. Raises ConfigError if there are only such,
+    or a .beton is stored in another way.
+    """
+    is_beton = options.images.endswith(".beton")
+    beton = Path(options.images) if is_beton else _encode(options, data)
+    metadata, settings = read_metadata(beton), data.model_dump()
+    different = [
+        f"{key} {metadata[key]} instead of {settings[key]}"
+        for key in STORAGE_SETTINGS
+        if metadata[key] != settings[key]
+    ]
+    if different:
+        raise ConfigError(
+            f"'{beton}' is stored otherwise than the run's images ({', '.join(different)}); "
+            "give the images themselves, or build it with these settings"
+        )
+    bad_rows = _read_bad_rows(sidecar(beton, "bad.csv"))
+    if bad_rows:
+        shutil.copyfile(sidecar(beton, "bad.csv"), options.bad_images)
+    else:
+        options.bad_images.unlink(missing_ok=True)
+    all_rows = np.arange(metadata["num_images"] + len(bad_rows))
+    return StoredImages(beton, np.setdiff1d(all_rows, bad_rows), len(bad_rows))
+
+
+def _encode(options: PredictOptions, data: DataConfig) -> Path:
+    """A .beton in the work folder; that of an interrupted call is used if it has these images."""
+    source = open_source(SplitConfig(source=options.images))
+    beton = options.work_dir / "images.beton"
+    config = data.model_copy(update={"max_bad_share": 1.0})
+    fingerprint = storage_fingerprint(source.fingerprint(), config)
+    if beton.is_file() and read_metadata(beton)["mark"] == fingerprint:
+        return beton
+    beton.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_beton(source, beton, config, options.workers or available_cores())
+    except ConfigError:
+        shutil.copyfile(sidecar(beton, "bad.csv"), options.bad_images)
+        raise ConfigError(
+            f"none of the {len(source)} images of '{options.images}' can be read; "
+            f"the reasons are in {options.bad_images}"
+        ) from None
+    return beton
+
+
+def _read_bad_rows(path: Path) -> list[int]:
+    """Places in the source of the images that could not be read."""
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is missing beside the .beton; copy all files of its name, "
+            "or give the images themselves"
+        )
+    with open(path, newline="", encoding="utf-8") as file:
+        return [int(row["row"]) for row in csv.DictReader(file)]
