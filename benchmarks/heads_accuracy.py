@@ -100,7 +100,7 @@ def assignments(method: Method, table: FeatureTable, folder: Path) -> dict[str, 
     features = method.features(torch.from_numpy(table.rows(np.arange(table.num_rows))).float())
     out = {f"head{h}": kept.logits(h, features) for h in range(len(kept.sizes))}
     out = {
-        "chosen": out[f"head{kept.chosen[0]}"],
+        "chosen": out[f"head{kept.selected[0]}"],
         "consensus": kept.consensus(number, features),
         **out,
     }

@@ -209,13 +209,13 @@ def temi_loss(
 class ConfidentLoss(NamedTuple):
     """Loss of the confident images and their numbers.
 
-    loss: part of the graph even if it is 0. count: confident rows of the global batch.
+    loss: part of the graph even if it is 0. num_confident: confident rows of the global batch.
     pseudo_labels [B] and mask [B]: of this rank's rows. per_class [C]: confident rows per cluster,
     of the global batch.
     """
 
     loss: Tensor
-    count: Tensor
+    num_confident: Tensor
     pseudo_labels: Tensor
     mask: Tensor
     per_class: Tensor
@@ -229,7 +229,7 @@ def confident_cross_entropy(
 
     Cross-entropy of the strong view to the weak view's argmax, for rows whose weak probability is
     strictly above the threshold; counted over the global batch. class_balance: every cluster
-    present has the same total weight. Without a confident row on any rank, loss and count are 0.
+    present has the same total weight. Without a confident row on any rank, the loss is 0.
     """
     strong = at_least_fp32(strong_BC)
     probability, labels = at_least_fp32(weak_BC.detach()).softmax(1).max(1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods.base import Method, MethodConfig, MethodInputs, Step
-from dist_scan.models.backbone import save_tensors
+from dist_scan.storage.tensors import save_tensors
 
 OUTPUT = "features"
 """Layer name of the network's own output."""

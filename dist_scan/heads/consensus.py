@@ -1,6 +1,4 @@
-"""Heads among themselves, without labels: how alike they cluster, which cluster of one is which of
-another, and their mean.
-"""
+"""Agreement between heads, without labels."""
 
 from __future__ import annotations
 
@@ -14,23 +12,27 @@ from dist_scan.search.agreement import adjusted_rand_index, contingency_table
 
 
 def stability(assignments: Sequence[np.ndarray], num_clusters: int) -> list[float]:
-    """Per head: the mean adjusted Rand index of its assignment [N] with the other heads'; NaN for
-    a head alone.
+    """Mean adjusted Rand index of each head's assignment [N] with those of the other heads.
+
+    NaN for a single head.
     """
     count = len(assignments)
-    between = np.full((count, count), np.nan)
+    if count == 1:
+        return [float("nan")]
+    agreement = np.full((count, count), np.nan)
     for i in range(count):
         for j in range(i):
             table = contingency_table(assignments[i], assignments[j], num_clusters, num_clusters)
-            between[i, j] = between[j, i] = adjusted_rand_index(table)
-    return [float(np.nanmean(row)) if count > 1 else float("nan") for row in between]
+            agreement[i, j] = agreement[j, i] = adjusted_rand_index(table)
+    return [float(np.nanmean(row)) for row in agreement]
 
 
 def consensus(logits: Sequence[Tensor], mappings: Sequence[Tensor]) -> Tensor:
-    """The heads' mean probability [B, C] in the reference's clusters; mappings [C] int64 as
-    `match_clusters` gives them.
+    """Mean probability [B, C] of heads with logits [B, C], in the clusters of a reference head.
+
+    mappings [C] int64: the reference's cluster of each cluster, as `matching.match_clusters` gives.
     """
     total = torch.zeros_like(logits[0])
-    for each, mapping in zip(logits, mappings):
-        total[:, mapping] += each.softmax(1)
+    for head_logits, mapping in zip(logits, mappings):
+        total[:, mapping] += head_logits.softmax(1)
     return total / len(logits)

@@ -1,11 +1,8 @@
-"""What methods that train heads share: features from a frozen or trained network or from a table,
-and what is published.
-"""
+"""What methods that train heads share: features, selection after an epoch, publication."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +12,16 @@ from dist_scan.data.batch import HeldOut
 from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import as_one_tensor
 from dist_scan.heads.selection import HeadSelection, number_or_none
+from dist_scan.models.backbone import BackboneConfig
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.layers import FeatureNorm, Normalise
 
 
 class HeadFeatures(nn.Module):
-    """Views -> features [B, D] as the heads see them: images through the network (in eval mode and
-    without gradient unless it is trained), rows of a feature table as they are; then the
-    normalisation.
+    """Views -> normalised features [B, D].
+
+    A view is images, which go through the network, or rows of a feature table (backbone None). A
+    network that is not trained stays in eval mode and gets no gradient.
     """
 
     def __init__(
@@ -41,7 +40,8 @@ class HeadFeatures(nn.Module):
             )
         if normalise == "standardise" and (mean is None or std is None):
             raise ValueError(
-                "normalise: 'standardise' needs the mean and standard deviation of a feature table; allowed on images: none, l2"
+                "normalise: 'standardise' needs the mean and standard deviation of a feature "
+                "table; allowed on images: none, l2"
             )
         self.trained = trained
         self.norm = FeatureNorm(normalise, dim, mean, std)
@@ -60,71 +60,79 @@ class HeadFeatures(nn.Module):
         return self.norm(view)
 
     def pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Both views' features; cached ones that lie one above the other stay so."""
+        """Features of two views. Cached features that are halves of one tensor stay so."""
         both = as_one_tensor(first, second) if self.backbone is None else None
-        return (self(first), self(second)) if both is None else self.norm(both).chunk(2)
+        if both is None:
+            return self(first), self(second)
+        first, second = self.norm(both).chunk(2)
+        return first, second
 
 
 class BestNetwork(nn.Module):
-    """A trained network as it was at the chosen epoch, as buffers."""
+    """Copy of a network at the selected epoch, in buffers (so that checkpoints contain it)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         for name, tensor in network.state_dict().items():
-            self.register_buffer(name.replace(".", "__"), tensor.detach().clone())
+            self.register_buffer(_buffer_name(name), tensor.detach().clone())
 
     @torch.no_grad()
     def save(self, network: nn.Module) -> None:
-        """Keep it as it is now."""
+        """Copy the network's weights into the buffers."""
         for name, tensor in network.state_dict().items():
-            getattr(self, name.replace(".", "__")).copy_(tensor)
+            getattr(self, _buffer_name(name)).copy_(tensor)
 
     def restore(self, network: nn.Module) -> None:
-        """Load what was kept into it."""
-        network.load_state_dict(
-            {name: getattr(self, name.replace(".", "__")) for name in network.state_dict()}
-        )
+        """Load the saved weights into the network."""
+        names = network.state_dict()
+        network.load_state_dict({name: getattr(self, _buffer_name(name)) for name in names})
+
+
+def _buffer_name(name: str) -> str:
+    """A buffer's name may not contain dots."""
+    return name.replace(".", "__")
 
 
 def select_epoch(
     epoch: int,
     heads: ClusterHeads,
-    choice: HeadSelection,
+    selection: HeadSelection,
     features: HeadFeatures,
     held_out: HeldOut | None,
-    last: Tensor | None,
+    last_features: Tensor | None,
 ) -> tuple[dict[str, float], bool]:
-    """(what to log, whether this epoch is kept) after an epoch. Collective; `last`: features of
-    the last step, for the check.
+    """Update the selection after an epoch. Collective. Returns (what to log, whether it improved).
 
-    Raises ValueError when the heads have diverged (see HeadSelection.check)."""
-    values = {} if last is None else choice.check_divergence(heads, last)
+    last_features: of the last step, to check for divergence. Raises ValueError if the heads have
+    diverged (`HeadSelection.check_divergence`).
+    """
+    metrics: dict[str, float] = {}
+    if last_features is not None:
+        metrics = selection.check_divergence(heads, last_features)
     if held_out is None:
-        choice.keep_newest(epoch, heads)
-        return values, True
+        selection.keep_newest(epoch, heads)
+        return metrics, True
     device = heads.weight.device
-    mine = [features(b.views[0].to(device)) for b in held_out.batches()]
-    rows = torch.cat(mine) if mine else heads.weight.new_zeros(0, heads.weight.shape[1])
-    chosen, better = choice.update(epoch, heads, rows, held_out.neighbours)
-    return {**values, **chosen}, better
+    parts = [features(batch.views[0].to(device)) for batch in held_out.batches()]
+    rows = torch.cat(parts) if parts else heads.weight.new_zeros(0, heads.weight.shape[1])
+    held_out_metrics, is_best = selection.update(epoch, heads, rows, held_out.neighbours)
+    return metrics | held_out_metrics, is_best
 
 
 def publish_heads(
     out: Path,
-    choice: HeadSelection,
+    selection: HeadSelection,
     features: HeadFeatures,
     backbone: nn.Module | None,
-    backbone_config: Any,
+    backbone_config: BackboneConfig | None,
 ) -> None:
-    """The chosen head as a cluster model (of the first number of clusters), and all heads as they
-    were kept.
-    """
-    head = choice.selected_head()
+    """Write the selected head of the first group as a cluster model, and all heads."""
+    model = ClusterModel(backbone, features.norm, selection.selected_head(), backbone_config)
     save_cluster_model(
         out,
-        ClusterModel(backbone, features.norm, head, backbone_config),
-        best_head=int(choice.best_head[0]),
-        best_epoch=int(choice.best_epoch[0]),
-        held_out_loss=number_or_none(choice.best_loss[0]),
+        model,
+        best_head=int(selection.best_head[0]),
+        best_epoch=int(selection.best_epoch[0]),
+        held_out_loss=number_or_none(selection.best_loss[0]),
     )
-    choice.publish(out)
+    selection.publish(out)

@@ -97,10 +97,10 @@ class SelfLabelMethod(Method):
         self.confident += result.per_class.long()
         self.seen += self.inputs.global_batch
         metrics = {
-            "confident_share": result.count / self.inputs.global_batch,
+            "confident_share": result.num_confident / self.inputs.global_batch,
             "clusters_in_batch": (result.per_class > 0).sum(),
         }
-        return Step(result.loss, metrics, skip=not bool(result.count > 0))
+        return Step(result.loss, metrics, skip=not bool(result.num_confident > 0))
 
     @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:

@@ -343,7 +343,7 @@ stages:
 def pipeline(config: Path, settings: dict[str, Path]):
     """By setting of runtime.heads: what the heads stage says and publishes, run in that folder."""
     from dist_scan.engine.stop import StopFlag
-    from dist_scan.models.backbone import load_tensors
+    from dist_scan.storage.tensors import load_tensors
     from dist_scan.pipeline import Pipeline
     from dist_scan.run_config import load_config
     from dist_scan.world.world import current

@@ -131,8 +131,8 @@ def test_confident_cross_entropy(class_balance: bool, scale: float) -> None:
     exact = strong.detach().double().requires_grad_()
     found = confident_cross_entropy(strong, weak, 0.6, class_balance)
     expected = reference.confident(exact, weak, 0.6, class_balance)
-    assert 0 < found.count < 40
-    assert found.count == found.mask.sum()
+    assert 0 < found.num_confident < 40
+    assert found.num_confident == found.mask.sum()
     torch.testing.assert_close(found.loss.double(), expected, rtol=1e-5, atol=1e-5)
     found.loss.backward()
     expected.backward()
@@ -145,7 +145,7 @@ def test_without_a_confident_row_the_loss_is_zero_and_has_a_graph() -> None:
     found = confident_cross_entropy(strong, torch.zeros(4, 3), 0.99, True)
     found.loss.backward()
     assert found.loss == 0
-    assert found.count == 0
+    assert found.num_confident == 0
     assert strong.grad is not None
     assert not strong.grad.any()
 
@@ -154,4 +154,4 @@ def test_confident_means_strictly_above_the_threshold() -> None:
     weak = torch.tensor([[0.0, 0.0], [0.1, 0.0]], dtype=torch.float64)  # probabilities .5 and .525
     found = confident_cross_entropy(torch.randn(2, 2, dtype=torch.float64), weak, 0.5, False)
     assert found.mask.tolist() == [False, True]
-    assert float(found.count) == 1
+    assert float(found.num_confident) == 1
