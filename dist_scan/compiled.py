@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from numba import njit
 from numba.core import types
@@ -34,17 +34,18 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
-@intrinsic
-def wide_vectors(typing_context: Any) -> tuple[Any, Callable]:
-    """Call first in a compiled function: use vectors of 512 bits where the processor has them.
-
-    LLVM prefers 256 bits, because some processors lower their clock for 512. Next to matrix
-    products, which use 512 bits anyway, this makes exponentials 1.3 to 1.8 times faster.
-    """
-
+def _wide_vectors(typing_context: Any) -> tuple[Any, Callable]:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # llvmlite's own add() accepts only attributes without a value.
         set.add(builder.function.attributes, '"prefer-vector-width"="512"')
         return context.get_dummy_value()
 
     return types.none(), generate
+
+
+wide_vectors = cast(Callable[[], None], intrinsic(_wide_vectors))
+"""Call first in a compiled function: use vectors of 512 bits where the processor has them.
+
+LLVM prefers 256 bits, because some processors lower their clock for 512. Next to matrix products,
+which use 512 bits anyway, this makes exponentials 1.3 to 1.8 times faster.
+"""

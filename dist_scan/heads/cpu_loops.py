@@ -245,7 +245,7 @@ def entropy_and_gradient(
 @compiled()
 def add_chunks(
     sums: np.ndarray, nll: np.ndarray, underflowed: np.ndarray
-) -> tuple[np.ndarray, float, bool]:
+) -> tuple[np.ndarray, float, np.bool_]:
     """(sum [C] of the gradients, sum of -log <p, q>, whether any row has underflowed)."""
     return column_sums(sums), nll.sum(), underflowed.any()
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dist_scan.config import StrictModel, suggest
 from dist_scan.models.deepcluster_networks import alexnet_bn, vgg16_deep
 from dist_scan.models.import_weights import CheckpointKind, load_into
 from dist_scan.models.layers import Projector, Sobel
-from dist_scan.storage.atomic import write_atomic, write_json
+from dist_scan.storage.atomic import write_json
+from dist_scan.storage.tensors import load_tensors, save_tensors
 
 RESNETS = (
     "resnet18",
@@ -192,19 +192,6 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
 def plain(config: BackboneConfig) -> BackboneConfig:
     """The config without its checkpoint: what is published carries its own weights."""
     return config.model_copy(update={"checkpoint": None, "checkpoint_kind": "auto"})
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, atomically."""
-    ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomic(path, lambda f: f.write(save(ready)))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What save_tensors wrote. Raises ValueError when it is not there."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; the stage before must publish it")
-    return load(path.read_bytes())
 
 
 def save_backbone(

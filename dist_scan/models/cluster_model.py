@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from dist_scan.models.backbone import (
     BackboneConfig,
     build_backbone,
-    load_tensors,
     plain,
-    save_tensors,
 )
 from dist_scan.models.layers import FeatureNorm, Normalise
 from dist_scan.storage.atomic import write_json
+from dist_scan.storage.tensors import load_tensors, save_tensors
 
 
 class ClusterModel(nn.Module):
