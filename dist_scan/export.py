@@ -9,10 +9,10 @@ import torch
 from dist_scan.config import ConfigError
 from dist_scan.data.images import input_description
 from dist_scan.finished_run import FinishedRun, ModelChoice
-from dist_scan.models.backbone import save_tensors
 from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
 from dist_scan.models.timm_export import in_house, largest_difference, loading_lines, plain_network
 from dist_scan.storage.atomic import write_json
+from dist_scan.storage.tensors import save_tensors
 
 TOLERANCE = 1e-4
 """Largest difference of a probability: the head is rounded to float32 once more than in the run."""
