@@ -1,7 +1,11 @@
-"""Small files of a run folder that are torn, foreign or no files at all: the launcher reads what can be read and never crashes."""
+"""Small files of a run folder that are incomplete, of unknown content, or folders.
+
+The launcher reads what can be read and never crashes.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -11,7 +15,7 @@ import pytest
 
 from launch import records, recovery
 
-GARBAGE = [
+UNREADABLE = [
     b"",
     b"{",
     b"[]",
@@ -27,52 +31,51 @@ GARBAGE = [
 @pytest.mark.parametrize(
     "name", ["STOPPED", "logs/faults.jsonl", "logs/idle_requeues", "logs/error-rank00000.json"]
 )
-@pytest.mark.parametrize("found", GARBAGE)
-def test_a_file_that_cannot_be_read_counts_as_absent(tmp_path: Path, name, found) -> None:
-    mark = recovery.prepare_start(tmp_path)
-    (tmp_path / name).write_bytes(found)
-    decision = recovery.decide(tmp_path, mark, 0, 5)
-    assert (decision.action, decision.idle_starts) == ("relaunch", 1) and "without an error message" in decision.reason
-    assert records.read_objects(tmp_path / "logs" / "faults.jsonl")[-1]["start"] == 0, (
-        "the next entry stands on a line of its own"
-    )
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_an_unreadable_file_counts_as_absent(tmp_path: Path, name: str, content: bytes) -> None:
+    digest = recovery.prepare_start(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    decision = recovery.decide(tmp_path, digest, 0, 5)
+    assert (decision.action, decision.idle_starts) == ("relaunch", 1)
+    assert "without an error message" in decision.reason
+    # The new entry is on a line of its own.
+    assert records.read_objects(tmp_path / "logs" / "faults.jsonl")[-1]["start"] == 0
 
 
-def test_faults_behind_a_torn_line_are_counted(tmp_path: Path) -> None:
-    mark = recovery.prepare_start(tmp_path)
-    (tmp_path / "logs" / "faults.jsonl").write_text(
-        '{"start": 0, "advanced": false, "job": null}\n{"time": "2026'
-    )
-    assert recovery.decide(tmp_path, mark, 1, 9).action == "relaunch"
-    with open(tmp_path / "logs" / "faults.jsonl", "a") as f:
-        f.write('[]\n{"advanced": false, "job": null}\n')
-    assert (
-        recovery.logged_idle_starts(tmp_path) == 2 and recovery.decide(tmp_path, mark, 2, 9).action == "give_up"
-    )
+def test_faults_before_and_after_an_incomplete_line_are_counted(tmp_path: Path) -> None:
+    digest = recovery.prepare_start(tmp_path)
+    log = tmp_path / "logs" / "faults.jsonl"
+    log.write_text('{"start": 0, "advanced": false, "job": null}\n{"time": "2026')
+    assert recovery.decide(tmp_path, digest, 1, 9).action == "relaunch"
+    with open(log, "a") as file:
+        file.write('[]\n{"advanced": false, "job": null}\n')
+    assert recovery.logged_idle_starts(tmp_path) == 2
+    assert recovery.decide(tmp_path, digest, 2, 9).action == "give_up"
 
 
-def test_three_faults_are_the_last_also_where_nothing_can_be_written(
+def test_three_faults_end_the_run_although_none_can_be_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk faults.jsonl says nothing: the launcher hands each verdict's count to the next."""
-    mark = recovery.prepare_start(tmp_path)
+    """On a full disk faults.jsonl stays empty; the launcher passes the count on."""
 
-    def full(*_) -> Never:
-        raise OSError(28, "No space left on device")
+    def append_object(*args: object) -> Never:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(records, "append_object", full)
-    actions, idle = [], 0
+    digest = recovery.prepare_start(tmp_path)
+    monkeypatch.setattr(records, "append_object", append_object)
+    actions = []
+    idle_starts = 0
     for start in range(3):
-        action, _, idle = recovery.decide(tmp_path, mark, start, 20, idle)
-        actions.append(action)
+        decision = recovery.decide(tmp_path, digest, start, 20, idle_starts)
+        actions.append(decision.action)
+        idle_starts = decision.idle_starts
     assert actions == ["relaunch", "relaunch", "give_up"]
-    assert recovery.decide(tmp_path, "another mark", 3, 20, idle).idle_starts == 0, (
-        "a start that has finished something begins the count anew"
-    )
+    # A start that has made progress resets the count.
+    assert recovery.decide(tmp_path, "another digest", 3, 20, idle_starts).idle_starts == 0
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("content", "name"),
     [
         (b'{"signal": 999}', "signal 999"),
         (b'{"signal": null}', "unknown signal"),
@@ -80,43 +83,44 @@ def test_three_faults_are_the_last_also_where_nothing_can_be_written(
         (b'{"signal": -3}', "signal -3"),
     ],
 )
-def test_a_signal_that_is_not_known_is_a_signal(tmp_path: Path, found, said) -> None:
-    (tmp_path / "STOPPED").write_bytes(found)
+def test_a_stop_by_an_unknown_signal_is_a_stop(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / "STOPPED").write_bytes(content)
     decision = recovery.decide(tmp_path, "", 0, 5)
-    assert decision.action == "stopped" and decision.reason.startswith(f"{said}: ")
+    assert decision.action == "stopped"
+    assert decision.reason.startswith(f"{name}: ")
 
 
-def test_requeues_that_get_nowhere_end_although_their_count_was_spoilt(tmp_path: Path) -> None:
-    mark = recovery.prepare_start(tmp_path)
+def test_requeues_without_progress_end_although_their_count_was_unreadable(tmp_path: Path) -> None:
+    digest = recovery.prepare_start(tmp_path)
     (tmp_path / "STOPPED").write_text(json.dumps({"signal": int(signal.SIGUSR2)}))
     (tmp_path / "logs" / "idle_requeues").write_bytes(b"\xff")
-    assert [recovery.decide(tmp_path, mark, 0, 5).action for _ in range(recovery.IDLE_REQUEUE_LIMIT)][
-        -1
-    ] == "give_up"
+    for _ in range(recovery.IDLE_REQUEUE_LIMIT):
+        decision = recovery.decide(tmp_path, digest, 0, 5)
+    assert decision.action == "give_up"
 
 
-def test_a_mistake_of_any_bytes_is_a_mistake(tmp_path: Path) -> None:
-    for found, said in ((b"no \xff such", "no \ufffd such"), (b"", "MISTAKE is empty")):
-        (tmp_path / "MISTAKE").write_bytes(found)
-        decision = recovery.decide(tmp_path, "", 0, 5)
-        assert decision.action == "fatal_error" and said in decision.reason
+@pytest.mark.parametrize(
+    ("content", "text"), [(b"no \xff such", "no \ufffd such"), (b"", "MISTAKE is empty")]
+)
+def test_the_error_marker_may_hold_any_bytes(tmp_path: Path, content: bytes, text: str) -> None:
+    (tmp_path / "MISTAKE").write_bytes(content)
+    decision = recovery.decide(tmp_path, "", 0, 5)
+    assert decision.action == "fatal_error"
+    assert text in decision.reason
 
 
-def test_a_folder_in_a_markers_place_is_put_aside_and_no_marker(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_marker_is_renamed_and_no_marker(tmp_path: Path) -> None:
     for name in ("DONE", "STOPPED", "logs/error-rank00000.json"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "kept").write_text("x")
-    assert recovery.decide(tmp_path, "", 0, 5).action == "relaunch", "a folder says nothing"
+        (tmp_path / name / "content").write_text("x")
+    assert recovery.decide(tmp_path, "", 0, 5).action == "relaunch"
     recovery.prepare_start(tmp_path)
     assert not (tmp_path / "DONE").exists()
-    assert (
-        len(list(tmp_path.glob("bad-DONE-*/kept")))
-        == len(list(tmp_path.glob("logs/bad-error-*/kept")))
-        == 1
-    )
+    assert len(list(tmp_path.glob("bad-DONE-*/content"))) == 1
+    assert len(list(tmp_path.glob("logs/bad-error-*/content"))) == 1
 
 
-def test_what_is_not_utf8_in_a_name_does_not_end_the_launcher(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_does_not_end_the_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "stages" / "a" / "f00" / "work" / "\udcff"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
