@@ -74,7 +74,7 @@ def objective(rows: np.ndarray, centroids: np.ndarray) -> float:
 
     flat, total = FlatIndex(np.ascontiguousarray(centroids), "l2"), 0.0
     for b in range(0, len(rows), 8192):
-        chosen = centroids[flat.nearest(rows[b : b + 8192], 1)[1][:, 0]]
+        chosen = centroids[flat.search(rows[b : b + 8192], 1)[1][:, 0]]
         total += float(((rows[b : b + 8192].astype(np.float64) - chosen) ** 2).sum())
     return total
 

@@ -111,15 +111,15 @@ def faiss_knn(path: Path, k: int, queries: int) -> Callable[[], None]:
 
 def formula_mib(rows: int, dim: int, k: int, queries: int, world_size: int, threads: int) -> float:
     """The memory formula of docs/search.md, in MiB."""
-    from dist_scan.search.neighbours import BLOCK, PIECE
+    from dist_scan.search.neighbours import BLOCK_ROWS, QUERY_BLOCK
     from dist_scan.search.options import NEIGHBOUR_DEFAULTS
 
     held = min(NEIGHBOUR_DEFAULTS.queries_per_round, -(-min(queries, rows) // world_size))
     chunk = min(NEIGHBOUR_DEFAULTS.chunk_rows, rows)
     searching = (
         held * (4 * dim + 16 * k + 32)
-        + (10 * chunk + 24 * PIECE) * dim
-        + threads // world_size * BLOCK * (12 * k + 4200)
+        + (10 * chunk + 24 * BLOCK_ROWS) * dim
+        + threads // world_size * QUERY_BLOCK * (12 * k + 4200)
     )
     return (searching + 2 * rows * dim / world_size) / 2**20
 

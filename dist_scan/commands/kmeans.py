@@ -108,8 +108,8 @@ def _rank(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 view=args.view,
             ),
-            stop=lambda: stop.requested,
-            progress=world.rank == 0,
+            stop_requested=lambda: stop.requested,
+            show_progress=world.rank == 0,
             checkpoint_path=out / WORK / "kmeans.npz",
         )
     except StopRequested:

@@ -86,8 +86,8 @@ def _rank(args: argparse.Namespace) -> int:
             out,
             args.k,
             NeighbourOptions(metric=args.metric, view=args.view),
-            stop=lambda: stop.requested,
-            progress=world.rank == 0,
+            stop_requested=lambda: stop.requested,
+            show_progress=world.rank == 0,
         )
     except StopRequested:
         if world.rank == 0:

@@ -44,7 +44,7 @@ from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.options import KMeansOptions, NeighbourOptions
 from dist_scan.search.pic import pic
-from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
+from dist_scan.search.whiten import fit_whitening, write_whitened_table
 from dist_scan.world.world import current
 
 SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
@@ -184,9 +184,9 @@ class DeepClusterMethod(NetworkMethod):
         config = self.config
         folder = empty_folder(self.inputs.work_dir)
         if config.whiten_dim is not None:
-            whitening = fit_table_whitening(table, config.whiten_dim)
+            whitening = fit_whitening(table, config.whiten_dim)
             table = write_whitened_table(
-                table, whitening, folder / "whitened", stop=self.inputs.stop_requested
+                table, whitening, folder / "whitened", stop_requested=self.inputs.stop_requested
             )
         if config.clustering == "pic":
             return self._power_iteration(table, folder)
@@ -199,8 +199,8 @@ class DeepClusterMethod(NetworkMethod):
                 normalise=config.whiten_dim is None,
                 seed=hashed_seed(self.inputs.seed, KMEANS_STREAM, epoch),
             ),
-            stop=self.inputs.stop_requested,
-            progress=current().rank == 0,
+            stop_requested=self.inputs.stop_requested,
+            show_progress=current().rank == 0,
         )
         return renumber_clusters(
             result.assignment, config.num_clusters, config.num_clusters, result.num_splits
@@ -214,8 +214,8 @@ class DeepClusterMethod(NetworkMethod):
             folder / "neighbours",
             config.pic_neighbours,
             NeighbourOptions(metric="cosine" if config.whiten_dim is None else "l2"),
-            stop=self.inputs.stop_requested,
-            progress=current().rank == 0,
+            stop_requested=self.inputs.stop_requested,
+            show_progress=current().rank == 0,
         )
         result = pic(
             graph,
@@ -223,8 +223,8 @@ class DeepClusterMethod(NetworkMethod):
             alpha=config.pic_alpha,
             iterations=config.pic_iterations,
             teleport=config.pic_teleport,
-            stop=self.inputs.stop_requested,
-            progress=current().rank == 0,
+            stop_requested=self.inputs.stop_requested,
+            show_progress=current().rank == 0,
         )
         return renumber_clusters(result.assignment, result.num_clusters, config.num_clusters, 0)
 

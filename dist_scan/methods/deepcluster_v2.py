@@ -160,8 +160,8 @@ class DeepClusterV2Method(NetworkMethod):
             table,
             self.config.num_clusters,
             options,
-            stop=self.inputs.stop_requested,
-            progress=current().rank == 0,
+            stop_requested=self.inputs.stop_requested,
+            show_progress=current().rank == 0,
         )
 
     def _remember(self, table: FeatureTable) -> None:

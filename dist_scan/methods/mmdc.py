@@ -195,8 +195,8 @@ class MMDCMethod(Method):
                 restarts=self.config.refine_restarts,
                 seed=self.inputs.seed + 1000 * epoch,
             ),
-            stop=self.inputs.stop_requested,
-            progress=current().rank == 0,
+            stop_requested=self.inputs.stop_requested,
+            show_progress=current().rank == 0,
             checkpoint_path=work_dir / "refinement.npz" if work_dir else None,
         )
         previous = self.codes.component(self.target_id.whole().numpy())

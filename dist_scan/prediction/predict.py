@@ -34,7 +34,7 @@ def predict(options: PredictOptions) -> Prediction:
     features = choose_features(run, options.features)
     images = store_images(options, run.config.data)
     predictor = load_predictor(run, choice, features, images, options)
-    novelty = None if features is None else NoveltyColumns(run, features, predictor.device)
+    novelty = None if features is None else NoveltyColumns(run, features)
     fingerprint = run.artifacts[choice.stage].manifest["fingerprint"]
     source = (
         f"run {run.config.name}, stage {choice.stage} ({fingerprint}), "

@@ -9,7 +9,6 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from dist_scan.data.beton.format import read_names
 from dist_scan.data.feature_table import FeatureTable
@@ -32,9 +31,8 @@ class NoveltyColumns:
     that are nearer to their own nearest neighbour, if the run searched these with cosine.
     """
 
-    def __init__(self, run: FinishedRun, features: str, device: torch.device) -> None:
+    def __init__(self, run: FinishedRun, features: str) -> None:
         self.table = FeatureTable.open(run.artifacts[features].path)
-        self.device = device
         self.training_distances = None
         for name in run.stages_of_kind("neighbours"):
             settings = run.settings(name)
@@ -46,7 +44,7 @@ class NoveltyColumns:
     def __call__(self, features: np.ndarray) -> dict[str, np.ndarray]:
         """The columns for images with these features [n, D]."""
         with Progress("novelty", self.table.num_rows, "training rows") as progress:
-            distance, row = nearest_row(features, self.table, self.device, progress.advance)
+            distance, row = nearest_row(features, self.table, progress.advance)
         columns = {"novelty": distance, "nearest": row}
         if self.training_distances is not None:
             columns["novelty_share"] = fraction_nearer(distance, self.training_distances)

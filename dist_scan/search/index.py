@@ -1,4 +1,8 @@
-"""Flat search on a GPU or the CPU: the only import of faiss. GPU/CPU, place 3 of 4."""
+"""Brute-force search and nearest centroids, on the CPU or a GPU. The only module that imports faiss.
+
+Both compute float32 products first. Neighbour search scores faiss's candidates again in float64
+(neighbours.py); NearestCentroid decides in float64 between centroids that float32 cannot tell apart.
+"""
 
 from __future__ import annotations
 
@@ -12,150 +16,186 @@ import faiss
 import numpy as np
 import torch
 
-from dist_scan.search.kernels import KEPT, keep_near, settle
+from dist_scan.search.kernel_types import MAX_NEAR, NearCentroids
+from dist_scan.search.kernels import LARGEST_FLOAT_BITS, choose_nearest, collect_near
 from dist_scan.world.world import current
 
-Metric = Literal["inner_product", "l2"]
 METRICS = {"inner_product": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
-MOST_ON_GPU = 2048  # faiss's limit on K there
-# faiss leaves BLAS for small batches (8 to 10 times slower); it never pays here.
+MAX_GPU_NEIGHBOURS = 2048  # faiss's limit of k on a GPU
+
+# faiss does not use BLAS for small batches, which is 8 to 10 times slower at the sizes used here.
 faiss.cvar.distance_compute_blas_threshold = 0
-# A reservoir instead of a heap from K = 20 on, not 100: 0.75 of the time at K = 66, D = 128, in blocks of 512 to 1,024 queries.
+# Select the k best with a reservoir instead of a heap from k = 20 on instead of 100: 0.75 of the
+# time at k = 66, D = 128, in blocks of 512 to 1,024 queries.
 faiss.cvar.distance_compute_min_k_reservoir = 20
-ROWS, CENTROIDS = 1024, 1024  # products that fit the second cache: 4 MB
-FURTHEST = np.int32(0x7F7FFFFF)
+
+# Block sizes of the CPU's matrix products: 1,024 x 1,024 float32 (4 MB) fit the second-level cache.
+BLOCK_ROWS = 1024
+BLOCK_CENTROIDS = 1024
+GPU_BLOCK_VALUES = 2**28  # values of one matrix product on a GPU
 
 
 def thread_pool() -> ThreadPoolExecutor:
-    """As many threads as torch may use, each with one thread of BLAS's own: they share the work and wait for each other only at its end."""
+    """A pool of `torch.get_num_threads()` threads, each with single-threaded BLAS.
+
+    Threads that work on blocks of their own wait for each other only at the end, those of one
+    multi-threaded product after every product.
+    """
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=_single)
-    list(
-        pool.map(lambda _: time.sleep(0.001), range(threads))
-    )  # all are up: what they set for the process is set back
+    pool = ThreadPoolExecutor(threads, initializer=_use_one_thread)
+    # Start all threads now. Their initializers also change the settings of the whole process,
+    # which are restored afterwards.
+    list(pool.map(lambda _: time.sleep(0.001), range(threads)))
     torch.set_num_threads(threads)
     return pool
 
 
-def _single() -> None:
+def _use_one_thread() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
 
 
 @cache
-def _gpu():
+def _gpu_resources() -> faiss.StandardGpuResources:
     return faiss.StandardGpuResources()
 
 
 class FlatIndex:
-    """Rows [m, D] float32 to search in. Several threads (`thread_pool`) may search at once; on a GPU they take turns."""
+    """Brute-force index over rows [m, D] float32.
 
-    def __init__(self, rows: np.ndarray, metric: Metric) -> None:
-        self.rows, self.metric, self.lock, self.index = rows, METRICS[metric], Lock(), None
+    Several threads may search at the same time; on a GPU their searches run one after another.
+    """
+
+    def __init__(self, rows: np.ndarray, metric: Literal["inner_product", "l2"]) -> None:
+        self.rows = rows
+        self.metric = METRICS[metric]
+        self.lock = Lock()
+        self.gpu_index = None
         device = current().device
         if device.type == "cuda":
             options = faiss.GpuIndexFlatConfig()
             options.device = device.index
-            self.index = faiss.GpuIndexFlat(_gpu(), rows.shape[1], self.metric, options)
-            self.index.add(rows)
+            self.gpu_index = faiss.GpuIndexFlat(
+                _gpu_resources(), rows.shape[1], self.metric, options
+            )
+            self.gpu_index.add(rows)
 
-    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best for each of `queries` [n, D] float32, best first: (scores [n, k] float32, places [n, k] int64).
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best rows of each query [n, D] float32, best first.
 
-        l2 scores are squared distances. Right within float32's rounding only: callers that need more score again.
+        Returns (scores [n, k] float32, row numbers [n, k] int64). Scores of l2 are squared
+        distances. They and the order of the rows are right within float32's rounding only.
         """
-        if self.index is None:
+        if self.gpu_index is None:
             return faiss.knn(queries, self.rows, k, metric=self.metric)
-        if k > MOST_ON_GPU:
+        if k > MAX_GPU_NEIGHBOURS:
             raise ValueError(
-                f"{k} candidates a row; on a GPU faiss finds at most {MOST_ON_GPU}: lower the number of neighbours, or use the CPU"
+                f"{k} candidates per row; allowed on a GPU: at most {MAX_GPU_NEIGHBOURS} (a limit "
+                "of faiss). Lower the number of neighbours, or use --device cpu"
             )
         with self.lock:
-            return self.index.search(queries, k)
+            return self.gpu_index.search(queries, k)
 
 
-class Centroids(NamedTuple):
-    """rows [k, D] float32, here and on the device; squares [k] float64; half [k] and margin as `NearestCentroid` explains."""
+class _Centroids(NamedTuple):
+    """Centroids and what their comparison needs; see NearestCentroid for half_norms and margin."""
 
-    rows: np.ndarray
-    there: torch.Tensor
-    squares: np.ndarray
-    half: np.ndarray
+    values: np.ndarray
+    """[k, D] float32."""
+    on_device: torch.Tensor
+    squared_norms: np.ndarray
+    """[k] float64."""
+    half_norms: np.ndarray
+    """[k] float32."""
     margin: np.float32
 
 
 class NearestCentroid:
-    """Rows [n, D] float32 on float16's grid, and which of some centroids is nearest to each: exactly, of equals the first.
+    """The nearest of k centroids to each row [n, D] float32 on float16's grid, exactly.
 
-    half[j] - x.c_j, positive by a term that is the same for all, is half the squared distance but for terms of the row alone. In float32 it is
-    wrong by less than half of `margin`: centroids within it of the least are compared in float64.
+    Of equally near centroids the one with the lowest number is taken.
+
+    The cost of centroid c_j for row x is h_j - x.c_j with h_j = |c_j|^2 / 2 + o. It orders centroids
+    like |x - c_j|^2 = 2 (h_j - x.c_j) - 2 o + |x|^2. The offset o = 1.01 R + 1e-6 with
+    R = max|x| max|c_j| makes every cost positive, so that costs compare like the integers that have
+    the same bits.
+
+    Error bound. With u = 2^-24, float32 computes x.c_j with an error of at most about D u R in any
+    order of summation, rounds h_j with one of u H (H = max h_j) and their difference with one of
+    u (H + R): together less than u ((D + 1) R + 2 H). `margin` is 2 u ((D + 8) R + 4 H). Two costs
+    whose float32 values differ by more than `margin` are therefore ordered correctly, with room for
+    the rounding of (least + margin) itself. Centroids within `margin` of the least cost are compared
+    by |c_j|^2 - 2 x.c_j in float64. That is exact: centroids are multiples of 2^-22 and rows of
+    2^-24, both with norms of about 4 or less, so all partial sums are multiples of 2^-46 below 2^6.
     """
 
-    def __init__(self, rows: np.ndarray, longest: float) -> None:
-        """longest: no row's norm is larger."""
-        self.rows, self.longest, self.device = rows, longest, current().device
-        self.there = torch.from_numpy(rows).to(self.device)
+    def __init__(self, rows: np.ndarray, max_norm: float) -> None:
+        """No row's norm is larger than `max_norm`."""
+        self.rows = rows
+        self.max_norm = max_norm
+        self.device = current().device
+        self.on_device = torch.from_numpy(rows).to(self.device)
 
-    def __call__(self, centroids: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
-        """[n] int32. centroids [k, D] float32 on multiples of 2^-22, so that float64 products with rows are exact (rows.py)."""
-        squares = (centroids.astype(np.float64) ** 2).sum(1)
-        reach = self.longest * float(np.sqrt(squares.max()))
-        half = (squares / 2 + 1.01 * reach + 1e-6).astype(np.float32)
-        margin = np.float32(2.0**-23 * ((self.rows.shape[1] + 8) * reach + 4 * float(half.max())))
-        c = Centroids(centroids, torch.from_numpy(centroids).to(self.device), squares, half, margin)
+    def assign(self, centroids: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
+        """Number of the nearest centroid of each row, [n] int32. centroids [k, D] float32."""
+        prepared = self._prepare(centroids)
+        assign_block, block_rows = self._assign_on_cpu, BLOCK_ROWS
+        if self.device.type != "cpu":
+            assign_block = self._assign_on_device
+            block_rows = max(BLOCK_ROWS, GPU_BLOCK_VALUES // len(centroids))
         out = np.empty(len(self.rows), np.int32)
-        work, step = (
-            (self._on_cpu, ROWS)
-            if self.device.type == "cpu"
-            else (self._on_device, max(ROWS, 2**28 // len(centroids)))
-        )
-        list(
-            pool.map(
-                lambda b: work(slice(b, b + step), c, out[b : b + step]), range(0, len(out), step)
-            )
-        )
+        blocks = [slice(b, b + block_rows) for b in range(0, len(out), block_rows)]
+        list(pool.map(lambda block: assign_block(block, prepared, out[block]), blocks))
         return out
 
-    def _on_cpu(self, part: slice, c: Centroids, out: np.ndarray) -> None:
-        rows, n, k = self.there[part], len(out), len(c.rows)
-        buffer = torch.empty(n * min(CENTROIDS, k))
-        best, counts = np.full(n, FURTHEST), np.zeros(n, np.int32)
-        names, values = np.empty((n, KEPT), np.int32), np.empty((n, KEPT), np.int32)
-        for first in range(0, k, CENTROIDS):
-            block = c.there[first : first + CENTROIDS]
-            products = torch.mm(rows, block.T, out=buffer[: n * len(block)].view(n, len(block)))
-            keep_near(
-                products.numpy(),
-                c.half[first : first + CENTROIDS],
-                first,
-                c.margin,
-                best,
-                names,
-                values,
-                counts,
-            )
-        settle(self.rows[part], c.rows, c.squares, c.margin, best, names, values, counts, out)
+    def _prepare(self, centroids: np.ndarray) -> _Centroids:
+        squared_norms = (centroids.astype(np.float64) ** 2).sum(1)
+        largest_product = self.max_norm * float(np.sqrt(squared_norms.max()))
+        half_norms = (squared_norms / 2 + 1.01 * largest_product + 1e-6).astype(np.float32)
+        dim = self.rows.shape[1]
+        margin = np.float32(2.0**-23 * ((dim + 8) * largest_product + 4 * float(half_norms.max())))
+        on_device = torch.from_numpy(centroids).to(self.device)
+        return _Centroids(centroids, on_device, squared_norms, half_norms, margin)
 
-    def _on_device(self, part: slice, c: Centroids, out: np.ndarray) -> None:
-        """The same with torch: rows with several centroids near go to `settle` as if they had too many to keep."""
-        distances = torch.addmm(
-            torch.from_numpy(c.half).to(self.device), self.there[part], c.there.T, alpha=-1
+    def _assign_on_cpu(self, block: slice, centroids: _Centroids, out: np.ndarray) -> None:
+        """One block of rows against all centroids, a block of centroids at a time."""
+        rows = self.on_device[block]
+        n, k = len(out), len(centroids.values)
+        buffer = torch.empty(n * min(BLOCK_CENTROIDS, k))
+        near = NearCentroids(
+            least=np.full(n, LARGEST_FLOAT_BITS),
+            ids=np.empty((n, MAX_NEAR), np.int32),
+            costs=np.empty((n, MAX_NEAR), np.int32),
+            counts=np.zeros(n, np.int32),
         )
-        least, place = distances.min(1)
-        near = (distances <= (least + float(c.margin))[:, None]).sum(1)
-        out[:] = place.cpu().numpy()
-        several = np.flatnonzero(near.cpu().numpy() > 1)
-        n, exact = len(several), np.empty(len(several), np.int32)
-        none = np.empty((n, KEPT), np.int32)
-        settle(
-            self.rows[part][several],
-            c.rows,
-            c.squares,
-            c.margin,
-            np.full(n, FURTHEST),
-            none,
-            none,
-            np.full(n, KEPT + 1, np.int32),
-            exact,
+        for first in range(0, k, BLOCK_CENTROIDS):
+            part = centroids.on_device[first : first + BLOCK_CENTROIDS]
+            products = torch.mm(rows, part.T, out=buffer[: n * len(part)].view(n, len(part)))
+            half_norms = centroids.half_norms[first : first + BLOCK_CENTROIDS]
+            collect_near(products.numpy(), half_norms, first, centroids.margin, near)
+        _choose(self.rows[block], centroids, near, out)
+
+    def _assign_on_device(self, block: slice, centroids: _Centroids, out: np.ndarray) -> None:
+        """The same with torch; rows with several near centroids are compared with all on the CPU."""
+        half_norms = torch.from_numpy(centroids.half_norms).to(self.device)
+        costs = torch.addmm(half_norms, self.on_device[block], centroids.on_device.T, alpha=-1)
+        least, nearest = costs.min(1)
+        num_near = (costs <= (least + float(centroids.margin))[:, None]).sum(1)
+        out[:] = nearest.cpu().numpy()
+        ambiguous = np.flatnonzero(num_near.cpu().numpy() > 1)
+        n = len(ambiguous)
+        unused = np.empty((n, MAX_NEAR), np.int32)
+        near = NearCentroids(
+            least=np.full(n, LARGEST_FLOAT_BITS),
+            ids=unused,
+            costs=unused,
+            counts=np.full(n, MAX_NEAR + 1, np.int32),
         )
-        out[several] = exact
+        exact = np.empty(n, np.int32)
+        _choose(self.rows[block][ambiguous], centroids, near, exact)
+        out[ambiguous] = exact
+
+
+def _choose(rows: np.ndarray, centroids: _Centroids, near: NearCentroids, out: np.ndarray) -> None:
+    """Decide between the candidates in float64."""
+    choose_nearest(rows, centroids.values, centroids.squared_norms, centroids.margin, near, out)

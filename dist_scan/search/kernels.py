@@ -1,37 +1,30 @@
-"""The exact half of a search, compiled: candidates are scored again in float64. Import it late: numba takes a second.
+"""Compiled loops of exact search and k-means. Import late: numba takes a second.
 
-float32 rows hold float16's numbers, so the products are exact and may be added up in any order (rows.py): fast-math changes no bit.
-None of these holds the interpreter's lock, so threads run them at once.
+float32 rows hold numbers of float16, so that their float64 products and sums are exact
+(exact_rows.py). Order of summation and fused multiply-adds therefore change no bit, and `dot` may
+use fast-math. No kernel holds the interpreter's lock; threads run them at the same time.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from dist_scan.compiled import compiled
+from dist_scan.search.kernel_types import (
+    MAX_NEAR,
+    DatabaseRows,
+    NearCentroids,
+    QueryBlock,
+    TopK,
+)
 
-
-class Top(NamedTuple):
-    """The best so far of each query: ids and scores [n, K], by (score descending, id ascending); not there yet: -inf, at the id N."""
-
-    ids: np.ndarray
-    scores: np.ndarray
-
-
-class Queries(NamedTuple):
-    """rows [n, D] float32, their own ids [n], squared norms [n] float64, and how far float32 scores may lie from exact ones [n]."""
-
-    rows: np.ndarray
-    own: np.ndarray
-    squares: np.ndarray
-    rounding: np.ndarray
+LARGEST_FLOAT_BITS = np.int32(0x7F7FFFFF)  # bits of the largest float32
+COST_GROUP = 64  # costs whose least is found at a time
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def dot(a, b):
-    """The exact inner product of two float32 rows."""
+def dot(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact inner product of two float32 rows."""
     total = 0.0
     for i in range(len(a)):
         total += np.float64(a[i]) * np.float64(b[i])
@@ -39,132 +32,179 @@ def dot(a, b):
 
 
 @compiled()
-def insert(ids, scores, name, score) -> None:
-    """Into one query's top K, if it is better than the last."""
+def insert(ids: np.ndarray, scores: np.ndarray, row_id: int, score: float) -> None:
+    """Insert a row into one query's top K if it is better than the last."""
     at = len(ids) - 1
-    if score < scores[at] or (score == scores[at] and name > ids[at]):
+    if score < scores[at] or (score == scores[at] and row_id > ids[at]):
         return
-    while at > 0 and (scores[at - 1] < score or (scores[at - 1] == score and ids[at - 1] > name)):
+    while at > 0 and (scores[at - 1] < score or (scores[at - 1] == score and ids[at - 1] > row_id)):
         ids[at], scores[at] = ids[at - 1], scores[at - 1]
         at -= 1
-    ids[at], scores[at] = name, score
+    ids[at], scores[at] = row_id, score
 
 
 @compiled()
-def add_candidates(q, rows, squares, start, rough, places, l2, top, unsure) -> None:
-    """Into the top K of Queries q: rough and places [n, m], each query's best m of rows [r, D] by float32, best first. unsure [n]: a row that
-    is no candidate may belong into the top K, because float32 could not tell it from those that are."""
-    for i in range(len(places)):
-        unsure[i] = places.shape[1] < len(rows)
-        for c in range(places.shape[1]):
-            estimate = -rough[i, c] if l2 else rough[i, c]
-            if estimate + q.rounding[i] < top.scores[i, -1]:
-                unsure[i] = False  # neither this one nor any behind it can enter
+def add_candidates(
+    queries: QueryBlock,
+    database: DatabaseRows,
+    candidate_scores: np.ndarray,
+    candidates: np.ndarray,
+    is_l2: bool,
+    top: TopK,
+    is_uncertain: np.ndarray,
+) -> None:
+    """Score faiss's candidates exactly and insert them into the top K.
+
+    candidate_scores and candidates [n, m]: the m best database rows of each query by float32, best
+    first; scores of l2 are squared distances. Sets is_uncertain [n] for queries of which a row that
+    is no candidate may belong to the top K.
+
+    Rows beyond the candidates have float32 scores no better than the last candidate's. Once a
+    candidate's float32 score plus the error bound is below the K-th exact score, neither it nor any
+    row after it can enter, and the query is certain.
+    """
+    for i in range(len(candidates)):
+        is_uncertain[i] = candidates.shape[1] < len(database.values)
+        for c in range(candidates.shape[1]):
+            estimate = -candidate_scores[i, c] if is_l2 else candidate_scores[i, c]
+            if estimate + queries.error_bound[i] < top.scores[i, -1]:
+                is_uncertain[i] = False
                 break
-            place = places[i, c]
-            if start + place != q.own[i]:
-                score = dot(q.rows[i], rows[place])
-                insert(
-                    top.ids[i],
-                    top.scores[i],
-                    start + place,
-                    2 * score - q.squares[i] - squares[place] if l2 else score,
-                )
+            row = candidates[i, c]
+            if database.start + row != queries.ids[i]:
+                score = dot(queries.values[i], database.values[row])
+                if is_l2:
+                    score = 2 * score - queries.squared_norms[i] - database.squared_norms[row]
+                insert(top.ids[i], top.scores[i], database.start + row, score)
 
 
 @compiled()
-def add_dense(scores, names, own, first, ids, best) -> None:
-    """scores [n, m] of the rows first, first + 1... for the queries `names` [n] of ids and best [N, K]."""
-    for i in range(len(names)):
-        q = names[i]
-        for place in range(scores.shape[1]):
-            if scores[i, place] >= best[q, -1] and first + place != own[q]:
-                insert(ids[q], best[q], first + place, scores[i, place])
+def add_dense(
+    scores: np.ndarray, selected: np.ndarray, query_ids: np.ndarray, first: int, top: TopK
+) -> None:
+    """Insert exact scores [n, m] of the rows first, first + 1, ... into the top K of queries.
 
-
-GROUP = 64
-KEPT = 16  # centroids that a row may be near to at once before all are looked at
+    selected [n]: places of these queries in query_ids and top.
+    """
+    for i in range(len(selected)):
+        q = selected[i]
+        for row in range(scores.shape[1]):
+            if scores[i, row] >= top.scores[q, -1] and first + row != query_ids[q]:
+                insert(top.ids[q], top.scores[q], first + row, scores[i, row])
 
 
 @compiled()
-def bits(x):
-    """A float32 that is not negative as the int32 that sorts like it: LLVM finds the least of integers with vectors, not of floats."""
+def float_bits(x: np.float32) -> np.int32:
+    """Bits of a non-negative float32 as an int32; they compare like the numbers.
+
+    LLVM vectorises the minimum of integers, but not that of floats.
+    """
     return np.float32(x).view(np.int32)
 
 
 @compiled()
-def limit(lowest, margin):
-    """The bits of what lies `margin` above a number given by its bits."""
-    return bits(np.int32(lowest).view(np.float32) + margin)
+def add_margin(lowest: np.int32, margin: np.float32) -> np.int32:
+    """Bits of (a cost given by its bits) + margin."""
+    return float_bits(np.int32(lowest).view(np.float32) + margin)
 
 
 @compiled()
-def keep_near(products, half, first, margin, best, names, values, counts) -> None:
-    """Which centroids first, first + 1... may be a row's nearest: half[j] - products[i, j] (positive) within `margin` of its least so far.
+def collect_near(
+    products: np.ndarray,
+    half_norms: np.ndarray,
+    first: int,
+    margin: np.float32,
+    near: NearCentroids,
+) -> None:
+    """Add the centroids first, first + 1, ... whose cost is within `margin` of the row's least.
 
-    products [n, m]; best [n] the least so far as bits; names and values [n, KEPT] of counts [n] centroids (KEPT + 1: too many to keep).
+    The cost of centroid j for row i is half_norms[j] - products[i, j]; products [n, m].
     """
-    least = np.empty((products.shape[1] + GROUP - 1) // GROUP, np.int32)
+    group_least = np.empty((products.shape[1] + COST_GROUP - 1) // COST_GROUP, np.int32)
     for i in range(len(products)):
         row = products[i]
-        low = best[i]
-        for g in range(len(least)):
-            part, add = row[g * GROUP : (g + 1) * GROUP], half[g * GROUP : (g + 1) * GROUP]
-            lowest = np.int32(0x7F7FFFFF)
+        # The least cost, by groups.
+        low = near.least[i]
+        for g in range(len(group_least)):
+            part = row[g * COST_GROUP : (g + 1) * COST_GROUP]
+            add = half_norms[g * COST_GROUP : (g + 1) * COST_GROUP]
+            lowest = LARGEST_FLOAT_BITS
             for j in range(len(part)):
-                lowest = min(lowest, bits(add[j] - part[j]))
-            least[g] = lowest
+                lowest = min(lowest, float_bits(add[j] - part[j]))
+            group_least[g] = lowest
             low = min(low, lowest)
-        best[i] = low
-        most = limit(low, margin)
-        for g in range(len(least)):
-            if least[g] <= most:
-                for j in range(g * GROUP, min((g + 1) * GROUP, len(row))):
-                    if bits(half[j] - row[j]) <= most:
-                        note(
-                            names[i], values[i], counts, i, first + j, bits(half[j] - row[j]), most
-                        )
+        near.least[i] = low
+        # Centroids near it, only in groups that have one.
+        most = add_margin(low, margin)
+        for g in range(len(group_least)):
+            if group_least[g] <= most:
+                for j in range(g * COST_GROUP, min((g + 1) * COST_GROUP, len(row))):
+                    if float_bits(half_norms[j] - row[j]) <= most:
+                        append_near(near, i, first + j, float_bits(half_norms[j] - row[j]), most)
 
 
 @compiled()
-def note(names, values, counts, i, name, value, most) -> None:
-    """One more centroid for row i; those that fell behind make room."""
-    if counts[i] == KEPT:
+def append_near(near: NearCentroids, i: int, centroid: int, cost: np.int32, most: np.int32) -> None:
+    """Append a candidate of row i. When full, drop candidates whose cost is above `most` first."""
+    ids, costs, counts = near.ids[i], near.costs[i], near.counts
+    if counts[i] == MAX_NEAR:
         left = 0
-        for c in range(KEPT):
-            if values[c] <= most:
-                names[left], values[left] = names[c], values[c]
+        for c in range(MAX_NEAR):
+            if costs[c] <= most:
+                ids[left], costs[left] = ids[c], costs[c]
                 left += 1
         counts[i] = left
-    if counts[i] < KEPT:
-        names[counts[i]], values[counts[i]] = name, value
+    if counts[i] < MAX_NEAR:
+        ids[counts[i]], costs[counts[i]] = centroid, cost
         counts[i] += 1
     else:
-        counts[i] = KEPT + 1
+        counts[i] = MAX_NEAR + 1
 
 
 @compiled()
-def settle(rows, centroids, squares, margin, best, names, values, counts, out) -> None:
-    """out [n]: the nearest centroid of each row, exactly; of equals the first. squares [k] float64 of the centroids."""
+def choose_nearest(
+    rows: np.ndarray,
+    centroids: np.ndarray,
+    squared_norms: np.ndarray,
+    margin: np.float32,
+    near: NearCentroids,
+    out: np.ndarray,
+) -> None:
+    """Write the nearest centroid of each row to out [n]; of equally near ones the first.
+
+    squared_norms [k] float64 are the centroids'. Rows with one candidate need no float64.
+    """
     for i in range(len(rows)):
-        most, many = limit(best[i], margin), counts[i] > KEPT
-        count, winner, least = 0, -1, np.inf
-        if not many:
-            for c in range(counts[i]):
-                if values[i, c] <= most:
-                    count, winner = count + 1, names[i, c]
-        if many or count > 1:
-            for c in range(len(centroids) if many else counts[i]):
-                name = c if many else names[i, c]
-                distance = squares[name] - 2 * dot(rows[i], centroids[name])
-                if distance < least or (distance == least and name < winner):
-                    least, winner = distance, name
-        out[i] = winner
+        most, has_too_many = add_margin(near.least[i], margin), near.counts[i] > MAX_NEAR
+        count, nearest, least = 0, -1, np.inf
+        if not has_too_many:
+            for c in range(near.counts[i]):
+                if near.costs[i, c] <= most:
+                    count, nearest = count + 1, near.ids[i, c]
+        if has_too_many or count > 1:
+            for c in range(len(centroids) if has_too_many else near.counts[i]):
+                centroid = c if has_too_many else near.ids[i, c]
+                distance = squared_norms[centroid] - 2 * dot(rows[i], centroids[centroid])
+                if distance < least or (distance == least and centroid < nearest):
+                    least, nearest = distance, centroid
+        out[i] = nearest
 
 
 @compiled()
-def move(rows, moved, old, new, sums, first, last) -> None:
-    """Columns first..last-1 of sums [k, D] float64: the rows `moved` leave their old clusters (-1: none) for the new ones. Exact."""
+def move_rows(
+    rows: np.ndarray,
+    moved: np.ndarray,
+    old: np.ndarray,
+    new: np.ndarray,
+    sums: np.ndarray,
+    columns: tuple[int, int],
+) -> None:
+    """Take the rows `moved` from the sums of their old clusters and add them to those of the new.
+
+    sums [k, D] float64; old and new are clusters of `moved`, -1 stands for none. Only the given
+    range of columns is changed, so that each thread can have its own. Exact (kmeans.py).
+    """
+    first, last = columns
     for i in range(len(moved)):
         row = rows[moved[i]]
         to, away = sums[new[i]], sums[old[i]]
@@ -176,11 +216,23 @@ def move(rows, moved, old, new, sums, first, last) -> None:
 
 
 @compiled()
-def nearer(rows, squares, centres, centre_squares, nearest, after) -> None:
-    """after [t, n] int64: what `nearest` [n], squared distances in units of 2^-32, would be if each of `centres` [t, D] were chosen too."""
+def distances_after(
+    rows: np.ndarray,
+    squared_norms: np.ndarray,
+    candidates: np.ndarray,
+    candidate_squared_norms: np.ndarray,
+    nearest: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Distances to the nearest initial centroid if one more candidate became one.
+
+    nearest [n] int64: squared distances to those chosen so far, in units of 2^-32. out [t, n]:
+    the same with each of the candidates [t, D].
+    """
     for i in range(len(rows)):
-        for c in range(len(centres)):
+        for c in range(len(candidates)):
             distance = np.int64(
-                (squares[i] + centre_squares[c] - 2 * dot(rows[i], centres[c])) * 2.0**32
+                (squared_norms[i] + candidate_squared_norms[c] - 2 * dot(rows[i], candidates[c]))
+                * 2.0**32
             )
-            after[c, i] = max(min(nearest[i], distance), 0)
+            out[c, i] = max(min(nearest[i], distance), 0)

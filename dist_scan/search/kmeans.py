@@ -1,8 +1,15 @@
-"""Exact k-means on sharded rows: every row, every iteration; centroids and assignments bitwise equal for any number of ranks.
+"""Exact k-means on sharded rows: every row is assigned in every iteration.
 
-Rows lie on float16's grid and centroids on multiples of 2^-22, so a float64 distance is exact and ties are ties: the first centroid wins. The
-sums are float64 over numbers on a grid, hence exact, so that only rows that moved are added and taken away, and ranks may add up in any order.
-Memory per rank: 4 D + 20 bytes a row, 40 k D bytes for centroids, sums and the message of an iteration, 4 MB a thread.
+Centroids and assignments are bitwise equal for any number of ranks:
+
+- Rows are multiples of 2^-24 (exact_rows.py) and centroids are rounded to multiples of 2^-22, so
+  that a float64 distance is exact. Of equally near centroids the first wins (index.py).
+- Cluster sums are float64 sums of multiples of 2^-24 of magnitude at most 4. They are exact for up
+  to 2^27 rows, as 4 * 2^27 * 2^24 = 2^53. Ranks may therefore add up in any order, and an iteration
+  only adds and subtracts the rows that changed their cluster.
+
+Memory per rank in bytes: 4 D + 20 per row, 40 k D for centroids, sums and the message of an
+iteration, and 4 MB per thread.
 """
 
 from __future__ import annotations
@@ -17,26 +24,33 @@ import torch
 
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.monitoring.progress import Progress, StopRequested
-from dist_scan.search.exact_rows import content, prepare_rows, squares
+from dist_scan.search.exact_rows import LocalRows, prepare_rows
 from dist_scan.search.kmeans_checkpoint import KMeansCheckpoint
-from dist_scan.search.kmeans_init import first_centroids
+from dist_scan.search.kmeans_init import initial_centroids
 from dist_scan.search.options import KMEANS_DEFAULTS, KMeansOptions, check_num_clusters
-from dist_scan.world.collectives import all_max, all_sum, any_rank, gather_rows
+from dist_scan.search.shard_readers import content_digest
+from dist_scan.search.stopping import never_stop, raise_if_stopped
+from dist_scan.world.collectives import all_sum, gather_rows
 
-CENTROID_GRID = 2.0**22  # numbers below 4 then have 24 bits: float32 holds them
+CENTROID_GRID = 2.0**22  # values below 4 then have at most 24 bits, which float32 holds
+SPLIT_NUDGE = 1 / 1024  # relative distance between the halves of a split cluster (as in faiss)
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """centroids [k, D] float32 (in the rows' own scale; unit rows when normalised), assignment [N] int32, sum of squared distances."""
+    """The best restart."""
 
     centroids: np.ndarray
+    """[k, D] float32, on the scale of the table's rows; of unit rows when they are normalised."""
     assignment: np.ndarray
+    """[N] int32."""
     objective: float
+    """Sum of squared distances of rows to the means of their clusters."""
     iterations: int
     sizes: np.ndarray
+    """[k] rows per cluster."""
     num_splits: int
-    """Clusters that had to be re-seeded by splitting, over all iterations."""
+    """How often an empty cluster was refilled by splitting another, over all iterations."""
 
 
 def kmeans(
@@ -45,248 +59,236 @@ def kmeans(
     options: KMeansOptions = KMEANS_DEFAULTS,
     *,
     start: np.ndarray | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    progress: bool = False,
+    stop_requested: Callable[[], bool] = never_stop,
+    show_progress: bool = False,
     checkpoint_path: Path | None = None,
 ) -> KMeansResult:
-    """The best of `restarts` runs by objective. Collective. start: centroids [k, D] to begin with (in the scale of the result's) instead of init.
-    keep: a file that says how far this is while it is unfinished (not with `start`): the same call goes on from there.
+    """Cluster the rows of a table; the restart with the lowest objective. Collective.
 
-    Raises ValueError when k > N, a setting is out of bounds, or `start` has another shape; Stopped between iterations.
+    start: initial centroids [k, D] on the scale of the result's, instead of `options.init`.
+    checkpoint_path: file for the state of an unfinished call; an equal call continues from it, with
+    any number of ranks. Not used together with `start`.
+
+    Raises ValueError for more clusters than rows or a `start` of another shape, and StopRequested
+    between iterations, after the checkpoint is written.
     """
     from dist_scan.search.index import NearestCentroid, thread_pool
 
-    n = table.num_rows
-    check_num_clusters(num_clusters, n)
-    start = None if start is None else _given(start, num_clusters, table.dim)
+    check_num_clusters(num_clusters, table.num_rows)
+    if start is not None:
+        start = _check_start(start, num_clusters, table.dim)
+        checkpoint_path = None
     rows = prepare_rows(table, options.normalise or options.spherical, options.view)
-    own = rows.own()
-    points = Points(rows.read(own).astype(np.float32))
-    asked = {
+    local = LocalRows(rows)
+    settings = {
         "clusters": num_clusters,
         **asdict(options),
-        "features": checkpoint_path and content(table, rows.held, options.view),
+        "features": checkpoint_path and content_digest(table, rows.readers, options.view),
     }
-    kept = KMeansCheckpoint(checkpoint_path if start is None else None, asked)
-    done = kept.restart * options.iterations - kept.spared + kept.iteration
+    checkpoint = KMeansCheckpoint(checkpoint_path, settings)
+    most_iterations = options.restarts * options.iterations - checkpoint.spared
+    done = checkpoint.restart * options.iterations - checkpoint.spared + checkpoint.iteration
     with (
         Progress(
-            "k-means",
-            options.restarts * options.iterations - kept.spared,
-            "iterations",
-            done=done,
-            enabled=progress,
-        ) as line,
+            "k-means", most_iterations, "iterations", done=done, enabled=show_progress
+        ) as progress,
         thread_pool() as pool,
     ):
         try:
-            while kept.restart < options.restarts:
-                begin = (
-                    start * rows.scale
-                    if start is not None
-                    else kept.centroids
-                    if kept.iteration
-                    else first_centroids(
-                        points.rows,
-                        points.squares,
-                        own,
-                        n,
-                        num_clusters,
-                        options.init,
-                        options.seed,
-                        kept.restart,
-                        pool,
-                        stop,
+            while checkpoint.restart < options.restarts:
+                if start is not None:
+                    centroids = start * rows.scale
+                elif checkpoint.centroids is not None:
+                    centroids = checkpoint.centroids
+                else:
+                    centroids = initial_centroids(
+                        local, num_clusters, options, checkpoint.restart, pool, stop_requested
                     )
-                )
-                LloydRun(points, begin, options.spherical, options.seed + kept.restart, pool).run(
-                    options.iterations, options.tolerance, stop, line, kept
-                )
+                run = LloydRun(local, centroids, options, options.seed + checkpoint.restart, pool)
+                run.run(checkpoint, stop_requested, progress)
         except StopRequested:
-            kept.write()
+            checkpoint.write()
             raise
-        mine = (
-            kept.best_assignment
-            if kept.best_assignment is not None
-            else NearestCentroid(points.rows, points.longest)(kept.best_centroids, pool)
-        )
-    kept.over()
-    assignment = np.empty(n, np.int32)
-    assignment[gather_rows(torch.from_numpy(own)).numpy()] = gather_rows(
-        torch.from_numpy(mine)
-    ).numpy()
+        best, best_centroids = checkpoint.best, checkpoint.best_centroids
+        assert best is not None and best_centroids is not None, "there is at least one restart"
+        local_assignment = checkpoint.best_assignment
+        if local_assignment is None:  # an earlier process computed the best restart
+            nearest = NearestCentroid(local.values, local.max_norm)
+            local_assignment = nearest.assign(best_centroids, pool)
+    checkpoint.remove()
+    assignment = np.empty(table.num_rows, np.int32)
+    ids = gather_rows(torch.from_numpy(local.ids)).numpy()
+    assignment[ids] = gather_rows(torch.from_numpy(local_assignment)).numpy()
     return KMeansResult(
-        kept.best_centroids / np.float32(rows.scale),
-        assignment,
-        kept.best["objective"] * rows.scale**-2,
-        kept.best["iterations"],
-        np.bincount(assignment, minlength=num_clusters),
-        kept.best["num_empty"],
+        centroids=best_centroids / np.float32(rows.scale),
+        assignment=assignment,
+        objective=best["objective"] * rows.scale**-2,
+        iterations=best["iterations"],
+        sizes=np.bincount(assignment, minlength=num_clusters),
+        num_splits=best["num_empty"],
     )
 
 
-def _given(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
+def _check_start(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
     start = np.asarray(start, np.float64)
-    if start.shape != (num_clusters, dim) or not np.isfinite(start).all():
+    num_bad = int((~np.isfinite(start)).sum())
+    if start.shape != (num_clusters, dim) or num_bad:
         raise ValueError(
-            f"centroids to start from of shape {list(start.shape)}, {int((~np.isfinite(start)).sum())} numbers NaN or Inf; "
+            f"start: centroids of shape {list(start.shape)} with {num_bad} values NaN or Inf; "
             f"allowed: [{num_clusters}, {dim}], all finite"
         )
     return start
 
 
-class Points:
-    """This rank's rows [n, D] float32 on float16's grid, their squared norms [n] float64, and of all ranks' the sum and the longest's norm."""
-
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows, self.squares = rows, squares(rows)
-        self.total = _exact_sum(self.squares)
-        self.longest = (
-            float(all_max(torch.tensor(self.squares.max(initial=0.0), dtype=torch.float64))) ** 0.5
-        )
-
-
 class LloydRun:
-    """One run on this rank's points."""
+    """One restart of Lloyd's algorithm on this rank's rows. Every method is collective.
+
+    centroids [k, D] float32; sums [k, D] and counts [k] float64 of the clusters over all ranks;
+    assignment [n] int32 of this rank's rows, -1 before the first iteration.
+    """
 
     def __init__(
         self,
-        points: Points,
+        rows: LocalRows,
         centroids: np.ndarray,
-        spherical: bool,
+        options: KMeansOptions,
         seed: int,
         pool: ThreadPoolExecutor,
     ) -> None:
         from dist_scan.search.index import NearestCentroid
 
-        self.points, self.spherical, self.random, self.pool = (
-            points,
-            spherical,
-            np.random.default_rng(seed),
-            pool,
-        )
-        self.nearest = NearestCentroid(points.rows, points.longest)
+        self.rows = rows
+        self.options = options
+        self.random = np.random.default_rng(seed)
+        self.pool = pool
+        self.nearest = NearestCentroid(rows.values, rows.max_norm)
         self.k, self.dim = centroids.shape
-        self.centroids = self._directed(np.asarray(centroids, np.float64))
-        self.assignment = np.full(len(points.rows), -1, np.int32)
-        self.sums, self.counts = np.zeros((self.k, self.dim)), np.zeros(self.k)
-        self.num_empty = 0
+        self.centroids = self._to_grid(np.asarray(centroids, np.float64))
+        self.assignment = np.full(len(rows.values), -1, np.int32)
+        self.sums = np.zeros((self.k, self.dim))
+        self.counts = np.zeros(self.k)
+        self.num_splits = 0
 
-    def _directed(self, centroids: np.ndarray) -> np.ndarray:
-        """[k, D] float64 to float32 on the centroids' grid, of unit length when spherical."""
-        if self.spherical:
-            centroids = centroids / np.maximum(np.sqrt((centroids**2).sum(1, keepdims=True)), 1e-30)
+    def _to_grid(self, centroids: np.ndarray) -> np.ndarray:
+        """Centroids [k, D] float64 on the grid, as float32; scaled to unit length if spherical."""
+        if self.options.spherical:
+            norms = np.sqrt((centroids**2).sum(1, keepdims=True))
+            centroids = centroids / np.maximum(norms, 1e-30)
         return (np.rint(centroids * CENTROID_GRID) / CENTROID_GRID).astype(np.float32)
 
     def run(
         self,
-        iterations: int,
-        tolerance: float,
-        stop: Callable[[], bool],
-        line: Progress,
-        kept: KMeansCheckpoint,
+        checkpoint: KMeansCheckpoint,
+        stop_requested: Callable[[], bool],
+        progress: Progress,
     ) -> None:
-        """Until nothing moves, the gain falls below `tolerance`, or `iterations`; what is found goes to `kept`."""
-        if kept.iteration:
-            self._go_on(kept)
-        for iteration in range(kept.iteration + 1, iterations + 1):
-            if any_rank(stop()):
-                raise StopRequested()
-            moved = self._assign()
+        """Iterate until it converges or `options.iterations`; the result goes to the checkpoint."""
+        if checkpoint.iteration:
+            self._resume(checkpoint)
+        iterations, tolerance = self.options.iterations, self.options.tolerance
+        for iteration in range(checkpoint.iteration + 1, iterations + 1):
+            raise_if_stopped(stop_requested)
+            num_moved = self._assign()
             objective = self._objective()
-            line.advance(1, f"objective {objective:.6g}")
-            if moved == 0 or kept.objective - objective < tolerance * kept.objective:
+            progress.advance(1, f"objective {objective:.6g}")
+            gain = checkpoint.objective - objective
+            if num_moved == 0 or gain < tolerance * checkpoint.objective:
                 break
             if iteration < iterations:
-                kept.after_iteration(
-                    objective, self.centroids, self.random.bit_generator.state, self.num_empty
-                )
-                self._update()
-        line.total -= iterations - iteration  # it has converged: there is no more to do
-        kept.after_restart(
-            {"objective": objective, "iterations": iteration, "num_empty": self.num_empty},
-            self.centroids,
-            self.assignment,
-            iterations - iteration,
-        )
+                random = self.random.bit_generator.state
+                checkpoint.after_iteration(objective, self.centroids, random, self.num_splits)
+                self._update_centroids()
+        spared = iterations - iteration
+        progress.total -= spared
+        result = {
+            "objective": objective,
+            "iterations": iteration,
+            "num_empty": self.num_splits,
+        }
+        checkpoint.after_restart(result, self.centroids, self.assignment, spared)
 
-    def _go_on(self, kept: KMeansCheckpoint) -> None:
-        """From an iteration that an earlier start has done: what it assigned follows from its centroids."""
-        self.centroids, self.num_empty, self.random.bit_generator.state = (
-            kept.centroids,
-            kept.num_empty,
-            kept.random,
-        )
+    def _resume(self, checkpoint: KMeansCheckpoint) -> None:
+        """Continue after the last iteration of an earlier process: repeat its assignment."""
+        assert checkpoint.centroids is not None and checkpoint.random is not None
+        self.centroids = checkpoint.centroids
+        self.num_splits = checkpoint.num_empty
+        self.random.bit_generator.state = checkpoint.random
         self._assign()
-        self._update()
+        self._update_centroids()
 
     def _assign(self) -> int:
-        """New clusters for this rank's rows; sums and counts follow those that moved. Returns how many moved on all ranks."""
-        new = self.nearest(self.centroids, self.pool)
+        """Assign every row to its nearest centroid; the number of rows that moved, of all ranks.
+
+        Sums and counts change by the rows that moved, in one all-reduce of k D + k + 1 numbers.
+        """
+        new = self.nearest.assign(self.centroids, self.pool)
         moved = np.flatnonzero(new != self.assignment)
-        message = np.zeros(self.k * self.dim + self.k + 1)
-        delta, counts = (
-            message[: self.k * self.dim].reshape(self.k, self.dim),
-            message[self.k * self.dim : -1],
-        )
-        self._move(moved, new, delta)
         old = self.assignment[moved]
-        counts += np.bincount(new[moved], minlength=self.k) - np.bincount(
-            old[old >= 0], minlength=self.k
-        )
-        message[-1] = len(moved)
-        message = all_sum(torch.from_numpy(message)).numpy()
-        self.sums += message[: self.k * self.dim].reshape(self.k, self.dim)
-        self.counts += message[self.k * self.dim : -1]
+
+        # All changes go into one message.
+        message = np.zeros(self.k * self.dim + self.k + 1)
+        changes, count_changes, num_moved = self._parts(message)
+        self._add_changes_of_sums(moved, old, new[moved], changes)
+        count_changes += np.bincount(new[moved], minlength=self.k)
+        count_changes -= np.bincount(old[old >= 0], minlength=self.k)
+        num_moved += len(moved)
+
+        changes, count_changes, num_moved = self._parts(all_sum(torch.from_numpy(message)).numpy())
+        self.sums += changes
+        self.counts += count_changes
         self.assignment = new
-        return int(message[-1])
+        return int(num_moved[0])
 
-    def _move(self, moved: np.ndarray, new: np.ndarray, delta: np.ndarray) -> None:
-        """A thread has some of the columns to itself."""
-        from dist_scan.search.kernels import move
+    def _parts(self, message: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Views of a message: changes of sums [k, D], changes of counts [k], rows that moved [1]."""
+        size = self.k * self.dim
+        changes, count_changes, num_moved = np.split(message, [size, size + self.k])
+        return changes.reshape(self.k, self.dim), count_changes, num_moved
 
-        edges, away, to = (
-            np.linspace(0, self.dim, torch.get_num_threads() + 1).astype(int),
-            self.assignment[moved],
-            new[moved],
-        )
+    def _add_changes_of_sums(
+        self, moved: np.ndarray, old: np.ndarray, new: np.ndarray, changes: np.ndarray
+    ) -> None:
+        """Add to changes [k, D] what the moved rows change; each thread has its own columns."""
+        from dist_scan.search.kernels import move_rows
+
+        edges = np.linspace(0, self.dim, torch.get_num_threads() + 1).astype(int)
+        columns = zip(edges[:-1], edges[1:])
         list(
             self.pool.map(
-                lambda first, last: move(self.points.rows, moved, away, to, delta, first, last),
-                edges[:-1],
-                edges[1:],
+                lambda part: move_rows(self.rows.values, moved, old, new, changes, part), columns
             )
         )
 
     def _objective(self) -> float:
-        """Sum of squared distances to the clusters' means, from the exact sums: the same number for any number of ranks."""
-        held = self.counts > 0
-        explained = (self.sums[held] ** 2).sum(1) / self.counts[held]
-        return self.points.total - float(explained.sum())
+        """Sum of squared distances to the clusters' means: sum |x|^2 - sum_c |s_c|^2 / n_c.
 
-    def _update(self) -> None:
+        Computed from exact sums, so that it is the same for any number of ranks.
+        """
+        has_rows = self.counts > 0
+        explained = (self.sums[has_rows] ** 2).sum(1) / self.counts[has_rows]
+        return self.rows.sum_of_squares - float(explained.sum())
+
+    def _update_centroids(self) -> None:
+        """Move the centroids to the means of their clusters, and refill empty clusters.
+
+        An empty cluster takes half of a large one, as in faiss: both get its mean, moved apart by a
+        factor of 1 +- 1/1024 whose sign alternates over the dimensions, and half of its rows.
+        """
         means = self.sums / np.maximum(self.counts, 1)[:, None]
         counts = self.counts.copy()
+        nudge = np.where(np.arange(self.dim) % 2 == 0, 1 + SPLIT_NUDGE, 1 - SPLIT_NUDGE)
         for empty in np.flatnonzero(counts == 0):
-            donor = self._donor(counts)
-            nudge = np.where(np.arange(self.dim) % 2 == 0, 1 + 1 / 1024, 1 - 1 / 1024)
-            means[empty], means[donor] = means[donor] * nudge, means[donor] * (2 - nudge)
-            counts[empty] = counts[donor] / 2
-            counts[donor] /= 2
-            self.num_empty += 1
-        self.centroids = self._directed(means)
+            split = self._cluster_to_split(counts)
+            means[empty] = means[split] * nudge
+            means[split] = means[split] * (2 - nudge)
+            counts[split] /= 2
+            counts[empty] = counts[split]
+            self.num_splits += 1
+        self.centroids = self._to_grid(means)
 
-    def _donor(self, counts: np.ndarray) -> int:
-        """A cluster to split, with probability in proportion to size - 1 (faiss's rule), the same on all ranks."""
+    def _cluster_to_split(self, counts: np.ndarray) -> int:
+        """A cluster drawn with probability proportional to its size minus 1 (faiss's rule)."""
         weight = np.maximum(counts - 1, 0)
-        weight = weight if weight.sum() > 0 else counts
+        if weight.sum() == 0:
+            weight = counts
         return int(self.random.choice(len(counts), p=weight / weight.sum()))
-
-
-def _exact_sum(squared_norms: np.ndarray) -> float:
-    """Sum over all ranks of numbers on the grid of 2^-48, in integers: the same for any number of ranks."""
-    whole = (squared_norms * 2.0**48).astype(np.int64)
-    high, low = all_sum(
-        torch.tensor([int((whole >> 24).sum()), int((whole & (2**24 - 1)).sum())])
-    ).tolist()
-    return float(high * 2**24 + low) * 2.0**-48

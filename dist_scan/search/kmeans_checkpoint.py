@@ -1,6 +1,7 @@
-"""How far a k-means has come, in a file: asked to leave or killed, the same call goes on where it was and ends with the same bits.
+"""Resumable state of k-means, in one file: an interrupted call continues to the same bits.
 
-Kept is what an iteration began from, not the rows' clusters: those follow from the centroids, exactly. 8 k D bytes, written by rank 0.
+It holds the centroids that an iteration ended with and not the assignment, which follows from them
+exactly. Rank 0 writes the file, of about 8 k D bytes.
 """
 
 from __future__ import annotations
@@ -20,112 +21,123 @@ from dist_scan.storage.atomic import write_atomic
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import current
 
-EVERY_S = 60.0
+WRITE_EVERY_S = 60.0
 ARRAYS = ("centroids", "best_centroids")
 NUMBERS = ("restart", "iteration", "spared", "objective", "random", "num_empty", "best")
 
 
 class KMeansCheckpoint:
-    """Where a k-means is. `asked`: all that its result depends on; a file of other settings or rows is left aside, and that is said. Collective.
+    """State of a k-means over all its restarts. Collective.
 
-    restart: those that are done; spared: iterations that they did not need; iteration: those done of the next restart, whose last had the
-    `centroids` [k, D] and the `objective`; `random` is its generator's state then, `num_empty` the clusters split so far. best: of the restarts
-    that are done, {objective, iterations, num_empty}, with its centroids beside it, and its assignment if this process has made it.
+    Attributes
+    ----------
+    restart : restarts that are complete
+    spared : iterations that they did not need, because they converged earlier
+    iteration : iterations of the current restart that are complete
+    centroids : [k, D] float32 of the last complete iteration
+    objective : of the last complete iteration
+    random : state of the random generator after it
+    num_empty : empty clusters that were refilled by splitting another, in this restart
+    best : {objective, iterations, num_empty} of the best complete restart
+    best_centroids : its centroids [k, D]
+    best_assignment : its clusters of this rank's rows, if this process has computed them
     """
 
-    def __init__(self, path: Path | None, asked: Mapping[str, Any]) -> None:
-        self.path, self.asked, self.written = path, dict(asked), time.monotonic()
-        self.restart, self.spared, self.best, self.best_centroids, self.best_assignment = (
-            0,
-            0,
-            None,
-            None,
-            None,
-        )
-        self._begin()
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        """Continue from the file at `path`, if it was written with equal settings.
+
+        settings : everything that the result depends on. A file with other settings, or one that
+        cannot be read, is ignored with a message. Without a path nothing is read or written.
+        """
+        self.path = path
+        self.settings = dict(settings)
+        self.written_at = time.monotonic()
+        self.restart = 0
+        self.spared = 0
+        self.best: dict[str, Any] | None = None
+        self.best_centroids: np.ndarray | None = None
+        self.best_assignment: np.ndarray | None = None
+        self._begin_restart()
         if path is not None:
-            for name, value in broadcast_object(
-                self._read() if current().rank == 0 else None
-            ).items():
+            saved = self._read(path) if current().rank == 0 else None
+            for name, value in broadcast_object(saved).items():
                 setattr(self, name, value)
 
-    def _begin(self) -> None:
-        self.iteration, self.objective, self.num_empty, self.random, self.centroids = (
-            0,
-            float("inf"),
-            0,
-            None,
-            None,
-        )
+    def _begin_restart(self) -> None:
+        self.iteration = 0
+        self.objective = float("inf")
+        self.num_empty = 0
+        self.random: Mapping[str, Any] | None = None
+        self.centroids: np.ndarray | None = None
 
-    def _read(self) -> dict[str, Any]:
-        if not self.path.is_file():
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Saved attributes; empty if there are none to continue from."""
+        if not path.is_file():
             return {}
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                facts = json.loads(bytes(file["facts"]))
-                if facts["asked"] == self.asked:
-                    return {name: facts[name] for name in NUMBERS} | {
-                        name: file[name] for name in ARRAYS if name in file
-                    }
-            differ = sorted(key for key in self.asked if facts["asked"].get(key) != self.asked[key])
-            print(
-                f"{self.path} is of a k-means with other {', '.join(differ)}: this one begins anew",
-                flush=True,
-            )
+            with np.load(path, allow_pickle=False) as file:
+                saved = json.loads(bytes(file["facts"]))
+                settings = saved["asked"]
+                if settings == self.settings:
+                    arrays = {name: file[name] for name in ARRAYS if name in file}
+                    return {name: saved[name] for name in NUMBERS} | arrays
+            differing = [
+                name for name in self.settings if settings.get(name) != self.settings[name]
+            ]
+            message = f"is of a k-means with other {', '.join(sorted(differing))}"
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            print(f"{self.path} cannot be read ({error}): k-means begins anew", flush=True)
+            message = f"cannot be read ({error})"
+        print(f"{path} {message}: k-means starts from the beginning", flush=True)
         return {}
 
     def after_iteration(
-        self, objective: float, centroids: np.ndarray, random: dict[str, Any], num_empty: int
+        self,
+        objective: float,
+        centroids: np.ndarray,
+        random: Mapping[str, Any],
+        num_empty: int,
     ) -> None:
-        """One more is done, and another will follow. Written now and then."""
+        """Record an iteration after which another follows. Written to disk once a minute."""
         self.iteration += 1
-        self.objective, self.centroids, self.random, self.num_empty = (
-            objective,
-            centroids,
-            random,
-            num_empty,
-        )
-        if time.monotonic() - self.written > EVERY_S:
+        self.objective = objective
+        self.centroids = centroids
+        self.random = random
+        self.num_empty = num_empty
+        if time.monotonic() - self.written_at > WRITE_EVERY_S:
             self.write()
 
     def after_restart(
-        self, found: Mapping[str, Any], centroids: np.ndarray, assignment: np.ndarray, spared: int
+        self,
+        result: Mapping[str, Any],
+        centroids: np.ndarray,
+        assignment: np.ndarray,
+        spared: int,
     ) -> None:
-        """A restart is done. The best of all is kept, the first of equals."""
-        if self.best is None or found["objective"] < self.best["objective"]:
-            self.best, self.best_centroids, self.best_assignment = (
-                dict(found),
-                centroids,
-                assignment,
-            )
-        self.restart, self.spared = self.restart + 1, self.spared + spared
-        self._begin()
+        """Record a complete restart. The one with the lowest objective is kept, of equals the first."""
+        if self.best is None or result["objective"] < self.best["objective"]:
+            self.best = dict(result)
+            self.best_centroids = centroids
+            self.best_assignment = assignment
+        self.restart += 1
+        self.spared += spared
+        self._begin_restart()
 
-    def over(self) -> None:
-        """All restarts are done: the file goes."""
+    def remove(self) -> None:
+        """Delete the file, when all restarts are complete."""
         if self.path is not None and current().rank == 0:
-            with suppress(OSError):  # what could not be written either
+            with suppress(OSError):  # there is none where none could be written
                 self.path.unlink()
 
     def write(self) -> None:
-        """Rank 0 writes. Where nothing can be written, nothing is lost but this."""
-        self.written = time.monotonic()
+        """Write the file from rank 0. If that fails k-means goes on, with a message."""
+        self.written_at = time.monotonic()
         if self.path is None or current().rank != 0:
             return
-        facts = json.dumps({"asked": self.asked} | {name: getattr(self, name) for name in NUMBERS})
+        saved = {"asked": self.settings} | {name: getattr(self, name) for name in NUMBERS}
         arrays = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
+        arrays["facts"] = np.frombuffer(json.dumps(saved).encode(), np.uint8)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(
-                self.path,
-                lambda file: np.savez(
-                    file, facts=np.frombuffer(facts.encode(), np.uint8), **arrays
-                ),
-            )
+            write_atomic(self.path, lambda file: np.savez(file, **arrays))
         except OSError as error:
-            print(
-                f"{self.path}: how far k-means is cannot be kept ({error}); it goes on", flush=True
-            )
+            print(f"{self.path}: the state of k-means cannot be written ({error})", flush=True)

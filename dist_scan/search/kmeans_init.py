@@ -1,6 +1,7 @@
-"""Where k-means starts: random rows, or greedy k-means++ on a fixed sample. The same for any number of ranks.
+"""Initial centroids of k-means: random rows, or greedy k-means++ on a sample of the rows.
 
-Rows are chosen by a hash of their index; squared distances are added up as integers.
+Both are the same for any number of ranks: rows are drawn by a hash of their index, and squared
+distances are summed as integers.
 """
 
 from __future__ import annotations
@@ -13,123 +14,136 @@ import numpy as np
 import torch
 
 from dist_scan.data.hashing import uniform
-from dist_scan.monitoring.progress import StopRequested
-from dist_scan.world.collectives import all_sum, any_rank
+from dist_scan.search.exact_rows import LocalRows
+from dist_scan.search.options import KMeansOptions
+from dist_scan.search.stopping import raise_if_stopped
+from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
-STREAM = 401  # this use's stream of the hash
-SAMPLE = (
-    16384,
-    262144,
-)  # k-means++ looks at 32 rows a cluster, at least and at most so many, and never at fewer than 2 a cluster
-GREEDY = 1000  # clusters up to which each next row is the best of 2 + ln k drawn ones: the cost grows with the square of k
+STREAM = 401  # stream of the hash that belongs to this module
+SAMPLE_ROWS_PER_CLUSTER = 32
+MIN_SAMPLE = 16_384
+MAX_SAMPLE = 262_144  # but at least two rows per cluster
+MAX_GREEDY_CLUSTERS = 1000  # more clusters get one trial per draw: the cost is quadratic in k
+LARGEST_DISTANCE = 2**40  # in units of 2^-32, more than the 64 that two rows of norm 4 can have
+STOP_CHECK_EVERY = 64  # centroids
 
 
-def first_centroids(
-    rows: np.ndarray,
-    squares: np.ndarray,
-    own: np.ndarray,
-    num_rows: int,
-    k: int,
-    init: str,
-    seed: int,
+def initial_centroids(
+    rows: LocalRows,
+    num_clusters: int,
+    options: KMeansOptions,
     restart: int,
     pool: ThreadPoolExecutor,
-    stop: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool],
 ) -> np.ndarray:
-    """[k, D] float64: rows to start from. rows [n, D] float32, their squared norms [n] and ascending indices `own` [n] of num_rows: this rank's.
+    """Rows to start a restart from, [k, D] float64. Collective. Raises StopRequested.
 
-    kmeans++ (Arthur and Vassilvitskii 2007): each next one is drawn in proportion to its squared distance to the nearest of those before, by
-    all ranks together. Greedy, as in their section 5 and scikit-learn: of 2 + ln k drawn ones that which leaves the smallest sum of
-    squared distances (on real features .70 ACC instead of .66, docs/search.md).
+    Greedy k-means++ (Arthur and Vassilvitskii 2007, sections 2.2 and 5; as in scikit-learn): each
+    centroid after the first is drawn with probability proportional to the squared distance to the
+    nearest one before. Of 2 + ln k such draws the one that leaves the smallest sum of squared
+    distances is taken, which on real features gave an accuracy of .70 instead of .66.
     """
-    count = (
-        k if init == "random" else min(num_rows, max(2 * k, min(max(32 * k, SAMPLE[0]), SAMPLE[1])))
-    )
-    chance = uniform(seed, STREAM, restart, np.arange(num_rows))
-    sample = np.sort(np.argpartition(chance, count - 1)[:count])
-    del chance
-    at = np.flatnonzero(np.isin(own, sample, assume_unique=True))
-    if init == "random":
-        out = np.zeros((k, rows.shape[1]))
-        out[np.searchsorted(sample, own[at])] = rows[at]
-        return all_sum(torch.from_numpy(out)).numpy()
-    trials = 2 + int(math.log(k)) if k <= GREEDY else 1
-    held = Sample(rows[at], squares[at], np.searchsorted(sample, own[at]), count, pool)
-    chosen = [
-        held.at((uniform(seed, STREAM, restart, 0, np.arange(1)) * count).astype(np.int64))[0]
-    ]
-    held.take(chosen[0][None])
-    for i in range(1, k):
-        if i % 64 == 0 and any_rank(stop()):
-            raise StopRequested()
-        drawn = held.drawn(uniform(seed, STREAM, restart, i, np.arange(trials)))
-        chosen.append(drawn[held.take(drawn)])
-    return np.stack(chosen).astype(np.float64)
+    seed = options.seed
+    count = num_clusters
+    if options.init == "kmeans++":
+        preferred = min(max(SAMPLE_ROWS_PER_CLUSTER * num_clusters, MIN_SAMPLE), MAX_SAMPLE)
+        count = min(rows.num_rows, max(2 * num_clusters, preferred))
+    sample = SeedingSample(rows, _draw_rows(rows.num_rows, count, seed, restart), pool)
+    if options.init == "random":
+        return sample.rows_at(np.arange(num_clusters)).astype(np.float64)
+
+    # The first centroid: any row of the sample.
+    draws = uniform(seed, STREAM, restart, 0, np.arange(1))
+    candidates = sample.rows_at((draws * count).astype(np.int64))
+    centroids = [candidates[sample.add_best(candidates)]]
+    # The others: the best of several draws.
+    trials = 2 + int(math.log(num_clusters)) if num_clusters <= MAX_GREEDY_CLUSTERS else 1
+    for i in range(1, num_clusters):
+        if i % STOP_CHECK_EVERY == 0:
+            raise_if_stopped(stop_requested)
+        candidates = sample.draw(uniform(seed, STREAM, restart, i, np.arange(trials)))
+        centroids.append(candidates[sample.add_best(candidates)])
+    return np.stack(centroids).astype(np.float64)
 
 
-class Sample:
-    """This rank's part of a sample of `count` rows: rows [m, D] float32, squared norms [m], places in the sample [m]; how far each is from
-    the chosen ones: nearest [m] int64, squared distances in units of 2^-32."""
+def _draw_rows(num_rows: int, count: int, seed: int, restart: int) -> np.ndarray:
+    """Ascending indices of `count` random rows: those with the smallest hashes."""
+    draws = uniform(seed, STREAM, restart, np.arange(num_rows))
+    return np.sort(np.argpartition(draws, count - 1)[:count])
 
-    def __init__(
-        self,
-        rows: np.ndarray,
-        squares: np.ndarray,
-        places: np.ndarray,
-        count: int,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self.rows, self.squares, self.places, self.count, self.pool = (
-            rows,
-            squares,
-            places,
-            count,
-            pool,
-        )
-        self.nearest = np.full(len(rows), 2**40, np.int64)  # further than any
-        edges = np.linspace(0, len(rows), torch.get_num_threads() + 1).astype(int)
-        self.parts = [slice(a, b) for a, b in zip(edges[:-1], edges[1:])]
 
-    def at(self, places: np.ndarray) -> np.ndarray:
-        """[t, D] float32: the rows at these places of the sample, whichever ranks have them."""
-        here = np.isin(places, self.places)
-        return self._everyone(here, np.searchsorted(self.places, places[here]))
+class SeedingSample:
+    """The sample of k-means++, distributed over the ranks, with distances to the centroids so far.
 
-    def drawn(self, draws: np.ndarray) -> np.ndarray:
-        """[t, D] float32: the rows at which the running sum of squared distances, over all ranks' rows in order, passes `draws` [t] of its total."""
-        world, totals = current(), np.zeros(current().world_size, np.int64)
-        totals[world.rank] = self.nearest.sum()
-        ends = np.cumsum(all_sum(torch.from_numpy(totals)).numpy())
-        if ends[-1] == 0:  # every row of the sample is a centre already: any will do
-            return self.at((draws * self.count).astype(np.int64))
-        targets = np.minimum((draws * float(ends[-1])).astype(np.int64), ends[-1] - 1) - (
-            ends[world.rank] - totals[world.rank]
-        )
-        here = (targets >= 0) & (targets < totals[world.rank])
-        return self._everyone(
-            here, np.searchsorted(np.cumsum(self.nearest), targets[here], side="right")
-        )
+    values [m, D] float32 and squared_norms [m] of this rank's rows, their ascending positions [m]
+    in the whole sample of `count` rows, and nearest [m] int64: squared distances to the nearest
+    centroid so far in units of 2^-32. Sums of these integers are the same in any order.
+    """
 
-    def take(self, centres: np.ndarray) -> int:
-        """Which of `centres` [t, D] leaves the smallest sum of squared distances (the first of equals); it counts as chosen from now on."""
-        from dist_scan.search.kernels import nearer
+    def __init__(self, rows: LocalRows, index: np.ndarray, pool: ThreadPoolExecutor) -> None:
+        local = np.flatnonzero(np.isin(rows.ids, index, assume_unique=True))
+        self.values = rows.values[local]
+        self.squared_norms = rows.squared_norms[local]
+        self.positions = np.searchsorted(index, rows.ids[local])
+        self.count = len(index)
+        self.pool = pool
+        self.nearest = np.full(len(local), LARGEST_DISTANCE, np.int64)
+        edges = np.linspace(0, len(local), torch.get_num_threads() + 1).astype(int)
+        self.parts = [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:])]
 
-        wide = centres.astype(np.float64)
-        squares, after = (wide**2).sum(1), np.empty((len(centres), len(self.rows)), np.int64)
-        list(
-            self.pool.map(
-                lambda p: nearer(
-                    self.rows[p], self.squares[p], centres, squares, self.nearest[p], after[:, p]
-                ),
-                self.parts,
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Rows [t, D] float32 at positions [t] of the sample. Collective."""
+        is_local = np.isin(positions, self.positions)
+        return self._gather(is_local, np.searchsorted(self.positions, positions[is_local]))
+
+    def draw(self, draws: np.ndarray) -> np.ndarray:
+        """Rows [t, D] drawn in proportion to their squared distances. Collective.
+
+        A row is the one at which the running sum of squared distances, over the ranks' rows in rank
+        order, passes draws [t] in [0, 1) times the total.
+        """
+        rank = current().rank
+        sums = np.zeros(current().world_size, np.int64)
+        sums[rank] = self.nearest.sum()
+        sums = all_sum(torch.from_numpy(sums)).numpy()
+        ends = np.cumsum(sums)
+        total = ends[-1]
+        if total == 0:  # every row of the sample equals a centroid: draw any
+            return self.rows_at((draws * self.count).astype(np.int64))
+        targets = np.minimum((draws * float(total)).astype(np.int64), total - 1)
+        targets -= ends[rank] - sums[rank]
+        is_local = (targets >= 0) & (targets < sums[rank])
+        running = np.cumsum(self.nearest)
+        return self._gather(is_local, np.searchsorted(running, targets[is_local], side="right"))
+
+    def add_best(self, candidates: np.ndarray) -> int:
+        """Add the candidate [t, D] that leaves the smallest sum of distances; its number. Collective.
+
+        Of equal sums the first is taken.
+        """
+        from dist_scan.search.kernels import distances_after
+
+        squares = (candidates.astype(np.float64) ** 2).sum(1)
+        after = np.empty((len(candidates), len(self.values)), np.int64)
+
+        def update(part: slice) -> None:
+            distances_after(
+                self.values[part],
+                self.squared_norms[part],
+                candidates,
+                squares,
+                self.nearest[part],
+                after[:, part],
             )
-        )
+
+        list(self.pool.map(update, self.parts))
         best = int(all_sum(torch.from_numpy(after.sum(1))).argmin())
         self.nearest = after[best].copy()
         return best
 
-    def _everyone(self, here: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        rows = np.zeros((len(here), self.rows.shape[1]), np.float32)
-        rows[here] = self.rows[mine]
+    def _gather(self, is_local: np.ndarray, local: np.ndarray) -> np.ndarray:
+        """Rows [t, D] on all ranks, each from the rank where is_local [t] is true."""
+        rows = np.zeros((len(is_local), self.values.shape[1]), np.float32)
+        rows[is_local] = self.values[local]
         return all_sum(torch.from_numpy(rows)).numpy()

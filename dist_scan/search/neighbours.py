@@ -1,45 +1,59 @@
-"""The K nearest others of every image: exact, the same ids and scores for any number of ranks, by (score descending, id ascending).
+"""The K nearest other rows of every row, exactly.
 
-A shard of queries is the unit of work. In a round each rank holds up to QUERIES rows of its shards as queries with their running top K, while the
-rows of all ranks pass by in chunks (rows.py). Per chunk faiss finds K + 16 candidates in float32; those that can still enter are scored again
-in float64, which is exact here (kernels.py). Where float32 could hide a better row that query is done densely in float64 on that chunk.
-Memory per rank: queries * (4 D + 16 K + 32) + (10 chunk + 24 PIECE) * D + threads * BLOCK * (12 K + 4200) bytes, and 2 N D / W of
-mapped file that the system takes back when it needs to (docs/search.md).
+Ids and scores are bitwise equal for any number of ranks and any partition of the rows. Neighbours
+are ordered by (score descending, id ascending).
+
+Algorithm. Shards of query rows are distributed over the ranks and searched in rounds. In a round a
+rank holds its queries with their running top K, and all rows of the table pass by in chunks that
+their readers broadcast (chunks.py). For each chunk
+
+1. faiss proposes K + 16 candidates per query from float32 scores;
+2. candidates that may enter the top K are scored again in float64, which is exact (exact_rows.py);
+3. queries for which the float32 scores leave a doubt (`_error_bound`) are compared with every row of
+   the chunk in float64.
+
+Memory per rank in bytes:
+queries * (4 D + 16 K + 32) + (10 chunk_rows + 24 * 8192) * D + threads * 1024 * (12 K + 4200),
+and 2 N D / world_size of memory-mapped file, which the system can reclaim.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.monitoring.progress import Progress, StopRequested
+from dist_scan.monitoring.progress import Progress
+from dist_scan.search.chunks import broadcast_chunks
 from dist_scan.search.exact_rows import (
+    BLOCK_ROWS,
     MAX_NORM,
     MAX_NORM_L2,
-    PIECE,
     ExactRows,
-    chunks,
-    content,
     prepare_rows,
-    squares,
+    squared_norms,
 )
+from dist_scan.search.kernel_types import DatabaseRows, QueryBlock, TopK
 from dist_scan.search.options import NEIGHBOUR_DEFAULTS, NeighbourOptions, check_num_neighbours
-from dist_scan.world.collectives import any_rank, barrier, gather_objects, on_every_rank
+from dist_scan.search.output_table import open_or_create
+from dist_scan.search.shard_readers import content_digest
+from dist_scan.search.stopping import never_stop, raise_if_stopped
+from dist_scan.world.collectives import barrier, gather_objects
 from dist_scan.world.world import current
 
-if TYPE_CHECKING:
-    from dist_scan.search.kernels import Queries, Top
-
-SPARE = 16
-BLOCK = 1024  # queries that a thread searches for at a time
+EXTRA_CANDIDATES = 16  # candidates beyond K: fewer queries then need the dense search
+QUERY_BLOCK = 1024  # queries that a thread searches at a time
+DENSE_QUERIES = BLOCK_ROWS // 8  # queries of the dense search at a time
 
 
 def mine_neighbours(
@@ -48,205 +62,219 @@ def mine_neighbours(
     num_neighbours: int,
     options: NeighbourOptions = NEIGHBOUR_DEFAULTS,
     *,
-    stop: Callable[[], bool] = lambda: False,
-    progress: bool = False,
+    stop_requested: Callable[[], bool] = never_stop,
+    show_progress: bool = False,
 ) -> NeighbourTable:
-    """The table in `out`; collective, goes on from the shards that are there. Raises Stopped between chunks, ValueError when K >= N.
+    """Write the table of nearest neighbours to `out` and return it. Collective.
 
-    A rank reads the shards that it serves to the others and those of its queries: features may lie on the ranks' own disks. Each rank
-    then writes the neighbours of what it holds.
+    Shards that an earlier call has finished are kept. Features may lie on the ranks' local disks: a
+    rank reads the shards of which it is the reader and those of its queries, and writes the
+    neighbours of the latter. Raises ValueError for K >= N or an `out` with another table, and
+    StopRequested between chunks.
     """
-    n, world, num_neighbours = features.num_rows, current(), operator.index(num_neighbours)
-    check_num_neighbours(num_neighbours, n)
-    metric, chunk = options.metric, options.chunk_rows
-    rows = prepare_rows(
-        features, metric == "cosine", options.view, MAX_NORM_L2 if metric == "l2" else MAX_NORM
-    )
-    table = _table(Path(out), rows, num_neighbours, metric)
+    num_neighbours = operator.index(num_neighbours)
+    check_num_neighbours(num_neighbours, features.num_rows)
+    is_l2 = options.metric == "l2"
+    max_norm = MAX_NORM_L2 if is_l2 else MAX_NORM
+    rows = prepare_rows(features, options.metric == "cosine", options.view, max_norm)
+    table = _open_table(Path(out), rows, num_neighbours, options.metric)
     missing = sorted(set.intersection(*gather_objects(set(table.missing_shards()))))
-    rounds = _rounds(table, missing, rows.held, options.queries_per_round)
-    with Progress("neighbours", len(rounds) * -(-n // chunk), "chunks", enabled=progress) as line:
-        for shards in (by_rank[world.rank] for by_rank in rounds):
-            spans = [table.shard_range(s) for s in shards]
-            found = find_neighbours(
-                rows, spans, num_neighbours, metric == "l2", chunk, _polled(stop, line)
+    rounds = _plan_rounds(table, missing, rows.readers.readable_shards, options.queries_per_round)
+    num_chunks = -(-rows.num_rows // options.chunk_rows)
+    with Progress(
+        "neighbours", len(rounds) * num_chunks, "chunks", enabled=show_progress
+    ) as progress:
+
+        def before_chunk() -> None:
+            raise_if_stopped(stop_requested)
+            progress.advance()
+
+        for shards_by_rank in rounds:
+            shards = shards_by_rank[current().rank]
+            spans = [table.shard_range(shard) for shard in shards]
+            top = find_neighbours(
+                rows, spans, num_neighbours, is_l2, options.chunk_rows, before_chunk
             )
-            ends = np.cumsum([b - a for a, b in spans])[:-1]
-            for s, ids, scores in zip(
-                shards, np.split(found.ids, ends), np.split(found.scores, ends)
-            ):
-                table.write_shard(s, ids, scores * rows.scale**-2)
+            ends = np.cumsum([stop - start for start, stop in spans])[:-1]
+            ids, scores = np.split(top.ids, ends), np.split(top.scores, ends)
+            for i, shard in enumerate(shards):
+                table.write_shard(shard, ids[i], scores[i] * rows.scale**-2)
     barrier()
     return NeighbourTable.open(out)
 
 
-def _table(out: Path, rows: ExactRows, k: int, metric: str) -> NeighbourTable:
-    """What lies in `out`, if it was asked for like this; else a new one, on every disk that has none."""
-    asked = {
-        "num_rows": rows.num_rows,
-        "num_neighbours": k,
+def _open_table(out: Path, rows: ExactRows, num_neighbours: int, metric: str) -> NeighbourTable:
+    """The table in `out`, or a new one with as many shards as the features."""
+    size = {"num_rows": rows.num_rows, "num_neighbours": num_neighbours}
+    source: dict[str, Any] = {
         "metric": metric,
         "view": rows.view,
-        "features": content(rows.table, rows.held, rows.view),
+        "features": content_digest(rows.table, rows.readers, rows.view),
     }
 
-    def made(turn: bool) -> None:
-        if turn and not (out / "table.json").exists():
-            NeighbourTable.create(
-                out,
-                rows.num_rows,
-                k,
-                rows.table.num_shards,
-                metric=metric,
-                view=rows.view,
-                features=asked["features"],
-            )
+    def create() -> None:
+        NeighbourTable.create(out, rows.num_rows, num_neighbours, rows.table.num_shards, **source)
 
-    def opened() -> NeighbourTable:
-        table = NeighbourTable.open(out)
-        found = {name: table.metadata.get(name) for name in asked}
-        if found != asked:
-            raise ValueError(
-                f"{out} holds neighbours of other features, or mined otherwise ({found}, asked for: {asked}); give another folder, or remove it"
-            )
-        return table
-
-    on_every_rank(lambda: made(current().rank == 0))
-    on_every_rank(lambda: made(True))
-    return on_every_rank(opened)
+    return open_or_create(NeighbourTable, out, size | source, create)
 
 
-def _rounds(
-    table: NeighbourTable, missing: list[int], held: tuple[frozenset[int], ...], most: int
-) -> list[list[list[int]]]:
-    """[round][rank] -> shards: each goes to the rank with the fewest of those that can read it; a rank's go into rounds of at most `most` rows."""
-    queues: list[list[list[int]]] = [[] for _ in held]
-    load, filled = [0] * len(held), [most + 1] * len(held)
-    for s in missing:
-        start, stop = table.shard_range(s)
-        rank = min((r for r in range(len(held)) if s in held[r]), key=lambda r: load[r])
-        if filled[rank] + stop - start > most:
-            queues[rank].append([])
-            filled[rank] = 0
-        queues[rank][-1].append(s)
-        filled[rank] += stop - start
-        load[rank] += stop - start
-    return [
-        [q[i] if i < len(q) else [] for q in queues] for i in range(max(len(q) for q in queues))
-    ]
+def _plan_rounds(
+    table: NeighbourTable,
+    missing: list[int],
+    readable_shards: tuple[frozenset[int], ...],
+    max_rows: int,
+) -> list[tuple[list[int], ...]]:
+    """Shards to search for, by round and rank.
 
-
-def _polled(stop: Callable[[], bool], line: Progress) -> Callable[[], None]:
-    def poll() -> None:
-        if any_rank(stop()):
-            raise StopRequested()
-        line.advance()
-
-    return poll
+    A shard goes to the rank with the fewest rows so far of those that can read it. A rank's shards
+    are grouped into rounds of at most `max_rows` rows, or of one shard.
+    """
+    world_size = len(readable_shards)
+    rounds_by_rank: list[list[list[int]]] = [[] for _ in range(world_size)]
+    total_rows = [0] * world_size
+    round_rows = [0] * world_size
+    for shard in missing:
+        start, stop = table.shard_range(shard)
+        readers = [rank for rank in range(world_size) if shard in readable_shards[rank]]
+        rank = min(readers, key=total_rows.__getitem__)
+        rounds = rounds_by_rank[rank]
+        if not rounds or round_rows[rank] + stop - start > max_rows:
+            rounds.append([])
+            round_rows[rank] = 0
+        rounds[-1].append(shard)
+        round_rows[rank] += stop - start
+        total_rows[rank] += stop - start
+    return list(zip_longest(*rounds_by_rank, fillvalue=[]))
 
 
 def find_neighbours(
     rows: ExactRows,
     spans: list[tuple[int, int]],
-    k: int,
-    l2: bool,
-    chunk: int,
-    poll: Callable[[], None] = lambda: None,
-) -> Top:
-    """The top K [n, k] of the rows of `spans` among all rows but themselves. Collective. l2 scores are minus the squared distance."""
+    num_neighbours: int,
+    is_l2: bool,
+    chunk_rows: int,
+    before_chunk: Callable[[], None] = lambda: None,
+) -> TopK:
+    """The nearest other rows of this rank's query rows, given as spans (start, stop). Collective.
+
+    Scores of l2 are negative squared distances of the scaled rows.
+    """
     from dist_scan.search.index import thread_pool
-    from dist_scan.search.kernels import Queries, Top
 
-    own = np.concatenate([np.zeros(0, np.int64), *(np.arange(*s) for s in spans)])
-    narrow = np.concatenate(
-        [
-            np.zeros((0, rows.table.dim), np.float32),
-            *(rows.span(*s).astype(np.float32) for s in spans),
-        ]
-    )
-    top = Top(np.full((len(own), k), rows.num_rows, np.int64), np.full((len(own), k), -np.inf))
-    norms = squares(narrow)
-    threads = torch.get_num_threads()
-    with thread_pool() as pool, closing(chunks(rows, chunk)) as passing:
-        for start, piece in passing:
-            poll()
-            here = DatabaseChunk(piece, start, l2)
-            q = Queries(
-                narrow, own, norms, _rounding(narrow.shape[1], np.sqrt(norms), here.longest, l2)
-            )
-            unsure = np.concatenate(
-                [
-                    np.zeros(0, bool),
-                    *pool.map(lambda part: here.search(q, top, part), _blocks(len(own), threads)),
-                ]
-            )
-            here.search_densely(q, top, np.flatnonzero(unsure))
-            del here  # or two chunks are held while the next is made
-    return top
+    ids, values = rows.read_spans(spans)
+    search = RunningSearch(ids, values, num_neighbours, rows.num_rows, is_l2)
+    with thread_pool() as pool, closing(broadcast_chunks(rows, chunk_rows)) as chunks:
+        for start, chunk in chunks:
+            before_chunk()
+            search.add_chunk(chunk, start, pool)
+    return search.top
 
 
-def _blocks(n: int, threads: int) -> Iterator[slice]:
-    """Of at most BLOCK queries, and so many that every thread has as much to do."""
-    count = max(1, -(-n // BLOCK))
+class RunningSearch:
+    """The top K of a fixed set of queries over all chunks added so far.
+
+    ids [n] (the row that is never its own neighbour), values [n, D] float32. Free places of the top
+    K have the id `num_rows`.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, values: np.ndarray, k: int, num_rows: int, is_l2: bool
+    ) -> None:
+        self.is_l2 = is_l2
+        no_bound = np.zeros(len(ids))  # set for each chunk
+        self.queries = QueryBlock(values, ids, squared_norms(values), no_bound)
+        self.norms = np.sqrt(self.queries.squared_norms)
+        shape = len(ids), k
+        self.top = TopK(np.full(shape, num_rows, np.int64), np.full(shape, -np.inf))
+        self.blocks = list(_query_blocks(len(ids), torch.get_num_threads()))
+
+    def add_chunk(self, rows: np.ndarray, start: int, pool: ThreadPoolExecutor) -> None:
+        """Search the rows start, start + 1, ..., [m, D] float16."""
+        chunk = DatabaseChunk(rows, start, self.is_l2)
+        error_bound = _error_bound(rows.shape[1], self.norms, chunk.max_norm, self.is_l2)
+        queries = self.queries._replace(error_bound=error_bound)
+        is_uncertain = pool.map(partial(chunk.search, queries, self.top), self.blocks)
+        uncertain = np.flatnonzero(np.concatenate(list(is_uncertain)))
+        chunk.search_densely(queries, self.top, uncertain)
+
+
+def _query_blocks(n: int, threads: int) -> Iterator[slice]:
+    """Blocks of at most QUERY_BLOCK queries, equally many for every thread."""
+    count = max(1, -(-n // QUERY_BLOCK))
     count = -(-count // threads) * threads
     return (slice(i * n // count, (i + 1) * n // count) for i in range(count))
 
 
-def _rounding(dim: int, q_norm: np.ndarray, longest: float, l2: bool) -> np.ndarray:
-    """How far float32 scores of each query may lie from the exact ones: (D + 8) 2^-24 |q||r|, or for l2 (|q| + |r|)^2."""
-    size = (q_norm + longest) ** 2 if l2 else q_norm * longest
+def _error_bound(dim: int, query_norms: np.ndarray, max_norm: float, is_l2: bool) -> np.ndarray:
+    """Largest difference [n] between a query's float32 and exact scores with rows of a chunk.
+
+    With u = 2^-24, a float32 inner product of D terms differs from the exact one by at most
+    g |q| |r|, g = D u / (1 - D u), whatever the order of summation (Higham, Accuracy and Stability
+    of Numerical Algorithms, section 3.1). For l2 faiss computes |q|^2 + |r|^2 - 2 q.r: rounding in
+    the three sums adds up to at most g (|q| + |r|)^2, and two additions of them to 3 u of that.
+    (D + 8) u covers both terms up to D = 9,000.
+    """
+    size = (query_norms + max_norm) ** 2 if is_l2 else query_norms * max_norm
     return (dim + 8) * 2.0**-24 * size
 
 
 class DatabaseChunk:
-    """Rows [m, D] float16 from `start` on, ready to be searched."""
+    """Rows start, start + 1, ... to search in, [m, D] float16."""
 
-    def __init__(self, rows: np.ndarray, start: int, l2: bool) -> None:
-        from dist_scan.search.index import (
-            FlatIndex,  # faiss is slow to import; configs are checked without it
-        )
+    def __init__(self, values: np.ndarray, start: int, is_l2: bool) -> None:
+        from dist_scan.search.index import FlatIndex  # importing faiss takes long
 
-        self.rows, self.start, self.l2 = rows.astype(np.float32), start, l2
-        self.squares = squares(self.rows)
-        self.longest = float(np.sqrt(self.squares.max()))
-        self.flat = FlatIndex(self.rows, "l2" if l2 else "inner_product")
+        wide = values.astype(np.float32)
+        self.is_l2 = is_l2
+        self.rows = DatabaseRows(wide, squared_norms(wide), start)
+        self.max_norm = float(np.sqrt(self.rows.squared_norms.max()))
+        self.index = FlatIndex(wide, "l2" if is_l2 else "inner_product")
 
-    def search(self, queries: Queries, top: Top, part: slice) -> np.ndarray:
-        """Merge this chunk's candidates into the top K of a part of the queries; which of them [n] bool are not sure to be right."""
-        from dist_scan.search.kernels import Queries, Top, add_candidates
+    def search(self, queries: QueryBlock, top: TopK, block: slice) -> np.ndarray:
+        """Add this chunk's candidates to the top K of a block of queries.
 
-        q, mine = Queries(*(a[part] for a in queries)), Top(*(a[part] for a in top))
-        unsure = np.zeros(len(q.own), bool)
-        if len(unsure):
-            rough, places = self.flat.nearest(
-                q.rows, min(mine.ids.shape[1] + SPARE, len(self.rows))
-            )
+        Returns [n] bool: queries of which other rows of the chunk may belong to the top K.
+        """
+        from dist_scan.search.kernels import add_candidates
+
+        block_queries = QueryBlock(*(part[block] for part in queries))
+        block_top = TopK(*(part[block] for part in top))
+        is_uncertain = np.zeros(len(block_queries.ids), bool)
+        if len(is_uncertain):
+            count = min(top.ids.shape[1] + EXTRA_CANDIDATES, len(self.rows.values))
+            scores, candidates = self.index.search(block_queries.values, count)
             add_candidates(
-                q, self.rows, self.squares, self.start, rough, places, self.l2, mine, unsure
+                block_queries, self.rows, scores, candidates, self.is_l2, block_top, is_uncertain
             )
-        return unsure
+        return is_uncertain
 
-    def search_densely(self, queries: Queries, top: Top, names: np.ndarray) -> None:
-        """Score every row of the chunk in float64 for these queries."""
+    def search_densely(self, queries: QueryBlock, top: TopK, selected: np.ndarray) -> None:
+        """Compare the selected queries with every row of the chunk in float64."""
         from dist_scan.search.kernels import add_dense
 
-        inside = np.isin(top.ids[names], np.arange(self.start, self.start + len(self.rows)))
-        best, ids = top.scores[names], top.ids[names]
-        best[inside], ids[inside] = -np.inf, np.iinfo(np.int64).max  # found again below
-        order = np.lexsort((ids, -best), axis=1)
-        top.scores[names], top.ids[names] = (
-            np.take_along_axis(best, order, 1),
-            np.take_along_axis(ids, order, 1),
-        )
-        for b in range(0, len(names), PIECE // 8):
-            part = names[b : b + PIECE // 8]
-            q = torch.from_numpy(queries.rows[part]).double()
-            for r in range(0, len(self.rows), PIECE):
-                scores = (q @ torch.from_numpy(self.rows[r : r + PIECE]).double().T).numpy()
-                if self.l2:
+        self._remove_own_rows(top, selected)
+        database = self.rows
+        for b in range(0, len(selected), DENSE_QUERIES):
+            part = selected[b : b + DENSE_QUERIES]
+            q = torch.from_numpy(queries.values[part]).double()
+            for r in range(0, len(database.values), BLOCK_ROWS):
+                block = torch.from_numpy(database.values[r : r + BLOCK_ROWS]).double()
+                scores = (q @ block.T).numpy()
+                if self.is_l2:
                     scores = (
                         2 * scores
-                        - queries.squares[part][:, None]
-                        - self.squares[None, r : r + PIECE]
+                        - queries.squared_norms[part][:, None]
+                        - database.squared_norms[None, r : r + BLOCK_ROWS]
                     )
-                add_dense(scores, part, queries.own, self.start + r, top.ids, top.scores)
+                add_dense(scores, part, queries.ids, database.start + r, top)
+
+    def _remove_own_rows(self, top: TopK, selected: np.ndarray) -> None:
+        """Take this chunk's rows out of the top K, so that none is inserted twice."""
+        ids, scores = top.ids[selected], top.scores[selected]
+        start = self.rows.start
+        is_own = (ids >= start) & (ids < start + len(self.rows.values))
+        scores[is_own] = -np.inf
+        ids[is_own] = np.iinfo(np.int64).max
+        order = np.lexsort((ids, -scores), axis=1)
+        top.scores[selected] = np.take_along_axis(scores, order, 1)
+        top.ids[selected] = np.take_along_axis(ids, order, 1)

@@ -14,7 +14,8 @@ KMeansInit = Literal["kmeans++", "random"]
 MAX_SEED = 2**63 - 1
 
 
-def _check(name: str, value: object, is_valid: bool, allowed: str) -> None:
+def check_option(name: str, value: object, is_valid: bool, allowed: str) -> None:
+    """Raise ValueError unless the value of an option is valid."""
     if not is_valid:
         raise ValueError(f"{name}: {value}; allowed: {allowed}")
 
@@ -22,13 +23,17 @@ def _check(name: str, value: object, is_valid: bool, allowed: str) -> None:
 def check_num_clusters(num_clusters: int, num_rows: int) -> None:
     """Raise ValueError unless every cluster can have a row."""
     is_valid = 1 <= num_clusters <= num_rows
-    _check("number of clusters", num_clusters, is_valid, f"1 to {num_rows}, the number of rows")
+    check_option(
+        "number of clusters", num_clusters, is_valid, f"1 to {num_rows}, the number of rows"
+    )
 
 
 def check_num_neighbours(num_neighbours: int, num_rows: int) -> None:
     """Raise ValueError unless every row has that many other rows."""
     is_valid = 1 <= num_neighbours < num_rows
-    _check("number of neighbours", num_neighbours, is_valid, f"1 to {num_rows - 1}, the other rows")
+    check_option(
+        "number of neighbours", num_neighbours, is_valid, f"1 to {num_rows - 1}, the other rows"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,15 @@ class NeighbourOptions:
     view: int = 0
     """View of the feature table to search in."""
     chunk_rows: int = 65_536
-    """Database rows broadcast and searched at a time; with 4,096 a search took 2.8 times as long."""
+    """Database rows broadcast and searched at a time; 4,096 took 2.8 times as long."""
     queries_per_round: int = 65_536
     """Query rows that a rank holds at a time; a single shard may have more."""
 
     def __post_init__(self) -> None:
         metrics = get_args(Metric)
-        _check("metric", self.metric, self.metric in metrics, ", ".join(metrics))
+        check_option("metric", self.metric, self.metric in metrics, ", ".join(metrics))
         for name in ("chunk_rows", "queries_per_round"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+            check_option(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,12 @@ class KMeansOptions:
     def __post_init__(self) -> None:
         inits = get_args(KMeansInit)
         for name in ("iterations", "restarts"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        _check("tolerance", self.tolerance, 0 <= self.tolerance < 1, "at least 0 and less than 1")
-        _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, "0 to 2^63 - 1")
-        _check("init", self.init, self.init in inits, ", ".join(inits))
+            check_option(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        check_option(
+            "tolerance", self.tolerance, 0 <= self.tolerance < 1, "at least 0 and less than 1"
+        )
+        check_option("seed", self.seed, 0 <= self.seed <= MAX_SEED, "0 to 2^63 - 1")
+        check_option("init", self.init, self.init in inits, ", ".join(inits))
 
 
 NEIGHBOUR_DEFAULTS = NeighbourOptions()

@@ -1,11 +1,17 @@
-"""Power iteration clustering on the neighbour graph (Lin and Cohen 2010, as DeepCluster uses it: its appendix; FIDELITY.md 3).
+"""Power iteration clustering on the neighbour graph, in the variant of DeepCluster.
 
-Edges i -> j to the K nearest others weigh exp(-d^2 / sigma^2); the graph is A + A^T. v is multiplied with it `iterations` times, mixed with a
-teleport and normalised to a sum of 1. Every row then points to the neighbour that pulls most, max_j w_ij (v_j - v_i) > 0; rows that point
-nowhere are roots, and a cluster is what leads to a root. A cluster of one row joins the first of its neighbours whose cluster has more.
+Lin and Cohen, ICML 2010; Caron et al., ECCV 2018, appendix. See docs/fidelity.md.
 
-Each rank holds the edges of N/W rows and all of v; sums run along a row's edges in order of id and v is normalised as a whole, so every bit
-is the same for any number of ranks. Memory per rank: 60 bytes an edge of A + A^T (2 K N / W, more where a rank has the hubs) and 40 N.
+1. Edges i -> j to the K nearest other rows weigh exp(-d_ij^2 / sigma^2). The graph is A + A^T.
+2. A vector v, uniform at first, is multiplied with the graph, mixed with a teleport term and
+   normalised to a sum of 1, `iterations` times.
+3. Every row points to the neighbour with the largest w_ij (v_j - v_i) > 0, if there is one. Rows
+   without are roots; a cluster is all rows whose pointers lead to the same root.
+4. A cluster of one row joins the first of the row's neighbours whose cluster is larger.
+
+Bitwise equal for any number of ranks: each rank holds the edges of N / world_size rows and all of
+v, sums run along a row's edges in the order of ids, and v is normalised as a whole. Memory per
+rank: 60 bytes for an edge of A + A^T (2 K N / world_size, more on a rank with hubs), and 40 N.
 """
 
 from __future__ import annotations
@@ -19,20 +25,24 @@ import torch
 from scipy import sparse
 
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.monitoring.progress import Progress, StopRequested
-from dist_scan.world.collectives import all_max, any_rank, gather_rows
-from dist_scan.world.world import current
+from dist_scan.monitoring.progress import Progress
+from dist_scan.search.options import check_option
+from dist_scan.search.shard_readers import rank_range
+from dist_scan.search.stopping import never_stop, raise_if_stopped
+from dist_scan.world.collectives import all_max, gather_rows
 
-BLOCK = 65536  # rows of the table that are looked at at once
+BLOCK_ROWS = 65_536  # rows of the neighbour table read at a time
 
 
 @dataclass(frozen=True)
 class PicResult:
-    """assignment [N] int32, clusters numbered in order of their roots; how many there are, and how many rows of clusters of one were joined."""
+    """Clusters, numbered in the order of their roots."""
 
     assignment: np.ndarray
+    """[N] int32."""
     num_clusters: int
     num_joined: int
+    """Rows that were a cluster of their own and joined a larger one."""
 
 
 def pic(
@@ -42,106 +52,122 @@ def pic(
     alpha: float = 1e-3,
     iterations: int = 200,
     teleport: Literal["paper", "released"] = "paper",
-    stop: Callable[[], bool] = lambda: False,
-    progress: bool = False,
+    stop_requested: Callable[[], bool] = never_stop,
+    show_progress: bool = False,
 ) -> PicResult:
-    """Clusters of a table mined with l2 or cosine (of unit rows d^2 = 2 - 2 cos). Collective; the number of clusters is found, not given.
+    """Cluster the rows of a neighbour table mined with l2 or cosine. Collective.
 
-    teleport: v <- alpha (A + A^T) v + (1 - alpha) v, as the paper writes it, or ... + (1 - alpha) / N, as the released code does.
-    Raises ValueError for another metric or settings out of range, Stopped between iterations.
+    The number of clusters is a result. teleport: v <- alpha (A + A^T) v + (1 - alpha) v as in the
+    paper, or alpha (A + A^T) v + (1 - alpha) / N as in the released code. For cosine, distances are
+    those of unit rows, d^2 = 2 - 2 cos.
+
+    Raises ValueError for another metric or settings out of range, and StopRequested between
+    iterations.
     """
     _check(neighbours, sigma, alpha, teleport)
-    n, world = neighbours.num_rows, current()
-    span = world.rank * n // world.world_size, (world.rank + 1) * n // world.world_size
-    graph = symmetric_graph(neighbours, span, sigma)
-    if float(all_max(torch.tensor(graph.data.max(initial=0.0)))) == 0:
+    n = neighbours.num_rows
+    start, stop = rank_range(n)
+    graph = _symmetric_graph(neighbours, start, stop, sigma)
+    largest_weight = float(all_max(torch.tensor(graph.data.max(initial=0.0))))
+    if largest_weight == 0:
         raise ValueError(
-            f"every edge of {neighbours.path} weighs 0 at sigma {sigma}: the rows lie too far apart; raise sigma, or use unit rows"
+            f"every edge of {neighbours.path} has weight 0 at sigma {sigma}: the rows are too far "
+            "apart; raise sigma, or use unit rows"
         )
+
+    # Power iteration.
     v = np.full(n, 1 / n)
-    with Progress("power iteration", iterations, "iterations", enabled=progress) as line:
+    with Progress("power iteration", iterations, "iterations", enabled=show_progress) as progress:
         for _ in range(iterations):
-            if any_rank(stop()):
-                raise StopRequested()
-            pulled = graph @ v
-            stays = v[slice(*span)] if teleport == "paper" else 1 / n
-            v = _everyone(alpha * pulled + (1 - alpha) * stays)
+            raise_if_stopped(stop_requested)
+            teleported = v[start:stop] if teleport == "paper" else 1 / n
+            v = _gather(alpha * (graph @ v) + (1 - alpha) * teleported)
             v /= v.sum()
-            line.advance()
-    roots = _roots(_everyone(_pointers(graph, v, span)))
-    return _joined(neighbours, np.unique(roots, return_inverse=True)[1], span)
+            progress.advance()
+
+    # Clusters: follow the pointers to the roots.
+    pointers = _gather(_strongest_neighbours(graph, v, start, stop))
+    clusters = np.unique(_follow_to_roots(pointers), return_inverse=True)[1]
+    return _join_single_rows(neighbours, clusters)
 
 
 def _check(table: NeighbourTable, sigma: float, alpha: float, teleport: str) -> None:
-    if table.metadata.get("metric") not in ("l2", "cosine"):
+    metric = table.metadata.get("metric")
+    if metric not in ("l2", "cosine"):
         raise ValueError(
-            f"{table.path} was mined with {table.metadata.get('metric')}; distances need a table mined with l2 or cosine"
+            f"{table.path} was mined with {metric}; distances need a table mined with l2 or cosine"
         )
-    if not sigma > 0 or not 0 < alpha <= 1:
-        raise ValueError(
-            f"sigma {sigma} and alpha {alpha}; allowed: sigma above 0, alpha above 0 and at most 1"
-        )
-    if teleport not in ("paper", "released"):
-        raise ValueError(f"teleport {teleport!r}; allowed: paper, released")
+    check_option("sigma", sigma, sigma > 0, "above 0")
+    check_option("alpha", alpha, 0 < alpha <= 1, "above 0 and at most 1")
+    check_option("teleport", teleport, teleport in ("paper", "released"), "paper, released")
 
 
-def symmetric_graph(
-    table: NeighbourTable, span: tuple[int, int], sigma: float
+def _symmetric_graph(
+    table: NeighbourTable, start: int, stop: int, sigma: float
 ) -> sparse.csr_matrix:
-    """Rows span[0]..span[1]-1 of A + A^T as [n, N], columns in ascending order. Every rank reads the whole table once, a block at a time."""
-    rows, columns, weights = [], [], []
-    for start in range(0, table.num_rows, BLOCK):
-        index = np.arange(start, min(start + BLOCK, table.num_rows))
+    """Rows start..stop-1 of A + A^T, [n, N] with ascending columns. Reads the whole table."""
+    rows: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    for first in range(0, table.num_rows, BLOCK_ROWS):
+        index = np.arange(first, min(first + BLOCK_ROWS, table.num_rows))
         ids, scores = table.rows(index)
-        squared = -scores if table.metadata["metric"] == "l2" else 2 - 2 * scores
+        squared_distances = -scores if table.metadata["metric"] == "l2" else 2 - 2 * scores
+        weight = np.exp(-squared_distances / sigma**2)
         sources = np.broadcast_to(index[:, None], ids.shape)
-        weight = np.exp(-squared / sigma**2)
-        for here, there in ((sources, ids), (ids, sources)):
-            mine = (here >= span[0]) & (here < span[1])
-            rows.append(here[mine] - span[0])
-            columns.append(there[mine])
-            weights.append(weight[mine])
-    shape = (span[1] - span[0], table.num_rows)
-    graph = sparse.coo_matrix(
-        (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))), shape=shape
-    ).tocsr()
+        for row, column in ((sources, ids), (ids, sources)):
+            is_local = (row >= start) & (row < stop)
+            rows.append(row[is_local] - start)
+            columns.append(column[is_local])
+            weights.append(weight[is_local])
+    places = np.concatenate(rows), np.concatenate(columns)
+    shape = (stop - start, table.num_rows)
+    graph = sparse.coo_matrix((np.concatenate(weights), places), shape=shape).tocsr()
     graph.sort_indices()
     return graph
 
 
-def _everyone(part: np.ndarray) -> np.ndarray:
+def _gather(part: np.ndarray) -> np.ndarray:
+    """The parts of all ranks, in rank order. Collective."""
     return gather_rows(torch.from_numpy(np.ascontiguousarray(part))).numpy()
 
 
-def _pointers(graph: sparse.csr_matrix, v: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """For each own row the neighbour that pulls most (the lowest id of equals), or the row itself."""
-    own = np.arange(*span)
+def _strongest_neighbours(
+    graph: sparse.csr_matrix, v: np.ndarray, start: int, stop: int
+) -> np.ndarray:
+    """The neighbour with the largest w_ij (v_j - v_i) > 0 of each row of the graph, or the row.
+
+    Of equally strong neighbours the one with the lowest id is taken.
+    """
+    own = np.arange(start, stop)
     source = np.repeat(own, np.diff(graph.indptr))
-    pull = graph.data * (v[graph.indices] - v[source])
-    order = np.lexsort(
-        (graph.indices, -pull, source)
-    )  # each row's strongest first; every row has an edge
-    first = order[graph.indptr[:-1]]
-    return np.where(pull[first] > 0, graph.indices[first], own).astype(np.int64)
+    strength = graph.data * (v[graph.indices] - v[source])
+    # Sorted by row, then strength; every row has at least one edge.
+    order = np.lexsort((graph.indices, -strength, source))
+    strongest = order[graph.indptr[:-1]]
+    return np.where(strength[strongest] > 0, graph.indices[strongest], own).astype(np.int64)
 
 
-def _roots(pointer: np.ndarray) -> np.ndarray:
-    """Where each row ends up. v grows along every pointer, so there are no cycles."""
+def _follow_to_roots(pointers: np.ndarray) -> np.ndarray:
+    """The root of each row. v increases along every pointer, so there are no cycles."""
     while True:
-        further = pointer[pointer]
-        if (further == pointer).all():
-            return pointer
-        pointer = further
+        further = pointers[pointers]
+        if (further == pointers).all():
+            return pointers
+        pointers = further
 
 
-def _joined(table: NeighbourTable, cluster: np.ndarray, span: tuple[int, int]) -> PicResult:
-    """Clusters of one row put to those of their first neighbour in a larger one (sizes as they were before any joined)."""
-    sizes = np.bincount(cluster)
-    alone = np.flatnonzero(sizes[cluster] == 1)
-    theirs = cluster[table.rows(alone)[0]]
-    larger = sizes[theirs] > 1
-    joins = larger.any(1)
-    joined = cluster.copy()
-    joined[alone[joins]] = theirs[joins, larger[joins].argmax(1)]
-    final = np.unique(joined, return_inverse=True)[1].astype(np.int32)
-    return PicResult(final, int(final.max()) + 1, int(joins.sum()))
+def _join_single_rows(table: NeighbourTable, clusters: np.ndarray) -> PicResult:
+    """Join clusters of one row to that of the first neighbour in a larger one.
+
+    Sizes are those before any cluster is joined.
+    """
+    sizes = np.bincount(clusters)
+    single = np.flatnonzero(sizes[clusters] == 1)
+    neighbour_clusters = clusters[table.rows(single)[0]]
+    is_larger = sizes[neighbour_clusters] > 1
+    joins = is_larger.any(1)
+    joined = clusters.copy()
+    joined[single[joins]] = neighbour_clusters[joins, is_larger[joins].argmax(1)]
+    assignment = np.unique(joined, return_inverse=True)[1].astype(np.int32)
+    return PicResult(assignment, int(assignment.max()) + 1, int(joins.sum()))

@@ -1,50 +1,56 @@
-"""PCA whitening of sharded rows: y = diag(eigenvalues)^-1/2 components (x - mean), as DeepCluster does before it clusters.
+"""PCA whitening of sharded rows: y = diag(eigenvalues)^-1/2 components (x - mean).
 
-Bitwise the same for any number of ranks, any cut of the rows and any BLAS. Rows are scaled by a power of two so that the longest has a norm
-of 2 to 4, and lie on multiples of 2^-24. Products of a number and the coarse or the fine part of another then add up exactly in float64 over a
-chunk; chunks and ranks add up in integers. The eigenvectors are rank 0's and lie on the same grid, so that a projection is exact too.
-(LAPACK may round differently with another number of threads: then the eigenvectors differ in their last bits.)
-Memory: 40 D^2 bytes and 24 D bytes for each of CHUNK rows. One all-reduce of 16 D^2 bytes.
+DeepCluster whitens features before it clusters them. The result is bitwise equal for any number of
+ranks, any partition of the rows and any BLAS:
+
+- Rows are scaled by a power of two to norms of at most 4 and rounded to multiples of 2^-24.
+- The second moment sum x x^T is computed exactly (`_sums`): x is split into a coarse part, a
+  multiple of 2^-12, and the rest, so that the products of a block of rows add up exactly in
+  float64; blocks and ranks are added up as integers.
+- Eigenvectors are computed by rank 0 and rounded to multiples of 2^-25, so that a projection is
+  an exact inner product (exact_rows.py).
+
+LAPACK may round differently with another number of threads; the eigenvectors then differ in their
+last bits. Memory: 40 D^2 bytes, and 24 D bytes for each of BLOCK_ROWS rows. Communication: one
+all-reduce of 16 D^2 bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.monitoring.progress import StopRequested
-from dist_scan.search.exact_rows import check_view, content, held_by_rank
+from dist_scan.search.exact_rows import BLOCK_ROWS, MAX_LISTED, ExactRows, prepare_rows
+from dist_scan.search.output_table import open_or_create
+from dist_scan.search.shard_readers import check_view, content_digest, find_shard_readers
+from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.world.collectives import (
-    all_max,
     all_sum,
-    any_rank,
     barrier,
     broadcast,
     broadcast_object,
-    gather_objects,
-    on_every_rank,
 )
 from dist_scan.world.world import current
 
-CHUNK = 8192  # 2^13 products below 2^39 units each fit float64's 53 bits
-GRID = 2.0**24
-COARSE = 2.0**12
-Blocks = Callable[[], Iterator[np.ndarray]]
+GRID = 2.0**24  # rows are multiples of its inverse
+COARSE_GRID = 2.0**12
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """mean [D], components [dim, D] of unit length, eigenvalues [dim] descending (of the covariance with 1/n): float64, equal on all ranks.
+    """A fitted whitening, equal on all ranks.
 
-    Of each component the entry largest in magnitude is positive. `scale` brings the rows it was made from to a norm of 2 to 4.
+    mean [D]; components [dim, D] of unit length, the entry of largest magnitude positive;
+    eigenvalues [dim] of the covariance (with 1/N), descending: all float64. `scale` is the power of
+    two that brought the rows it was fitted to to norms of at most 4.
     """
 
     mean: np.ndarray
@@ -52,63 +58,74 @@ class Whitening:
     eigenvalues: np.ndarray
     scale: float
 
-    def mark(self, view: int, unit: bool) -> str:
-        """16 hex digits that tell what it makes of a view from what others make."""
-        digest = hashlib.sha256(f"{view} {unit}".encode())
-        for part in (self.mean, self.components, self.eigenvalues):
-            digest.update(np.ascontiguousarray(part))
+    def fingerprint(self, view: int, unit_length: bool) -> str:
+        """16 hex digits that identify a table written with `write_whitened_table`."""
+        digest = hashlib.sha256(f"{view} {unit_length}".encode())
+        for array in (self.mean, self.components, self.eigenvalues):
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
-        """[n, D] of any float type to [n, dim] float32; over the rows it was made from the mean is 0 and the covariance 1.
+        """Whitened rows [n, dim] float32 of rows [n, D] of any floating type.
 
-        A row's result depends on the row alone. Raises ValueError for rows of another width, or that are no numbers.
+        Over the rows that it was fitted to, the mean is 0 and the covariance the identity. The
+        result of a row does not depend on the other rows. Raises ValueError for rows of another
+        width and rows that are not finite.
         """
-        if rows.ndim != 2 or rows.shape[1] != len(self.mean):
+        width = len(self.mean)
+        if rows.ndim != 2 or rows.shape[1] != width:
             raise ValueError(
-                f"rows of shape {list(rows.shape)}; this whitening was made from rows of {len(self.mean)} features: "
-                f"give [n, {len(self.mean)}]"
+                f"rows of shape {list(rows.shape)}; this whitening was fitted to {width} features: "
+                f"give [n, {width}]"
             )
-        if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
+        bad = np.flatnonzero(~np.isfinite(rows).all(1))
+        if len(bad):
             raise ValueError(
-                f"rows {bad[:8].tolist()} to be whitened are NaN or Inf; look at what made them"
+                f"rows {bad[:MAX_LISTED].tolist()} to be whitened are NaN or Inf; "
+                "look at what made them"
             )
-        device, axes = current().device, np.rint(self.components * (2 * GRID)) / GRID
+        # Twice the components, on the rows' grid: x and axes have norms below 4 and about 2, so
+        # that their products are exact.
+        axes = np.rint(self.components * (2 * GRID)) / GRID
         offset = (axes * (self.mean * self.scale)).sum(1)
-        project, shrink = (
-            torch.from_numpy(axes.T).to(device),
-            1 / (2 * self.scale * np.sqrt(self.eigenvalues)),
-        )
-        pieces = (rows[b : b + CHUNK] for b in range(0, len(rows), CHUNK))
-        parts = [
-            (torch.mm(on_grid(piece, self.scale), project).cpu().numpy() - offset) * shrink
-            for piece in pieces
-        ]
-        return np.concatenate([*parts, np.zeros((0, len(shrink)))]).astype(np.float32)
+        factor = 1 / (2 * self.scale * np.sqrt(self.eigenvalues))
+        projection = torch.from_numpy(axes.T).to(current().device)
+        parts = [np.zeros((0, len(factor)))]
+        for block in _blocks_of(rows):
+            projected = torch.mm(_on_grid(block, self.scale), projection).cpu().numpy()
+            parts.append((projected - offset) * factor)
+        return np.concatenate(parts).astype(np.float32)
 
 
-def fit_whitening(rows: np.ndarray, dim: int) -> Whitening:
-    """The whitening of all ranks' rows [n, D] (any float type, any number on each rank) to `dim` dimensions. Collective.
+def fit_whitening(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
+    """The whitening of a view of a table to `dim` dimensions. Collective.
 
-    Raises ValueError on all ranks: rows that are no numbers, fewer rows than needed, fewer directions than `dim` in which the rows vary.
+    Raises ValueError on all ranks for rows that are not finite, and for too few rows or too few
+    directions of variance for `dim`.
     """
-    if rows.ndim != 2:
-        raise ValueError(f"rows to be whitened of shape {list(rows.shape)}; allowed: [n, D]")
-    return _whiten(
-        lambda: (rows[b : b + CHUNK] for b in range(0, len(rows), CHUNK)), rows.shape[1], dim
+    if not 1 <= dim <= table.dim:
+        raise ValueError(f"{dim} whitened dimensions of {table.dim}; allowed: 1 to {table.dim}")
+    if table.num_rows <= dim:
+        raise ValueError(
+            f"{table.num_rows} rows cannot be whitened to {dim} dimensions; allowed: at most "
+            f"{table.num_rows - 1}. Lower the dimension, or give more rows"
+        )
+    rows = prepare_rows(table, normalise=False, view=view)
+    total, products = _sums(rows)
+    mean = total / table.num_rows
+    covariance = products / table.num_rows - torch.outer(mean, mean)
+    eigenvalues, components = _largest_eigenpairs(covariance, dim)
+    # What rounding leaves as the eigenvalue of a direction in which the rows do not vary.
+    noise = table.dim * 2.0**-50 * float(eigenvalues[0])
+    if not float(eigenvalues[-1]) > noise:
+        raise ValueError(
+            f"the rows vary in {int((eigenvalues > noise).sum())} directions only and cannot be "
+            f"whitened to {dim}; lower the dimension to that"
+        )
+    scale = rows.scale
+    return Whitening(
+        (mean / scale).numpy(), components.numpy(), (eigenvalues / scale**2).numpy(), scale
     )
-
-
-def fit_table_whitening(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
-    """`fit_whitening` for a view of a table; its shards are dealt over the ranks."""
-    view = check_view(table, view)
-
-    def blocks() -> Iterator[np.ndarray]:
-        for s in range(current().rank, table.num_shards, current().world_size):
-            rows = table.shard(s)
-            yield from (rows[b : b + CHUNK, view] for b in range(0, len(rows), CHUNK))
-
-    return _whiten(blocks, table.dim, dim)
 
 
 def write_whitened_table(
@@ -116,144 +133,102 @@ def write_whitened_table(
     whitening: Whitening,
     out: Path,
     view: int = 0,
-    unit: bool = True,
-    stop: Callable[[], bool] = lambda: False,
+    unit_length: bool = True,
+    stop_requested: Callable[[], bool] = never_stop,
 ) -> FeatureTable:
-    """A new table [N, 1, dim] of a view's whitened rows, of unit length when `unit`. Collective; goes on from the shards that are there.
+    """Write a table [N, 1, dim] of a view's whitened rows to `out` and return it. Collective.
 
-    Raises ValueError when `out` was made of other rows, or by another whitening (or view, or unit): it stands for what it was made from.
+    Rows are scaled to unit length if `unit_length`. Shards that an earlier call has finished are
+    kept. Raises ValueError when `out` was made from other rows or by another whitening, and
+    StopRequested between shards.
     """
-    world, view = current(), check_view(table, view)
-    asked = {
-        "whitening": whitening.mark(view, unit),
-        "of": content(table, held_by_rank(table), view),
-        "num_rows": table.num_rows,
-        "num_shards": table.num_shards,
+    view = check_view(table, view)
+    source: dict[str, Any] = {
+        "whitening": whitening.fingerprint(view, unit_length),
+        "of": content_digest(table, find_shard_readers(table), view),
     }
+    size = {"num_rows": table.num_rows, "num_shards": table.num_shards}
+    dim = len(whitening.eigenvalues)
 
-    def opened() -> FeatureTable:
-        made = FeatureTable.open(out)
-        if (found := {name: made.metadata.get(name) for name in asked}) != asked:
-            raise ValueError(
-                f"{out} holds other rows, or of another whitening ({found}, asked for: {asked}); give another folder, or remove it"
-            )
-        return made
+    def create() -> None:
+        FeatureTable.create(out, table.num_rows, 1, dim, table.num_shards, **source)
 
-    def created() -> None:
-        if world.rank == 0 and not (Path(out) / "table.json").exists():
-            FeatureTable.create(
-                out,
-                table.num_rows,
-                1,
-                len(whitening.eigenvalues),
-                table.num_shards,
-                whitening=asked["whitening"],
-                of=asked["of"],
-            )
-
-    on_every_rank(created)
-    made = on_every_rank(opened)
-    missing = broadcast_object(made.missing_shards())
-    for turn in range(0, len(missing), world.world_size):
-        if any_rank(stop()):
-            raise StopRequested()
-        for s in missing[turn : turn + world.world_size][world.rank : world.rank + 1]:
-            rows = whitening.apply(table.shard(s)[:, view]).astype(np.float64)
-            length = np.sqrt((rows**2).sum(1, keepdims=True)) if unit else 1.0
-            made.write_shard(s, (rows / np.maximum(length, 1e-30))[:, None])
+    result = open_or_create(FeatureTable, Path(out), source | size, create)
+    missing = broadcast_object(result.missing_shards())
+    world = current()
+    for first in range(0, len(missing), world.world_size):
+        raise_if_stopped(stop_requested)
+        for shard in missing[first : first + world.world_size][world.rank : world.rank + 1]:
+            rows = whitening.apply(table.shard(shard)[:, view]).astype(np.float64)
+            if unit_length:
+                norms = np.sqrt((rows**2).sum(1, keepdims=True))
+                rows = rows / np.maximum(norms, 1e-30)
+            result.write_shard(shard, rows[:, None])
     barrier()
     return FeatureTable.open(out)
 
 
-def on_grid(rows: np.ndarray, scale: float) -> Tensor:
-    """[n, D] float64 on the device: scaled, rounded to multiples of 2^-24."""
-    return (
-        torch.from_numpy(np.asarray(rows, np.float64))
-        .to(current().device)
-        .mul(scale * GRID)
-        .round_()
-        .div_(GRID)
-    )
+def _blocks_of(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), BLOCK_ROWS):
+        yield rows[start : start + BLOCK_ROWS]
 
 
-def _whiten(blocks: Blocks, width: int, dim: int) -> Whitening:
-    if not 1 <= dim <= width:
-        raise ValueError(f"{dim} whitened dimensions of {width}; allowed: 1 to {width}")
-    scale = _scale(blocks)
-    count, total, products = _moments(blocks, width, scale)
-    if count <= dim:
-        raise ValueError(
-            f"{count} rows cannot be whitened to {dim} dimensions; allowed: at most {max(count - 1, 0)}. Lower it, or give more rows"
-        )
-    mean = total / count
-    values, vectors = _eigen(products / count - torch.outer(mean, mean), dim)
-    noise = (
-        width * 2.0**-50 * float(values[0])
-    )  # what rounding leaves of a direction in which nothing varies
-    if not float(values[-1]) > noise:
-        raise ValueError(
-            f"the rows vary in {int((values > noise).sum())} directions only and cannot be whitened to {dim}; lower it to that"
-        )
-    return Whitening((mean / scale).numpy(), vectors.numpy(), (values / scale**2).numpy(), scale)
+def _on_grid(rows: np.ndarray, scale: float) -> Tensor:
+    """Rows [n, D] float64 on the device, scaled and rounded to multiples of 2^-24."""
+    values = torch.from_numpy(np.asarray(rows, np.float64)).to(current().device)
+    return values.mul(scale * GRID).round_().div_(GRID)
 
 
-def _scale(blocks: Blocks) -> float:
-    longest, bad = 0.0, 0
-    for rows in blocks():
-        wide = np.asarray(rows, np.float64)
-        bad += int((~np.isfinite(wide).all(1)).sum())
-        with np.errstate(over="ignore"):
-            longest = max(
-                longest,
-                float(np.sqrt(np.nan_to_num((wide**2).sum(1), posinf=np.inf).max(initial=0))),
-            )
-    bad_by_rank = gather_objects(bad)
-    if any(bad_by_rank):
-        raise ValueError(
-            f"rows to be whitened are NaN or Inf (how many on each rank: {bad_by_rank}); look at what made them"
-        )
-    longest = float(all_max(torch.tensor(longest, dtype=torch.float64)))
-    if not 1e-30 < longest < 1e30:
-        raise ValueError(
-            f"the longest of the rows to be whitened has a length of {longest:.3g}; allowed: 1e-30 to 1e30, scale them"
-        )
-    return 2.0 ** math.floor(math.log2(4.0 / longest))
+def _sums(rows: ExactRows) -> tuple[Tensor, Tensor]:
+    """(sum of x [D], sum of x x^T [D, D]) over all scaled rows x. Collective.
+
+    Both are float64, rounded once from exact integers. x is a multiple of 2^-24 of magnitude at
+    most 4; it is split into c, a multiple of 2^-12, and f = x - c of magnitude at most 2^-13.
+
+    - x c is at most 2^40 in units of 2^-36. A block of 2^13 rows adds up to 2^53: exact in float64.
+    - x f is at most 2^37 in units of 2^-48: exact, too.
+    - x itself is at most 2^26 in units of 2^-24.
+
+    Sums over blocks are int64: x x^T = upper * 2^-16 + lower * 2^-48, with 0 <= lower < 2^32 after
+    each block.
+    """
+    device, dim = current().device, rows.table.dim
+    total = torch.zeros(dim, dtype=torch.int64, device=device)
+    upper = torch.zeros(dim, dim, dtype=torch.int64, device=device)
+    lower = torch.zeros(dim, dim, dtype=torch.int64, device=device)
+    for shard in rows.readers.local_shards():
+        for block in _blocks_of(rows.table.shard(shard)[:, rows.view]):
+            x = _on_grid(block, rows.scale)
+            coarse = (x * COARSE_GRID).round_().div_(COARSE_GRID)
+            coarse_products = torch.mm(x.T, coarse).mul_(GRID * COARSE_GRID).long()
+            fine = coarse.neg_().add_(x)
+            fine_products = torch.mm(x.T, fine).mul_(GRID * GRID).long()
+            upper += coarse_products >> 20
+            lower += ((coarse_products & (2**20 - 1)) << 12) + fine_products
+            _carry(upper, lower)
+            total += (x * GRID).sum(0).long()
+    total, upper, lower = (all_sum(part).cpu() for part in (total, upper, lower))
+    _carry(upper, lower)
+    return total.double() / GRID, upper.double() * 2.0**-16 + lower.double() * 2.0**-48
 
 
-def _moments(blocks: Blocks, width: int, scale: float) -> tuple[int, Tensor, Tensor]:
-    """(n, sum of x [D], sum of x x^T [D, D]) of all ranks' scaled rows, float64, each correctly rounded from exact integers."""
-    device = current().device
-    count, total = 0, torch.zeros(width, dtype=torch.int64, device=device)
-    high, low = (
-        torch.zeros(width, width, dtype=torch.int64, device=device) for _ in range(2)
-    )  # high * 2^-16 + low * 2^-48
-    for rows in blocks():
-        x = on_grid(rows, scale)
-        coarse = (x * COARSE).round_().div_(COARSE)
-        first = torch.mm(x.T, coarse).mul_(GRID * COARSE).long()  # in units of 2^-36
-        second = torch.mm(x.T, coarse.neg_().add_(x)).mul_(GRID * GRID).long()  # in units of 2^-48
-        high += first >> 20
-        low += ((first & (2**20 - 1)) << 12) + second
-        high += low >> 32
-        low &= 2**32 - 1
-        total += (x * GRID).sum(0).long()
-        count += len(x)
-    count = int(all_sum(torch.tensor(count)))
-    total, high, low = (all_sum(t).cpu() for t in (total, high, low))
-    high += low >> 32
-    low &= 2**32 - 1
-    return count, total.double() / GRID, high.double() * 2.0**-16 + low.double() * 2.0**-48
+def _carry(upper: Tensor, lower: Tensor) -> None:
+    """Move what exceeds 32 bits of `lower` to `upper`, in place."""
+    upper += lower >> 32
+    lower &= 2**32 - 1
 
 
-def _eigen(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The `dim` largest eigenvalues, descending, and their vectors [dim, D] with fixed signs: rank 0's, on all ranks."""
-    values, vectors = (
-        torch.zeros(dim, dtype=torch.float64),
-        torch.zeros(dim, len(covariance), dtype=torch.float64),
-    )
+def _largest_eigenpairs(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The `dim` largest eigenvalues, descending, and eigenvectors [dim, D] of rank 0. Collective.
+
+    The entry of largest magnitude of an eigenvector is positive.
+    """
+    values = torch.zeros(dim, dtype=torch.float64)
+    vectors = torch.zeros(dim, len(covariance), dtype=torch.float64)
     if current().rank == 0:
         ascending, columns = torch.linalg.eigh(covariance.to(current().device))
-        values, vectors = ascending.flip(0)[:dim].cpu(), columns.T.flip(0)[:dim].cpu()
+        values = ascending.flip(0)[:dim].cpu()
+        vectors = columns.T.flip(0)[:dim].cpu()
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
     return broadcast(values.contiguous()), broadcast(vectors.contiguous())

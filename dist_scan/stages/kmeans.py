@@ -60,7 +60,7 @@ class KMeansStage(Stage):
         from dist_scan.data.feature_table import FeatureTable
         from dist_scan.search.kmeans import kmeans
         from dist_scan.search.options import KMeansOptions
-        from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
+        from dist_scan.search.whiten import fit_whitening, write_whitened_table
         from dist_scan.storage.arrays import write_npy
         from dist_scan.storage.artifacts import WORK
 
@@ -69,9 +69,9 @@ class KMeansStage(Stage):
         if s.whiten_dim is not None:
             table = write_whitened_table(
                 table,
-                fit_table_whitening(table, s.whiten_dim),
+                fit_whitening(table, s.whiten_dim),
                 c.out / WORK / "whitened",
-                stop=lambda: c.stop.requested,
+                stop_requested=lambda: c.stop.requested,
             )
         result = kmeans(
             table,
@@ -85,8 +85,8 @@ class KMeansStage(Stage):
                 normalise=s.normalise,
                 seed=c.run.seed,
             ),
-            stop=lambda: c.stop.requested,
-            progress=c.world.rank == 0,
+            stop_requested=lambda: c.stop.requested,
+            show_progress=c.world.rank == 0,
             checkpoint_path=c.out / WORK / "kmeans.npz",
         )
         if c.world.rank == 0:

@@ -48,6 +48,6 @@ class NeighboursStage(Stage):
             c.out,
             self.config.num_neighbours,
             NeighbourOptions(metric=self.config.metric),
-            stop=lambda: c.stop.requested,
-            progress=c.world.rank == 0,
+            stop_requested=lambda: c.stop.requested,
+            show_progress=c.world.rank == 0,
         )

@@ -114,13 +114,13 @@ def cluster_for_a_while(root, k, init, spherical, keep, most, error=StopRequeste
             raise Lost
         return over
 
-    kept.EVERY_S = 0 if error is Lost else 1e9
+    kept.WRITE_EVERY_S = 0 if error is Lost else 1e9
     try:
         r = kmeans(
             FeatureTable.open(root),
             k,
             KMeansOptions(iterations=30, init=init, spherical=spherical, seed=3, restarts=2),
-            stop=stop,
+            stop_requested=stop,
             checkpoint_path=Path(keep),
         )
     except error:
@@ -140,7 +140,7 @@ def test_kmeans_goes_on_where_it_was_on_any_number_of_ranks(
     init, spherical, groups, error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "dist_scan.search.kmeans_checkpoint.EVERY_S", 1e9
+        "dist_scan.search.kmeans_checkpoint.WRITE_EVERY_S", 1e9
     )  # and put back: this process is a rank, too
     table(rows(groups=groups), tmp_path / "f")
     given = tmp_path / "f", 40, init, spherical
@@ -167,7 +167,7 @@ def test_kmeans_goes_on_where_it_was_on_any_number_of_ranks(
         ("empty", "cannot be read"),
         ("seed", "with other seed"),
         ("rows", "with other features"),
-        ("no folder", "cannot be kept"),
+        ("no folder", "cannot be written"),
     ],
 )
 def test_what_is_kept_of_another_kmeans_is_left_aside_and_that_is_said(
@@ -184,7 +184,7 @@ def test_what_is_kept_of_another_kmeans_is_left_aside_and_that_is_said(
             9,
             KMeansOptions(iterations=30, seed=4 if what == "seed" else 3),
             checkpoint_path=keep,
-            stop=lambda: next(polls, None) is None,
+            stop_requested=lambda: next(polls, None) is None,
         )
     if what in ("cut", "garbage", "empty"):
         keep.write_bytes(
@@ -214,7 +214,7 @@ def test_kmeans_equals_a_slow_lloyd(tmp_path: Path) -> None:
     assert np.bincount(got.assignment, minlength=12).tolist() == got.sizes.tolist()
 
 
-@pytest.mark.parametrize("way", ["_on_cpu", "_on_device"])
+@pytest.mark.parametrize("way", ["_assign_on_cpu", "_assign_on_device"])
 @pytest.mark.parametrize("k", [1, 7, 64, 1500])
 def test_assignment_is_exact_with_ties_and_near_ties(way, k, tmp_path: Path) -> None:
     from dist_scan.search.index import NearestCentroid, thread_pool
@@ -225,9 +225,9 @@ def test_assignment_is_exact_with_ties_and_near_ties(way, k, tmp_path: Path) -> 
     c[k // 2 :] = c[: k - k // 2]  # exact ties
     c[::3] += np.float32(2.0**-22)  # nearer to a tie than float32 can tell
     nearest = NearestCentroid(x, float(np.linalg.norm(x.astype(np.float64), axis=1).max()))
-    nearest._on_cpu = getattr(nearest, way)
+    nearest._assign_on_cpu = getattr(nearest, way)
     with thread_pool() as pool:
-        got = nearest(c, pool)
+        got = nearest.assign(c, pool)
     wide = c.astype(np.longdouble)
     want = ((wide**2).sum(1)[None] - 2 * x.astype(np.longdouble) @ wide.T).argmin(1)
     assert (got == want).all()
@@ -251,10 +251,10 @@ def test_finished_shards_are_kept_and_a_table_mined_otherwise_is_refused(tmp_pat
         tmp_path / "n" / "ids-00001.npy"
     ).stat().st_mtime_ns == stamp
     for k, options in ((6, NeighbourOptions()), (5, NeighbourOptions(metric="l2"))):
-        with pytest.raises(ValueError, match="mined otherwise"):
+        with pytest.raises(ValueError, match="with other settings"):
             mine_neighbours(t, tmp_path / "n", k, options)
     other = table(rows()[::-1].copy(), tmp_path / "other")  # of the same size, even the same rows
-    with pytest.raises(ValueError, match="holds neighbours of other features"):
+    with pytest.raises(ValueError, match="made from other features"):
         mine_neighbours(other, tmp_path / "n", 5)
 
 
@@ -300,8 +300,8 @@ def test_l2_is_exact_where_squared_distances_are_largest(tmp_path: Path) -> None
     """Rows on opposite sides, told apart by the last bit only: at norms of 4 a squared distance needed 54 bits of a float64's 53."""
     u, c = 2.0**-24, 3.5
     t = table(np.array([[-c, 3 * u], *([c, j * u] for j in range(16))], np.float16), tmp_path / "f")
-    rows = prepare_rows(t, False, longest=MAX_NORM_L2)
-    x = [[Fraction(float(v)) for v in r] for r in rows.read(np.arange(17))]
+    rows = prepare_rows(t, False, max_norm=MAX_NORM_L2)
+    x = [[Fraction(float(v)) for v in r] for r in rows.read_spans([(0, 17)])[1]]
     exact = [-sum((a - b) ** 2 for a, b in zip(x[0], r)) / Fraction(rows.scale) ** 2 for r in x[1:]]
     want = sorted(range(16), key=lambda i: (-exact[i], i))
     ids, scores = mine(tmp_path / "f", tmp_path / "n", 16, "l2", 5)

@@ -122,7 +122,7 @@ def test_kmeans_that_was_asked_to_leave_goes_on(tmp_path: Path) -> None:
         and (tmp_path / "out" / "work" / "kmeans.npz").is_file()
     ), said
     done = command("kmeans", *line[:1], tmp_path / "out", *line[1:])
-    assert done.returncode == 0 and "anew" not in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "from the beginning" not in done.stdout, done.stdout + done.stderr
     for file in ("assignments.npz", "centroids.npy"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "out" / "work").exists()
@@ -420,7 +420,7 @@ def slowly(root, out) -> None:
         out,
         5,
         NeighbourOptions(metric="l2", chunk_rows=97, queries_per_round=50),
-        stop=lambda: bool(time.sleep(0.02)),
+        stop_requested=lambda: bool(time.sleep(0.02)),
     )
 
 

@@ -46,7 +46,7 @@ def mining(root: Path, out: Path, fault: Path, inside: int | None):
             out,
             K,
             NeighbourOptions(chunk_rows=40, queries_per_round=1),
-            stop=lambda: stop.requested,
+            stop_requested=lambda: stop.requested,
         )
     except StopRequested:
         return "stopped"

@@ -1,19 +1,25 @@
 """k-means the slow, obvious way."""
 
+from __future__ import annotations
+
 import numpy as np
 
 
-def lloyd(x, centroids, iterations):
-    """(centroids, assignment, sum of squared distances) after at most `iterations`; no cluster may run empty."""
-    assignment = None
+def lloyd(
+    rows: np.ndarray, centroids: np.ndarray, iterations: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(centroids, assignment, sum of squared distances) after at most `iterations`.
+
+    No cluster may become empty.
+    """
+    assignment = np.full(len(rows), -1)
+    objective = float("inf")
     for _ in range(iterations):
-        new = np.array([((row - centroids) ** 2).sum(1).argmin() for row in x])
-        if assignment is not None and (new == assignment).all():
+        nearest = np.array([((row - centroids) ** 2).sum(1).argmin() for row in rows])
+        if (nearest == assignment).all():
             break
-        assignment = new
-        objective = sum(
-            ((x[assignment == c] - x[assignment == c].mean(0)) ** 2).sum()
-            for c in range(len(centroids))
-        )
-        centroids = np.stack([x[assignment == c].mean(0) for c in range(len(centroids))])
+        assignment = nearest
+        members = [rows[assignment == c] for c in range(len(centroids))]
+        objective = sum(((cluster - cluster.mean(0)) ** 2).sum() for cluster in members)
+        centroids = np.stack([cluster.mean(0) for cluster in members])
     return centroids, assignment, objective

@@ -12,7 +12,7 @@ from dist_scan.data.assignments import Assignments
 from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.options import KMeansOptions
-from dist_scan.search.whiten import fit_table_whitening, write_whitened_table
+from dist_scan.search.whiten import fit_whitening, write_whitened_table
 from dist_scan.stages.kmeans import KMeansConfig, KMeansStage
 from dist_scan.storage.artifacts import WORK
 from tests.distributed.test_search import table
@@ -48,7 +48,7 @@ def test_whitening_finds_groups_in_small_directions(hidden, tmp_path: Path) -> N
     features, group = hidden
     plain, white = clustered(tmp_path), clustered(tmp_path, whiten_dim=4, restarts=20)
     assert assignment_nmi(white, group) > assignment_nmi(plain, group) + 0.3
-    made = write_whitened_table(features, fit_table_whitening(features, 4), tmp_path / "white")
+    made = write_whitened_table(features, fit_whitening(features, 4), tmp_path / "white")
     assert np.array_equal(
         white, kmeans(made, 3, KMeansOptions(restarts=20, seed=3, normalise=True)).assignment
     )

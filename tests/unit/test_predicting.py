@@ -33,21 +33,20 @@ def table(path, rows) -> FeatureTable:
 def test_the_nearest_row_is_the_float64_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(novelty, "CHUNK", 37)
-    monkeypatch.setattr(novelty, "BLOCK", 16)
+    monkeypatch.setattr(novelty, "CHUNK_ROWS", 37)
     rng = np.random.default_rng(0)
     rows, new = (rng.standard_normal((n, 24)).astype(np.float16) for n in (100, 50))
     rows[90] = rows[5]  # a copy: the first counts
     new[0], new[1], new[2] = rows[5] * np.float16(2), rows[63], 0
     told = []
-    distance, row = novelty.nearest_row(new, table(tmp_path / "t", rows), CPU, told.append)
+    distance, row = novelty.nearest_row(new, table(tmp_path / "t", rows), told.append)
     unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)  # noqa: E731
     cosine = unit(new.astype(np.float64)) @ unit(rows.astype(np.float64)).T
     assert row[:2].tolist() == [5, 63] and np.array_equal(row[3:], cosine[3:].argmax(1))
     np.testing.assert_allclose(distance, np.maximum(1 - cosine.max(1), 0), atol=2e-3)
     assert distance[2] == 1 and distance[:2].max() < 2e-3 and sum(told) == 100
-    with pytest.raises(ValueError, match="features of 8 numbers against a table of 24"):
-        novelty.nearest_row(new[:, :8], table(tmp_path / "u", rows), CPU)
+    with pytest.raises(ValueError, match="features of width 8 against a table of width 24"):
+        novelty.nearest_row(new[:, :8], table(tmp_path / "u", rows))
 
 
 def test_what_is_usual(tmp_path: Path) -> None:
