@@ -59,7 +59,7 @@ class KMeansCheckpoint:
         self.best_assignment: np.ndarray | None = None
         self._begin_restart()
         if path is not None:
-            saved = self._read(path) if current().rank == 0 else None
+            saved = self._read(path) if current().rank == 0 else {}
             for name, value in broadcast_object(saved).items():
                 setattr(self, name, value)
 

@@ -328,7 +328,7 @@ def test_settings_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             KMeansOptions(**how)
-    for start, told in ((nan, "72 numbers NaN"), ([[1.0]], r"allowed: \[3, 24\]")):
+    for start, told in ((nan, "72 values NaN"), ([[1.0]], r"allowed: \[3, 24\]")):
         with pytest.raises(ValueError, match=told):
             kmeans(t, 3, start=start)
     mine_neighbours(t, tmp_path / "n", np.int64(5), NeighbourOptions(view=np.int64(0)))
