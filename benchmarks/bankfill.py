@@ -57,9 +57,8 @@ def ours(
     """All images, all views, into a table on disk."""
     from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
-    from dist_scan.engine.embed import embed_images
+    from dist_scan.engine.embed import EmbedOptions, embed_images
     from dist_scan.engine.stop import StopFlag
-    from dist_scan.world.world import current
 
     recipes = tuple(
         build_recipe(RecipeConfig(name=args.recipe), args.size, MEAN, STD)
@@ -75,10 +74,7 @@ def ours(
                 loader,
                 recipes,
                 folder / f"bank{next(turn)}",
-                network.num_features,
-                2,
-                0,
-                current(),
+                EmbedOptions(network.num_features, num_shards=2),
                 StopFlag(),
             )
 

@@ -91,7 +91,7 @@ def since(began: tuple[float, float]) -> tuple[float, float]:
 def build(args: argparse.Namespace, variant: str, device: torch.device):
     """The method on its device, and its batch."""
     from dist_scan.data.batch import Batch
-    from dist_scan.engine.precision import memory_format
+    from dist_scan.engine.precision import move_to_device
     from dist_scan.methods.base import MethodInputs, method_class
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.world.world import current
@@ -113,7 +113,7 @@ def build(args: argparse.Namespace, variant: str, device: torch.device):
             backbone_config=config,
         ),
     )
-    method = memory_format(method, device)
+    method = move_to_device(method, device)
     layout = (
         torch.channels_last
         if variant == "channels_last" or device.type == "cuda"
@@ -153,14 +153,9 @@ def bare_loop(method, batch, precision: str, device: torch.device):
 
 def measure(args: argparse.Namespace, variant: str, device: torch.device) -> None:
     """One variant: train through the engine, with the bare loop's turns inside its feed."""
-    from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.stop import StopFlag
-    from dist_scan.engine.train_state import Checkpointer
-    from dist_scan.engine.training_loop import Trainer, TrainSettings
+    from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
     from dist_scan.monitoring.bottleneck import TrainingSetup, section_fractions
-    from dist_scan.monitoring.log import StageLog
-    from dist_scan.monitoring.profile import TrainingProfile
     from dist_scan.monitoring.step_timer import SECTIONS
     from dist_scan.world.world import current
 
@@ -175,30 +170,23 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
         torch.accelerator.synchronize if device.type != "cpu" else lambda: None,
     )
     with tempfile.TemporaryDirectory() as folder:
-        log = StageLog(Path(folder), "step")
-        timing = TrainingProfile(
-            log,
-            Path(folder),
-            TrainingSetup(images, current().world_size, device.type),
-            0,
-            lambda text: None,
-        )
-        schooling = TrainSettings(
-            OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), 1, 0, precision
-        )
         trainer = Trainer(
-            method,
-            feed,
-            schooling,
-            lambda *a: None,
-            Checkpointer(CheckpointStore(Path(folder) / "c", 1), None),
-            StopFlag(),
-            log,
-            timing,
+            TrainJob(
+                method=method,
+                feed=feed,
+                settings=TrainSettings(
+                    OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), 1, 0, precision
+                ),
+                run_dir=Path(folder),
+                out=Path(folder),
+                setup=TrainingSetup(images, current().world_size, device.type),
+                name="step",
+                log=lambda text: None,
+            )
         )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             trainer.run()
-        log.close()
+    timing = trainer.profile
     ours, theirs = np.array(feed.ours[WARM_UP:]), np.array(feed.theirs[WARM_UP:])
     step_s, share = float(np.median(ours[:, 0])), section_fractions(timing.total)
     busy = (
@@ -241,7 +229,7 @@ def slowest(timing) -> dict[str, object]:
     worst = int(busy.argmax())
     return {
         "worst_rank": worst,
-        "worst_host": timing.setting.hosts[worst],
+        "worst_host": timing.setup.hosts[worst],
         "worst_behind": round(float(busy[worst] / np.median(busy) - 1), 3),
     }
 

@@ -111,7 +111,7 @@ class Pipeline:
             inputs=inputs,
             world=self.world,
             stop=self.stop,
-            say=self.say,
+            log=self.say,
             folders={other: artifact.path for other, artifact in self.finished.items()},
         )
         release_buffers()
@@ -137,7 +137,7 @@ class Pipeline:
         """Copy the files of a stage that are meant for users to the top of the run folder."""
         if self.world.rank != 0:
             return
-        for file in stage_class(config.kind).for_people:
+        for file in stage_class(config.kind).user_files:
             source = artifact.path / file
             if source.is_file():
                 with open(source, "rb") as content:

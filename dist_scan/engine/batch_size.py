@@ -1,37 +1,47 @@
-"""How many images fit through a network at once: from the largest layer and the memory that is free."""
+"""Number of images that fit through a network at once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SHARE = 0.5  # of the free memory; the rest is for weights, views in the making, and others on the machine
+USABLE_FRACTION = 0.5
+"""Part of the free memory that images may take; the rest is for weights, views that are being
+decoded, and other processes."""
 
 
 @torch.inference_mode()
 def bytes_per_image(network: nn.Module, sample: Tensor) -> int:
-    """Bytes one image of sample [B, 3, S, S] needs on its way: twice the largest layer's input and output (a residual waits beside them)."""
-    most, hooks = 0, []
+    """Estimated bytes that one image of sample [B, 3, S, S] needs inside a network.
 
-    def look(module: nn.Module, given: tuple, made: object) -> None:
-        nonlocal most
-        tensors = [t for t in (*given, made) if isinstance(t, Tensor)]
-        most = max(most, sum(t.numel() * t.element_size() for t in tensors))
+    Twice the input and output of the largest layer: in a residual block, the block's input is held
+    meanwhile.
+    """
+    largest = 0
 
+    def measure(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        nonlocal largest
+        tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
+        largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
+
+    leaves = [module for module in network.modules() if not any(module.children())]
+    hooks = [module.register_forward_hook(measure) for module in leaves]
     try:
-        for module in network.modules():
-            if not any(module.children()):
-                hooks.append(module.register_forward_hook(look))
         network(sample)
     finally:
         for hook in hooks:
             hook.remove()
-    return max(2 * most // len(sample), 1)
+    return max(2 * largest // len(sample), 1)
 
 
-def fitting_batch(wanted: int, per_image: int, free: int) -> int:
-    """`wanted` if it fits into SHARE of the free bytes (or these are not known: 0), else the largest power of two that does, at least 1."""
-    most = int(free * SHARE) // per_image
-    if free == 0 or wanted <= most:
+def fitting_batch(wanted: int, image_bytes: int, free_bytes: int) -> int:
+    """`wanted` if so many images fit into free memory, else the largest power of two that fits.
+
+    At least 1. free_bytes: 0 if not known; `wanted` is then taken to fit.
+    """
+    most = int(free_bytes * USABLE_FRACTION) // image_bytes
+    if free_bytes == 0 or wanted <= most:
         return wanted
     return 1 << max(most.bit_length() - 1, 0)

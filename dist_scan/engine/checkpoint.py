@@ -200,7 +200,7 @@ class CheckpointStore:
         Damaged checkpoints are renamed to bad-*. If there are only damaged ones, CheckpointError
         is raised: a training that has begun never starts at step 0 again by itself.
         """
-        choice = self._choose() if current().rank == 0 else None
+        choice = self._choose() if current().rank == 0 else (None, "")
         chosen, problem = broadcast_object(choice)
         if problem:
             raise CheckpointError(problem)

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import IO, Any, BinaryIO, TypedDict, cast
 
 import torch
 
@@ -30,7 +30,7 @@ def save_file(path: Path, value: object) -> FileInfo:
     """Write a value with torch.save and flush it to disk."""
     with open(path, "wb") as file:
         hashing = _HashingWriter(file)
-        torch.save(value, hashing)
+        torch.save(value, cast("IO[bytes]", hashing))
         file.flush()
         os.fsync(file.fileno())
     return {"sha256": hashing.sha256.hexdigest(), "size": hashing.size}

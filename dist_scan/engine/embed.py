@@ -1,10 +1,11 @@
-"""Embedding a set of images: every image becomes V rows of a feature table, shard by shard, by all ranks."""
+"""Features of all images: each image becomes V rows of a feature table, computed in shards."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,11 +14,28 @@ from torch import nn
 from dist_scan.data.augment.recipes import Recipe
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.engine.precision import Precision, autocast, in_precision, memory_format
+from dist_scan.engine.precision import Precision, autocast, in_precision, move_to_device
 from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.progress import Progress
 from dist_scan.world.collectives import any_rank, barrier, broadcast_object
-from dist_scan.world.world import World
+from dist_scan.world.world import current
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Options of `embed_images`."""
+
+    dim: int
+    """Width of the network's features."""
+    num_shards: int = 16
+    """Unit of work and of resuming."""
+    seed: int = 0
+    """Of random recipes."""
+    precision: Precision = "fp32"
+    name: str = "embed"
+    """Name of the progress line."""
 
 
 @torch.inference_mode()
@@ -26,90 +44,88 @@ def embed_images(
     loader: BetonLoader,
     recipes: tuple[Recipe, ...],
     folder: Path,
-    dim: int,
-    num_shards: int,
-    seed: int,
-    world: World,
+    options: EmbedOptions,
     stop: StopFlag,
-    precision: Precision = "fp32",
-    name: str = "embed",
 ) -> FeatureTable:
-    """The table [N, V, D] of `network` (eval mode) on every image, one view per recipe. Collective; finished shards are kept.
+    """Features [N, V, D] of `network` (eval mode) for all images, one view per recipe. Collective.
 
-    Shard s is made by rank s mod W, so its rows do not depend on the number of ranks. Raises Stopped between shards.
+    The table is written to `folder`; shards that are finished there are kept. One rank computes each
+    shard, so its rows do not depend on the number of ranks. Raises StopRequested between shards.
     """
+    world = current()
     if world.rank == 0 and not (folder / "table.json").exists():
-        FeatureTable.create(folder, loader.num_images, len(recipes), dim, num_shards)
+        FeatureTable.create(
+            folder, loader.num_images, len(recipes), options.dim, options.num_shards
+        )
     barrier()
     table = FeatureTable.open(folder)
     missing = broadcast_object(table.missing_shards())
-    network = memory_format(network, world.device).eval()
-    done = num_shards - len(missing)
-    with Progress(name, num_shards, "shards", done=done, enabled=world.rank == 0) as progress:
-        for turn in range(0, len(missing), world.world_size):
+    network = move_to_device(network, world.device).eval()
+    num_done = options.num_shards - len(missing)
+    progress = Progress(
+        options.name, options.num_shards, "shards", done=num_done, enabled=world.rank == 0
+    )
+    with progress:
+        for first in range(0, len(missing), world.world_size):
             stop.raise_if_requested()
-            mine = missing[turn : turn + world.world_size]
-            if world.rank < len(mine):
-                table.write_shard(
-                    mine[world.rank],
-                    _rows(
-                        network,
-                        loader,
-                        recipes,
-                        table.shard_range(mine[world.rank]),
-                        seed,
-                        world,
-                        precision,
-                    ),
-                )
-            progress.advance(len(mine))
+            # One round: a shard for each rank.
+            shards = missing[first : first + world.world_size]
+            if world.rank < len(shards):
+                shard = shards[world.rank]
+                start, end = table.shard_range(shard)
+                features = _embed_rows(network, loader, recipes, np.arange(start, end), options)
+                table.write_shard(shard, features)
+            progress.advance(len(shards))
     barrier()
     return FeatureTable.open(folder)
 
 
-def _rows(
-    network: Callable,
+def _embed_rows(
+    network: nn.Module,
     loader: BetonLoader,
     recipes: tuple[Recipe, ...],
-    span: tuple[int, int],
-    seed: int,
-    world: World,
-    precision: Precision,
+    rows: np.ndarray,
+    options: EmbedOptions,
 ) -> np.ndarray:
-    parts = []
-    for index, views in loader.batches(np.arange(*span), 0):
-        images = [
-            recipe(view.to(world.device, non_blocking=True), index, seed=seed, epoch=0, view=v)
+    """Features [n, V, D] float32 of the images `rows` [n]."""
+    device = current().device
+    batches = []
+    for index, views in loader.batches(rows, 0):
+        images = tuple(
+            recipe(view.to(device, non_blocking=True), index, seed=options.seed, epoch=0, view=v)
             for v, (recipe, view) in enumerate(zip(recipes, views))
-        ]
-        with autocast(precision, world.device):
-            features = [network(view).float() for view in in_precision(precision, tuple(images))]
-        parts.append(torch.stack(features, 1).cpu().numpy())
-    return np.concatenate(parts)
+        )
+        with autocast(options.precision, device):
+            features = [network(view).float() for view in in_precision(options.precision, images)]
+        batches.append(torch.stack(features, 1).cpu().numpy())
+    return np.concatenate(batches)
 
 
-def checked(network: nn.Module) -> nn.Module:
-    """The network, unless a weight is no number (a diverged checkpoint would embed everything to NaN)."""
+def require_finite_weights(network: N) -> N:
+    """Return the network. Raises ValueError on all ranks if a weight is not finite. Collective.
+
+    A diverged network would turn all images into NaN.
+    """
     bad = [
         name
-        for name, p in network.state_dict().items()
-        if p.is_floating_point() and not torch.isfinite(p).all()
+        for name, value in network.state_dict().items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
     ]
     if any_rank(bool(bad)):
         raise ValueError(
-            f"the backbone has weights that are no numbers ({', '.join(bad[:3])}); train it again with a lower learning rate"
+            f"the network has weights that are not finite ({', '.join(bad[:3])}); "
+            "train it again with a lower learning rate"
         )
     return network
 
 
-def digest(network: nn.Module) -> str:
-    """sha256 over a network's weights and statistics: two with the same embed the same."""
-    found = hashlib.sha256()
+def weights_digest(network: nn.Module) -> str:
+    """sha256 over a network's weights and statistics: networks with equal digests embed equally."""
+    digest = hashlib.sha256()
     for name, value in network.state_dict().items():
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy()
-            if value.dim()
-            else str(value.item()).encode()
-        )
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.dim():
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        else:
+            digest.update(str(value.item()).encode())
+    return digest.hexdigest()

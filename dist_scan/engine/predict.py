@@ -1,4 +1,4 @@
-"""Clusters for images through a published model, batch by batch, and the features that say how new each image is."""
+"""Prediction: clusters of images by a published model, and their features."""
 
 from __future__ import annotations
 
@@ -15,32 +15,39 @@ from dist_scan.data.feed import eval_batches
 from dist_scan.engine.precision import Precision, autocast
 from dist_scan.models.cluster_model import ClusterModel
 
-TOP = 5
+NUM_TOP = 5
+"""Most probable clusters that are kept for each image."""
 
 
-class Predicted(NamedTuple):
-    """Of some rows, most probable first: top [n, T] int32, probability [n, T] float32; features [n, D] float16 when asked for."""
+class Prediction(NamedTuple):
+    """Predictions for n images, T = min(5, number of clusters) clusters each."""
 
     top: np.ndarray
+    """Clusters [n, T] int32, the most probable first."""
     probability: np.ndarray
+    """Their probabilities [n, T] float32."""
     features: np.ndarray | None
+    """[n, D] float16, if the Predictor has an Embedder."""
 
 
 class Embedder(NamedTuple):
-    """What made a run's feature table: its network (eval mode, on the device) and number format."""
+    """What computed a run's feature table: network (eval mode, on the device) and precision."""
 
     network: nn.Module
     precision: Precision
 
 
 def top_clusters(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, C] -> (probability [B, T], cluster [B, T]) of the T = min(5, C) most probable, on the CPU."""
-    probability, top = torch.softmax(logits, 1).topk(min(TOP, logits.shape[1]), 1)
+    """Logits [B, C] -> (probability [B, T], cluster [B, T]) of the most probable, on the CPU."""
+    probability, top = torch.softmax(logits, 1).topk(min(NUM_TOP, logits.shape[1]), 1)
     return probability.cpu(), top.cpu()
 
 
 class Predictor:
-    """`for part in Predictor(...)(rows)`: predictions of these rows in order. A batch that does not fit is halved, and that is said."""
+    """`for prediction in Predictor(...)(rows)`: predictions of these rows, batch by batch in order.
+
+    A batch that does not fit into memory is halved, which is logged.
+    """
 
     def __init__(
         self,
@@ -50,56 +57,58 @@ class Predictor:
         device: torch.device,
         precision: Precision = "fp32",
         embedder: Embedder | None = None,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
-        self.model, self.loader, self.recipe, self.device, self.precision = (
-            model,
-            loader,
-            recipe,
-            device,
-            precision,
-        )
-        self.embedder, self.say = embedder, say
-        # heads on a frozen backbone: the features of the table are the ones the head reads, so one pass gives both
-        self.shared = (
+        self.model = model
+        self.loader = loader
+        self.recipe = recipe
+        self.device = device
+        self.precision = precision
+        self.embedder = embedder
+        self.log = log
+        # Heads on a frozen backbone read the features of the table: one pass gives both.
+        self.has_shared_backbone = (
             embedder is not None
             and embedder.precision == precision
-            and equal_weights(embedder.network, model.backbone)
+            and _equal_weights(embedder.network, model.backbone)
         )
 
     @torch.inference_mode()
-    def __call__(self, rows: np.ndarray) -> Iterator[Predicted]:
-        """Raises torch.OutOfMemoryError when not even one image fits."""
+    def __call__(self, rows: np.ndarray) -> Iterator[Prediction]:
+        """Raises torch.OutOfMemoryError if not even one image fits."""
         done = 0
         while done < len(rows):
             try:
                 for batch in eval_batches(self.loader, self.recipe, rows[done:], self.device):
-                    part = self._predict(batch.views[0])
-                    done += len(part.top)
-                    yield part
+                    prediction = self._predict(batch.views[0])
+                    done += len(prediction.top)
+                    yield prediction
             except torch.OutOfMemoryError:
                 if self.loader.batch_size == 1:
                     raise
                 self.loader.batch_size //= 2
-                self.say(f"out of memory: going on with batches of {self.loader.batch_size}")
+                self.log(f"out of memory: continuing with batches of {self.loader.batch_size}")
 
-    def _predict(self, images: Tensor) -> Predicted:
+    def _predict(self, images: Tensor) -> Prediction:
         features = None
         with autocast(self.precision, self.device):
-            if self.shared:
+            if self.has_shared_backbone and self.model.backbone is not None:
                 features = self.model.backbone(images)
                 logits = self.model.from_features(features)
             else:
                 logits = self.model(images)
-        if self.embedder is not None and not self.shared:
+        if self.embedder is not None and not self.has_shared_backbone:
             with autocast(self.embedder.precision, self.device):
                 features = self.embedder.network(images)
         probability, top = top_clusters(logits.float())
-        kept = None if features is None else features.float().cpu().numpy().astype(np.float16)
-        return Predicted(top.numpy().astype(np.int32), probability.numpy(), kept)
+        if features is not None:
+            features = features.float().cpu().numpy().astype(np.float16)
+        return Prediction(top.numpy().astype(np.int32), probability.numpy(), features)
 
 
-def equal_weights(one: nn.Module, other: nn.Module | None) -> bool:
-    """Whether two networks are the same, bit for bit."""
-    first, second = one.state_dict(), other.state_dict() if other is not None else {}
+def _equal_weights(network: nn.Module, other: nn.Module | None) -> bool:
+    """True if two networks have the same weights, bit for bit."""
+    if other is None:
+        return False
+    first, second = network.state_dict(), other.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)

@@ -1,91 +1,96 @@
-"""Where training is, and when it is saved. Not saved: randomness, schedules, order; they are functions of the position."""
+"""Position of a training, and when it is saved.
+
+Random generators, the learning rate and the order of images are functions of the position, so they
+are not saved.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
 from dist_scan.engine.checkpoint import CheckpointStore
 from dist_scan.engine.checkpoint_files import load_bank_files
-from dist_scan.engine.sharded_state import put_state, whole_state
+from dist_scan.engine.sharded_state import gather_state, load_state
 from dist_scan.methods.base import Method
 from dist_scan.world.world import current
 
-MTBF_S = 4 * 3600.0  # mean time between failures assumed for Young's interval, per job
-FIRST_SAVE_S = 60.0  # until one save has been timed
+MTBF_S = 4 * 3600.0
+"""Mean time between failures of a job, as Young's formula assumes it."""
+FIRST_SAVE_S = 60.0
+"""Interval until the cost of a save is known."""
 SHORTEST_S = 10.0
 
 
 @dataclass
 class TrainState:
-    """Counts since the stage began. `step` counts optimizer steps tried; `begun`: begin_epoch of `epoch` has run."""
+    """Position and counters since the stage began. The fields are saved in checkpoints."""
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
+    """Steps tried, including those without an update."""
     begun: bool = False
+    """`begin_epoch` of the current epoch has run."""
     finished: bool = False
+    """The method ended the training before its last epoch."""
     skipped: int = 0
+    """Steps that the method skipped."""
     refused: int = 0
+    """Updates skipped because the loss or a gradient was not finite."""
     refused_in_a_row: int = 0
     warnings: list[str] = field(default_factory=list)
-    asked: bool = field(default=False, compare=False)
-    save_due: bool = field(default=False, compare=False)
 
-    def next_epoch(self, finished: bool) -> None:
+    def advance_epoch(self) -> None:
         """Move to the start of the next epoch."""
-        self.epoch, self.step_in_epoch, self.begun, self.finished = (
-            self.epoch + 1,
-            0,
-            False,
-            finished,
-        )
-
-    def saved(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        return {k: v for k, v in asdict(self).items() if k not in ("asked", "save_due")}
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self.begun = False
 
 
 class Checkpointer:
-    """Saves and loads (method, banks, optimizer, position); decides when by Young's formula from the measured cost of a save."""
+    """Saves and loads method, memory banks, optimizer and position.
 
-    def __init__(self, checkpoints: CheckpointStore, interval_s: float | None) -> None:
-        self.checkpoints, self.interval_s = checkpoints, interval_s
-        self.last = time.monotonic()
+    interval_s: seconds between saves; None chooses them by Young's formula (1974),
+    sqrt(2 * cost of a save * mean time between failures).
+    """
 
-    def save(self, method: Method, optimizer: torch.optim.Optimizer, at: TrainState) -> None:
-        """Write a checkpoint now (collective)."""
-        state = {**whole_state(method, optimizer), "position": at.saved()}
-        self.checkpoints.save(
-            at.step, state, method.memory_banks(), epoch_begun=at.begun and at.step_in_epoch == 0
-        )
-        self.last = time.monotonic()
+    def __init__(self, store: CheckpointStore, interval_s: float | None) -> None:
+        self.store = store
+        self.interval_s = interval_s
+        self.last_save = time.monotonic()
 
-    def due(self) -> bool:
-        """Whether the interval has passed on this rank."""
-        return time.monotonic() - self.last >= self._interval()
+    def save(self, method: Method, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+        """Write a checkpoint now. Collective."""
+        content = {**gather_state(method, optimizer), "position": asdict(state)}
+        epoch_begun = state.begun and state.step_in_epoch == 0
+        self.store.save(state.step, content, method.memory_banks(), epoch_begun)
+        self.last_save = time.monotonic()
+
+    def is_due(self) -> bool:
+        """True when the interval since the last save has passed on this rank."""
+        return time.monotonic() - self.last_save >= self._interval()
 
     def _interval(self) -> float:
         if self.interval_s is not None:
             return self.interval_s
-        if not self.checkpoints.save_s:
+        if not self.store.save_s:
             return FIRST_SAVE_S
-        return max(math.sqrt(2 * self.checkpoints.save_s * MTBF_S), SHORTEST_S)
+        return max(math.sqrt(2 * self.store.save_s * MTBF_S), SHORTEST_S)
 
     def load(self, method: Method, optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Put the newest good checkpoint into method and optimizer (collective). None: there is none, start at 0."""
-        found = self.checkpoints.load(
-            torch.device("cpu") if method.sharded_state else current().device
-        )  # the whole may not fit on a device
+        """Load the newest valid checkpoint; None if there is none. Collective."""
+        # A device may be too small for the complete tensors of sharded parameters.
+        device = torch.device("cpu") if method.sharded_state else current().device
+        found = self.store.load(device)
         if found is None:
             return None
-        state, folder = found
-        put_state(state, method, optimizer)
+        content, folder = found
+        load_state(content, method, optimizer)
         for name, bank in method.memory_banks().items():
             bank.load(load_bank_files(folder, name))
-        self.last = time.monotonic()
-        return TrainState(**state["position"])
+        self.last_save = time.monotonic()
+        return TrainState(**content["position"])

@@ -7,8 +7,8 @@ import torch
 from dist_scan.config import ConfigError
 from dist_scan.data.images import open_images
 from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
-from dist_scan.engine.embed import checked
-from dist_scan.engine.precision import memory_format, set_determinism
+from dist_scan.engine.embed import require_finite_weights
+from dist_scan.engine.precision import move_to_device, set_determinism
 from dist_scan.engine.predict import Embedder, Predictor
 from dist_scan.finished_run import FinishedRun, ModelChoice
 from dist_scan.models.backbone import load_embedder
@@ -62,7 +62,7 @@ def load_predictor(
     world = open_world(options.device)
     settings = run.settings(choice.assign) if choice.assign else {}
     model = load_cluster_model(run.artifacts[choice.stage].path)
-    memory_format(checked(model), world.device).eval()
+    move_to_device(require_finite_weights(model), world.device).eval()
     embedder = None if features is None else _load_embedder(run, features, world.device)
     runtime = run.config.runtime.model_copy(update={"workers": options.workers})
     config = run.config.model_copy(update={"runtime": runtime})
@@ -83,7 +83,7 @@ def _load_embedder(run: FinishedRun, features: str, device: torch.device) -> Emb
     settings = run.settings(features)
     backbone = run.artifacts[run.inputs(features)["backbone"]].path
     network = load_embedder(backbone, settings["projection"])
-    return Embedder(memory_format(network, device).eval(), settings["precision"])
+    return Embedder(move_to_device(network, device).eval(), settings["precision"])
 
 
 def _fitting_batch(predictor: Predictor, size: int, wanted: int, num_images: int) -> int:

@@ -1,1 +1,1 @@
-"""One file per stage; `kind: train` is found as train.py."""
+"""The stages of the pipeline, one file each: `kind: train` is train.py."""

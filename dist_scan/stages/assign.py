@@ -14,8 +14,8 @@ from dist_scan.config import DataConfig
 from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
-from dist_scan.engine.precision import Precision, autocast, memory_format
-from dist_scan.engine.predict import TOP, top_clusters
+from dist_scan.engine.precision import Precision, autocast, move_to_device
+from dist_scan.engine.predict import NUM_TOP, top_clusters
 from dist_scan.models.cluster_model import ClusterModel, load_cluster_model
 from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import barrier, gather_rows
@@ -57,9 +57,9 @@ class AssignStage(Stage):
     def run(self) -> None:
         """Each rank takes a contiguous part of the rows; rank 0 writes."""
         c = self.context
-        model = memory_format(load_cluster_model(c.inputs["model"]), c.world.device).eval()
+        model = move_to_device(load_cluster_model(c.inputs["model"]), c.world.device).eval()
         parts = [top_clusters(logits.float()) for logits in self._logits(model)]
-        width = min(TOP, model.num_clusters)
+        width = min(NUM_TOP, model.num_clusters)
         probability = torch.cat([p for p, _ in parts]) if parts else torch.empty(0, width)
         top = (
             torch.cat([t for _, t in parts]) if parts else torch.empty(0, width, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A stage: a folder made from other folders. Its config names its inputs; the pipeline decides whether it must run."""
+"""Base class of stages. A stage makes one folder from other folders; the pipeline runs it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from dist_scan import stages
 from dist_scan.config import RunConfig, StageConfig
@@ -14,38 +14,48 @@ from dist_scan.config.kinds import Kind, kind_class
 from dist_scan.engine.stop import StopFlag
 from dist_scan.world.world import World
 
+C = TypeVar("C", bound=StageConfig)
+
 
 @dataclass(frozen=True)
 class Context:
-    """What the pipeline hands a stage: where it writes, the folders of its inputs by role, and the process around it."""
+    """What a stage needs to run, besides its settings."""
 
     run: RunConfig
     name: str
+    """Name of the stage in the run."""
     out: Path
+    """Folder that the stage writes to."""
     inputs: Mapping[str, Path]
+    """Folders of the stages that the settings refer to, by role."""
     world: World
     stop: StopFlag
-    say: Callable[[str], None]
+    log: Callable[[str], None]
+    """Prints and logs a line on rank 0."""
     folders: Mapping[str, Path]
-    """Folders of all finished stages by name (the report reads every one's logs and manifests)."""
+    """Folders of all finished stages by name (for the report)."""
 
 
-class Stage(Kind, ABC):
-    """One file per kind. `run` is collective, resumable, and writes only into `context.out`."""
+class Stage(Kind, ABC, Generic[C]):
+    """One stage of the pipeline; each kind has a file with a Stage and its settings."""
 
     Config: ClassVar[type[StageConfig]]
     version: ClassVar[int] = 1
-    """Raised when the stage's meaning changes, so that old artefacts are not reused."""
+    """Part of the fingerprint: raise it when equal settings give other results than before."""
 
-    for_people: ClassVar[tuple[str, ...]] = ()
-    """Files of this stage that are copied to the top of the run's folder."""
+    user_files: ClassVar[tuple[str, ...]] = ()
+    """Files that are copied to the top of the run folder."""
 
-    def __init__(self, config: StageConfig, context: Context) -> None:
-        self.config, self.context = config, context
+    def __init__(self, config: C, context: Context) -> None:
+        self.config = config
+        self.context = context
 
     @abstractmethod
     def run(self) -> None:
-        """Make the artefact. Raises Stopped when asked to leave; the next start goes on."""
+        """Write the stage's files into `context.out`. Collective.
+
+        Resumes what an interrupted call has left there. Raises StopRequested after a stop request.
+        """
 
 
 def stage_class(kind: str) -> type[Stage]:

@@ -48,7 +48,7 @@ class BetonStage(Stage):
         workers = run.runtime.workers or available_cores()
         report = write_beton(source, self.context.out / FILE, config.data, workers)
         if report.num_bad:
-            self.context.say(
+            self.context.log(
                 f"{self.context.name}: {report.num_bad} of {report.num_bad + report.num_images} images could not be read; listed in {report.bad_path}"
             )
 

@@ -102,4 +102,4 @@ class GivenStage(Stage):
             input=input_description(RecipeConfig(name="center"), c.run),
             provenance={"file": Path(config.checkpoint).name, "stage": c.name},
         )
-        c.say(f"{c.name}: head {found.number} of {found.num_heads}, {len(found.bias)} clusters")
+        c.log(f"{c.name}: head {found.number} of {found.num_heads}, {len(found.bias)} clusters")

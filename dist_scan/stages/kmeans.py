@@ -1,4 +1,4 @@
-"""FeatureTable -> a cluster for every image by exact k-means: the baseline on pixels and on pretext features."""
+"""Exact k-means on a FeatureTable: a baseline on pixels and on pretext features."""
 
 from __future__ import annotations
 
@@ -9,39 +9,49 @@ from pydantic import Field
 
 from dist_scan.config.stage import Ref, StageConfig
 from dist_scan.data.assignments import Assignments
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.search.kmeans import kmeans
+from dist_scan.search.options import KMeansOptions
+from dist_scan.search.whiten import fit_whitening, write_whitened_table
 from dist_scan.stages.base import Stage
+from dist_scan.storage.arrays import write_npy
+from dist_scan.storage.artifacts import WORK
 from dist_scan.world.collectives import barrier
 
 
 class KMeansConfig(StageConfig):
-    """Lloyd's algorithm on view 0 of every image; never a subsample."""
+    """Settings of Lloyd's algorithm on view 0 of every image (no subsampling)."""
 
     kind: Literal["kmeans"] = "kmeans"
     features: Ref
     num_clusters: int = Field(ge=2)
     normalise: bool = True
-    """Rows to unit length first, as the papers' baselines do."""
+    """Scale rows to unit length first, as the papers' baselines do."""
     whiten_dim: int | None = Field(default=None, ge=1)
-    """PCA whitening to so many dimensions before that, as DeepCluster clusters its features; null: none. The centroids are of whitened rows."""
+    """PCA-whiten rows to so many dimensions before that, as DeepCluster does; null: do not. The
+    centroids are then of whitened rows."""
     iterations: int = Field(default=100, ge=1)
     tolerance: float = Field(default=0.0, ge=0)
-    """Stop when the objective gains less than this share in an iteration; 0: when no assignment changes."""
+    """Stop when the objective improves by less than this fraction in an iteration; 0: when no
+    assignment changes."""
     restarts: int = Field(default=5, ge=1)
     init: Literal["kmeans++", "random"] = "kmeans++"
     spherical: bool = False
 
     def publishes(self) -> tuple[str, ...]:
+        """Assignments."""
         return ("clusters",)
 
     def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
-        """Whitened rows have unit length."""
+        """Whitened rows are normalised."""
         if self.whiten_dim is not None and not self.normalise:
             raise ValueError(
-                f"stages.{name}.normalise: false, but whitened rows get unit length; leave it out, or whiten_dim"
+                f"stages.{name}.normalise: false, but whitened rows have unit length; "
+                "remove it, or whiten_dim"
             )
 
     def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
-        """Every cluster needs an image."""
+        """There is at least one image per cluster."""
         if self.num_clusters > num_images:
             raise ValueError(
                 f"stages.{name}.num_clusters: {self.num_clusters} clusters of {num_images} images; "
@@ -49,47 +59,43 @@ class KMeansConfig(StageConfig):
             )
 
 
-class KMeansStage(Stage):
+class KMeansStage(Stage[KMeansConfig]):
     """Writes assignments.npz and centroids.npy."""
 
     Config = KMeansConfig
-    version = 2  # 2: greedy k-means++
+    version = 2  # greedy k-means++
 
     def run(self) -> None:
-        """Collective."""
-        from dist_scan.data.feature_table import FeatureTable
-        from dist_scan.search.kmeans import kmeans
-        from dist_scan.search.options import KMeansOptions
-        from dist_scan.search.whiten import fit_whitening, write_whitened_table
-        from dist_scan.storage.arrays import write_npy
-        from dist_scan.storage.artifacts import WORK
-
-        c, s = self.context, self.config
-        table = FeatureTable.open(c.inputs["features"])
-        if s.whiten_dim is not None:
+        """Cluster, from the last saved iteration if there is one. Collective."""
+        context, config = self.context, self.config
+        is_rank_0 = context.world.rank == 0
+        work = context.out / WORK
+        table = FeatureTable.open(context.inputs["features"])
+        if config.whiten_dim is not None:
             table = write_whitened_table(
                 table,
-                fit_whitening(table, s.whiten_dim),
-                c.out / WORK / "whitened",
-                stop_requested=lambda: c.stop.requested,
+                fit_whitening(table, config.whiten_dim),
+                work / "whitened",
+                stop_requested=lambda: context.stop.requested,
             )
+        options = KMeansOptions(
+            iterations=config.iterations,
+            tolerance=config.tolerance,
+            init=config.init,
+            restarts=config.restarts,
+            spherical=config.spherical,
+            normalise=config.normalise,
+            seed=context.run.seed,
+        )
         result = kmeans(
             table,
-            s.num_clusters,
-            KMeansOptions(
-                iterations=s.iterations,
-                tolerance=s.tolerance,
-                init=s.init,
-                restarts=s.restarts,
-                spherical=s.spherical,
-                normalise=s.normalise,
-                seed=c.run.seed,
-            ),
-            stop_requested=lambda: c.stop.requested,
-            show_progress=c.world.rank == 0,
-            checkpoint_path=c.out / WORK / "kmeans.npz",
+            config.num_clusters,
+            options,
+            stop_requested=lambda: context.stop.requested,
+            show_progress=is_rank_0,
+            checkpoint_path=work / "kmeans.npz",
         )
-        if c.world.rank == 0:
-            Assignments(result.assignment, s.num_clusters).save(c.out)
-            write_npy(c.out / "centroids.npy", result.centroids)
+        if is_rank_0:
+            Assignments(result.assignment, config.num_clusters).save(context.out)
+            write_npy(context.out / "centroids.npy", result.centroids)
         barrier()

@@ -53,7 +53,7 @@ class ReportStage(Stage):
     """Rank 0 draws; nothing here changes a result."""
 
     Config = ReportConfig
-    for_people = ("report.html", "report.json", "assignments.parquet", "summary.txt")
+    user_files = ("report.html", "report.json", "assignments.parquet", "summary.txt")
 
     def run(self) -> None:
         """Write the four files."""

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from dist_scan.config import RuntimeConfig
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.stop import StopFlag
+from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
+from dist_scan.monitoring.bottleneck import TrainingSetup
 from tests.support.ranks import run_ranks
 
 N, B, STEPS = 96, 24, 3
@@ -75,7 +83,7 @@ def train(settings: dict, folder):
     from dist_scan.engine.optimizer import (
         OptimizerConfig,
         build_optimizer,
-        forget,
+        reset_optimizer_state,
         set_learning_rate,
     )
     from dist_scan.models.batch_norm import sync_running_stats
@@ -89,7 +97,7 @@ def train(settings: dict, folder):
     )
     losses, assigned, visited = [], [], []
     for epoch in range(2):
-        forget(optimizer, method.begin_epoch(epoch, embed))
+        reset_optimizer_state(optimizer, method.begin_epoch(epoch, embed))
         order = method.epoch_rows(epoch, np.arange(N))
         order = np.random.default_rng(epoch).permutation(N) if order is None else order
         method.train()
@@ -262,44 +270,41 @@ class Pictures:
             )
 
 
-class StopAt:
-    """A log that asks for a stop which is noticed at the end of a step."""
+class StopAt(StopFlag):
+    """Requests a stop that takes effect at the end of the n-th step of this start; 0: never."""
 
-    stage = "train"
+    def __init__(self, step: int = 0) -> None:
+        super().__init__()
+        self.steps_left = step
 
-    def __init__(self, step=-1) -> None:
-        self.step, self.requested = step, False
-
-    def write_row(self, step, values) -> None:
-        self.requested |= step == self.step - 1
-
-    def write_timing(self, step, steps, sections) -> None:
-        pass
+    @property
+    def requested(self) -> bool:
+        self.steps_left -= 1
+        return self.steps_left == 0
 
 
-def trainer(name, folder, stop, embeds):
-    from dist_scan.engine.checkpoint import CheckpointStore
-    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.train_state import Checkpointer
-    from dist_scan.engine.training_loop import Trainer, TrainSettings
-    from dist_scan.monitoring.profile import TrainingProfile, TrainingSetup
-
+def trainer(
+    name: str, folder: Path, stop: StopFlag, embeds: list[int], checkpoint_s: float = 1e9
+) -> Trainer:
+    """A training of three epochs; `embeds` gets an entry for each call of embed."""
     method, embed = make(CASES[name], folder, epochs=3)
 
-    def counted(network, recipe="center"):
+    def counted(network: nn.Module, recipe: str | int = "center") -> FeatureTable:
         embeds.append(len(embeds))
         return embed(network, recipe)
 
-    schooling = TrainSettings(OptimizerConfig(lr=0.02), ScheduleConfig(), 3, 0, "fp64", log_every=1)
-    return method, Trainer(
-        method,
-        Pictures(),
-        schooling,
-        counted,
-        Checkpointer(CheckpointStore(folder / "checkpoints", 2, print), 1e9),
-        stop,
-        stop,
-        TrainingProfile(stop, folder, TrainingSetup(B, 1)),
+    return Trainer(
+        TrainJob(
+            method=method,
+            feed=Pictures(),
+            settings=TrainSettings(OptimizerConfig(lr=0.02), ScheduleConfig(), 3, 0, "fp64"),
+            run_dir=folder,
+            out=folder,
+            setup=TrainingSetup(B),
+            runtime=RuntimeConfig(checkpoint_s=checkpoint_s),
+            stop=stop,
+            embed=counted,
+        )
     )
 
 
@@ -317,22 +322,22 @@ def test_a_run_resumed_inside_an_epoch_does_not_cluster_again(
             "kmeans",
             lambda *a, real=module.kmeans, **k: (calls.append(1), real(*a, **k))[1],
         )
-    whole, run = trainer(name, tmp_path / "whole", StopAt(), [])
-    run.run()
+    whole = trainer(name, tmp_path / "whole", StopAt(), [])
+    whole.run()
     wanted, per_epoch = len(calls), len(calls) // 3
     for step in (6, 4):  # in the second epoch; at the very end of the first
         folder, embeds = tmp_path / str(step), []
         calls.clear()
         with pytest.raises(StopRequested):
-            trainer(name, folder, StopAt(step), embeds)[1].run()
+            trainer(name, folder, StopAt(step), embeds).run()
         before = len(calls)
-        resumed, run = trainer(name, folder, StopAt(), embeds)
-        run.run()
+        resumed = trainer(name, folder, StopAt(), embeds)
+        resumed.run()
         assert before == per_epoch * (2 if step == 6 else 1) and len(calls) == wanted
         assert len(embeds) == (3 if name == "kmeans" else 1)
-        for key, value in whole.state_dict().items():
-            assert torch.equal(resumed.state_dict()[key], value), key
-        assert torch.equal(resumed.assignment.whole(), whole.assignment.whole())
+        for key, value in whole.method.state_dict().items():
+            assert torch.equal(resumed.method.state_dict()[key], value), key
+        assert torch.equal(resumed.method.assignment.whole(), whole.method.assignment.whole())
 
 
 def test_a_crash_right_after_the_moment_finds_its_checkpoint(
@@ -342,19 +347,19 @@ def test_a_crash_right_after_the_moment_finds_its_checkpoint(
     from dist_scan.monitoring.progress import StopRequested
 
     embeds = []
-    _, run = trainer("kmeans", tmp_path, StopAt(4), embeds)
-    run.saver.interval_s = 0.0  # a checkpoint at every step, also at the epoch's last
+    # A checkpoint at every step, also at the last one of the epoch.
     with pytest.raises(StopRequested):
-        run.run()
+        trainer("kmeans", tmp_path, StopAt(4), embeds, checkpoint_s=1e-9).run()
     assert len(embeds) == 1
-    _, run = trainer("kmeans", tmp_path, StopAt(), embeds)
-    monkeypatch.setattr(run, "_step", lambda batch: (_ for _ in ()).throw(KeyboardInterrupt))
+    crashing = trainer("kmeans", tmp_path, StopAt(), embeds)
+    monkeypatch.setattr(crashing, "_step", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        run.run()
-    assert len(embeds) == 2 and (tmp_path / "checkpoints" / "step-000000004-begun").is_dir()
-    _, run = trainer("kmeans", tmp_path, StopAt(), embeds)
-    run.run()
-    assert len(embeds) == 3 and run.at.epoch == 3
+        crashing.run()
+    assert len(embeds) == 2
+    assert (tmp_path / "work" / "checkpoints" / "step-000000004-begun").is_dir()
+    state = trainer("kmeans", tmp_path, StopAt(), embeds).run()
+    assert len(embeds) == 3
+    assert state.epoch == 3
 
 
 def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(
@@ -367,15 +372,14 @@ def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(
     monkeypatch.setattr(
         deepcluster, "kmeans", lambda *a, **k: real(*a, **{**k, "stop": lambda: len(embeds) == 2})
     )
-    _, run = trainer("kmeans", tmp_path, StopAt(), embeds)
     with pytest.raises(StopRequested):
-        run.run()
+        trainer("kmeans", tmp_path, StopAt(), embeds).run()
     monkeypatch.setattr(deepcluster, "kmeans", real)
-    resumed, run = trainer("kmeans", tmp_path, StopAt(), embeds)
-    assert run.saver.load(resumed, run.optimizer).step == 4
-    run.run()
-    whole, other = trainer("kmeans", tmp_path / "whole", StopAt(), [])
-    other.run()
-    assert len(embeds) == 4 and all(
-        torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items()
-    )
+    resumed = trainer("kmeans", tmp_path, StopAt(), embeds)
+    assert resumed.state.step == 4
+    resumed.run()
+    whole = trainer("kmeans", tmp_path / "whole", StopAt(), [])
+    whole.run()
+    assert len(embeds) == 4
+    for key, value in whole.method.state_dict().items():
+        assert torch.equal(resumed.method.state_dict()[key], value), key

@@ -9,6 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
+from dist_scan.data.neighbour_table import NeighbourTable
+from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.sharded_state import gather_state
+from dist_scan.engine.stop import StopFlag
+from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
+from dist_scan.heads.partition import HeadPartition
+from dist_scan.monitoring.bottleneck import TrainingSetup
+from dist_scan.monitoring.progress import StopRequested
+from dist_scan.world.world import World, current
 from tests.support.ranks import run_ranks
 
 B, DIM, STEPS, ROWS, EPOCHS = 24, 6, 4, 60, 3
@@ -56,7 +67,7 @@ def train(share: str, scale: float, folder: Path):
     from dist_scan.data.batch import Batch, HeldOut
     from dist_scan.heads.selection import PublishedHeads
     from dist_scan.world.collectives import all_mean
-    from dist_scan.world.world import current, wrap_ddp
+    from dist_scan.world.world import wrap_ddp
 
     method, world = make(share), current()
     network = method if method.sharded_state else wrap_ddp(method)
@@ -138,37 +149,24 @@ def test_dealt_equals_one_rank(share, world_size: int, alone, tmp_path: Path) ->
         assert held == 24 * (world_size if share == "batch" else 1)
 
 
-class StopAfter:
-    """Asks to stop when it has been asked so often."""
+class StopAfter(StopFlag):
+    """Requests a stop that takes effect at the end of the n-th step of this start; 0: never."""
 
     def __init__(self, steps: int) -> None:
-        self.left = steps
+        super().__init__()
+        self.steps_left = steps
 
     @property
     def requested(self) -> bool:
-        self.left -= 1
-        return self.left == 0
+        self.steps_left -= 1
+        return self.steps_left == 0
 
 
-def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
-    """A Trainer on a feature table in folder."""
-    from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
-    from dist_scan.data.neighbour_table import NeighbourTable
-    from dist_scan.engine.checkpoint import CheckpointStore
-    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.train_state import Checkpointer
-    from dist_scan.engine.training_loop import Trainer, TrainSettings
-    from dist_scan.monitoring.bottleneck import TrainingSetup
-    from dist_scan.monitoring.log import StageLog
-    from dist_scan.monitoring.profile import TrainingProfile
-    from dist_scan.world.world import World, current
-
-    world, log = current(), StageLog(folder, "heads")
-    table, neighbours = (
-        FeatureTable.open(folder / "table"),
-        NeighbourTable.open(folder / "neighbours"),
-    )
+def trainer(share: HeadPartition, folder: Path, kind: str, steps: int, seed: int) -> Trainer:
+    """A training on the feature table in a folder."""
+    world = current()
+    table = FeatureTable.open(folder / "table")
+    neighbours = NeighbourTable.open(folder / "neighbours")
     plan = EpochPlan(
         np.arange(ROWS),
         B,
@@ -176,53 +174,43 @@ def trainer(share: str, folder: Path, kind: str, steps: int, seed: int):
         world if share == "batch" else World(),
         neighbours=NeighbourSampler(neighbours),
     )
-    held = held_out_features(table, np.arange(20), neighbours.rows(np.arange(20))[0], world)
-    schooling = TrainSettings(
-        OptimizerConfig(kind=kind, lr=0.02), ScheduleConfig(), EPOCHS, 3, "fp64"
-    )
-    saver = Checkpointer(CheckpointStore(folder / "checkpoints", 2, say=lambda text: None), None)
-    timing = TrainingProfile(
-        log,
-        folder,
-        TrainingSetup(B, world.world_size, "cpu", 1, 1, "", 0, 0),
-        say=lambda text: None,
-    )
+    anchors = np.arange(20)
     return Trainer(
-        make(share, seed),
-        FeatureFeed(table, plan, world.device),
-        schooling,
-        None,
-        saver,
-        StopAfter(steps),
-        log,
-        timing,
-        held,
-        "heads",
+        TrainJob(
+            method=make(share, seed),
+            feed=FeatureFeed(table, plan, world.device),
+            settings=TrainSettings(
+                OptimizerConfig(kind=kind, lr=0.02), ScheduleConfig(), EPOCHS, 3, "fp64"
+            ),
+            run_dir=folder,
+            out=folder,
+            setup=TrainingSetup(B),
+            name="heads",
+            stop=StopAfter(steps),
+            log=lambda text: None,
+            held_out=held_out_features(table, anchors, neighbours.rows(anchors)[0], world),
+        )
     )
 
 
-def school(share: str, folder: Path, kind: str, steps: int = 0, seed: int = 0):
-    """Train until the end, or until the step at which it is asked to stop: the whole state of method and optimizer, on rank 0.
-    seed: of the weights that a resume replaces."""
-    from dist_scan.engine.sharded_state import whole_state
-    from dist_scan.monitoring.progress import StopRequested
+def school(
+    share: HeadPartition, folder: Path, kind: str, steps: int = 0, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Train to the end, or to the step of a stop: the state of method and optimizer, on rank 0.
 
+    seed: of the initial weights, which a resumed training replaces.
+    """
     run = trainer(share, folder, kind, steps, seed)
     try:
-        run.run()
+        state = run.run()
     except StopRequested:
         assert steps
     else:
-        assert not steps and run.at.step == EPOCHS * (ROWS // B)
-    finally:
-        run.log.close()
-    state = whole_state(run.method, run.optimizer)
-    flat = {f"method {k}": v for k, v in state["method"].items()}
-    flat |= {
-        f"optimizer {i} {k}": v
-        for i, each in state["optimizer"]["state"].items()
-        for k, v in each.items()
-    }
+        assert not steps and state.step == EPOCHS * (ROWS // B)
+    saved = gather_state(run.method, run.optimizer)
+    flat = {f"method {k}": v for k, v in saved["method"].items()}
+    for number, slots in saved["optimizer"]["state"].items():
+        flat |= {f"optimizer {number} {name}": value for name, value in slots.items()}
     return {k: v.detach().numpy().copy() for k, v in flat.items() if v is not None}
 
 
@@ -232,7 +220,6 @@ def schools(jobs: list[tuple]):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory):
-    from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.neighbours import mine_neighbours
 
     folder = tmp_path_factory.mktemp("bank")
@@ -262,7 +249,7 @@ def fresh(table, tmp_path: Path):
 
 def saved_whole(folder: Path, stopped: dict) -> None:
     """The checkpoint in folder is what one rank would have written, and holds what the ranks had."""
-    state = torch.load(next(folder.glob("checkpoints/step-*")) / "state.pt", weights_only=True)
+    state = torch.load(next(folder.glob("work/checkpoints/step-*")) / "state.pt", weights_only=True)
     assert state["position"]["step"] == 3
     assert {k: tuple(v.shape) for k, v in state["method"].items()} == {
         k: tuple(v.shape) for k, v in make("batch").state_dict().items()
@@ -342,11 +329,9 @@ stages:
 
 def pipeline(config: Path, settings: dict[str, Path]):
     """By setting of runtime.heads: what the heads stage says and publishes, run in that folder."""
-    from dist_scan.engine.stop import StopFlag
     from dist_scan.storage.tensors import load_tensors
     from dist_scan.pipeline import Pipeline
     from dist_scan.run_config import load_config
-    from dist_scan.world.world import current
 
     out = {}
     for setting, folder in settings.items():

@@ -52,21 +52,18 @@ def make_slow(what: str, rank: int) -> None:
         SimCLRMethod.end_step = slowed(SimCLRMethod.end_step)
 
 
-def train(what: str, beton, out):
+def profiled_training(what: str, beton, out):
     """A profiled training; returns what was said."""
+    from dist_scan.config import RuntimeConfig
     from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
     from dist_scan.data.beton.loader import BetonLoader
     from dist_scan.data.feed import EpochPlan, ImageFeed
-    from dist_scan.engine.checkpoint import CheckpointStore
     from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.stop import StopFlag
-    from dist_scan.engine.train_state import Checkpointer
-    from dist_scan.engine.training_loop import Trainer, TrainSettings
+    from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
     from dist_scan.methods.base import MethodInputs, method_class
     from dist_scan.models.backbone import BackboneConfig, build_backbone
     from dist_scan.monitoring import profile
     from dist_scan.monitoring.bottleneck import TrainingSetup
-    from dist_scan.monitoring.log import StageLog
     from dist_scan.world.world import current
 
     world, said, profile.TRACED_STEPS = current(), [], 2
@@ -97,29 +94,28 @@ def train(what: str, beton, out):
             backbone_config=network,
         ),
     )
-    log = StageLog(out, "pretext")
-    timing = profile.TrainingProfile(
-        log,
-        out,
-        TrainingSetup(BATCH, world.world_size, stored="jpeg", resolution=40, size=16),
-        STEPS,
-        said.append,
+    train(
+        TrainJob(
+            method=method,
+            feed=feed,
+            settings=TrainSettings(
+                OptimizerConfig(kind="sgd", lr=0.01),
+                ScheduleConfig(),
+                epochs=-(-(STEPS + 3) // feed.steps_per_epoch),
+                seed=0,
+            ),
+            run_dir=out,
+            out=out,
+            setup=TrainingSetup(BATCH, world.world_size, stored="jpeg", resolution=40, size=16),
+            name="pretext",
+            runtime=RuntimeConfig(
+                keep_checkpoints=1,
+                checkpoint_s=0.001 if what == "save" else 1e9,
+                profile=STEPS,
+            ),
+            log=said.append,
+        )
     )
-    saver = Checkpointer(
-        CheckpointStore(out / "checkpoints", 1, said.append), 0.001 if what == "save" else 1e9
-    )
-    epochs = -(-(STEPS + 3) // feed.steps_per_epoch)
-    Trainer(
-        method,
-        feed,
-        TrainSettings(OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), epochs, 0),
-        lambda *a: None,
-        saver,
-        StopFlag(),
-        log,
-        timing,
-    ).run()
-    log.close()
     return said
 
 
@@ -142,7 +138,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory):
     ],
 )
 def test_what_was_made_slow_is_what_the_verdict_names(beton, tmp_path: Path, what, ranks) -> None:
-    said = run_ranks(train, ranks, what, beton, tmp_path)
+    said = run_ranks(profiled_training, ranks, what, beton, tmp_path)
     facts = json.loads((tmp_path / "timing.json").read_text())
     assert facts["waits_for"] == what, facts["verdict"]
     assert any(facts["verdict"] in text and f"profile of {STEPS} steps" in text for text in said[0])

@@ -72,7 +72,7 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Pa
     assert "pixels: 300 images x 1 view x 192 in float16: 0.000107 GiB in 2 shards" in said
     assert (
         sum(
-            "bank of 300 images x 1 views x 192" in line and "read from host memory" in line
+            "features of 300 images x 1 views x 192" in line and "read from host memory" in line
             for line in said
         )
         == 2
@@ -111,7 +111,7 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Pa
         (
             "stages.heads={kind: train, images: train, network: {name: pixels}, neighbours: neighbours, method: {kind: scan, num_clusters: 10, normalise: l2},"
             " optimizer: {lr: 1.0}, epochs: 1, global_batch: 100, held_out_share: 0.3, held_out_features: pixels}",
-            "chooses on images too; give held_out_images",
+            "selects heads on images too; give held_out_images",
         ),
     ],
 )

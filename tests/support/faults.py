@@ -167,8 +167,8 @@ class Faults:
         from dist_scan.search.kmeans import LloydRun
         from dist_scan.storage.run_markers import RunMarkers
 
-        call_before(Trainer, "_step", lambda t, *_: self.check("step", t.at.step))
-        call_before(Trainer, "_begin_epoch", lambda t: self.check("begin_epoch", t.at.step))
+        call_before(Trainer, "_step", lambda t, *_: self.check("step", t.state.step))
+        call_before(Trainer, "_begin_epoch", lambda t: self.check("begin_epoch", t.state.step))
         wrap(Trainer, "_forward", self._make_non_finite)
         call_before(memory, "reset_peak_memory", lambda: self.check("stage"))
         call_before(BetonLoader, "_decode_part", lambda *_: self.check("batch"))
@@ -195,11 +195,11 @@ class Faults:
 
     def _make_non_finite(self, forward: Callable[..., Any], trainer: Any, batch: Any) -> Any:
         step = forward(trainer, batch)
-        in_gradient = self.claim("gradient", trainer.at.step, NON_FINITE)
+        in_gradient = self.claim("gradient", trainer.state.step, NON_FINITE)
         if in_gradient is not None:
             step.loss.register_hook(lambda gradient: gradient * float(in_gradient.kind))
         if self.non_finite_steps == 0:
-            in_loss = self.claim("loss", trainer.at.step, NON_FINITE)
+            in_loss = self.claim("loss", trainer.state.step, NON_FINITE)
             if in_loss is None:
                 return step
             self.non_finite_value = float(in_loss.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
 from dist_scan.heads.selection import held_out_loss
 from dist_scan.methods.base import MethodInputs, method_class
 from dist_scan.methods.moco import permutation
@@ -20,6 +23,7 @@ from dist_scan.methods.rotnet import rotate_by_quarter_turns
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster_model import ClusterModel, load_cluster_model, save_cluster_model
 from dist_scan.models.layers import FeatureNorm
+from dist_scan.monitoring.bottleneck import TrainingSetup
 from tests.reference import losses as reference
 
 CONFIG = BackboneConfig(name="resnet_small", width=4)
@@ -177,60 +181,45 @@ def test_selflabel_publishes_the_average_and_the_counts_of_the_last_epoch(
     )
 
 
-def test_the_loop_says_the_warning_ends_at_the_plateau_and_remembers_both(
-    folder, tmp_path: Path
-) -> None:
-    from types import SimpleNamespace
+class TwoSteps:
+    """A feed of two batches an epoch."""
 
-    from dist_scan.engine.checkpoint import CheckpointStore
-    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.stop import StopFlag
-    from dist_scan.engine.train_state import Checkpointer
-    from dist_scan.engine.training_loop import Trainer, TrainSettings
-    from dist_scan.monitoring.bottleneck import TrainingSetup
-    from dist_scan.monitoring.log import StageLog
-    from dist_scan.monitoring.profile import TrainingProfile
+    steps_per_epoch = 2
+    rows = np.arange(2)
 
-    method, said = (
-        make(
-            "selflabel", dict(threshold=0.999999, plateau_epochs=2), input_folders={"model": folder}
-        ),
-        [],
+    def batches(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        views: tuple[int, ...] | None = None,
+        order: np.ndarray | None = None,
+    ) -> Iterator[Batch]:
+        return iter([batch(0), batch(1)][first_step:])
+
+
+def test_training_logs_warnings_and_ends_at_a_plateau(folder: Path, tmp_path: Path) -> None:
+    settings = {"threshold": 0.999999, "plateau_epochs": 2}
+    log: list[str] = []
+    state = train(
+        TrainJob(
+            method=make("selflabel", settings, input_folders={"model": folder}),
+            feed=TwoSteps(),
+            settings=TrainSettings(
+                OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), epochs=9, seed=0
+            ),
+            run_dir=tmp_path,
+            out=tmp_path,
+            setup=TrainingSetup(global_batch=16),
+            name="selflabelling",
+            log=log.append,
+        )
     )
-    feed = SimpleNamespace(
-        steps_per_epoch=2,
-        rows=range(2),
-        batches=lambda epoch, first=0, views=None, order=None: iter([batch(0), batch(1)][first:]),
-    )
-    saver = Checkpointer(CheckpointStore(tmp_path / "checkpoints", 2, said.append), 1e9)
-    log = StageLog(tmp_path, "selflabelling")
-    timing = TrainingProfile(
-        log, tmp_path, TrainingSetup(16, 1, stored="raw", resolution=8, size=8)
-    )
-    trainer = Trainer(
-        method,
-        feed,
-        TrainSettings(OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), 9, 0),
-        None,
-        saver,
-        StopFlag(),
-        log,
-        timing,
-        None,
-        "selflabelling",
-        said.append,
-    )
-    at = trainer.run()
-    assert (
-        at.epoch == 2
-        and at.skipped == 4
-        and len(at.warnings) == 2
-        and at.saved()["warnings"] == at.warnings
-    )
-    assert sum(line.startswith("warning: selflabelling: ") for line in said) == 2
-    assert said[-1].startswith(
-        "selflabelling: ended after epoch 2 of 9: the share of confident images has stayed at 0.0%"
-    )
+    assert state.epoch == 2
+    assert state.skipped == 4
+    assert len(state.warnings) == 2
+    assert sum(line.startswith("warning: selflabelling: ") for line in log) == 2
+    ended = "selflabelling: ended after epoch 2 of 9: the share of confident images has stayed at"
+    assert log[-1].startswith(f"{ended} 0.0%")
 
 
 def test_under_bf16_the_backbone_is_bf16_and_logits_are_fp32(folder) -> None:

@@ -120,7 +120,7 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(loader) -> None:
     said, whole = [], predictions(Predictor(model(), *loader(8), CPU))
     small = model()
     small.most = 3
-    predictor = Predictor(small, *loader(8), CPU, say=said.append)
+    predictor = Predictor(small, *loader(8), CPU, log=said.append)
     halved = predictions(predictor)
     assert (
         np.array_equal(whole[0], halved[0])
@@ -130,21 +130,21 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(loader) -> None:
     assert (
         said
         == [
-            "out of memory: going on with batches of 4",
-            "out of memory: going on with batches of 2",
+            "out of memory: continuing with batches of 4",
+            "out of memory: continuing with batches of 2",
         ]
         and predictor.loader.batch_size == 2
     )
     small.most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        predictions(Predictor(small, *loader(2), CPU, say=said.append))
+        predictions(Predictor(small, *loader(2), CPU, log=said.append))
 
 
 def test_features_come_from_the_network_that_made_the_table(loader) -> None:
     one, other = model(), model(1)
     shared = Predictor(one, *loader(8), CPU, embedder=Embedder(model().backbone, "fp32"))
     apart = Predictor(one, *loader(8), CPU, embedder=Embedder(other.backbone, "fp32"))
-    assert shared.shared and not apart.shared
+    assert shared.has_shared_backbone and not apart.has_shared_backbone
     plain, first, second = (
         predictions(p) for p in (Predictor(one, *loader(8), CPU), shared, apart)
     )
