@@ -19,7 +19,7 @@ NUM_TOP = 5
 """Most probable clusters that are kept for each image."""
 
 
-class Prediction(NamedTuple):
+class BatchPrediction(NamedTuple):
     """Predictions for n images, T = min(5, number of clusters) clusters each."""
 
     top: np.ndarray
@@ -74,7 +74,7 @@ class Predictor:
         )
 
     @torch.inference_mode()
-    def __call__(self, rows: np.ndarray) -> Iterator[Prediction]:
+    def __call__(self, rows: np.ndarray) -> Iterator[BatchPrediction]:
         """Raises torch.OutOfMemoryError if not even one image fits."""
         done = 0
         while done < len(rows):
@@ -89,7 +89,7 @@ class Predictor:
                 self.loader.batch_size //= 2
                 self.log(f"out of memory: continuing with batches of {self.loader.batch_size}")
 
-    def _predict(self, images: Tensor) -> Prediction:
+    def _predict(self, images: Tensor) -> BatchPrediction:
         features = None
         with autocast(self.precision, self.device):
             if self.has_shared_backbone and self.model.backbone is not None:
@@ -103,7 +103,7 @@ class Predictor:
         probability, top = top_clusters(logits.float())
         if features is not None:
             features = features.float().cpu().numpy().astype(np.float16)
-        return Prediction(top.numpy().astype(np.int32), probability.numpy(), features)
+        return BatchPrediction(top.numpy().astype(np.int32), probability.numpy(), features)
 
 
 def _equal_weights(network: nn.Module, other: nn.Module | None) -> bool:

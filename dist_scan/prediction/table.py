@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dist_scan.data.beton.format import read_names
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.engine.predict import Prediction, Predictor
+from dist_scan.engine.predict import BatchPrediction, Predictor
 from dist_scan.finished_run import FinishedRun
 from dist_scan.monitoring.progress import Progress
 from dist_scan.prediction.images import StoredImages
@@ -82,9 +82,9 @@ def write_table(
     write_atomic(out, write)
 
 
-def _blocks(predictor: Predictor, rows: np.ndarray) -> Iterator[Prediction]:
+def _blocks(predictor: Predictor, rows: np.ndarray) -> Iterator[BatchPrediction]:
     """Predictions of all rows, BLOCK or a few more at a time."""
-    parts: list[Prediction] = []
+    parts: list[BatchPrediction] = []
     num_pending = num_done = 0
     with Progress("predict", len(rows), "images") as progress:
         for part in predictor(rows):
@@ -96,18 +96,20 @@ def _blocks(predictor: Predictor, rows: np.ndarray) -> Iterator[Prediction]:
                 parts, num_done, num_pending = [], num_done + num_pending, 0
 
 
-def _concatenate(parts: list[Prediction]) -> Prediction:
+def _concatenate(parts: list[BatchPrediction]) -> BatchPrediction:
     features = None
     if parts[0].features is not None:
         features = np.concatenate([part.features for part in parts])
-    return Prediction(
+    return BatchPrediction(
         np.concatenate([part.top for part in parts]),
         np.concatenate([part.probability for part in parts]),
         features,
     )
 
 
-def _columns(names: list[str], index: np.ndarray, predicted: Prediction) -> dict[str, pa.Array]:
+def _columns(
+    names: list[str], index: np.ndarray, predicted: BatchPrediction
+) -> dict[str, pa.Array]:
     """The columns of the model: name, place in the source, clusters and their probabilities."""
     top, probability = predicted.top, predicted.probability
     return {
