@@ -1,9 +1,10 @@
-"""Saving and loading a checkpoint (hashed, flushed to the disk, read back, renamed in) against torch.save alone.
+"""Saving and loading a checkpoint (hashed, flushed, read back, renamed) against torch.save alone.
 
-    python -m benchmarks.checkpoint --compare [--model resnet50] [--folder WHERE_RUNS_LIVE]
+    python -m benchmarks.checkpoint --compare [--model resnet50] [--folder WHERE_RUNS_ARE]
 
-The state is a MoCo's: two networks, SGD's momentum, a queue. The peer writes the same state with torch.save and flushes it, and loads it
-with torch.load; it notices neither a torn file nor a flipped bit.
+The state is that of a MoCo: two networks, SGD's momentum, a queue. The peer writes the same state
+with torch.save, flushes it, and loads it with torch.load; it detects neither a torn file nor a
+flipped bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,24 @@ import numpy as np
 import torch
 
 from benchmarks.rows import emit, spread
+from dist_scan.engine.checkpoint import CheckpointStore
+from dist_scan.models.backbone import BackboneConfig, build_backbone
 
 QUICK = ["--compare", "--model", "resnet18", "--rounds", "5"]
 
 
-def state_of(name: str, queue: int) -> dict[str, Any]:
+def moco_state(name: str, queue_size: int) -> dict[str, Any]:
     """What a MoCo of this backbone saves."""
-    from dist_scan.models.backbone import BackboneConfig, build_backbone
-
     backbone = build_backbone(BackboneConfig(name=name))
-    weights = backbone.state_dict()
     method = {
-        f"{part}.{k}": v.clone() for part in ("backbone", "key") for k, v in weights.items()
-    } | {"queue": torch.randn(queue, 128)}
+        f"{encoder}.{key}": value.clone()
+        for encoder in ("backbone", "key")
+        for key, value in backbone.state_dict().items()
+    }
+    method["queue"] = torch.randn(queue_size, 128)
     momentum = {
-        i: {"momentum_buffer": torch.randn_like(p)} for i, p in enumerate(backbone.parameters())
+        index: {"momentum_buffer": torch.randn_like(parameter)}
+        for index, parameter in enumerate(backbone.parameters())
     }
     return {
         "method": method,
@@ -43,23 +48,23 @@ def state_of(name: str, queue: int) -> dict[str, Any]:
     }
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds."""
-    began = time.perf_counter()
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - begin
 
 
-def plain_save(state: dict[str, Any], path: Path) -> None:
-    """The peer."""
-    with open(path, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
+def torch_save(state: dict[str, Any], path: Path) -> None:
+    """Save as the peer does: torch.save, flushed to disk."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def main() -> None:
-    """Rounds of save, load, plain save, plain load."""
+    """Rounds of save, load and, with --compare, the peer's save and load."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--queue", type=int, default=65536)
@@ -69,36 +74,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
-    from dist_scan.engine.checkpoint import CheckpointStore
-
-    state, cpu = state_of(args.model, args.queue), torch.device("cpu")
-    seconds: dict[str, list[float]] = {"save": [], "load": [], "plain_save": [], "plain_load": []}
+    state = moco_state(args.model, args.queue)
+    cpu = torch.device("cpu")
+    timings: dict[str, list[float]] = {"save": [], "load": [], "peer_save": [], "peer_load": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        store, path = CheckpointStore(Path(folder) / "checkpoints", 2), Path(folder) / "plain.pt"
+        store = CheckpointStore(Path(folder) / "checkpoints", 2)
+        peer = Path(folder) / "plain.pt"
         for step in range(args.rounds):
-            seconds["save"].append(timed(lambda: store.save(step, state, {})))
-            seconds["load"].append(timed(lambda: store.load(cpu)))
+            timings["save"].append(seconds(partial(store.save, step, state, {})))
+            timings["load"].append(seconds(partial(store.load, cpu)))
             if args.compare:
-                seconds["plain_save"].append(timed(lambda: plain_save(state, path)))
-                seconds["plain_load"].append(timed(lambda: torch.load(path, weights_only=True)))
-        size = sum(f.stat().st_size for f in next(store.folder.glob("step-*")).iterdir())
+                timings["peer_save"].append(seconds(partial(torch_save, state, peer)))
+                load = partial(torch.load, peer, weights_only=True)
+                timings["peer_load"].append(seconds(load))
+        checkpoint = next(store.folder.glob("step-*"))
+        mib = sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**20
     for name in ("save", "load"):
-        took = np.array(seconds[name])
+        median_s = float(np.median(timings[name]))
         row = {
             "row": name,
             "model": args.model,
-            "mib": round(size / 2**20, 1),
-            "seconds": round(float(np.median(took)), 3),
-            "mib_per_s": round(size / 2**20 / float(np.median(took)), 1),
+            "mib": round(mib, 1),
+            "seconds": round(median_s, 3),
+            "mib_per_s": round(mib / median_s, 1),
         }
-        emit(
-            row
-            | (
-                spread(took / np.array(seconds[f"plain_{name}"]), "time_ratio")
-                if args.compare
-                else {}
-            )
-        )
+        if args.compare:
+            ratios = np.array(timings[name]) / np.array(timings[f"peer_{name}"])
+            row |= spread(ratios, "time_ratio")
+        emit(row)
 
 
 if __name__ == "__main__":

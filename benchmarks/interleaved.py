@@ -1,4 +1,8 @@
-"""Groups of processes that measure in turns: while one works the others sleep, so that what else the machine does hits all alike."""
+"""Interleaved measurements: groups of processes that work one after another, round by round.
+
+While one group works the others sleep, so that other load on the machine affects all alike.
+Imports torch only inside functions: new processes first set their number of threads.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +10,112 @@ import contextlib
 import multiprocessing
 import os
 import resource
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING, Any
+
+from dist_scan.world.processes import free_port, set_rank_environment
+
+if TYPE_CHECKING:
+    from dist_scan.world.world import World
 
 Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one turn took: seconds until the last rank was done, CPU seconds of all, the largest rank's peak memory, and ranks' values."""
+    """One round of all ranks."""
 
+    wall_s: float
+    """Until the last rank had finished."""
+    cpu_s: float
+    """Sum over ranks."""
+    peak_mib: float
+    """Peak memory of the largest rank."""
+    values: list[Any]
+    """What each rank returned, by rank."""
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One round of one rank."""
+
+    rank: int
     wall_s: float
     cpu_s: float
     peak_mib: float
-    values: list[Any]
+    value: Any
+
+
+def _combine(results: list[RankResult]) -> Measurement:
+    results = sorted(results, key=lambda result: result.rank)
+    return Measurement(
+        wall_s=max(result.wall_s for result in results),
+        cpu_s=sum(result.cpu_s for result in results),
+        peak_mib=max(result.peak_mib for result in results),
+        values=[result.value for result in results],
+    )
+
+
+def _run_timed(work: Work, rank: int, synchronize: Callable[[], object] | None) -> RankResult:
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = work()
+    if synchronize is not None:
+        synchronize()
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+    return RankResult(rank, wall_s, cpu_s, peak_mib, value)
 
 
 @contextlib.contextmanager
-def job_world() -> Iterator[Any]:
-    """The world of the ranks that srun or torchrun started (RANK is set); one that is open already stays so."""
+def job_world() -> Iterator[World]:
+    """The world of the ranks that srun or torchrun started; one that is open already stays open."""
     from dist_scan.world.world import close_world, current, open_world
 
-    found = current().world_size > 1
-    yield current() if found else open_world()
-    if not found:
-        close_world()
+    if current().world_size > 1:
+        yield current()
+        return
+    yield open_world()
+    close_world()
 
 
 def measure_job(work: Work, rounds: int) -> list[Measurement]:
-    """`work` on all ranks of the open world, `rounds` times after one to warm up; each time all begin together."""
-    from dist_scan.monitoring.step_timer import cuda_event_recorder
+    """Measure `work` on all ranks of the open world, after one round to warm up.
+
+    All ranks begin each round together.
+    """
+    import torch
+
     from dist_scan.world.collectives import barrier, gather_objects
     from dist_scan.world.world import current
 
-    record_event, turns = cuda_event_recorder(current().device), []
+    world = current()
+    synchronize = torch.accelerator.synchronize if world.device.type != "cpu" else None
+    measurements = []
     for _ in range(rounds + 1):
         barrier()
-        wall, cpu = time.perf_counter(), time.process_time()
-        value = work()
-        if record_event is not None:
-            record_event().synchronize()
-        mine = (
-            time.perf_counter() - wall,
-            time.process_time() - cpu,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            value,
-        )
-        all_ranks = gather_objects(mine)
-        turns.append(
-            Measurement(
-                max(a[0] for a in all_ranks),
-                sum(a[1] for a in all_ranks),
-                max(a[2] for a in all_ranks),
-                [a[3] for a in all_ranks],
-            )
-        )
-    return turns[1:]
+        result = _run_timed(work, world.rank, synchronize)
+        measurements.append(_combine(gather_objects(result)))
+    return measurements[1:]
 
 
-def medians(turns: list[Measurement]) -> dict[str, float]:
-    """Fields of a row: medians over turns, and the rank that held most memory."""
+def medians(measurements: list[Measurement]) -> dict[str, float]:
+    """Fields of a row: median times, and the peak memory of the largest rank."""
     return {
-        "wall_s": round(statistics.median(t.wall_s for t in turns), 4),
-        "cpu_s": round(statistics.median(t.cpu_s for t in turns), 4),
-        "peak_host_mib": round(max(t.peak_mib for t in turns)),
+        "wall_s": round(statistics.median(m.wall_s for m in measurements), 4),
+        "cpu_s": round(statistics.median(m.cpu_s for m in measurements), 4),
+        "peak_host_mib": round(max(m.peak_mib for m in measurements)),
     }
 
 
 class RankGroup:
-    """`make(*args) -> work` runs once in each of W new processes (ranks of one world, each with threads / W threads); `turn()` runs work once."""
+    """Processes that are the ranks of a world of their own and run the same work on request.
+
+    Each calls `make(*args)` once, which returns the work. `threads` are divided among the ranks.
+    """
 
     def __init__(
         self,
@@ -89,102 +126,86 @@ class RankGroup:
         in_world: bool = True,
     ) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.orders, self.results = [context.Queue() for _ in range(world_size)], context.Queue()
-        self.ranks = [
-            context.Process(
-                target=_rank,
-                daemon=True,
-                args=(
-                    make,
-                    args,
-                    r,
-                    world_size,
-                    port,
-                    max(1, threads // world_size),
-                    in_world,
-                    self.orders[r],
-                    self.results,
-                ),
+        port = free_port()
+        self.results = context.Queue()
+        self.requests = [context.Queue() for _ in range(world_size)]
+        self.ranks = []
+        for rank, requests in enumerate(self.requests):
+            environment = RankEnvironment(
+                rank, world_size, port, max(1, threads // world_size), in_world
             )
-            for r in range(world_size)
-        ]
-        for p in self.ranks:
-            p.start()
-        self._answers()
+            self.ranks.append(
+                context.Process(
+                    target=_run_rank,
+                    args=(environment, make, args, requests, self.results),
+                    daemon=True,
+                )
+            )
+        for process in self.ranks:
+            process.start()
+        self._collect()
 
     def measure(self) -> Measurement:
-        """All ranks work once."""
-        begin = time.perf_counter()
-        for orders in self.orders:
-            orders.put(True)
-        answers = self._answers()
-        return Measurement(
-            time.perf_counter() - begin,
-            sum(a[1] for a in answers),
-            max(a[2] for a in answers),
-            [a[3] for a in answers],
-        )
+        """Let all ranks work once."""
+        for requests in self.requests:
+            requests.put(True)
+        return self._collect()
 
     def close(self) -> None:
         """End the processes."""
-        for orders, p in zip(self.orders, self.ranks):
-            orders.put(None)
-            p.join(10)
+        for requests, process in zip(self.requests, self.ranks):
+            requests.put(False)
+            process.join(10)
 
-    def _answers(self) -> list[tuple]:
-        found = [self.results.get() for _ in self.ranks]
-        for answer in found:
-            if isinstance(answer, str):
-                raise RuntimeError(answer)
-        return sorted(found, key=lambda a: a[0])
+    def _collect(self) -> Measurement:
+        """The results of all ranks. Raises RuntimeError with the text of a rank's error."""
+        results = [self.results.get() for _ in self.ranks]
+        for result in results:
+            if isinstance(result, str):
+                raise RuntimeError(result)
+        return _combine(results)
 
 
-def _rank(
-    make: Callable[..., Work],
-    args: tuple,
-    rank: int,
-    world_size: int,
-    port: int,
-    threads: int,
-    in_world: bool,
-    orders,
-    results,
-) -> None:
-    try:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            OMP_NUM_THREADS=str(threads),
-            OPENBLAS_NUM_THREADS=str(threads),
-            MKL_NUM_THREADS=str(threads),
-        )
-        if in_world:
+@dataclass(frozen=True)
+class RankEnvironment:
+    """The place of a process of a RankGroup."""
+
+    rank: int
+    world_size: int
+    port: int
+    threads: int
+    in_world: bool
+    """Whether to open a world before the work is made."""
+
+    def enter(self) -> None:
+        """Set the environment variables, and open the world."""
+        set_rank_environment(self.rank, self.world_size, self.port)
+        for library in ("OMP", "OPENBLAS", "MKL"):
+            os.environ[f"{library}_NUM_THREADS"] = str(self.threads)
+        if self.in_world:
             import torch
 
             from dist_scan.world.world import open_world
 
-            torch.set_num_threads(threads)
+            torch.set_num_threads(self.threads)
             open_world("cpu")
+
+
+def _run_rank(
+    environment: RankEnvironment,
+    make: Callable[..., Work],
+    args: tuple[Any, ...],
+    requests: Queue[bool],
+    results: Queue[RankResult | str],
+) -> None:
+    """The main function of a process: one result when it is ready, one per request."""
+    try:
+        environment.enter()
         work = make(*args)
-        results.put((rank, 0.0, 0.0, None))
-        while orders.get():
-            cpu = time.process_time()
-            value = work()
-            results.put(
-                (
-                    rank,
-                    time.process_time() - cpu,
-                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    value,
-                )
-            )
+        results.put(RankResult(environment.rank, 0.0, 0.0, 0.0, None))
+        while requests.get():
+            results.put(_run_timed(work, environment.rank, synchronize=None))
     except BaseException as error:
-        results.put(f"rank {rank} of {make.__name__}: {type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}"
+        results.put(f"rank {environment.rank} of {make.__name__}: {text}")
         raise

@@ -1,8 +1,9 @@
-"""The whole way, as a user starts it: images in, report out; seconds to the first step, of every stage, and in all.
+"""A whole run as a user starts it: seconds to the first step, of every stage, and in total.
 
     python -m benchmarks.pipeline [--config configs/quickstart.yaml] [--processes N] [override ...]
 
-A row for the start (command to the first training step's row in metrics.jsonl), one per stage, and one for the whole with the scores.
+One row for the start (from the command to the first row of a training in metrics.jsonl), one per
+stage, and one for the whole run with its accuracy.
 """
 
 from __future__ import annotations
@@ -30,25 +31,30 @@ QUICK = [
 ]
 
 
+def has_first_step(run_dir: Path) -> bool:
+    """Whether a training has written its first row."""
+    return any(path.stat().st_size for path in run_dir.glob("logs/*.metrics.jsonl"))
+
+
 def run(command: list[str], run_dir: Path) -> tuple[float, float | None]:
-    """(seconds in all, seconds until the first row of a training). Raises RuntimeError with the output's end when the run fails."""
-    began, first = time.monotonic(), None
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    """(seconds in total, seconds until the first step). Raises RuntimeError if the run fails."""
+    begin = time.monotonic()
+    first_step_s = None
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            if first is None and any(
-                p.stat().st_size for p in run_dir.glob("logs/*.metrics.jsonl")
-            ):
-                first = time.monotonic() - began
+            if first_step_s is None and has_first_step(run_dir):
+                first_step_s = time.monotonic() - begin
             time.sleep(0.02)
-        said.seek(0)
         if process.returncode:
-            raise RuntimeError(f"the run ended with {process.returncode}: ...{said.read()[-800:]}")
-    return time.monotonic() - began, first
+            output.seek(0)
+            end = output.read()[-800:]
+            raise RuntimeError(f"the run ended with {process.returncode}: ...{end}")
+    return time.monotonic() - begin, first_step_s
 
 
 def main() -> None:
-    """One run in a folder of its own, told in rows."""
+    """Run once in a temporary folder and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
     parser.add_argument("--processes", type=int, default=1)
@@ -56,46 +62,33 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        whole_s, first_s = run(
-            [
-                sys.executable,
-                str(ROOT / "launch" / "local.py"),
-                args.config,
-                "--processes",
-                str(args.processes),
-                f"runtime.run_dir={run_dir}",
-                *args.overrides,
-            ],
-            run_dir,
-        )
-        facts = json.loads((run_dir / "report.json").read_text())
-    where = {
+        command = [sys.executable, str(ROOT / "launch" / "local.py"), args.config]
+        command += ["--processes", str(args.processes), f"runtime.run_dir={run_dir}"]
+        total_s, first_step_s = run([*command, *args.overrides], run_dir)
+        report = json.loads((run_dir / "report.json").read_text())
+    fields = {
         "config": Path(args.config).stem,
         "processes": args.processes,
-        "images": facts["num_images"],
+        "images": report["num_images"],
     }
-    emit({"row": "first step", **where, "wall_s": None if first_s is None else round(first_s, 2)})
-    for name, seconds in facts["stage_seconds"].items():
-        timing, memory = facts["stage_timing"].get(name, {}), facts["stage_memory"].get(name, {})
+    start_s = None if first_step_s is None else round(first_step_s, 2)
+    emit({"row": "first step", **fields, "wall_s": start_s})
+    for name, stage_s in report["stage_seconds"].items():
+        timing = report["stage_timing"].get(name, {})
+        peak_bytes = report["stage_memory"].get(name, {}).get("peak_host_bytes") or 0
         emit(
             {
                 "row": name,
-                **where,
-                "wall_s": round(seconds, 2),
+                **fields,
+                "wall_s": round(stage_s, 2),
                 "images_per_s": timing.get("images_per_s"),
                 "first_step_s": timing.get("first_step_s"),
                 "waits_for": timing.get("waits_for"),
-                "peak_host_mib": round((memory.get("peak_host_bytes") or 0) / 2**20),
+                "peak_host_mib": round(peak_bytes / 2**20),
             }
         )
-    emit(
-        {
-            "row": "whole",
-            **where,
-            "wall_s": round(whole_s, 2),
-            "acc": (facts.get(facts["best"]) or {}).get("acc"),
-        }
-    )
+    accuracy = (report.get(report["best"]) or {}).get("acc")
+    emit({"row": "whole", **fields, "wall_s": round(total_s, 2), "acc": accuracy})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One line of JSON per row, with what must be known to read it later: machine, device, versions, date, commit, configuration."""
+"""Output of the benchmarks: one JSON line per row, with the fields needed to interpret it later.
+
+Run as a module it prints these fields for the machine; launch/benchmark.py stores them per job.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,32 @@ COMMON_FIELDS = (
     "nodes",
     "load",
 )
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "numba",
+    "ffcv",
+    "faiss-gpu",
+    "faiss-cpu",
+    "scikit-learn",
+)
 
 
 def emit(row: dict[str, Any]) -> None:
     """Print a row with the common fields, as one line."""
-    print(json.dumps(with_common_fields(row, module_name(), sys.argv[1:])), flush=True)
+    print(json.dumps(with_common_fields(row, _module_name(), sys.argv[1:])), flush=True)
 
 
 def with_common_fields(
-    row: dict[str, Any], benchmark: str, configuration: list[str]
+    row: dict[str, Any], benchmark: str, configuration: Sequence[str]
 ) -> dict[str, Any]:
-    """The row with every common field that it does not have already."""
-    return {
-        "benchmark": benchmark,
-        **row,
-        **{k: v for k, v in common_fields(tuple(configuration)).items() if k not in row},
-    }
+    """The row, and every common field that it does not have already."""
+    common = common_fields(tuple(configuration))
+    return {"benchmark": benchmark} | row | {k: v for k, v in common.items() if k not in row}
 
 
-def module_name() -> str:
+def _module_name() -> str:
     """`step` for `python -m benchmarks.step`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return (spec.name if spec else Path(sys.argv[0]).stem).removeprefix("benchmarks.")
@@ -52,37 +62,40 @@ def module_name() -> str:
 
 @cache
 def common_fields(configuration: tuple[str, ...]) -> dict[str, Any]:
-    """What is the same for all rows of one command. `load`: processes that wanted a core in the last minute, over the cores."""
+    """Fields that all rows of one command share.
+
+    load: processes that wanted a core in the last minute, divided by the number of cores.
+    """
     return {
-        "machine": machine(),
+        "machine": _machine(),
         "device": device(),
-        "versions": versions(),
+        "versions": _versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "commit": commit(),
-        "configuration": " ".join(map(without_folders, configuration)),
+        "commit": _commit(),
+        "configuration": " ".join(map(_without_folder, configuration)),
         "nodes": int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
         "load": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2),
     }
 
 
-def without_folders(word: str) -> str:
-    """A word of a command line, an absolute path in it cut to its last name: rows are published, and where a machine keeps its files is nobody's concern."""
+def _without_folder(word: str) -> str:
+    """A word of a command line with an absolute path shortened to its last part.
+
+    Rows are published; the folders of a machine are private.
+    """
     name, equals, value = word.rpartition("=")
     return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
-def machine() -> str:
-    """Cores this process may use, and the processor's name."""
+def _machine() -> str:
+    """Number of cores that this process may use, and the processor's name."""
     name = platform.processor() or platform.machine()
     try:
-        name = next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        pass
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else name}"
 
 
 @cache
@@ -93,52 +106,40 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def versions() -> dict[str, str]:
-    """Python and the libraries whose speed this is."""
-    found = {"python": platform.python_version()}
-    for name in (
-        "torch",
-        "torchvision",
-        "numpy",
-        "numba",
-        "ffcv",
-        "faiss-gpu",
-        "faiss-cpu",
-        "scikit-learn",
-    ):
+def _versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose speed matters."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def commit() -> str:
-    """The checkout's commit, with + when files were changed; '' outside a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+def _commit() -> str:
+    """The checkout's commit, with + if files were changed; '' outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    options = {"capture_output": True, "text": True, "check": True}
     try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(
-            git("status", "--porcelain", "--untracked-files=no")
-        )
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def spread(ratios: Sequence[float], name: str) -> dict[str, float | list[float]]:
-    """Median and quartiles of ratios taken turn by turn: {name, name_quartiles}. `time_ratio`: our time over the peer's, 1 is even and
-    less is better; `speedup`: the peer's over ours."""
-    import numpy as np
+    """Fields of a row for ratios of interleaved measurements: median and quartiles.
 
-    low, middle, high = (
-        round(float(q), 3) for q in np.quantile(np.asarray(ratios, float), (0.25, 0.5, 0.75))
-    )
-    return {name: middle, f"{name}_quartiles": [low, high]}
+    `time_ratio`: our time over the peer's, less is better; `speedup`: the peer's over ours.
+    """
+    import numpy as np  # not at the top: some benchmarks first set its number of threads
+
+    quartiles = np.quantile(np.asarray(ratios, float), (0.25, 0.5, 0.75))
+    low, median, high = (round(float(value), 3) for value in quartiles)
+    return {name: median, f"{name}_quartiles": [low, high]}
 
 
-if __name__ == "__main__":  # what a job of launch/benchmark.py writes down about its first node
+if __name__ == "__main__":
     print(json.dumps(common_fields(())))

@@ -31,7 +31,7 @@ def test_every_file_with_a_main_is_found_and_described() -> None:
         "neighbours",
         "kmeans",
     } <= found.keys()
-    assert not {"rows", "turns", "scaling", "__main__"} & found.keys()
+    assert not {"rows", "interleaved", "scaling", "__main__"} & found.keys()
     assert all(b.about.strip() for b in found.values())
     listed = subprocess.run(
         [sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -41,7 +41,7 @@ def test_every_file_with_a_main_is_found_and_described() -> None:
 
 def write(folder: Path, name: str, text: str) -> suite.Benchmark:
     (folder / f"{name}.py").write_text(text)
-    return suite.read(folder / f"{name}.py")
+    return suite.read_benchmark(folder / f"{name}.py")
 
 
 def test_a_file_says_what_it_needs(tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_a_file_says_what_it_needs(tmp_path: Path) -> None:
         True,
     )
     assert (
-        suite.why_not(write(tmp_path, "slow", "def main(): pass"), quick=True)
+        suite.missing_requirement(write(tmp_path, "slow", "def main(): pass"), quick=True)
         == "has no quick form"
     )
-    assert "nowhere" in suite.why_not(
+    assert "nowhere" in suite.missing_requirement(
         write(tmp_path, "d", 'NEEDS = "data:nowhere"\ndef main(): pass'), quick=False
     )
 
@@ -91,7 +91,7 @@ def test_rows_before_a_failure_or_the_limit_are_kept(
     monkeypatch.delenv(
         "PYTHONPATH", raising=False
     )  # it would lead to the benchmarks that there are
-    found, said = suite.run(made, False, False, 6.0 if "cut off" in problem else 60.0)
+    found, said = suite.run_benchmark(made, False, False, 6.0 if "cut off" in problem else 60.0)
     assert len(found) == rows and said == problem
     assert set(COMMON_FIELDS) <= found[0].keys() and found[0]["benchmark"] == "mine"
 
@@ -102,13 +102,13 @@ def test_the_table_shows_every_row_and_every_problem(tmp_path: Path) -> None:
             {"row": "x", "images_per_s": 12.5, "speedup_quartiles": [1, 2]}, "step", ["--quick"]
         )
     ]
-    text = suite.table(rows, {"heads": "needs a GPU"})
+    text = suite.format_table(rows, {"heads": "needs a GPU"})
     assert (
         "images_per_s 12.5, speedup_quartiles 1-2" in text
         and "needs a GPU" in text
         and "commit" not in text
     )
-    suite.write(tmp_path, "here", rows, {}, "python -m benchmarks --quick")
+    suite.write_results(tmp_path / "here", rows, {}, "python -m benchmarks --quick")
     assert json.loads((tmp_path / "here.jsonl").read_text())["configuration"] == "--quick"
     assert rows[0]["machine"] in (tmp_path / "here.md").read_text()
 
