@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from dist_scan import preflight
-from dist_scan.config import ConfigError, RunConfig, StageConfig
+from dist_scan.config import RunConfig, StageConfig
 from dist_scan.engine.stop import StopFlag
 from dist_scan.heads.products import release_buffers
 from dist_scan.monitoring import memory
@@ -19,12 +18,11 @@ from dist_scan.stages.base import Context, stage_class
 from dist_scan.stages.beton import BetonConfig
 from dist_scan.storage.artifacts import STAGES, WORK, Artifact, ArtifactStore
 from dist_scan.storage.atomic import write_atomic, write_json
-from dist_scan.world.collectives import broadcast_object
+from dist_scan.world.collectives import on_rank_0
 from dist_scan.world.world import World
 
 LOG_VERIFICATION_FROM = 2**30
 """Bytes of an input above which its verification is logged: it takes seconds."""
-T = TypeVar("T")
 
 
 class Pipeline:
@@ -57,9 +55,7 @@ class Pipeline:
         Raises StopRequested between or inside stages; a later call resumes there.
         """
         run = self.run_config
-        fingerprints = self._on_rank_0(
-            lambda: preflight.fingerprints(run, preflight.check_data(run))
-        )
+        fingerprints = on_rank_0(lambda: preflight.fingerprints(run, preflight.check_data(run)))
         for text in preflight.warnings(run):
             self.say(f"warning: {text}")
         for name, config in preflight.all_stages(run).items():
@@ -75,7 +71,7 @@ class Pipeline:
     def _finished_stage(self, name: str, config: StageConfig, fingerprint: str) -> Artifact:
         """The artifact of a stage, which is run unless an earlier start has finished it."""
         store = self.beton_store if isinstance(config, BetonConfig) else self.store
-        artifact, is_started = self._on_rank_0(
+        artifact, is_started = on_rank_0(
             lambda: (store.find(name, fingerprint), store.is_started(name, fingerprint))
         )
         if artifact is not None:
@@ -87,7 +83,7 @@ class Pipeline:
         if self.world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             store.remove_temporary_files(name, fingerprint)
-        self._on_rank_0(lambda: self._verify_inputs(config))
+        on_rank_0(lambda: self._verify_inputs(config))
         inputs = {role: self.finished[target].path for role, target in config.inputs().items()}
         seconds = self._run_stage(name, config, out, inputs)
         metadata = {
@@ -98,7 +94,7 @@ class Pipeline:
             "seconds": round(seconds, 3),
             **memory.peak_memory(),
         }
-        return self._on_rank_0(lambda: store.publish(name, fingerprint, metadata))
+        return on_rank_0(lambda: store.publish(name, fingerprint, metadata))
 
     def _run_stage(
         self, name: str, config: StageConfig, out: Path, inputs: dict[str, Path]
@@ -143,19 +139,3 @@ class Pipeline:
                 with open(source, "rb") as content:
                     copy = partial(shutil.copyfileobj, content)
                     write_atomic(self.run_config.run_dir / file, copy)
-
-    def _on_rank_0(self, work: Callable[[], T]) -> T:
-        """The result of `work` on rank 0, which alone reads and writes stage folders here.
-
-        If it raises ValueError, all ranks raise ConfigError with its message.
-        """
-        result = message = None
-        if self.world.rank == 0:
-            try:
-                result = work()
-            except ValueError as error:
-                message = str(error)
-        result, message = broadcast_object((result, message))
-        if message is not None:
-            raise ConfigError(message)
-        return result

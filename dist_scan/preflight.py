@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_scan.config import ConfigError, RunConfig, StageConfig
+from dist_scan.config.data import STORAGE_SETTINGS
 from dist_scan.config.stage import beton_stage
 from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import stage_class
 from dist_scan.stages.beton import BetonConfig
 from dist_scan.storage.artifacts import fingerprint
-
-STORAGE_SETTINGS = ("stored", "resolution", "max_side", "quality", "max_bad_share")
 
 
 def all_stages(run: RunConfig) -> dict[str, StageConfig]:
@@ -88,4 +87,5 @@ def fingerprints(run: RunConfig, data_fingerprints: Mapping[str, str]) -> dict[s
 def _storage_settings(stage: BetonConfig) -> dict[str, Any]:
     """The settings that decide the bytes of a .beton; its images are in the data's fingerprint."""
     data = stage.data.model_dump(mode="json")
-    return {key: data[key] for key in STORAGE_SETTINGS} | {"limit": data[stage.split]["limit"]}
+    settings = {key: data[key] for key in (*STORAGE_SETTINGS, "max_bad_share")}
+    return settings | {"limit": data[stage.split]["limit"]}

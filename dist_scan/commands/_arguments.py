@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from dist_scan.config import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def add_finished_run(parser: argparse.ArgumentParser) -> None:
@@ -35,3 +42,8 @@ def check_at_least(args: argparse.Namespace, **minima: int) -> None:
         if value is not None and value < minimum:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag}: {value}; allowed: {minimum} or more")
+
+
+def to_options(args: argparse.Namespace, cls: type[Options]) -> Options:
+    """A dataclass of options from the arguments of the same names."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dist_scan.commands import _arguments
 from dist_scan.config import ConfigError, DataConfig, validate_settings
+from dist_scan.config.data import STORAGE_SETTINGS
 
-STORAGE_SETTINGS = ("stored", "resolution", "max_side", "quality", "max_bad_share")
+SETTINGS = (*STORAGE_SETTINGS, "max_bad_share")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", help="image folder, parquet file/folder/glob, tar shards, or sklearn:digits"
     )
     parser.add_argument("out", type=Path, metavar="OUT.beton")
-    for name in STORAGE_SETTINGS:
+    for name in SETTINGS:
         field = DataConfig.model_fields[name]
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         num_images = len(check_beton(args.out, whole=True).rows)
         print(f"{args.out}: {num_images} images, all checksums match")
         return 0
-    settings = {name: getattr(args, name) for name in STORAGE_SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     settings["train"] = {"source": args.source, "limit": args.limit}
     data = validate_settings(DataConfig, settings, "beton")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,17 +46,7 @@ def main(args: argparse.Namespace) -> int:
     from dist_scan.prediction import PredictOptions, predict
 
     _arguments.check_at_least(args, batch=1, workers=0)
-    options = PredictOptions(
-        run=args.run,
-        images=args.images,
-        out=args.out,
-        stage=args.stage,
-        features=args.features,
-        batch=args.batch,
-        device=args.device,
-        workers=args.workers,
-        overwrite=args.overwrite,
-    )
+    options = _arguments.to_options(args, PredictOptions)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         prediction = predict(options)

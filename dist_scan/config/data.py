@@ -8,6 +8,8 @@ from pydantic import Field
 
 from dist_scan.config.base import StrictModel
 
+STORAGE_SETTINGS = ("stored", "resolution", "max_side", "quality")
+"""The settings of DataConfig that decide the bytes of a stored image."""
 Positive = Annotated[float, Field(gt=0)]
 Split = Literal["train", "val"]
 

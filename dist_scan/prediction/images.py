@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from dist_scan.config import ConfigError, DataConfig, SplitConfig
+from dist_scan.config.data import STORAGE_SETTINGS
 from dist_scan.data.beton.format import read_metadata, sidecar
 from dist_scan.data.beton.write import storage_fingerprint, write_beton
 from dist_scan.data.sources.open import open_source
 from dist_scan.prediction.options import PredictOptions
 from dist_scan.world.processes import available_cores
-
-STORAGE_SETTINGS = ("stored", "resolution", "max_side", "quality")
 
 
 @dataclass(frozen=True)

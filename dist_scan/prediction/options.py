@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,10 @@ class PredictOptions:
         return self.out.with_name(self.out.name + ".work")
 
     def check_output(self) -> None:
-        """Raise ConfigError unless `out` can be written and is not one of the images' files."""
+        """Create the folder of `out`.
+
+        Raises ConfigError if `out` exists or would be read as images.
+        """
         out = self.out
         if out.suffix != ".parquet":
             raise ConfigError(f"-o: '{out}' must end in .parquet")
@@ -65,14 +67,7 @@ class PredictOptions:
             raise ConfigError(
                 f"-o: {' and '.join(existing)} {verb}; give another name, or --overwrite"
             )
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"-o: cannot write in '{out.parent}' ({error.strerror}); give another folder"
-            ) from None
-        if not os.access(out.parent, os.W_OK):
-            raise ConfigError(f"-o: cannot write in '{out.parent}'; give another folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
 
     def _is_read_as_images(self) -> bool:
         """Whether `images` names the file `out`, or a folder or glob of parquet files with it."""

@@ -9,7 +9,7 @@ from dist_scan.config import DataConfig
 from dist_scan.config.stage import StageConfig
 from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import Stage
-from dist_scan.world.collectives import broadcast_object
+from dist_scan.world.collectives import on_rank_0
 from dist_scan.world.processes import available_cores
 
 FILE = "images.beton"
@@ -29,16 +29,8 @@ class BetonStage(Stage):
     Config = BetonConfig
 
     def run(self) -> None:
-        """Rank 0 writes (in parallel processes); the others wait, and hear of a refusal."""
-        problem = None
-        if self.context.world.rank == 0:
-            try:
-                self._write()
-            except ValueError as error:
-                problem = str(error)
-        problem = broadcast_object(problem)
-        if problem:
-            raise ValueError(problem)
+        """Rank 0 writes, in parallel processes."""
+        on_rank_0(self._write)
 
     def _write(self) -> None:
         from dist_scan.data.beton.write import write_beton

@@ -6,13 +6,14 @@ Shapes: W ranks, b rows per rank. Collective functions are called by all ranks i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dist_scan.config import ConfigError
 from dist_scan.monitoring.step_timer import section
 from dist_scan.world.spawn import error_text
 from dist_scan.world.world import current
@@ -155,6 +156,23 @@ def on_every_rank(work: Callable[[], T]) -> T:
     if problems:
         raise ValueError(problems[0])
     return value
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Call ``work()`` on rank 0 and return its result on all ranks.
+
+    If it raises ValueError, all ranks raise ConfigError with its text.
+    """
+    value = problem = None
+    if current().rank == 0:
+        try:
+            value = work()
+        except ValueError as error:
+            problem = str(error)
+    value, problem = broadcast_object((value, problem))
+    if problem is not None:
+        raise ConfigError(problem)
+    return cast(T, value)
 
 
 def any_rank(flag: bool) -> bool:

@@ -27,6 +27,7 @@ def results_of_all() -> dict[str, Any]:
         "broadcast": c.broadcast(torch.full((2,), float(rank)), 1).tolist(),
         "broadcast_async": sent.tolist(),
         "broadcast_object": c.broadcast_object({"from": rank}),
+        "on_rank_0": c.on_rank_0(lambda: rank),
         "gather_objects": c.gather_objects(rank),
         "any_rank": (c.any_rank(rank == 2), c.any_rank(False)),
     }
@@ -43,6 +44,7 @@ def test_all_ranks_get_the_same_results() -> None:
             "broadcast": [1, 1],
             "broadcast_async": [2, 2],
             "broadcast_object": {"from": 0},
+            "on_rank_0": 0,
             "gather_objects": [0, 1, 2],
             "any_rank": (True, False),
         }
