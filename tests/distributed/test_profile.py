@@ -1,132 +1,136 @@
-"""Trainings made slow on purpose, in one section at a time: the verdict names each. Real loader, loop, checkpoints and gloo ranks."""
+"""Trainings slowed down in one section at a time: the profile names that section.
+
+With the real loader, training loop, checkpoints and gloo ranks.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+from dist_scan.config import RuntimeConfig
+from dist_scan.data.augment.recipes import Recipe, RecipeConfig, build_recipe
+from dist_scan.data.beton.loader import BetonLoader
+from dist_scan.data.feed import EpochPlan, ImageFeed
+from dist_scan.engine.checkpoint import CheckpointStore
+from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
+from dist_scan.methods.base import Method, MethodInputs, method_class
+from dist_scan.methods.simclr import SimCLRMethod
+from dist_scan.models.backbone import BackboneConfig, build_backbone
+from dist_scan.monitoring import profile
+from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.step_timer import SECTIONS
+from dist_scan.world.world import current
 from tests.support.betons import build, folder
 from tests.support.ranks import run_ranks
 
-NAP_S, STEPS, BATCH = 0.25, 8, 8
-REDUCE_NAP_S = 0.04  # a step has a dozen of them (batch norm's, the gradient's, the loop's)
+STEPS = 8
+BATCH = 8
+DELAY_S = 0.25
+ALL_REDUCE_DELAY_S = 0.04  # a step calls it a dozen times (batch norm, gradient, training loop)
 
 
-def slowed(function, nap_s: float = NAP_S):
-    """The same function, later."""
+def delayed(function: Callable, delay_s: float = DELAY_S) -> Callable:
+    """The function, called after a delay."""
 
-    def late(*args, **kwargs):
-        time.sleep(nap_s)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(delay_s)
         return function(*args, **kwargs)
 
-    return late
+    return call
 
 
-def make_slow(what: str, rank: int) -> None:
-    """Slow one part of this process."""
-    import torch.distributed as dist
-
-    from dist_scan.data.augment.recipes import Recipe
-    from dist_scan.data.beton.loader import BetonLoader
-    from dist_scan.engine.checkpoint import CheckpointStore
-    from dist_scan.methods.simclr import SimCLRMethod
-
-    if what == "data_wait":
-        BetonLoader._decode_part = slowed(BetonLoader._decode_part)
-    elif what == "augmentation":
-        Recipe.__call__ = slowed(Recipe.__call__)
-    elif what == "all_reduce":
-        dist.all_reduce = slowed(dist.all_reduce, REDUCE_NAP_S)
-    elif what == "save" and rank == 0:
-        CheckpointStore._write = slowed(CheckpointStore._write)
-    elif what == "model" or (what == "rank" and rank == 1):
-        SimCLRMethod.forward = slowed(SimCLRMethod.forward)
-    elif what == "end_step":
-        SimCLRMethod.end_step = slowed(SimCLRMethod.end_step)
+def slow_down(part: str, rank: int) -> None:
+    """Slow down one part of this process."""
+    if part == "data_wait":
+        BetonLoader._decode_part = delayed(BetonLoader._decode_part)
+    elif part == "augmentation":
+        Recipe.__call__ = delayed(Recipe.__call__)
+    elif part == "all_reduce":
+        dist.all_reduce = delayed(dist.all_reduce, ALL_REDUCE_DELAY_S)
+    elif part == "save" and rank == 0:
+        CheckpointStore._write = delayed(CheckpointStore._write)
+    elif part == "model" or (part == "rank" and rank == 1):
+        SimCLRMethod.forward = delayed(SimCLRMethod.forward)
+    elif part == "end_step":
+        SimCLRMethod.end_step = delayed(SimCLRMethod.end_step)
 
 
-def profiled_training(what: str, beton, out):
-    """A profiled training; returns what was said."""
-    from dist_scan.config import RuntimeConfig
-    from dist_scan.data.augment.recipes import RecipeConfig, build_recipe
-    from dist_scan.data.beton.loader import BetonLoader
-    from dist_scan.data.feed import EpochPlan, ImageFeed
-    from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-    from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
-    from dist_scan.methods.base import MethodInputs, method_class
-    from dist_scan.models.backbone import BackboneConfig, build_backbone
-    from dist_scan.monitoring import profile
-    from dist_scan.monitoring.bottleneck import TrainingSetup
-    from dist_scan.world.world import current
-
-    world, said, profile.TRACED_STEPS = current(), [], 2
-    make_slow(what, world.rank)
-    recipes = tuple(
-        build_recipe(RecipeConfig(name="standard"), 16, (0.5,) * 3, (0.5,) * 3) for _ in range(2)
-    )
+def build_feed(beton: Path) -> ImageFeed:
+    """Two augmented views of every image."""
+    world = current()
+    config = RecipeConfig(name="standard")
+    recipes = tuple(build_recipe(config, 16, (0.5,) * 3, (0.5,) * 3) for _ in range(2))
     loader = BetonLoader(
         beton,
-        tuple(r.crop for r in recipes),
+        tuple(recipe.crop for recipe in recipes),
         seed=0,
         batch_size=BATCH // world.world_size,
         workers=1,
     )
-    feed = ImageFeed(
-        loader, recipes, EpochPlan(np.arange(loader.num_images), BATCH, 0, world), world.device
-    )
+    plan = EpochPlan(np.arange(loader.num_images), BATCH, 0, world)
+    return ImageFeed(loader, recipes, plan, world.device)
+
+
+def build_method(num_images: int) -> Method:
+    """SimCLR on a small backbone."""
     network = BackboneConfig(name="resnet_small", width=4)
-    cls = method_class("simclr")
-    method = cls(
-        cls.Config(kind="simclr", projection_dim=8),
-        MethodInputs(
-            num_images=loader.num_images,
-            global_batch=BATCH,
-            seed=0,
-            feature_dim=16,
-            backbone=build_backbone(network),
-            backbone_config=network,
-        ),
+    inputs = MethodInputs(
+        num_images=num_images,
+        global_batch=BATCH,
+        seed=0,
+        feature_dim=16,
+        backbone=build_backbone(network),
+        backbone_config=network,
     )
+    method = method_class("simclr")
+    return method(method.Config(kind="simclr", projection_dim=8), inputs)
+
+
+def train_profiled(slow_part: str, beton: Path, out: Path) -> list[str]:
+    """Run a profiled training; returns its messages."""
+    messages: list[str] = []
+    profile.TRACED_STEPS = 2
+    slow_down(slow_part, current().rank)
+    feed = build_feed(beton)
+    epochs = -(-(STEPS + 3) // feed.steps_per_epoch)
+    checkpoint_s = 0.001 if slow_part == "save" else 1e9
     train(
         TrainJob(
-            method=method,
+            method=build_method(feed.loader.num_images),
             feed=feed,
             settings=TrainSettings(
-                OptimizerConfig(kind="sgd", lr=0.01),
-                ScheduleConfig(),
-                epochs=-(-(STEPS + 3) // feed.steps_per_epoch),
-                seed=0,
+                OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), epochs, seed=0
             ),
             run_dir=out,
             out=out,
-            setup=TrainingSetup(BATCH, world.world_size, stored="jpeg", resolution=40, size=16),
+            setup=TrainingSetup(BATCH, current().world_size, stored="jpeg", resolution=40, size=16),
             name="pretext",
-            runtime=RuntimeConfig(
-                keep_checkpoints=1,
-                checkpoint_s=0.001 if what == "save" else 1e9,
-                profile=STEPS,
-            ),
-            log=said.append,
+            runtime=RuntimeConfig(keep_checkpoints=1, checkpoint_s=checkpoint_s, profile=STEPS),
+            log=messages.append,
         )
     )
-    return said
+    return messages
 
 
 @pytest.fixture(scope="module")
-def beton(tmp_path_factory: pytest.TempPathFactory):
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images")
     return build(folder(path / "in", 48), path / "images.beton")
 
 
 @pytest.mark.parametrize(
-    ("what", "ranks"),
+    ("slow_part", "world_size"),
     [
         ("data_wait", 1),
         ("augmentation", 1),
@@ -137,26 +141,25 @@ def beton(tmp_path_factory: pytest.TempPathFactory):
         ("save", 1),
     ],
 )
-def test_what_was_made_slow_is_what_the_verdict_names(beton, tmp_path: Path, what, ranks) -> None:
-    said = run_ranks(profiled_training, ranks, what, beton, tmp_path)
-    facts = json.loads((tmp_path / "timing.json").read_text())
-    assert facts["waits_for"] == what, facts["verdict"]
-    assert any(facts["verdict"] in text and f"profile of {STEPS} steps" in text for text in said[0])
-    assert facts["verdict"].startswith("rank 1") == (what == "rank")
-    whole = sum(sum(facts["seconds_by_rank"][name]) for name in SECTIONS) / ranks
-    assert (
-        whole >= 0.9 * STEPS * NAP_S
-    )  # the sections hold the time there was; a loader ahead of its reader hides part of a nap
-    rows = [
-        r["timing"] for r in read_rows(tmp_path / "logs" / "pretext.metrics.jsonl") if "timing" in r
-    ]
-    assert rows and rows[0]["steps"] == STEPS and set(rows[0]["sections"]) <= set(SECTIONS)
-    for rank in range(ranks):
-        trace = json.loads(
-            gzip.decompress(
-                (tmp_path / "logs" / f"pretext.trace-rank{rank:05d}.json.gz").read_bytes()
-            )
-        )
-        assert {"forward", "backward", "optimizer"} <= {
-            event.get("name") for event in trace["traceEvents"]
-        }
+def test_the_slow_part_is_named_as_the_bottleneck(
+    beton: Path, tmp_path: Path, slow_part: str, world_size: int
+) -> None:
+    messages = run_ranks(train_profiled, world_size, slow_part, beton, tmp_path)[0]
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    text = timing["verdict"]
+    assert timing["waits_for"] == slow_part, text
+    assert text.startswith("rank 1") == (slow_part == "rank")
+    assert any(f"profile of {STEPS} steps: {text}" in message for message in messages)
+
+    # The sections contain the delays; a loader that is ahead hides a part of one.
+    total_s = sum(sum(timing["seconds_by_rank"][name]) for name in SECTIONS) / world_size
+    assert total_s >= 0.9 * STEPS * DELAY_S
+    rows = read_rows(tmp_path / "logs" / "pretext.metrics.jsonl")
+    first = next(row["timing"] for row in rows if "timing" in row)
+    assert first["steps"] == STEPS
+    assert set(first["sections"]) <= set(SECTIONS)
+
+    for rank in range(world_size):
+        path = tmp_path / "logs" / f"pretext.trace-rank{rank:05d}.json.gz"
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        assert {"forward", "backward", "optimizer"} <= {event.get("name") for event in events}

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a torn line breaks no reader, a step written again counts as written last, and a full disk costs rows and nothing else."""
+"""Logs and progress lines: incomplete lines are skipped, and a full disk costs rows only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,59 @@ import errno
 import io
 import os
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import pytest
 
-from dist_scan.monitoring import log as module
+from dist_scan.monitoring import log as log_module
 from dist_scan.monitoring.log import JsonLinesFile, StageLog, TensorBoardWriter, read_rows
 from dist_scan.monitoring.progress import Progress, format_duration, print_line
 
 
-def test_torn_lines_and_repeated_steps(tmp_path: Path) -> None:
+class Disk:
+    """Opens files whose writes raise ENOSPC once ``space`` bytes are written, as a full disk does.
+
+    The last write before the error may write a part of its data.
+    """
+
+    def __init__(self, space: int) -> None:
+        self.space = space
+
+    def open(self, path: Path, mode: str, buffering: int = -1) -> io.FileIO:
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data: Any) -> int:
+                if not disk.space:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                written = data[: disk.space]
+                disk.space -= len(written)
+                return super().write(written)
+
+        return File(path, mode.replace("b", ""))
+
+
+class FullStream(io.StringIO):
+    """A text stream on a full disk."""
+
+    def write(self, text: str) -> Never:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def losses_in_tensorboard(folder: Path) -> dict[int, float]:
+    """Loss by step, as TensorBoard reads it."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    losses = {}
+    for file in sorted(folder.iterdir()):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    losses[event.step] = value.tensor.float_val[0]
+    return losses
+
+
+def test_incomplete_lines_are_skipped_and_the_last_row_of_a_step_counts(tmp_path: Path) -> None:
     log = StageLog(tmp_path, "a")
     log.write_row(1, {"loss": 3.0})
     log.write_row(2, {"loss": 2.0})
@@ -29,116 +72,41 @@ def test_torn_lines_and_repeated_steps(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard" / "a").iterdir())
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_progress_says_its_last_line_once(live, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Out(io.StringIO):
-        def isatty(self):
-            return live
-
-    out, log = Out(), io.StringIO()
-    monkeypatch.setattr(Progress, "log_file", log)
-    with Progress("neighbours", 2, "shards", stream=out) as p:
-        p.advance(2)  # the first is printed at once, and is the last too
-    with Progress("long", 3, stream=out) as p:
-        p.advance()
-        p.advance()  # too soon to be printed
-    seen = "\n".join(
-        line.rpartition("\r\x1b[K")[2] for line in out.getvalue().split("\n")
-    )  # a live line is written over
-    for text in (seen, log.getvalue()):
-        assert text.count("neighbours: 2/2 shards (100 %)") == 1 == text.count(
-            "long: 2/3"
-        ) and text.endswith("\n"), text
-
-
-def test_progress_says_share_rate_and_time_left() -> None:
-    out = io.StringIO()
-    with Progress("embed", 100, "images", done=50, stream=out) as p:
-        p.started -= 10
-        p.advance(25, "note")
-        assert "75/100 images (75 %), 2.5/s, 10s left  note" in p.line()
-    assert [format_duration(s) for s in (42, 754, 7500, 200000)] == [
-        "42s",
-        "12m34s",
-        "2h05m",
-        "2d07h",
-    ]
-
-
-class Disk:
-    """Opens files that take so many bytes more; then they raise ENOSPC, as those of a full disk do: a part is written first."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-
-    def open(self, path, mode, buffering=-1):
-        disk = self
-
-        class File(io.FileIO):
-            def write(self, data):
-                if not disk.room:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                taken = data[: disk.room]
-                disk.room -= len(taken)
-                return super().write(taken)
-
-        return File(path, mode.replace("b", ""))
-
-
-def test_a_full_disk_costs_rows_and_is_said_once(
+def test_a_full_disk_costs_rows_and_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    disk, log = Disk(10**9), StageLog(tmp_path, "a")
-    monkeypatch.setattr(module, "open", disk.open, raising=False)
-    monkeypatch.setattr(module, "TENSORBOARD_RETRY_S", 0.0)
+    disk = Disk(space=10**9)
+    log = StageLog(tmp_path, "a")
+    monkeypatch.setattr(log_module, "open", disk.open, raising=False)
+    monkeypatch.setattr(log_module, "TENSORBOARD_RETRY_S", 0.0)
     log.write_row(1, {"loss": 3.0})
-    disk.room = 9  # half a row
+    disk.space = 9  # a part of a row
     for step in (2, 3, 4):
         log.write_row(step, {"loss": 2.0})
-    disk.room = 10**9
+    disk.space = 10**9
     log.write_row(5, {"loss": 1.0})
-    disk.room = len('{"step": 6, "loss": 0.5}\n') + 9  # the row, and a part of the event
+    disk.space = len('{"step": 6, "loss": 0.5}\n') + 9  # the row, and a part of the event
     log.write_row(6, {"loss": 0.5})
-    disk.room = 10**9
+    disk.space = 10**9
     log.write_row(7, {"loss": 0.25})
     log.close()
-    assert [r["step"] for r in read_rows(log.path)] == [1, 5, 6, 7], (
-        "the torn row took no other with it"
-    )
-    said = capfd.readouterr().err
-    assert (
-        said.count("metrics.jsonl: No space left on device; what cannot be written is lost")
-        == 1
-        == said.count("metrics.jsonl can be written again; 3 writes failed")
-    ), said
-    assert (
-        said.count("cannot write TensorBoard events")
-        == 1
-        == said.count("tensorboard/a can be written again")
-        and "Traceback" not in said
-    ), said
-    assert events(log.tensorboard_dir) == {1: 3.0, 5: 1.0, 7: 0.25}
+    assert [row["step"] for row in read_rows(log.path)] == [1, 5, 6, 7]
+    assert losses_in_tensorboard(log.tensorboard_dir) == {1: 3.0, 5: 1.0, 7: 0.25}
+    messages = capfd.readouterr().err
+    for text in (
+        "metrics.jsonl: No space left on device; what cannot be written is lost",
+        "metrics.jsonl can be written again; 3 writes failed",
+        "cannot write TensorBoard events",
+        "tensorboard/a can be written again",
+    ):
+        assert messages.count(text) == 1, messages
+    assert "Traceback" not in messages
 
 
-def events(folder) -> dict[int, float]:
-    """The losses by step, as TensorBoard reads them."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    found = {}
-    for file in sorted(folder.iterdir()):
-        for event in EventFileLoader(str(file)).Load():
-            found |= {
-                event.step: value.tensor.float_val[0]
-                for value in event.summary.value
-                if value.tag == "loss"
-            }
-    return found
-
-
-def test_a_log_that_can_never_be_made_ends_nothing(
+def test_a_log_that_can_never_be_created_does_not_end_the_work(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "logs").write_text("a file where the folder should be")
+    (tmp_path / "logs").write_text("a file instead of a folder")
     log = StageLog(tmp_path, "a")
     log.write_row(1, {"loss": 3.0})
     log.write_row(2, {"loss": 3.0})
@@ -147,19 +115,53 @@ def test_a_log_that_can_never_be_made_ends_nothing(
     assert capfd.readouterr().err.count("a.metrics.jsonl: File exists") == 1
 
 
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    board = TensorBoardWriter(tmp_path / "board")
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
     for step in (1, 2):
-        board.write_scalars(step, {"loss": step / 4, "acc": 1})
-    board.close()
-    assert events(tmp_path / "board") == {1: 0.25, 2: 0.5}
+        writer.write_scalars(step, {"loss": step / 4, "acc": 1})
+    writer.close()
+    assert losses_in_tensorboard(tmp_path) == {1: 0.25, 2: 0.5}
 
 
-def test_a_terminal_that_cannot_be_written_ends_nothing() -> None:
-    class Full(io.StringIO):
-        def write(self, text) -> Never:
-            raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_stream_that_cannot_be_written_does_not_end_the_work() -> None:
+    print_line("hello", FullStream())
+    with Progress("embed", 2, stream=FullStream()) as progress:
+        progress.advance(2)
 
-    print_line("hello", Full())
-    with Progress("embed", 2, stream=Full()) as p:
-        p.advance(2)
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_prints_its_last_line_once(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    stream = Stream()
+    log_file = io.StringIO()
+    monkeypatch.setattr(Progress, "log_file", log_file)
+    with Progress("neighbours", 2, "shards", stream=stream) as progress:
+        progress.advance(2)  # printed at once, and the last line too
+    with Progress("long", 3, stream=stream) as progress:
+        progress.advance()
+        progress.advance()  # too early to be printed
+    # On a terminal each update overwrites the line before it.
+    lines = [line.rpartition("\r\x1b[K")[2] for line in stream.getvalue().split("\n")]
+    for text in ("\n".join(lines), log_file.getvalue()):
+        assert text.count("neighbours: 2/2 shards (100 %)") == 1, text
+        assert text.count("long: 2/3") == 1, text
+        assert text.endswith("\n")
+
+
+def test_progress_shows_percentage_rate_and_time_left() -> None:
+    with Progress("embed", 100, "images", done=50, stream=io.StringIO()) as progress:
+        progress.started -= 10
+        progress.advance(25, "note")
+        assert "75/100 images (75 %), 2.5/s, 10s left  note" in progress.line()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(42, "42s"), (754, "12m34s"), (7500, "2h05m"), (200000, "2d07h")]
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

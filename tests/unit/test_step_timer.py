@@ -1,63 +1,75 @@
-"""The clock of sections: exclusive times that add up, on the host and on a device's events."""
+"""Sections of a step: exclusive times that add up, on the host and from events of a device."""
 
 from __future__ import annotations
 
 import time
-from typing import Never
+from collections.abc import Iterator
 
 import pytest
 
-from dist_scan.monitoring.step_timer import SECTIONS, StepTimer, section, time_data_wait, use_timer
+from dist_scan.monitoring.step_timer import (
+    SECTIONS,
+    StepTimer,
+    section,
+    time_data_wait,
+    use_timer,
+)
 
 
 @pytest.fixture
-def clock():
-    made = StepTimer()
-    use_timer(made)
-    yield made
+def timer() -> Iterator[StepTimer]:
+    timer = StepTimer()
+    use_timer(timer)
+    yield timer
     use_timer(None)
 
 
-def test_inner_sections_are_taken_from_outer_ones_and_all_add_up(clock) -> None:
+def test_a_section_excludes_its_inner_ones_and_all_add_up(timer: StepTimer) -> None:
     began = time.perf_counter()
-    clock.reset()
+    timer.reset()
     with section("forward"):
         time.sleep(0.03)
         with section("all_reduce"):
             time.sleep(0.06)
     time.sleep(0.02)
-    found = clock.read()
-    whole = time.perf_counter() - began
-    assert found["forward"] >= 0.03 and found["all_reduce"] >= 0.06 and found["other"] >= 0.02
-    assert sum(found.values()) == pytest.approx(whole, abs=0.01) and set(found) == set(SECTIONS)
-    assert sum(clock.read().values()) < 0.01  # a second reading starts at zero
+    seconds = timer.read()
+    elapsed_s = time.perf_counter() - began
+    assert seconds["forward"] >= 0.03
+    assert seconds["all_reduce"] >= 0.06
+    assert seconds["other"] >= 0.02
+    assert set(seconds) == set(SECTIONS)
+    assert sum(seconds.values()) == pytest.approx(elapsed_s, abs=0.01)
+    assert sum(timer.read().values()) < 0.01  # a second reading starts at zero
 
 
-def test_what_ranks_say_while_saving_is_part_of_the_save(clock) -> None:
+def test_communication_during_a_save_counts_as_the_save(timer: StepTimer) -> None:
     with section("save"), section("all_reduce"):
         time.sleep(0.02)
-    found = clock.read()
-    assert found["save"] >= 0.02 and found["all_reduce"] == 0
+    seconds = timer.read()
+    assert seconds["save"] >= 0.02
+    assert seconds["all_reduce"] == 0
 
 
-def test_after_the_last_gradient_backward_only_waits(clock) -> None:
+def test_backward_after_the_last_gradient_counts_as_all_reduce(timer: StepTimer) -> None:
     with section("backward"):
         time.sleep(0.02)
-        clock.gradient_ready()
+        timer.gradient_ready()
         time.sleep(0.05)
-        clock.split_at_last_gradient("all_reduce")
-    found = clock.read()
-    assert 0.02 <= found["backward"] < found["all_reduce"] and found["all_reduce"] >= 0.05
+        timer.split_at_last_gradient("all_reduce")
+    seconds = timer.read()
+    assert 0.02 <= seconds["backward"] < seconds["all_reduce"]
+    assert seconds["all_reduce"] >= 0.05
 
 
-def test_an_error_leaves_the_clock_where_it_was(clock) -> Never:
+def test_an_exception_ends_all_sections(timer: StepTimer) -> None:
     with pytest.raises(KeyError), section("forward"), section("all_reduce"):
         raise KeyError
-    assert clock.stack == ["other"] and not clock.spans
+    assert timer.stack == ["other"]
+    assert not timer.spans
 
 
-def test_waiting_for_items_is_data_wait_less_what_is_named_inside(clock) -> None:
-    def items():
+def test_waiting_for_items_is_data_wait_without_the_sections_inside(timer: StepTimer) -> None:
+    def items() -> Iterator[int]:
         for i in range(3):
             time.sleep(0.01)
             with section("augmentation"):
@@ -65,11 +77,13 @@ def test_waiting_for_items_is_data_wait_less_what_is_named_inside(clock) -> None
             yield i
 
     assert list(time_data_wait(items())) == [0, 1, 2]
-    found = clock.read()
-    assert found["data_wait"] >= 0.03 and found["augmentation"] >= 0.06 and found["other"] < 0.01
+    seconds = timer.read()
+    assert seconds["data_wait"] >= 0.03
+    assert seconds["augmentation"] >= 0.06
+    assert seconds["other"] < 0.01
 
 
-def test_without_a_clock_nothing_is_counted() -> None:
+def test_sections_work_without_a_timer() -> None:
     use_timer(None)
     with section("forward"):
         pass
@@ -77,54 +91,55 @@ def test_without_a_clock_nothing_is_counted() -> None:
 
 
 class Device:
-    """A device's stream by hand: events pass when `now` has reached them."""
+    """A simulated device: an event recorded at ``launched`` has happened at ``executed``."""
 
     def __init__(self) -> None:
-        self.issued, self.passed = 0.0, 0.0
+        self.launched = 0.0
+        self.executed = 0.0
 
-    def mark(self):
-        return Event(self, self.issued)
+    def record_event(self) -> Event:
+        return Event(self, self.launched)
 
 
 class Event:
-    def __init__(self, device, at) -> None:
-        self.device, self.at = device, at
+    """An event in the stream of a `Device`, with the methods of torch.cuda.Event."""
 
-    def query(self):
-        return self.device.passed >= self.at
+    def __init__(self, device: Device, time: float) -> None:
+        self.device = device
+        self.time = time
+
+    def query(self) -> bool:
+        return self.device.executed >= self.time
 
     def synchronize(self) -> None:
-        self.device.passed = max(self.device.passed, self.at)
+        self.device.executed = max(self.device.executed, self.time)
 
-    def elapsed_time(self, other):
-        assert self.query() and other.query(), "an event was read before the device reached it"
-        return 1000 * (other.at - self.at)
+    def elapsed_time(self, end: Event) -> float:
+        assert self.query() and end.query(), "an event was read before the device reached it"
+        return 1000 * (end.time - self.time)
 
 
-def test_on_a_device_a_section_is_the_time_between_events_and_nothing_is_waited_for() -> None:
+def test_sections_on_a_device_are_times_between_events_without_synchronisation() -> None:
     device = Device()
-    clock = StepTimer(device.mark)
-    use_timer(clock)
+    timer = StepTimer(device.record_event)
+    use_timer(timer)
     try:
         with section("forward"):
-            device.issued = 3.0
+            device.launched = 3.0
         with section("backward"):
-            device.issued = 7.0
-            clock.gradient_ready()
-            device.issued = 8.0
-            clock.split_at_last_gradient("all_reduce")
-        device.passed = 3.0
-        clock.collect_events()
-        assert (
-            clock.seconds["forward"] == 3.0
-            and clock.seconds["backward"] == 0.0
-            and device.passed == 3.0
-        )
-        found = clock.read()
-        assert (found["forward"], found["backward"], found["all_reduce"]) == (
-            3.0,
-            4.0,
-            1.0,
-        ) and sum(found.values()) == 8.0
+            device.launched = 7.0
+            timer.gradient_ready()
+            device.launched = 8.0
+            timer.split_at_last_gradient("all_reduce")
+        device.executed = 3.0
+        timer.collect_events()
+        assert timer.seconds["forward"] == 3.0
+        assert timer.seconds["backward"] == 0.0
+        assert device.executed == 3.0
+        seconds = timer.read()
+        assert seconds["forward"] == 3.0
+        assert seconds["backward"] == 4.0
+        assert seconds["all_reduce"] == 1.0
+        assert sum(seconds.values()) == 8.0
     finally:
         use_timer(None)
