@@ -126,7 +126,7 @@ def _head_partition(
         context.run.runtime.heads,
     )
     if world_size > 1:
-        context.log(f"{context.name}: the {partition} are split over {world_size} ranks ({reason})")
+        context.log(f"{context.name}: {partition} split over {world_size} ranks ({reason})")
     return partition
 
 

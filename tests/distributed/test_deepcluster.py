@@ -370,7 +370,7 @@ def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(
 
     embeds, real = [], deepcluster.kmeans
     monkeypatch.setattr(
-        deepcluster, "kmeans", lambda *a, **k: real(*a, **{**k, "stop": lambda: len(embeds) == 2})
+        deepcluster, "kmeans", lambda *a, **k: real(*a, **{**k, "stop_requested": lambda: len(embeds) == 2})
     )
     with pytest.raises(StopRequested):
         trainer("kmeans", tmp_path, StopAt(), embeds).run()

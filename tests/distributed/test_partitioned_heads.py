@@ -353,5 +353,5 @@ def test_the_stage_publishes_whole_heads_whoever_held_them(tmp_path: Path) -> No
     for setting, (said, dealt) in run_ranks(
         pipeline, 2, tmp_path / "small.yaml", {s: tmp_path / s for s in ("heads", "clusters")}
     )[0].items():
-        assert f"heads: 2 ranks share the {setting} (set by runtime.heads)" in said
+        assert f"heads: {setting} split over 2 ranks (set by runtime.heads)" in said
         close(dealt, alone, 1e-6)
