@@ -1,102 +1,67 @@
-"""Exact nearest neighbours of every row: features in a .npy or a feature table -> ids and scores, by one process or many."""
+"""Exact nearest neighbours of every row of a .npy or a feature table, on one or more processes."""
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-from dist_scan.world.spawn import run_on_ranks
+from dist_scan.commands import _arguments, _search
+from dist_scan.search.options import Metric, NeighbourOptions, check_num_neighbours
+
+if TYPE_CHECKING:
+    from dist_scan.data.feature_table import FeatureTable
+    from dist_scan.engine.stop import StopFlag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to search in, how, and with how many processes."""
-    parser.add_argument(
-        "features", help="a .npy of [N, D] (kept in float16), or the folder of a feature table"
+    """Where to search, and how."""
+    _search.add_features(
+        parser,
+        "a folder: ids-*.npy [n, K] int64 and scores-*.npy [n, K] float64, a pair for each shard",
     )
     parser.add_argument(
-        "out",
-        help="a folder: ids-*.npy [n, K] int64 and scores-*.npy [n, K] float64, a pair for each shard of rows",
-    )
-    parser.add_argument(
-        "--k",
-        type=int,
-        default=20,
-        help="neighbours a row, the row itself not among them (default 20)",
+        "--k", type=int, default=20, help="neighbours of a row, without itself (default 20)"
     )
     parser.add_argument(
         "--metric",
         default="cosine",
-        choices=["cosine", "inner_product", "l2"],
-        help="l2 scores are minus the squared distance (default cosine)",
-    )
-    parser.add_argument(
-        "--view", type=int, default=0, help="which view of a table of several (default 0)"
+        choices=get_args(Metric),
+        help="scores of l2 are negative squared distances (default cosine)",
     )
     parser.add_argument(
         "--shards",
         type=int,
         default=16,
-        help="of a .npy: units of work that survive a kill (default 16)",
+        help="of a .npy; an interrupted search continues from the last complete one (default 16)",
     )
     parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="on this machine; on GPUs one per GPU. Under srun every task is one (default 1)",
-    )
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="also write all rows into OUT/ids.npy and OUT/scores.npy",
+        "--merge", action="store_true", help="also write all rows to OUT/ids.npy and OUT/scores.npy"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Search; the same command goes on after a stop or a kill."""
-    from dist_scan.data.feature_table import FeatureTable
-
-    rows, views = FeatureTable.num_rows_and_views(args.features)
-    if not 1 <= args.k < rows or not 0 <= args.view < views or args.shards < 1:
-        raise ValueError(
-            f"--k {args.k} --view {args.view} --shards {args.shards}: '{args.features}' has {rows} rows and {views} views; "
-            f"allowed: --k 1 to {rows - 1}, --view 0 to {views - 1}, --shards 1 or more"
-        )
-    return run_on_ranks(partial(_rank, args), args.processes)
+    """Search; the same command resumes an interrupted search."""
+    _arguments.check_at_least(args, shards=1)
+    check_num_neighbours(args.k, _search.check_features(args))
+    return _search.search_on_ranks(args, partial(_search_neighbours, args), args.shards)
 
 
-def _rank(args: argparse.Namespace) -> int:
-    from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.engine.stop import StopFlag
-    from dist_scan.monitoring.progress import StopRequested
+def _search_neighbours(args: argparse.Namespace, table: FeatureTable, stop: StopFlag) -> str:
     from dist_scan.search.neighbours import mine_neighbours
-    from dist_scan.search.options import NeighbourOptions
     from dist_scan.search.summary import describe_neighbours
-    from dist_scan.world.collectives import barrier
-    from dist_scan.world.world import close_world, open_world
+    from dist_scan.world.world import current
 
-    stop, out = StopFlag(), Path(args.out)
-    stop.install()
-    world = open_world(args.device)
-    try:
-        features = FeatureTable.open_or_convert(args.features, out / "features", args.shards)
-        found = mine_neighbours(
-            features,
-            out,
-            args.k,
-            NeighbourOptions(metric=args.metric, view=args.view),
-            stop_requested=lambda: stop.requested,
-            show_progress=world.rank == 0,
-        )
-    except StopRequested:
-        if world.rank == 0:
-            print("stopped; finished shards are kept, the same command goes on")
-        return 128 + (stop.signal or 15)
-    if world.rank == 0:
-        if args.merge:
-            found.merge()
-        print(f"{out}: {describe_neighbours(found)}")
-    barrier()
-    close_world()
-    return 0
+    neighbours = mine_neighbours(
+        table,
+        args.out,
+        args.k,
+        NeighbourOptions(metric=args.metric, view=args.view),
+        stop_requested=lambda: stop.requested,
+        show_progress=current().rank == 0,
+    )
+    if current().rank != 0:
+        return ""
+    if args.merge:
+        neighbours.merge()
+    return describe_neighbours(neighbours)

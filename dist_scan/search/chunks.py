@@ -72,7 +72,7 @@ class _ChunkPipeline:
         ]
 
     def _segments(self, i: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(reader, first row, part of the buffer) of chunk i, consecutive shards of a reader joined."""
+        """(reader, first row, part of the buffer) of chunk i; adjacent shards are joined."""
         if i >= len(self.spans):
             return
         chunk_start, chunk_stop = self.spans[i]

@@ -75,7 +75,7 @@ class ExactRows:
             out[first - start : stop - start] = self._prepare(rows)
 
     def read_spans(self, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [n] int64, rows [n, D] float32) of spans (start, stop); this rank must have them."""
+        """(ids [n] int64, rows [n, D] float32) of spans (start, stop) that this rank can read."""
         ids = np.concatenate([np.zeros(0, np.int64), *(np.arange(*span) for span in spans)])
         rows = np.empty((len(ids), self.table.dim), np.float32)
         done = 0
@@ -188,8 +188,8 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 class LocalRows:
     """The rows that this rank works on, in memory, with statistics of all ranks' rows. Collective.
 
-    values [n, D] float32 (numbers of float16); ids [n], ascending; squared_norms [n] float64. Of all
-    ranks: num_rows, max_norm, and sum_of_squares, the sum of the squared norms.
+    values [n, D] float32 (numbers of float16); ids [n], ascending; squared_norms [n] float64.
+    Of all ranks: num_rows, max_norm, and sum_of_squares, the sum of the squared norms.
     """
 
     def __init__(self, rows: ExactRows) -> None:

@@ -1,7 +1,8 @@
-"""Brute-force search and nearest centroids, on the CPU or a GPU. The only module that imports faiss.
+"""Brute-force search and nearest centroids, on the CPU or a GPU. Only this module imports faiss.
 
 Both compute float32 products first. Neighbour search scores faiss's candidates again in float64
-(neighbours.py); NearestCentroid decides in float64 between centroids that float32 cannot tell apart.
+(neighbours.py); NearestCentroid decides in float64 between centroids that float32 does not
+distinguish.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import faiss
 import numpy as np
 import torch
 
-from dist_scan.search.kernel_types import MAX_NEAR, NearCentroids
+from dist_scan.search.kernel_types import MAX_NEAR, Centroids, NearCentroids
 from dist_scan.search.kernels import LARGEST_FLOAT_BITS, choose_nearest, collect_near
 from dist_scan.world.world import current
 
@@ -97,26 +98,13 @@ class FlatIndex:
             return self.gpu_index.search(queries, k)
 
 
-class _Centroids(NamedTuple):
-    """Centroids and what their comparison needs; see NearestCentroid for half_norms and margin."""
-
-    values: np.ndarray
-    """[k, D] float32."""
-    on_device: torch.Tensor
-    squared_norms: np.ndarray
-    """[k] float64."""
-    half_norms: np.ndarray
-    """[k] float32."""
-    margin: np.float32
-
-
 class NearestCentroid:
     """The nearest of k centroids to each row [n, D] float32 on float16's grid, exactly.
 
     Of equally near centroids the one with the lowest number is taken.
 
-    The cost of centroid c_j for row x is h_j - x.c_j with h_j = |c_j|^2 / 2 + o. It orders centroids
-    like |x - c_j|^2 = 2 (h_j - x.c_j) - 2 o + |x|^2. The offset o = 1.01 R + 1e-6 with
+    The cost of centroid c_j for row x is h_j - x.c_j with h_j = |c_j|^2 / 2 + o. It orders
+    centroids like |x - c_j|^2 = 2 (h_j - x.c_j) - 2 o + |x|^2. The offset o = 1.01 R + 1e-6 with
     R = max|x| max|c_j| makes every cost positive, so that costs compare like the integers that have
     the same bits.
 
@@ -124,9 +112,10 @@ class NearestCentroid:
     order of summation, rounds h_j with one of u H (H = max h_j) and their difference with one of
     u (H + R): together less than u ((D + 1) R + 2 H). `margin` is 2 u ((D + 8) R + 4 H). Two costs
     whose float32 values differ by more than `margin` are therefore ordered correctly, with room for
-    the rounding of (least + margin) itself. Centroids within `margin` of the least cost are compared
-    by |c_j|^2 - 2 x.c_j in float64. That is exact: centroids are multiples of 2^-22 and rows of
-    2^-24, both with norms of about 4 or less, so all partial sums are multiples of 2^-46 below 2^6.
+    the rounding of (least + margin) itself. Centroids within `margin` of the least cost are
+    compared by |c_j|^2 - 2 x.c_j in float64. That is exact: centroids are multiples of 2^-22 and
+    rows of 2^-24, both with norms of about 4 or less, so all partial sums are multiples of 2^-46
+    below 2^6.
     """
 
     def __init__(self, rows: np.ndarray, max_norm: float) -> None:
@@ -139,28 +128,30 @@ class NearestCentroid:
     def assign(self, centroids: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
         """Number of the nearest centroid of each row, [n] int32. centroids [k, D] float32."""
         prepared = self._prepare(centroids)
+        on_device = torch.from_numpy(centroids).to(self.device)
         assign_block, block_rows = self._assign_on_cpu, BLOCK_ROWS
         if self.device.type != "cpu":
             assign_block = self._assign_on_device
             block_rows = max(BLOCK_ROWS, GPU_BLOCK_VALUES // len(centroids))
         out = np.empty(len(self.rows), np.int32)
         blocks = [slice(b, b + block_rows) for b in range(0, len(out), block_rows)]
-        list(pool.map(lambda block: assign_block(block, prepared, out[block]), blocks))
+        list(pool.map(lambda block: assign_block(block, prepared, on_device, out[block]), blocks))
         return out
 
-    def _prepare(self, centroids: np.ndarray) -> _Centroids:
+    def _prepare(self, centroids: np.ndarray) -> Centroids:
+        """The centroids with their half norms h_j and the margin."""
         squared_norms = (centroids.astype(np.float64) ** 2).sum(1)
         largest_product = self.max_norm * float(np.sqrt(squared_norms.max()))
         half_norms = (squared_norms / 2 + 1.01 * largest_product + 1e-6).astype(np.float32)
         dim = self.rows.shape[1]
-        margin = np.float32(2.0**-23 * ((dim + 8) * largest_product + 4 * float(half_norms.max())))
-        on_device = torch.from_numpy(centroids).to(self.device)
-        return _Centroids(centroids, on_device, squared_norms, half_norms, margin)
+        margin = 2.0**-23 * ((dim + 8) * largest_product + 4 * float(half_norms.max()))
+        return Centroids(centroids, squared_norms, half_norms, np.float32(margin))
 
-    def _assign_on_cpu(self, block: slice, centroids: _Centroids, out: np.ndarray) -> None:
-        """One block of rows against all centroids, a block of centroids at a time."""
-        rows = self.on_device[block]
-        n, k = len(out), len(centroids.values)
+    def _assign_on_cpu(
+        self, block: slice, centroids: Centroids, on_device: torch.Tensor, out: np.ndarray
+    ) -> None:
+        """Assign a block of rows, comparing it with a block of centroids at a time."""
+        n, k = len(out), len(on_device)
         buffer = torch.empty(n * min(BLOCK_CENTROIDS, k))
         near = NearCentroids(
             least=np.full(n, LARGEST_FLOAT_BITS),
@@ -169,19 +160,23 @@ class NearestCentroid:
             counts=np.zeros(n, np.int32),
         )
         for first in range(0, k, BLOCK_CENTROIDS):
-            part = centroids.on_device[first : first + BLOCK_CENTROIDS]
-            products = torch.mm(rows, part.T, out=buffer[: n * len(part)].view(n, len(part)))
-            half_norms = centroids.half_norms[first : first + BLOCK_CENTROIDS]
-            collect_near(products.numpy(), half_norms, first, centroids.margin, near)
-        _choose(self.rows[block], centroids, near, out)
+            part = on_device[first : first + BLOCK_CENTROIDS]
+            products = buffer[: n * len(part)].view(n, len(part))
+            torch.mm(self.on_device[block], part.T, out=products)
+            collect_near(products.numpy(), centroids, first, near)
+        choose_nearest(self.rows[block], centroids, near, out)
 
-    def _assign_on_device(self, block: slice, centroids: _Centroids, out: np.ndarray) -> None:
-        """The same with torch; rows with several near centroids are compared with all on the CPU."""
+    def _assign_on_device(
+        self, block: slice, centroids: Centroids, on_device: torch.Tensor, out: np.ndarray
+    ) -> None:
+        """Assign a block of rows on a GPU; those with several near centroids on the CPU."""
         half_norms = torch.from_numpy(centroids.half_norms).to(self.device)
-        costs = torch.addmm(half_norms, self.on_device[block], centroids.on_device.T, alpha=-1)
+        costs = torch.addmm(half_norms, self.on_device[block], on_device.T, alpha=-1)
         least, nearest = costs.min(1)
         num_near = (costs <= (least + float(centroids.margin))[:, None]).sum(1)
         out[:] = nearest.cpu().numpy()
+
+        # Compare ambiguous rows with all centroids, as if there were too many candidates.
         ambiguous = np.flatnonzero(num_near.cpu().numpy() > 1)
         n = len(ambiguous)
         unused = np.empty((n, MAX_NEAR), np.int32)
@@ -192,10 +187,5 @@ class NearestCentroid:
             counts=np.full(n, MAX_NEAR + 1, np.int32),
         )
         exact = np.empty(n, np.int32)
-        _choose(self.rows[block][ambiguous], centroids, near, exact)
+        choose_nearest(self.rows[block][ambiguous], centroids, near, exact)
         out[ambiguous] = exact
-
-
-def _choose(rows: np.ndarray, centroids: _Centroids, near: NearCentroids, out: np.ndarray) -> None:
-    """Decide between the candidates in float64."""
-    choose_nearest(rows, centroids.values, centroids.squared_norms, centroids.margin, near, out)

@@ -1,4 +1,7 @@
-"""Groups of arrays that the compiled kernels take. Without numba, which takes a second to import."""
+"""Groups of arrays that the compiled kernels take.
+
+They are not in kernels.py because that imports numba, which takes a second.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,20 @@ class DatabaseRows(NamedTuple):
     start: int
 
 
+class Centroids(NamedTuple):
+    """Centroids to compare rows with; `index.NearestCentroid` explains half_norms and margin.
+
+    values [k, D] float32, squared_norms [k] float64, half_norms [k] float32.
+    """
+
+    values: np.ndarray
+    squared_norms: np.ndarray
+    half_norms: np.ndarray
+    margin: np.float32
+
+
 class NearCentroids(NamedTuple):
-    """Candidates for the nearest centroid of n rows; costs as in `index.NearestCentroid`.
+    """Candidates for the nearest centroid of n rows.
 
     least [n] int32: bits of the least float32 cost so far. ids and costs [n, MAX_NEAR] int32:
     centroids that were within the margin of it, and the bits of their costs. counts [n] int32: how

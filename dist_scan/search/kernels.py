@@ -12,6 +12,7 @@ import numpy as np
 from dist_scan.compiled import compiled
 from dist_scan.search.kernel_types import (
     MAX_NEAR,
+    Centroids,
     DatabaseRows,
     NearCentroids,
     QueryBlock,
@@ -110,17 +111,14 @@ def add_margin(lowest: np.int32, margin: np.float32) -> np.int32:
 
 @compiled()
 def collect_near(
-    products: np.ndarray,
-    half_norms: np.ndarray,
-    first: int,
-    margin: np.float32,
-    near: NearCentroids,
+    products: np.ndarray, centroids: Centroids, first: int, near: NearCentroids
 ) -> None:
-    """Add the centroids first, first + 1, ... whose cost is within `margin` of the row's least.
+    """Add the centroids first, first + 1, ... whose cost is within the margin of the row's least.
 
-    The cost of centroid j for row i is half_norms[j] - products[i, j]; products [n, m].
+    The cost of centroid j for row i is half_norms[j] - products[i, j - first]; products [n, m].
     """
     group_least = np.empty((products.shape[1] + COST_GROUP - 1) // COST_GROUP, np.int32)
+    half_norms = centroids.half_norms[first : first + products.shape[1]]
     for i in range(len(products)):
         row = products[i]
         # The least cost, by groups.
@@ -135,7 +133,7 @@ def collect_near(
             low = min(low, lowest)
         near.least[i] = low
         # Centroids near it, only in groups that have one.
-        most = add_margin(low, margin)
+        most = add_margin(low, centroids.margin)
         for g in range(len(group_least)):
             if group_least[g] <= most:
                 for j in range(g * COST_GROUP, min((g + 1) * COST_GROUP, len(row))):
@@ -163,28 +161,25 @@ def append_near(near: NearCentroids, i: int, centroid: int, cost: np.int32, most
 
 @compiled()
 def choose_nearest(
-    rows: np.ndarray,
-    centroids: np.ndarray,
-    squared_norms: np.ndarray,
-    margin: np.float32,
-    near: NearCentroids,
-    out: np.ndarray,
+    rows: np.ndarray, centroids: Centroids, near: NearCentroids, out: np.ndarray
 ) -> None:
     """Write the nearest centroid of each row to out [n]; of equally near ones the first.
 
-    squared_norms [k] float64 are the centroids'. Rows with one candidate need no float64.
+    Rows with a single candidate need no float64.
     """
     for i in range(len(rows)):
-        most, has_too_many = add_margin(near.least[i], margin), near.counts[i] > MAX_NEAR
+        most = add_margin(near.least[i], centroids.margin)
+        has_too_many = near.counts[i] > MAX_NEAR
         count, nearest, least = 0, -1, np.inf
         if not has_too_many:
             for c in range(near.counts[i]):
                 if near.costs[i, c] <= most:
                     count, nearest = count + 1, near.ids[i, c]
         if has_too_many or count > 1:
-            for c in range(len(centroids) if has_too_many else near.counts[i]):
+            for c in range(len(centroids.values) if has_too_many else near.counts[i]):
                 centroid = c if has_too_many else near.ids[i, c]
-                distance = squared_norms[centroid] - 2 * dot(rows[i], centroids[centroid])
+                product = dot(rows[i], centroids.values[centroid])
+                distance = centroids.squared_norms[centroid] - 2 * product
                 if distance < least or (distance == least and centroid < nearest):
                     least, nearest = distance, centroid
         out[i] = nearest

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dist_scan.data.assignments import Assignments
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.monitoring.progress import Progress, StopRequested
 from dist_scan.search.exact_rows import LocalRows, prepare_rows
@@ -30,6 +31,7 @@ from dist_scan.search.kmeans_init import initial_centroids
 from dist_scan.search.options import KMEANS_DEFAULTS, KMeansOptions, check_num_clusters
 from dist_scan.search.shard_readers import content_digest
 from dist_scan.search.stopping import never_stop, raise_if_stopped
+from dist_scan.storage.arrays import write_npy
 from dist_scan.world.collectives import all_sum, gather_rows
 
 CENTROID_GRID = 2.0**22  # values below 4 then have at most 24 bits, which float32 holds
@@ -51,6 +53,11 @@ class KMeansResult:
     """[k] rows per cluster."""
     num_splits: int
     """How often an empty cluster was refilled by splitting another, over all iterations."""
+
+    def save(self, folder: Path) -> None:
+        """Write assignments.npz and centroids.npy."""
+        Assignments(self.assignment, len(self.sizes)).save(folder)
+        write_npy(folder / "centroids.npy", self.centroids)
 
 
 def kmeans(
@@ -240,7 +247,7 @@ class LloydRun:
         return int(num_moved[0])
 
     def _parts(self, message: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Views of a message: changes of sums [k, D], changes of counts [k], rows that moved [1]."""
+        """Views of a message: changes of sums [k, D] and of counts [k], rows that moved [1]."""
         size = self.k * self.dim
         changes, count_changes, num_moved = np.split(message, [size, size + self.k])
         return changes.reshape(self.k, self.dim), count_changes, num_moved

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_scan.storage.atomic import write_atomic
+from dist_scan.storage.arrays import write_npz
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import current
 
@@ -113,7 +113,7 @@ class KMeansCheckpoint:
         assignment: np.ndarray,
         spared: int,
     ) -> None:
-        """Record a complete restart. The one with the lowest objective is kept, of equals the first."""
+        """Record a complete restart. The lowest objective is kept, the first of equal ones."""
         if self.best is None or result["objective"] < self.best["objective"]:
             self.best = dict(result)
             self.best_centroids = centroids
@@ -138,6 +138,6 @@ class KMeansCheckpoint:
         arrays["facts"] = np.frombuffer(json.dumps(saved).encode(), np.uint8)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path, lambda file: np.savez(file, **arrays))
+            write_npz(self.path, arrays)
         except OSError as error:
             print(f"{self.path}: the state of k-means cannot be written ({error})", flush=True)

@@ -118,9 +118,9 @@ class SeedingSample:
         return self._gather(is_local, np.searchsorted(running, targets[is_local], side="right"))
 
     def add_best(self, candidates: np.ndarray) -> int:
-        """Add the candidate [t, D] that leaves the smallest sum of distances; its number. Collective.
+        """Add the candidate [t, D] that leaves the smallest sum of distances. Collective.
 
-        Of equal sums the first is taken.
+        Returns its number; of equal sums the first is taken.
         """
         from dist_scan.search.kernels import distances_after
 

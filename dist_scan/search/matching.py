@@ -1,4 +1,4 @@
-"""Linear assignment: targets to outputs inside blocks (MMDC), new cluster numbers to old ones."""
+"""Hungarian matching of targets with outputs (MMDC), and of clusters with those of another run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from dist_scan.search.agreement import contingency_table
 def match_blocks(
     outputs: np.ndarray, targets: np.ndarray, block: int, rows: range | None = None
 ) -> np.ndarray:
-    """order [n] such that targets[order] are as near to outputs [n, d] as a permutation inside each block of `block` rows can bring them.
+    """A permutation [n] that brings targets[order] as near to outputs [n, d] as possible.
 
-    The cost is the Euclidean distance, not its square: on the sphere the two have different best permutations (FIDELITY.md 2.2). Blocks
-    are contiguous, the last may be smaller. `rows`: only blocks that hold one of these are solved, the others stay as they are. Equal
-    targets keep the order of their rows, so the answer does not hang on which of them the solver took.
+    Rows are permuted inside contiguous blocks of `block` rows only; the last may be smaller. The
+    cost is the Euclidean distance and not its square, which has other best permutations on the
+    sphere (docs/fidelity.md). With `rows`, only blocks with one of these rows are solved and the
+    others stay as they are. Equal targets keep the order of their rows, so that the result does not
+    depend on which of them the solver picks.
     """
     order = np.arange(len(outputs))
     for start in range(0, len(outputs), block):
         if rows is not None and (start + block <= rows.start or start >= rows.stop):
             continue
-        own = slice(start, min(start + block, len(outputs)))
-        taken = linear_sum_assignment(cdist(outputs[own], targets[own]))[1]
-        order[own] = start + _equal_in_order(targets[own], taken)
+        inside = slice(start, min(start + block, len(outputs)))
+        matched = linear_sum_assignment(cdist(outputs[inside], targets[inside]))[1]
+        order[inside] = start + _order_equal_targets(targets[inside], matched)
     return order
 
 
-def _equal_in_order(targets: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """The same targets for the same rows; among equal targets the first row gets the first."""
+def _order_equal_targets(targets: np.ndarray, matched: np.ndarray) -> np.ndarray:
+    """The same targets for the same rows; of equal targets the first row gets the first."""
     group = np.unique(targets, axis=0, return_inverse=True)[1].reshape(-1)
-    by_group, wanted = np.argsort(group, kind="stable"), np.argsort(group[taken], kind="stable")
-    out = np.empty_like(taken)
-    out[wanted] = by_group
-    return out
+    by_group = np.argsort(group, kind="stable")
+    rows_by_group = np.argsort(group[matched], kind="stable")
+    ordered = np.empty_like(matched)
+    ordered[rows_by_group] = by_group
+    return ordered
 
 
 def match_clusters(reference: np.ndarray, other: np.ndarray, num_clusters: int) -> np.ndarray:

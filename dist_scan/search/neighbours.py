@@ -9,7 +9,7 @@ their readers broadcast (chunks.py). For each chunk
 
 1. faiss proposes K + 16 candidates per query from float32 scores;
 2. candidates that may enter the top K are scored again in float64, which is exact (exact_rows.py);
-3. queries for which the float32 scores leave a doubt (`_error_bound`) are compared with every row of
+3. queries for which float32 scores leave a doubt (`_error_bound`) are compared with every row of
    the chunk in float64.
 
 Memory per rank in bytes:

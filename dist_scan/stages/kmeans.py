@@ -8,13 +8,11 @@ from typing import Literal
 from pydantic import Field
 
 from dist_scan.config.stage import Ref, StageConfig
-from dist_scan.data.assignments import Assignments
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.options import KMeansOptions
 from dist_scan.search.whiten import fit_whitening, write_whitened_table
 from dist_scan.stages.base import Stage
-from dist_scan.storage.arrays import write_npy
 from dist_scan.storage.artifacts import WORK
 from dist_scan.world.collectives import barrier
 
@@ -96,6 +94,5 @@ class KMeansStage(Stage[KMeansConfig]):
             checkpoint_path=work / "kmeans.npz",
         )
         if is_rank_0:
-            Assignments(result.assignment, config.num_clusters).save(context.out)
-            write_npy(context.out / "centroids.npy", result.centroids)
+            result.save(context.out)
         barrier()
