@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_scan.compare.config import ComparisonConfig, split_target
 from dist_scan.compare.runs import Runs, is_finished
-from dist_scan.report.comparison import Comparison, Row, markdown, write_page
+from dist_scan.report.comparison import Comparison, Row, markdown, write_comparison
 from dist_scan.storage.atomic import write_json, write_text
 
 
@@ -42,5 +42,5 @@ def write_results(comparison: ComparisonConfig, runs: Runs, out: Path) -> str:
         },
     )
     write_text(out / "compare.md", text)
-    write_page(table, out / "compare.html")
+    write_comparison(table, out / "compare.html")
     return text

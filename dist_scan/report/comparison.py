@@ -1,4 +1,4 @@
-"""Several results over several seeds, side by side: a table for a document, and one page."""
+"""Comparison of several results over several seeds: a Markdown table and an HTML page."""
 
 from __future__ import annotations
 
@@ -8,139 +8,116 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from dist_scan.report import figures
-from dist_scan.storage.atomic import write_text
+from dist_scan.report.page import pad_columns, write_page
 
-SCORES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "seconds": "seconds"}
+COLUMNS = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a name, and its scores (acc, nmi, ari, seconds; None without labels) by seed. A seed that is not done is not there."""
+    """A result and its scores by seed (acc, nmi, ari, seconds; None without labels).
+
+    Seeds that have not finished are missing.
+    """
 
     name: str
     scores: Mapping[int, Mapping[str, Any]]
 
     def values(self, key: str) -> list[float]:
-        """One score over the seeds that have it."""
-        return [s[key] for s in self.scores.values() if s.get(key) is not None]
+        """One score of all seeds that have it."""
+        return [scores[key] for scores in self.scores.values() if scores.get(key) is not None]
 
     def mean(self, key: str) -> float | None:
-        """None when no seed has it."""
-        return statistics.fmean(self.values(key)) if self.values(key) else None
+        """Mean of a score over seeds; None if no seed has it."""
+        values = self.values(key)
+        return statistics.fmean(values) if values else None
 
-    def spread(self, key: str) -> float | None:
-        """The sample's standard deviation; None for fewer than two seeds."""
-        return statistics.stdev(self.values(key)) if len(self.values(key)) > 1 else None
+    def standard_deviation(self, key: str) -> float | None:
+        """Standard deviation of the sample; None for fewer than two seeds."""
+        values = self.values(key)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def cell(self, key: str) -> str:
+        """'0.957 ± 0.008', '81 ± 12' for seconds, or '-'."""
+        mean, deviation = self.mean(key), self.standard_deviation(key)
+        if mean is None:
+            return "-"
+        digits = 0 if key == "seconds" else 3
+        text = f"{mean:.{digits}f}"
+        return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All a page shows."""
+    """Contents of the table and the page."""
 
     name: str
     num_images: int
     rows: list[Row]
     baseline: str
+    """Name of the row that the others are compared with."""
     num_seeds: int
 
-    def against_baseline(self) -> list[str]:
-        """A sentence for every other row whose mean accuracy is not above the baseline's, or not for every seed."""
-        base = next(r for r in self.rows if r.name == self.baseline)
-        out = []
-        for row in self.rows:
-            if row is base or row.mean("acc") is None or base.mean("acc") is None:
-                continue
-            both = [s for s in row.scores if s in base.scores]
-            below = [s for s in both if row.scores[s]["acc"] <= base.scores[s]["acc"]]
-            if row.mean("acc") <= base.mean("acc"):
-                out.append(
-                    f"{row.name} is not above {base.name}: {row.mean('acc'):.3f} against {base.mean('acc'):.3f} (mean ACC)."
-                )
-            elif below:
-                out.append(
-                    f"{row.name} is above {base.name} in the mean ({row.mean('acc'):.3f} against {base.mean('acc'):.3f}), "
-                    f"but not for seed {', '.join(map(str, below))}."
-                )
-        return out
+    def not_above_baseline(self) -> list[str]:
+        """A sentence for every row that is not above the baseline in ACC, by mean or by seed."""
+        baseline = next(row for row in self.rows if row.name == self.baseline)
+        sentences = (self._compare(row, baseline) for row in self.rows if row is not baseline)
+        return [sentence for sentence in sentences if sentence]
 
-
-def cell(row: Row, key: str) -> str:
-    """`0.957 ± 0.008`, `81 ± 12`, or a dash."""
-    mean, spread = row.mean(key), row.spread(key)
-    if mean is None:
-        return "-"
-    digits = 0 if key == "seconds" else 3
-    return f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-
-
-def markdown(found: Comparison) -> str:
-    """The table, and in plain words what is not above the baseline."""
-    lines = [
-        ["", *SCORES.values(), "seeds"],
-        *([r.name, *(cell(r, key) for key in SCORES), str(len(r.scores))] for r in found.rows),
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| "
-        + " | ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
+    def _compare(self, row: Row, baseline: Row) -> str:
+        mean, baseline_mean = row.mean("acc"), baseline.mean("acc")
+        if mean is None or baseline_mean is None:
+            return ""
+        figures_text = f"{mean:.3f} against {baseline_mean:.3f}"
+        if mean <= baseline_mean:
+            return f"{row.name} is not above {baseline.name}: {figures_text} (mean ACC)."
+        common = [seed for seed in row.scores if seed in baseline.scores]
+        below = [
+            str(seed) for seed in common if row.scores[seed]["acc"] <= baseline.scores[seed]["acc"]
+        ]
+        if not below:
+            return ""
+        return (
+            f"{row.name} is above {baseline.name} in the mean ({figures_text}), "
+            f"but not for seed {', '.join(below)}."
         )
-        + " |"
-        for line in lines
-    ]
-    rule = (
-        "|"
-        + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-        + "|"
-    )
-    return (
-        "\n".join(
-            [
-                text[0],
-                rule,
-                *text[1:],
-                *([""] + found.against_baseline() if found.against_baseline() else []),
-            ]
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, followed by what is not above the baseline."""
+    lines = [["", *COLUMNS.values(), "seeds"]]
+    for row in comparison.rows:
+        lines.append([row.name, *(row.cell(key) for key in COLUMNS), str(len(row.scores))])
+    head, *rest = pad_columns(lines)
+    # A colon aligns a column to the right.
+    rule = ["-" * (len(head[0]) + 2), *("-" * (len(cell) + 1) + ":" for cell in head[1:])]
+    text = [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|"]
+    text += [f"| {' | '.join(line)} |" for line in rest]
+    if sentences := comparison.not_above_baseline():
+        text += ["", *sentences]
+    return "\n".join(text) + "\n"
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page, which needs no other files."""
+    drawings = {
+        name: figures.dots(
+            [(row.name, row.values(key)) for row in comparison.rows], name, comparison.baseline
         )
-        + "\n"
-    )
-
-
-def write_page(found: Comparison, path: Path) -> None:
-    """compare.html: one file, nothing from outside."""
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    drawn = {
-        name: figures.dots([(r.name, r.values(key)) for r in found.rows], name, found.baseline)
-        for key, name in SCORES.items()
-        if any(r.values(key) for r in found.rows)
+        for key, name in COLUMNS.items()
+        if any(row.values(key) for row in comparison.rows)
     }
-    best = {
-        key: max((r.mean(key) for r in found.rows if r.mean(key) is not None), default=None)
-        for key in ("acc", "nmi", "ari")
-    }
-    table = [
-        (
-            r.name,
-            [
-                (cell(r, key), r.mean(key) is not None and r.mean(key) == best.get(key))
-                for key in SCORES
-            ],
-            len(r.scores),
-        )
-        for r in found.rows
-    ]
-    write_text(
+    write_page(
         path,
-        env.get_template("compare.html.j2").render(
-            found=found, table=table, heads=list(SCORES.values()), drawn=drawn
-        ),
+        "compare.html.j2",
+        comparison=comparison,
+        columns=COLUMNS,
+        highest={key: _highest_mean(comparison, key) for key in ("acc", "nmi", "ari")},
+        drawings=drawings,
     )
+
+
+def _highest_mean(comparison: Comparison, key: str) -> float | None:
+    means = [row.mean(key) for row in comparison.rows]
+    return max((mean for mean in means if mean is not None), default=None)

@@ -1,27 +1,25 @@
-"""The report: one HTML file with its pictures inside it, and the table at the end of a run."""
+"""The report of a run: one HTML file with its images inside, and the table printed at the end."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from dist_scan.monitoring.progress import format_duration
 from dist_scan.report import figures
+from dist_scan.report.page import (
+    format_number,
+    format_score,
+    pad_columns,
+    subject_name,
+    write_page,
+)
 
-NAMES = {
-    "kmeans_pixels": "k-means on pixels",
-    "kmeans_features": "k-means on features",
-    "scan": "SCAN heads",
-    "consensus": "SCAN consensus",
-    "selflabel": "Self-labelled",
-}
 SCORES = {
     "acc": "ACC",
     "top5": "Top-5",
@@ -31,28 +29,34 @@ SCORES = {
     "purity": "Purity",
     "many_to_one": "Many-to-one",
 }
-MAX_CLUSTERS, MAX_ANCHORS, MAX_CURVES, IMAGE_BYTES = 100, 24, 9, 14_000_000
-"""What one page holds; the page says what was left out. With 1000 clusters of 96 px pictures it stays under 20 MB."""
+"""Columns of the summary, in order."""
+MAX_CLUSTERS = 100
+MAX_ANCHORS = 24
+MAX_CURVES = 9
+MAX_IMAGE_BYTES = 14_000_000
+"""Limits of a page, which says what they leave out. With 1000 clusters of 96-pixel images it stays
+below 20 MB."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster to look at. Images are uint8 [H, W, 3]; `prototypes` has the prototype first."""
+    """A cluster to look at. Images are uint8 [H, W, 3]; the first of ``prototypes`` is the one."""
 
     id: int
     size: int
     prototypes: Sequence[np.ndarray] = ()
     low_confidence: Sequence[np.ndarray] = ()
     label: str | None = None
-    """Its majority label, when labels are known."""
+    """Majority label, if labels are known."""
     label_share: float | None = None
+    """Share of the majority label."""
     confidence: float | None = None
-    """Mean probability of its images."""
+    """Mean probability of the images."""
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """One image with its nearest others, nearest first, and their similarities."""
+    """An image with its nearest neighbours, nearest first, and their similarities."""
 
     image: np.ndarray
     neighbours: Sequence[np.ndarray]
@@ -63,271 +67,233 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Report:
-    """All a page shows, as plain values. What is empty or None leaves its section out."""
+    """Contents of a page. A section whose value is empty or None is left out."""
 
     title: str
-    created: str
     summary: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Subject -> scores (acc, top5, nmi, nmi_variant, ari, ami, purity, many_to_one; None without labels), seconds,
-    num_clusters, used_share, largest_share."""
+    """By subject: scores (acc, top5, nmi, nmi_variant, ari, ami, purity, many_to_one; None without
+    labels), seconds, num_clusters, used_share, largest_share."""
     stages: Sequence[Mapping[str, Any]] = ()
-    """name, kind, state, seconds, fingerprint; peak_host_bytes and peak_gpu_bytes where known."""
+    """name, kind, state, seconds, fingerprint; peak_host_bytes and peak_gpu_bytes if known."""
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Stage of a training -> its timing.json: verdict, sections, profiled (then the verdict stands at the top)."""
+    """timing.json by train stage. If ``profiled``, its verdict is shown at the top of the page."""
     curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
-    """Stage -> rows of its metrics.jsonl."""
+    """Rows of metrics.jsonl by stage."""
     cluster_sizes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Images per cluster [num_clusters] by subject."""
     confusion: np.ndarray | None = None
-    """Counts [num_classes, num_columns], label by matched class (`metrics.confusion`); rows are normalised here."""
+    """Counts [num_classes, num_columns] of label by matched class (``metrics.confusion``)."""
     label_names: Sequence[str] = ()
     heads: Sequence[Mapping[str, Any]] = ()
     clusters: Sequence[Cluster] = ()
     num_clusters: int | None = None
-    """How many there are, when `clusters` holds a part of them."""
+    """Number of all clusters, if ``clusters`` holds only some of them."""
     neighbours: Sequence[Anchor] = ()
     neighbour_purity: Mapping[str, float] | None = None
-    """K -> share of the K nearest with the anchor's label."""
+    """By K: share of the K nearest neighbours with the label of their anchor."""
     warnings: Sequence[str] = ()
-    """Collapse and the like, with the remedy."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """About the data: images, bad images, labelled, ..."""
+    """Warnings of the stages (a collapse, say), with a remedy."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Facts about the data: num_images, bad_images, num_labelled and so on."""
     config_yaml: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     best: str | None = None
-    """The subject whose scores the page's head shows; the last one when left out."""
+    """Subject whose scores are shown at the top of the page; by default the last."""
 
 
-def write_report(report: Report, out_path: Path | str) -> None:
-    """Write the page (elsewhere first, then renamed): no network, no other files, readable in light and dark."""
-    page = _template().render(**_context(report))
-    out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    part = out_path.with_name(out_path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(page)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, out_path)
+def write_report(report: Report, path: Path) -> None:
+    """Write the page, which needs no network and is readable in light and dark mode."""
+    write_page(path, "report.html.j2", **_template_values(report))
 
 
-def summary_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The plain-text table at the end of a run: subject -> scores and seconds. A score that is not known is a dash."""
-    heads = ["", "ACC", "NMI", "ARI", "seconds"]
-    lines = [
-        [
-            subject_name(name),
-            *(score(row.get(key)) for key in ("acc", "nmi", "ari")),
-            "-" if row.get("seconds") is None else f"{row['seconds']:.1f}",
-        ]
-        for name, row in rows.items()
-    ]
-    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    text = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths))
-        )
-        for line in [heads, *lines]
-    ]
-    return "\n".join([text[0].rstrip(), "  ".join("-" * w for w in widths), *text[1:]])
+def summary_table(subjects: Mapping[str, Mapping[str, Any]]) -> str:
+    """Plain-text table of the scores and seconds of each subject; '-' for an unknown score."""
+    lines = [["", "ACC", "NMI", "ARI", "seconds"]]
+    for name, row in subjects.items():
+        scores = [format_score(row.get(key)) for key in ("acc", "nmi", "ari")]
+        seconds = row.get("seconds")
+        lines.append([subject_name(name), *scores, "-" if seconds is None else f"{seconds:.1f}"])
+    head, *rest = pad_columns(lines)
+    rule = ["-" * len(cell) for cell in head]
+    return "\n".join("  ".join(line) for line in [head, rule, *rest])
 
 
-def subject_name(name: str) -> str:
-    """`kmeans_pixels` -> 'k-means on pixels'; a name of one's own stays, without underscores."""
-    return NAMES.get(name, name.replace("_", " "))
+class ThumbnailBudget:
+    """Makes thumbnails until the page's bytes are used up; ``left_out`` counts the others."""
 
+    def __init__(self, max_bytes: int) -> None:
+        self.bytes_left = max_bytes
+        self.left_out = 0
 
-def score(value: Any) -> str:
-    """0.97731 -> '0.977'; None or not a number -> '-'."""
-    return (
-        "-" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:.3f}"
-    )
-
-
-def number(value: Any) -> str:
-    """For people: 1281167 -> '1,281,167', 0.00031 -> '0.00031', 12.3456 -> '12.35', None -> '-'."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return (
-            {True: "yes", False: "no"}.get(value, str(value))
-            if isinstance(value, bool)
-            else str(value)
-        )
-    return f"{int(value):,}" if isinstance(value, (int, np.integer)) else f"{float(value):.4g}"
-
-
-def _template() -> jinja2.Template:
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {
-        "bytes": lambda n: f"{n / 2**30:.2f} GiB" if n else "-",
-        "score": score,
-        "number": number,
-        "subject": subject_name,
-        "duration": format_duration,
-        "percent": lambda x: f"{100 * x:.3g} %",
-        "words": lambda s: str(s).replace("_", " "),
-    }
-    return env.get_template("report.html.j2")
-
-
-class _Pictures:
-    """Thumbnails until the page's bytes are used up; then None, and `left_out` counts."""
-
-    def __init__(self, budget: int) -> None:
-        self.left, self.left_out = budget, 0
-
-    def __call__(self, image: np.ndarray) -> str | None:
-        uri = figures.thumbnail(image) if self.left > 0 else None
-        self.left -= len(uri or "")
-        self.left_out += uri is None
+    def thumbnail(self, image: np.ndarray) -> str | None:
+        """Data URI of the thumbnail; None if the page has no room for it."""
+        if self.bytes_left <= 0:
+            self.left_out += 1
+            return None
+        uri = figures.thumbnail(image)
+        self.bytes_left -= len(uri)
         return uri
 
+    def thumbnails(self, images: Sequence[np.ndarray]) -> list[str]:
+        """Data URIs of the images for which there is room."""
+        uris = [self.thumbnail(image) for image in images]
+        return [uri for uri in uris if uri]
 
-def _context(report: Report) -> dict[str, Any]:
-    """What the template shows: values, SVG and data URIs."""
-    pictures = _Pictures(IMAGE_BYTES)
-    last_name = report.best if report.best in report.summary else next(reversed(report.summary), "")
-    last = report.summary.get(last_name, {})
-    anchors = [_anchor(a, pictures) for a in report.neighbours[:MAX_ANCHORS]]
-    clusters = [_cluster(c, pictures) for c in report.clusters[:MAX_CLUSTERS]]
-    clusters = [c for c in clusters if c["prototypes"] or c["low"]]
+
+def _template_values(report: Report) -> dict[str, Any]:
+    """Values, SVG and data URIs for report.html.j2."""
+    budget = ThumbnailBudget(MAX_IMAGE_BYTES)
+    anchors = [_anchor(anchor, budget) for anchor in report.neighbours[:MAX_ANCHORS]]
+    clusters = [_cluster(cluster, budget) for cluster in report.clusters[:MAX_CLUSTERS]]
+    last_subject = list(report.summary)[-1] if report.summary else ""
+    best_subject = report.best or last_subject
+    highest = _highest_scores(report)
+    curves = {stage: _curves(stage, rows) for stage, rows in report.curves.items()}
     return {
         "report": report,
-        "tiles": _tiles(report, last),
-        "last_name": last_name,
-        "last": last,
+        "best_subject": best_subject,
+        "best_row": report.summary.get(best_subject, {}),
+        "tiles": _tiles(report, report.summary.get(best_subject, {})),
+        "bottlenecks": _bottlenecks(report),
+        "score_columns": {key: name for key, name in SCORES.items() if key in highest},
+        "highest": highest,
         "anchors": anchors,
-        "clusters": clusters,
-        "all_clusters": report.num_clusters or len(report.clusters),
-        "left_out": pictures.left_out,
-        "columns": {
-            key: name
-            for key, name in SCORES.items()
-            if any(row.get(key) is not None for row in report.summary.values())
-        },
-        "best": {
-            key: max(
-                (row[key] for row in report.summary.values() if row.get(key) is not None),
-                default=None,
-            )
-            for key in SCORES
-        },
-        "curves": {
-            stage: drawn for stage, rows in report.curves.items() if (drawn := _curves(stage, rows))
-        },
-        "sizes": [
-            (name, figures.sizes(counts, name), counts)
-            for name, counts in report.cluster_sizes.items()
-            if len(counts)
-        ],
-        "confusion": None
-        if report.confusion is None or not report.confusion.sum()
-        else _confusion(report),
-        "total_s": sum(s.get("seconds") or 0 for s in report.stages),
-        "verdicts": [
-            (name, t["verdict"])
-            for name, t in report.timings.items()
-            if t.get("profiled") and t.get("verdict")
-        ],
-        "gpu": any(s.get("peak_gpu_bytes") for s in report.stages),
+        "clusters": [c for c in clusters if c["prototypes"] or c["low_confidence"]],
+        "num_clusters": report.num_clusters or len(report.clusters),
+        "images_left_out": budget.left_out,
+        "sizes": _sizes(report),
+        "confusion": _confusion(report),
         "head_columns": list(dict.fromkeys(key for head in report.heads for key in head)),
+        "curves": {stage: drawn for stage, drawn in curves.items() if drawn},
+        "total_seconds": _total_seconds(report),
+        "has_gpu": any(stage.get("peak_gpu_bytes") for stage in report.stages),
     }
 
 
-def _tiles(report: Report, last: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The few numbers at the top: the last subject's scores, else what is known without labels."""
-    tiles = [
-        (SCORES[key], score(last[key]))
-        for key in ("acc", "nmi", "ari")
-        if last.get(key) is not None
+def _total_seconds(report: Report) -> float:
+    return sum(stage.get("seconds") or 0 for stage in report.stages)
+
+
+def _highest_scores(report: Report) -> dict[str, float]:
+    """Highest value of every score that some subject has."""
+    values = {key: [row.get(key) for row in report.summary.values()] for key in SCORES}
+    known = {key: [v for v in column if v is not None] for key, column in values.items()}
+    return {key: max(column) for key, column in known.items() if column}
+
+
+def _bottlenecks(report: Report) -> list[tuple[str, str]]:
+    """Stage and verdict of every profiled training."""
+    return [
+        (name, timing["verdict"])
+        for name, timing in report.timings.items()
+        if timing.get("profiled") and timing.get("verdict")
     ]
-    if "num_images" in report.facts:
-        tiles.append(("images", number(report.facts["num_images"])))
-    count = last.get("num_clusters") or report.num_clusters
-    if count:
-        used = last.get("used_share")
-        tiles.append(
-            (
-                "clusters" if used is None or used == 1 else f"of {number(count)} clusters used",
-                number(count if used is None else round(used * count)),
-            )
-        )
-    seconds = sum(s.get("seconds") or 0 for s in report.stages)
-    return tiles + ([("in all", format_duration(seconds))] if seconds else [])
 
 
-def _cluster(cluster: Cluster, pictures: _Pictures) -> dict[str, Any]:
+def _tiles(report: Report, best_row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of the few numbers at the top of the page."""
+    tiles = []
+    for key in ("acc", "nmi", "ari"):
+        if best_row.get(key) is not None:
+            tiles.append((SCORES[key], format_score(best_row[key])))
+    if "num_images" in report.data:
+        tiles.append(("images", format_number(report.data["num_images"])))
+    num_clusters = best_row.get("num_clusters") or report.num_clusters
+    used_share = best_row.get("used_share", 1)
+    if num_clusters and used_share == 1:
+        tiles.append(("clusters", format_number(num_clusters)))
+    elif num_clusters:
+        used = round(used_share * num_clusters)
+        tiles.append((f"of {format_number(num_clusters)} clusters used", format_number(used)))
+    if seconds := _total_seconds(report):
+        tiles.append(("total time", format_duration(seconds)))
+    return tiles
+
+
+def _cluster(cluster: Cluster, budget: ThumbnailBudget) -> dict[str, Any]:
     return {
-        "facts": cluster,
-        "prototypes": [u for i in cluster.prototypes if (u := pictures(i))],
-        "low": [u for i in cluster.low_confidence if (u := pictures(i))],
+        "cluster": cluster,
+        "prototypes": budget.thumbnails(cluster.prototypes),
+        "low_confidence": budget.thumbnails(cluster.low_confidence),
     }
 
 
-def _anchor(anchor: Anchor, pictures: _Pictures) -> dict[str, Any]:
-    """Neighbours with score and whether they carry the anchor's label (None when one of the two is unknown)."""
-    others = []
+def _anchor(anchor: Anchor, budget: ThumbnailBudget) -> dict[str, Any]:
+    """Thumbnails of an anchor and its neighbours.
+
+    ``has_other_label`` is False where one of the two labels is unknown.
+    """
+    neighbours = []
     for i, image in enumerate(anchor.neighbours):
         label = anchor.neighbour_labels[i] if i < len(anchor.neighbour_labels) else None
-        same = None if label is None or anchor.label is None else label == anchor.label
-        others.append(
+        both_known = label is not None and anchor.label is not None
+        neighbours.append(
             {
-                "uri": pictures(image),
+                "uri": budget.thumbnail(image),
                 "score": anchor.scores[i] if i < len(anchor.scores) else None,
                 "label": label,
-                "same": same,
+                "has_other_label": both_known and label != anchor.label,
             }
         )
     return {
-        "uri": pictures(anchor.image),
+        "uri": budget.thumbnail(anchor.image),
         "label": anchor.label,
-        "others": [o for o in others if o["uri"]],
+        "neighbours": [n for n in neighbours if n["uri"]],
     }
 
 
-def _curves(stage: str, rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """(metric, SVG), losses first, then the learning rate, then the rest; values that are no numbers leave a gap out."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if (
-                key not in ("step", "epoch")
-                and isinstance(value, (int, float))
-                and math.isfinite(value)
-            ):
-                series.setdefault(key, []).append((row["step"], value))
-    order = sorted(
-        series,
-        key=lambda key: (
-            0
-            if key == "loss"
-            else 1
-            if "loss" in key
-            else 2
-            if key in ("lr", "learning_rate")
-            else 3
-        ),
-    )
+def _sizes(report: Report) -> list[dict[str, Any]]:
+    """Drawings of the cluster sizes, with the numbers of used and of all clusters."""
     return [
-        (key, figures.curve(*zip(*series[key]), f"{stage}-{key}")) for key in order[:MAX_CURVES]
+        {
+            "subject": name,
+            "svg": figures.sizes(counts, name),
+            "used": np.count_nonzero(counts),
+            "total": len(counts),
+        }
+        for name, counts in report.cluster_sizes.items()
+        if len(counts)
     ]
 
 
-def _confusion(report: Report) -> str:
+def _curves(stage: str, rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """Metric and SVG: losses first, then the learning rate, then the others.
+
+    Values that are not finite are left out.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if is_number and key not in ("step", "epoch"):
+                series.setdefault(key, []).append((row["step"], value))
+    drawings = []
+    for key in sorted(series, key=_curve_rank)[:MAX_CURVES]:
+        steps, values = zip(*series[key])
+        drawings.append((key, figures.curve(steps, values, f"{stage}-{key}")))
+    return drawings
+
+
+def _curve_rank(metric: str) -> int:
+    """Place of a metric's curve in the page; the smallest comes first."""
+    if metric == "loss":
+        return 0
+    if "loss" in metric:
+        return 1
+    return 2 if metric in ("lr", "learning_rate") else 3
+
+
+def _confusion(report: Report) -> str | None:
+    """Drawing of the confusion matrix; None without counts."""
     counts = report.confusion
-    rows = (
-        list(report.label_names)
-        if len(report.label_names) == counts.shape[0]
-        else [str(i) for i in range(counts.shape[0])]
-    )
-    if counts.shape[1] == counts.shape[0] + 1 and not counts[:, -1].any():
+    if counts is None or not counts.sum():
+        return None
+    num_classes = counts.shape[0]
+    names = [str(i) for i in range(num_classes)]
+    if len(report.label_names) == num_classes:
+        names = list(report.label_names)
+    # The last column holds clusters without a class; it is left out if there are none.
+    if counts.shape[1] == num_classes + 1 and not counts[:, -1].any():
         counts = counts[:, :-1]
-    extra = ["none"] * (counts.shape[1] - len(rows))
-    return figures.confusion(counts, rows, [*rows[: counts.shape[1]], *extra])
+    without_class = ["none"] * (counts.shape[1] - num_classes)
+    return figures.confusion(counts, names, [*names[: counts.shape[1]], *without_class])

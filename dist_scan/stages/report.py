@@ -152,7 +152,6 @@ class ReportStage(Stage):
         }
         return Report(
             title=f"{run.name}: {facts['num_images']:,} images",
-            created="",
             best=self.config.best,
             summary=facts["subjects"],
             stages=self._stages(),
@@ -171,7 +170,7 @@ class ReportStage(Stage):
             neighbours=self._anchors(),
             neighbour_purity=facts.get("neighbour_purity"),
             warnings=self._warnings(),
-            facts={k: facts[k] for k in ("num_images", "num_labelled", "num_classes")}
+            data={k: facts[k] for k in ("num_images", "num_labelled", "num_classes")}
             | self._data_facts(),
             config_yaml=dump(run),
             environment={

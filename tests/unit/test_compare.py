@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,71 +17,9 @@ from dist_scan.compare.config import read_comparison
 from dist_scan.compare.local_runs import LocalRuns
 from dist_scan.compare.runs import check_same_data, plan_runs
 from dist_scan.config import ConfigError
-from dist_scan.report.comparison import Comparison, Row, cell, markdown, write_page
 from tests.support.launches import ROOT
 
 QUICK = ROOT / "configs" / "quickstart.yaml"
-
-
-def row(name, *accuracies, seconds=10.0):
-    return Row(
-        name,
-        {
-            seed: {"acc": a, "nmi": a, "ari": None, "seconds": seconds + seed}
-            for seed, a in enumerate(accuracies)
-        },
-    )
-
-
-ROWS = [
-    row("base", 0.5, 0.7),
-    row("better", 0.8, 0.9),
-    row("mixed", 0.9, 0.6),
-    row("worse", 0.2, 0.3),
-    row("undone"),
-    Row("unlabelled", {0: {"acc": None, "seconds": 3.2}}),
-]
-FOUND = Comparison("x", 1797, ROWS, "base", 2)
-
-
-def test_mean_and_sample_standard_deviation() -> None:
-    assert (
-        cell(ROWS[0], "acc") == "0.600 ± 0.141"
-        and cell(ROWS[0], "seconds") == "10 ± 1"
-        and cell(ROWS[0], "ari") == "-"
-    )
-    assert (
-        cell(row("one", 0.25), "acc") == "0.250"
-        and cell(ROWS[5], "seconds") == "3"
-        and cell(ROWS[4], "acc") == "-"
-    )
-
-
-def test_it_says_plainly_what_is_not_above_the_baseline() -> None:
-    words = FOUND.against_baseline()
-    assert len(words) == 2
-    assert words[0].startswith("mixed is above base in the mean") and words[0].endswith("seed 1.")
-    assert words[1] == "worse is not above base: 0.250 against 0.600 (mean ACC)."
-
-
-def test_the_table_and_the_page_hold_every_row(tmp_path: Path) -> None:
-    text = markdown(FOUND)
-    lines = text.splitlines()
-    assert (
-        len({line.count("|") for line in lines[:8]}) == 1
-        and lines[2].startswith("| base")
-        and lines[-1].startswith("worse is not above")
-    )
-    write_page(FOUND, tmp_path / "compare.html")
-    page = (tmp_path / "compare.html").read_text()
-    assert (
-        page.count("<svg") == 3
-        and page.count("<tr>") == 7
-        and page.count('class="best"') == 2
-        and "http://" not in page.replace("http://www.w3.org", "")
-    )
-    assert page.count('role="alert"') == 2 and "0.850 ± 0.071" in page
-    HTMLParser().feed(page)
 
 
 def comparison(tmp_path: Path, text):
@@ -162,7 +99,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def go(*names: str, at_once: int):
         told, runs = [], {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
-        return LocalRuns(1, at_once, [tmp_path / "data"]).run_all(runs, lambda: told.append(1)), len(told)
+        return LocalRuns(1, at_once, [tmp_path / "data"]).run_all(
+            runs, lambda: told.append(1)
+        ), len(told)
 
     return go
 
