@@ -64,7 +64,9 @@ def ours(
         build_recipe(RecipeConfig(name=args.recipe), args.size, MEAN, STD)
         for _ in range(args.views)
     )
-    loader = BetonLoader(beton, tuple(r.crop for r in recipes), seed=0, batch_size=32, workers=1)
+    loader = BetonLoader(
+        beton, tuple(r.crop for r in recipes), seed=0, batch_size=32, num_threads=1
+    )
     turn = iter(range(10**6))
 
     def work() -> None:

@@ -86,7 +86,7 @@ def crops(size: int, views: int) -> tuple[CropSpec, ...]:
 def ours(path: Path, size: int, views: int) -> tuple[Callable[[int], None], float]:
     """One epoch of our loader, and the seconds to its first batch (compilation included)."""
     begin = time.perf_counter()
-    loader = BetonLoader(path, crops(size, views), seed=0, batch_size=32, workers=1)
+    loader = BetonLoader(path, crops(size, views), seed=0, batch_size=32, num_threads=1)
     next(loader.batches(np.arange(loader.num_images), 0))
     first_s = time.perf_counter() - begin
 
@@ -116,7 +116,7 @@ def over_ranks(args: argparse.Namespace) -> None:
             write_beton(open_source(config.train), path, config, workers, show=False)
         barrier()
         loader = BetonLoader(
-            path, crops(args.size, args.views[0]), seed=0, batch_size=32, workers=workers
+            path, crops(args.size, args.views[0]), seed=0, batch_size=32, num_threads=workers
         )
         mine, epochs = (
             np.arange(world.rank, loader.num_images, world.world_size),

@@ -76,7 +76,7 @@ def build_feed(beton: Path) -> ImageFeed:
         tuple(recipe.crop for recipe in recipes),
         seed=0,
         batch_size=BATCH // world.world_size,
-        workers=1,
+        num_threads=1,
     )
     plan = EpochPlan(np.arange(loader.num_images), BATCH, 0, world)
     return ImageFeed(loader, recipes, plan, world.device)

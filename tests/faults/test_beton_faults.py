@@ -70,7 +70,7 @@ def test_bad_images_are_listed_with_the_reason_and_left_out(tmp_path: Path) -> N
     with open(sidecar(path, "bad.csv")) as f:
         listed = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(f)}
     assert set(listed) == set(bad) and all(listed.values())
-    assert len(check_beton(path, whole=True).rows) == len(read_names(path)) == 7
+    assert len(check_beton(path, verify_images=True).rows) == len(read_names(path)) == 7
     with pytest.raises(ConfigError, match="max_bad_share"):
         build(root, tmp_path / "y.beton")
     assert not (tmp_path / "y.beton").exists()
@@ -88,7 +88,7 @@ def test_a_jpeg_that_turbojpeg_complains_about_is_found_at_the_build_not_in_trai
     assert (
         sum(
             len(i)
-            for i, _ in BetonLoader(path, VIEW, seed=0, batch_size=2, workers=1).batches(
+            for i, _ in BetonLoader(path, VIEW, seed=0, batch_size=2, num_threads=1).batches(
                 np.arange(5), 0
             )
         )
@@ -114,7 +114,7 @@ def test_every_truncation_is_refused_when_opened(good, tmp_path: Path, cut) -> N
         good, tmp_path, lambda data: data[:keep] + (b"\0" * 24 if cut == "longer" else b"")
     )
     with pytest.raises(InvalidBetonError):
-        BetonLoader(path, VIEW, seed=0, batch_size=2, workers=1)
+        BetonLoader(path, VIEW, seed=0, batch_size=2, num_threads=1)
 
 
 def test_an_unfinished_header_is_refused(good, tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def test_every_rotted_sample_raises_with_its_row_and_name(good, tmp_path: Path) 
         for start, size in zip(starts, sizes):
             data[start + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
 
-    loader = BetonLoader(copied(good, tmp_path, rot), VIEW, seed=0, batch_size=4, workers=2)
+    loader = BetonLoader(copied(good, tmp_path, rot), VIEW, seed=0, batch_size=4, num_threads=2)
     for row, name in enumerate(read_names(good)):
         with pytest.raises(ValueError, match=rf"image {row} \({name}\)"):
             list(loader.batches(np.array([row]), 0))
     with pytest.raises(InvalidBetonError, match="image 0 "):
-        check_beton(loader.path, whole=True)
+        check_beton(loader.path, verify_images=True)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ import os, numpy as np
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.augment.crops import CropSpec
 for path in {paths!r}:
-    loader = BetonLoader(path, (CropSpec('center', 32),), seed=0, batch_size=4, workers=2)
+    loader = BetonLoader(path, (CropSpec('center', 32),), seed=0, batch_size=4, num_threads=2)
     os.truncate(path, 9000)
     try:
         list(loader.batches(np.arange(12), 0))

@@ -20,7 +20,7 @@ with tempfile.TemporaryDirectory() as _folder:
     write_beton(open_source(_data.train), Path(_folder) / "x.beton", _data, 1, show=False)
     for _views in ((CropSpec("center", 16),), (CropSpec("random_resized", 16),) * 2):
         list(
-            BetonLoader(Path(_folder) / "x.beton", _views, seed=0, batch_size=4, workers=1).batches(
-                np.arange(8), 0
-            )
+            BetonLoader(
+                Path(_folder) / "x.beton", _views, seed=0, batch_size=4, num_threads=1
+            ).batches(np.arange(8), 0)
         )

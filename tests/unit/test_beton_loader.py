@@ -30,7 +30,7 @@ def beton(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def views(path, plan, epoch=0, *, specs=TWO, seed=1, batch_size=8, workers=1):
-    loader = BetonLoader(path, specs, seed=seed, batch_size=batch_size, workers=workers)
+    loader = BetonLoader(path, specs, seed=seed, batch_size=batch_size, num_threads=workers)
     batches = list(loader.batches(np.asarray(plan), epoch))
     assert np.array_equal(np.concatenate([i for i, _ in batches]), plan)
     return [torch.cat(v) for v in zip(*[v for _, v in batches])]
@@ -56,7 +56,7 @@ def test_seed_epoch_and_view_each_change_the_crop(beton) -> None:
 
 
 def test_rows_may_repeat_and_tensors_are_the_callers_to_keep(beton) -> None:
-    loader = BetonLoader(beton, TWO, seed=1, batch_size=4, workers=2)
+    loader = BetonLoader(beton, TWO, seed=1, batch_size=4, num_threads=2)
     kept = [v for _, v in loader.batches(np.array([5, 5, 3, 3] * 10), 0)]
     assert all(torch.equal(v[0], kept[0][0]) and torch.equal(v[0][0], v[0][1]) for v in kept)
     assert [v.shape for v in kept[0]] == [(4, 32, 32, 3), (4, 24, 24, 3)]
@@ -65,13 +65,13 @@ def test_rows_may_repeat_and_tensors_are_the_callers_to_keep(beton) -> None:
 @pytest.mark.parametrize("plan", [[30], [-1], [0, 1, 2**40]])
 def test_rows_out_of_range_are_refused_before_anything_is_read(beton, plan) -> None:
     with pytest.raises(ValueError, match=r"allowed: 0\.\.29"):
-        BetonLoader(beton, TWO, seed=1, batch_size=4, workers=1).batches(np.array(plan), 0)
+        BetonLoader(beton, TWO, seed=1, batch_size=4, num_threads=1).batches(np.array(plan), 0)
 
 
 def test_leaving_early_leaves_no_threads_and_the_loader_serves_again(beton) -> None:
     before, loader = (
         threading.active_count(),
-        BetonLoader(beton, TWO, seed=1, batch_size=2, workers=2),
+        BetonLoader(beton, TWO, seed=1, batch_size=2, num_threads=2),
     )
     for _ in range(5):
         for _ in loader.batches(np.arange(30), 0):
@@ -86,7 +86,7 @@ from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.augment.crops import CropSpec
 torch.set_num_threads(2)
 for _ in range(2):
-    loader = BetonLoader({str(beton)!r}, (CropSpec('center', 32),), seed=0, batch_size=4, workers=2)
+    loader = BetonLoader({str(beton)!r}, (CropSpec('center', 32),), seed=0, batch_size=4, num_threads=2)
     list(loader.batches(np.arange(20), 0)); del loader
 assert torch.get_num_threads() == 2
 """
@@ -100,7 +100,7 @@ assert torch.get_num_threads() == 2
 
 
 def test_memory_is_flat_over_epochs(beton) -> None:
-    loader, sizes = BetonLoader(beton, TWO, seed=1, batch_size=8, workers=2), []
+    loader, sizes = BetonLoader(beton, TWO, seed=1, batch_size=8, num_threads=2), []
     for epoch in range(60):
         for _ in loader.batches(np.arange(30), epoch):
             pass
@@ -203,7 +203,7 @@ def test_random_views_are_close_to_pillows_resize(photos) -> None:
 
 def test_some_of_the_views_in_any_order_also_twice(beton) -> None:
     """The view in place k draws as view k, whichever of the loader's it is; what is not asked for is not cut."""
-    loader = BetonLoader(beton, TWO, seed=1, batch_size=8, workers=2)
+    loader = BetonLoader(beton, TWO, seed=1, batch_size=8, num_threads=2)
 
     def chosen(*numbers):
         return [

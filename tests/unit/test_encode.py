@@ -136,9 +136,9 @@ def test_original_passes_plain_jpegs_through_and_nothing_else() -> None:
 
 
 def test_names_that_are_no_utf8_stay_apart_and_tell_their_bytes() -> None:
-    from dist_scan.data.beton.write import _printable
+    from dist_scan.data.beton.write import printable_name
 
     assert [
-        _printable(os.fsdecode(name))
+        printable_name(os.fsdecode(name))
         for name in (b"caf\xe9.png", b"caf\xe8.png", "café.png".encode())
     ] == ["caf\\xe9.png", "caf\\xe8.png", "café.png"]

@@ -84,7 +84,7 @@ def loader(tmp_path_factory: pytest.TempPathFactory):
     beton = build(folder(root / "images", 23), root / "i.beton", stored="raw", resolution=16)
     recipe = build_recipe(RecipeConfig(name="center"), 16, (0.5,) * 3, (0.2,) * 3)
     return lambda batch: (
-        BetonLoader(beton, (recipe.crop,), seed=0, batch_size=batch, workers=1),
+        BetonLoader(beton, (recipe.crop,), seed=0, batch_size=batch, num_threads=1),
         recipe,
     )
 

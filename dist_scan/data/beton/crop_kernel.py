@@ -1,18 +1,29 @@
-"""The numba function that reads, checks, decodes and cuts images. Import it late, through decode.cutter(): it needs FFCV's kernels by name.
+"""The numba function that reads, verifies, decodes and crops stored images.
 
-They are named, not held by address: what is compiled can then be kept on disk, which saves every rank of every start five seconds.
+Import it late: numba takes a second, and FFCV's functions are loaded.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numba import types
 
 from dist_scan.compiled import compiled
-from dist_scan.data.beton.decode import DECODE, READ, ROT
+from dist_scan.data.beton.ffcv_library import SYMBOL_PREFIX, register_symbols
 
-imdecode = types.ExternalFunction(
-    "dist_scan_ffcv_imdecode",
+READ_FAILED, WRONG_CHECKSUM, DECODE_FAILED = 1, 2, 3
+PROBLEMS = {
+    READ_FAILED: "cannot be read: the file was truncated, or its disk fails",
+    WRONG_CHECKSUM: "does not match its checksum: the file has changed on disk",
+    DECODE_FAILED: "cannot be decoded",
+}
+
+register_symbols()
+# Any: numba's annotations describe the type of a function, not its calls.
+imdecode: Any = types.ExternalFunction(
+    SYMBOL_PREFIX + "imdecode",
     types.int32(
         types.uintp,
         types.uint64,
@@ -24,15 +35,15 @@ imdecode = types.ExternalFunction(
         types.uint8,
     ),
 )
-resize = types.ExternalFunction("dist_scan_ffcv_resize", types.void(*[types.int64] * 11))
-pread = types.ExternalFunction(
+resize: Any = types.ExternalFunction(SYMBOL_PREFIX + "resize", types.void(*[types.int64] * 11))
+pread: Any = types.ExternalFunction(
     "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
 )
 
 
 @compiled()
-def checksum(stored, size):
-    """format.py's, of the first `size` bytes; `stored` is longer by at least a word."""
+def checksum(stored: np.ndarray, size: int) -> np.uint64:
+    """format.checksum of the first `size` bytes; `stored` has room for whole words of 8 bytes."""
     words = (size + 7) // 8
     stored[size : 8 * words] = 0
     total = np.uint64(0)
@@ -42,37 +53,56 @@ def checksum(stored, size):
 
 
 @compiled()
-def cut(file, starts, sizes, sums, modes, heights, widths, boxes, flips, stored, scratch, outs):
-    """See decode.cutter()."""
+def flip_columns(view: np.ndarray) -> None:
+    """Flip an image [H, W, 3] horizontally, in place."""
+    for y in range(view.shape[0]):
+        for x in range(view.shape[1] // 2):
+            for c in range(3):
+                other = view.shape[1] - 1 - x
+                view[y, x, c], view[y, other, c] = view[y, other, c], view[y, x, c]
+
+
+@compiled()
+def crop_views(  # noqa: PLR0913  numba compiles functions of arrays, not of objects
+    file: int,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    sums: np.ndarray,
+    modes: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    stored: np.ndarray,
+    scratch: np.ndarray,
+    outs: tuple[np.ndarray, ...],
+) -> tuple[int, int]:
+    """Write V views of n stored images to `outs`; each image is read and decoded once.
+
+    file: a file descriptor. A memory-mapped file that is truncated, or on a disk that fails, would
+    kill the process.
+    starts, sizes, sums, modes, heights, widths: [n], where the images are and what they are.
+    boxes [n, V, 4], flips [n, V]: see crops.crop_boxes.
+    stored, scratch: buffers for the largest stored and the largest decoded image.
+    outs: V arrays uint8 [n, S_v, S_v, 3].
+
+    Returns (-1, 0), or the first image that failed and its problem (a key of PROBLEMS).
+    """
     for i in range(len(starts)):
         height, width = heights[i], widths[i]
         if pread(file, stored.ctypes.data, sizes[i], starts[i]) != sizes[i]:
-            return i, READ
+            return i, READ_FAILED
         if checksum(stored, sizes[i]) != sums[i]:
-            return i, ROT
-        if modes[i] == 0:
+            return i, WRONG_CHECKSUM
+        source = stored.ctypes.data
+        if modes[i] == 0:  # JPEG
+            source = scratch.ctypes.data
             failed = imdecode(
-                stored.ctypes.data,
-                sizes[i],
-                height,
-                width,
-                scratch.ctypes.data,
-                height,
-                width,
-                0,
-                0,
-                1,
-                1,
-                0,
-                0,
+                stored.ctypes.data, sizes[i], height, width, source, height, width, 0, 0, 1, 1, 0, 0
             )
             if failed != 0:
-                return i, DECODE
-            source = scratch.ctypes.data
-        else:
-            source = stored.ctypes.data
-        v = 0
-        for out in outs:
+                return i, DECODE_FAILED
+        for v, out in enumerate(outs):
             view = out[i]
             top, left, h, w = boxes[i, v, 0], boxes[i, v, 1], boxes[i, v, 2], boxes[i, v, 3]
             resize(
@@ -89,10 +119,5 @@ def cut(file, starts, sizes, sums, modes, heights, widths, boxes, flips, stored,
                 view.shape[1],
             )
             if flips[i, v]:
-                for y in range(view.shape[0]):
-                    for x in range(view.shape[1] // 2):
-                        for c in range(3):
-                            other = view.shape[1] - 1 - x
-                            view[y, x, c], view[y, other, c] = view[y, other, c], view[y, x, c]
-            v += 1
+                flip_columns(view)
     return -1, 0

@@ -1,24 +1,28 @@
-"""The .beton file: FFCV's format, written and checked by us.
+"""The .beton file: FFCV's format, with our own writer and checks.
 
-FFCV's writer hangs on any bad image and its reader checks the version number alone: a killed writer's file aborts the process, a
-cut one gives wrong pixels (FFCV.md 1). Here a file is built from finished chunks, renamed in whole, and held against its own
-tables before anything is read natively. Beside IMAGES.beton lie IMAGES.json (facts), IMAGES.names.parquet, IMAGES.sums.npy and
-IMAGES.bad.csv (what could not be read, and why).
+FFCV's writer hangs on an unreadable image, and its reader checks only the version: the file of a
+killed writer aborts the process, a truncated file gives wrong pixels. Here a file is assembled from
+finished chunks and renamed when complete, and all of its tables are verified before it is read.
+
+Beside IMAGES.beton are IMAGES.json (metadata), IMAGES.names.parquet, IMAGES.sums.npy (checksums)
+and IMAGES.bad.csv (the images that could not be read, with the reasons).
 """
 
 from __future__ import annotations
 
 import glob
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from dist_scan.storage.arrays import write_npy
 from dist_scan.storage.atomic import write_atomic, write_json
 
-VERSION, PAGE = 2, 8 * 2**20
-IMAGE_FIELD, INT_FIELD = 2, 1
+VERSION = 2
+PAGE = 8 * 2**20
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -33,7 +37,9 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ROW = np.dtype([("f0", IMAGE), ("f1", "<i8"), ("f2", "<i8")], align=True)
 ALLOC = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE_FIELD, INT_FIELD = 2, 1
 FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD), ("index", INT_FIELD))
+ROWS_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
 class InvalidBetonError(ValueError):
@@ -41,42 +47,53 @@ class InvalidBetonError(ValueError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
-            f"{path}: {reason}; remove it (of a run: the folder it lies in) and start the same command again"
+            f"{path}: {reason}; remove it (in a run: the folder it is in) "
+            "and start the same command again"
         )
 
 
 class Tables(NamedTuple):
-    """What a checked file says about its samples: rows [N] of ROW, each one's bytes in the file, and their checksums."""
+    """Verified tables of a file with N images."""
 
     rows: np.ndarray
+    """[N] of ROW: image, label, index."""
     sizes: np.ndarray
+    """[N] stored bytes of each image."""
     sums: np.ndarray
+    """[N] checksum of each image."""
 
 
-def sidecar(path: Path, ending: str) -> Path:
+def sidecar(path: str | Path, ending: str) -> Path:
     """IMAGES.beton -> IMAGES.<ending>."""
     return Path(path).with_suffix(f".{ending}")
 
 
 def checksum(data: bytes) -> int:
-    """Sum of 64-bit words, each times its odd place, modulo 2^64: any one flipped bit shows, and it costs 1 % of decoding, so the
-    loader takes it at every read (decode.py has the numba twin; CRC-32 would cost a fifth of reading raw images)."""
+    """Sum of the 64-bit words, each times an odd weight by its position, modulo 2^64.
+
+    It changes with any one flipped bit and takes 1 % of the time of decoding, so the loader
+    verifies it at every read (crop_kernel.checksum); CRC-32 would take a fifth of reading raw
+    images.
+    """
     words = np.frombuffer(data + b"\0" * (-len(data) % 8), "<u8")
-    return int(
-        (words * (2 * np.arange(len(words), dtype=np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
-    )
+    weights = 2 * np.arange(len(words), dtype=np.uint64) + np.uint64(1)
+    return int((words * weights).sum(dtype=np.uint64))
 
 
 def layout(sizes: np.ndarray) -> tuple[np.ndarray, int]:
-    """Where each sample of these sizes lies (no sample straddles a page, or FFCV's own reader breaks), and where data ends."""
-    first = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + len(sizes) * ROW.itemsize
-    at, starts = -(-first // PAGE) * PAGE, np.empty(len(sizes), np.uint64)
+    """(start of each image of these sizes, end of the data), in bytes.
+
+    No image crosses the border of a page, or FFCV's own reader fails.
+    """
+    tables_end = ROWS_START + len(sizes) * ROW.itemsize
+    position = -(-tables_end // PAGE) * PAGE
+    starts = np.empty(len(sizes), np.uint64)
     for i, size in enumerate(sizes.tolist()):
-        if at % PAGE + size > PAGE:
-            at = -(-at // PAGE) * PAGE
-        starts[i] = at
-        at += size
-    return starts, at
+        if position % PAGE + size > PAGE:
+            position = -(-position // PAGE) * PAGE
+        starts[i] = position
+        position += size
+    return starts, position
 
 
 def build_tables(
@@ -86,168 +103,160 @@ def build_tables(
     labels: np.ndarray,
     sizes: np.ndarray,
 ) -> tuple[bytes, bytes]:
-    """What stands before the samples (header, fields, rows) and after them (the allocation table)."""
-    n, (starts, end) = len(sizes), layout(sizes)
-    header = np.zeros(1, HEADER)
-    header[0] = (VERSION, len(FIELDS), PAGE, n, end)
+    """(header, fields and rows, which precede the images; allocation table, which follows them)."""
+    n = len(sizes)
+    starts, end = layout(sizes)
+    header = np.array((VERSION, len(FIELDS), PAGE, n, end), HEADER)
     fields = np.zeros(len(FIELDS), FIELD)
-    for row, (name, kind) in zip(fields, FIELDS):
-        row["type_id"] = kind
-        row["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    for field, (name, type_id) in zip(fields, FIELDS):
+        field["type_id"] = type_id
+        field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     rows = np.zeros(n, ROW)
-    rows["f0"]["mode"], rows["f0"]["height"], rows["f0"]["width"], rows["f0"]["data_ptr"] = (
-        modes,
-        heights,
-        widths,
-        starts,
-    )
-    rows["f1"], rows["f2"] = labels, np.arange(n)
+    images = rows["f0"]
+    images["mode"] = modes
+    images["height"] = heights
+    images["width"] = widths
+    images["data_ptr"] = starts
+    rows["f1"] = labels
+    rows["f2"] = np.arange(n)
     table = np.zeros(n, ALLOC)
-    table["sample_id"], table["ptr"], table["size"] = np.arange(n), starts, sizes
-    return b"".join(part.tobytes() for part in (header, fields, rows)), table.tobytes()
+    table["sample_id"] = np.arange(n)
+    table["ptr"] = starts
+    table["size"] = sizes
+    return header.tobytes() + fields.tobytes() + rows.tobytes(), table.tobytes()
 
 
-def write_file(path: Path, before: bytes, after: bytes, data) -> None:
-    """Assemble one file, atomically. `data` yields each sample's bytes in order."""
+def write_file(path: Path, before: bytes, after: bytes, images: Iterator[bytes]) -> None:
+    """Assemble a file atomically from its tables (see build_tables) and its images in order."""
     table = np.frombuffer(after, ALLOC)
 
-    def write(f: BinaryIO) -> None:
-        f.write(before)
-        for start, sample in zip(table["ptr"].tolist(), data, strict=True):
-            f.seek(start)
-            f.write(sample)
-        f.seek(int(table["ptr"][-1] + table["size"][-1]))
-        f.write(after)
+    def write(file: BinaryIO) -> None:
+        file.write(before)
+        for start, image in zip(table["ptr"].tolist(), images, strict=True):
+            file.seek(start)
+            file.write(image)
+        file.seek(int(table["ptr"][-1] + table["size"][-1]))
+        file.write(after)
 
-    for left in path.parent.glob(
-        f".tmp-{glob.escape(path.name)}-*"
-    ):  # by a build that was killed: as large as the data
-        left.unlink(missing_ok=True)
+    # Remains of killed builds are as large as the data.
+    for temporary in path.parent.glob(f".tmp-{glob.escape(path.name)}-*"):
+        temporary.unlink(missing_ok=True)
     write_atomic(path, write)
 
 
-def check_beton(path: Path, whole: bool = False) -> Tables:
-    """Hold a file against its own tables before any native code sees it. `whole` also reads every sample against its checksum.
+def check_beton(path: str | Path, verify_images: bool = False) -> Tables:
+    """The tables of a file, verified against its metadata; before native code reads the file.
 
-    Raises BadBeton (killed writer, cut, foreign, out of bounds, rotted) or ValueError when there is no such file.
+    verify_images: also read every image and verify its checksum.
+    Raises InvalidBetonError if the file is unfinished, truncated, inconsistent, damaged or not of
+    this format, and ValueError if it does not exist.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; build it with: python -m dist_scan beton SOURCE {path.name}"
         )
-    total = path.stat().st_size
-    if total < HEADER.itemsize + len(FIELDS) * FIELD.itemsize:
-        raise InvalidBetonError(path, f"has only {total} bytes, too few for a header")
-    header = np.fromfile(path, HEADER, 1)[0]
-    if (
-        header["version"] != VERSION
-        or header["num_fields"] != len(FIELDS)
-        or header["page_size"] != PAGE
-    ):
-        raise InvalidBetonError(path, "is no .beton of ours (another version or other fields)")
-    fields = np.fromfile(path, FIELD, len(FIELDS), offset=HEADER.itemsize)
-    if [
-        (bytes(f["name"]).rstrip(b"\0").decode("ascii", "replace"), int(f["type_id"]))
-        for f in fields
-    ] != list(FIELDS):
-        raise InvalidBetonError(path, "has other fields than image, label, index")
-    n, end = int(header["num_samples"]), int(header["alloc_table_ptr"])
-    if end == 0 or total != end + n * ALLOC.itemsize:
-        raise InvalidBetonError(
-            path,
-            f"is cut or unfinished ({total:,} bytes, its header says {end + n * ALLOC.itemsize:,})",
-        )
-    rows = np.fromfile(path, ROW, n, offset=HEADER.itemsize + len(FIELDS) * FIELD.itemsize)
-    table = np.fromfile(path, ALLOC, n, offset=end)
-    _check_tables(path, rows, table, end)
-    sums = _check_sums(
-        path, b"".join(part.tobytes() for part in (header, fields, rows)), table.tobytes(), n
+    num_images, table_start = _check_header(path)
+    rows = np.fromfile(path, ROW, num_images, offset=ROWS_START)
+    sizes = np.fromfile(path, ALLOC, num_images, offset=table_start)["size"].copy()
+    _check_images(path, rows, sizes)
+    before, after = build_tables(
+        rows["f0"]["mode"], rows["f0"]["height"], rows["f0"]["width"], rows["f1"], sizes
     )
-    if whole:
-        _check_bytes(path, rows, table["size"], sums)
-    return Tables(rows, table["size"].copy(), sums)
+    with open(path, "rb") as file:
+        found = file.read(len(before))
+        file.seek(table_start)
+        if found != before or file.read() != after:
+            raise InvalidBetonError(path, "its tables are not consistent")
+    sums = _check_sums(path, before + after, num_images)
+    if verify_images:
+        data = np.memmap(path, np.uint8, "r")
+        starts = rows["f0"]["data_ptr"].tolist()
+        for i, (start, size) in enumerate(zip(starts, sizes.tolist())):
+            if checksum(data[start : start + size].tobytes()) != int(sums[i]):
+                name = read_names(path)[i]
+                raise InvalidBetonError(path, f"image {i} ({name}) does not match its checksum")
+    return Tables(rows, sizes, sums)
 
 
-def _check_sums(path: Path, before: bytes, after: bytes, n: int) -> np.ndarray:
-    """The checksums [N], once they and the tables match the facts: a flipped label or width, or another build's sidecars, show here."""
-    facts, file = read_metadata(path), sidecar(path, "sums.npy")
+def _check_header(path: Path) -> tuple[int, int]:
+    """(number of images, start of the allocation table), if they fit the size of the file."""
+    size = path.stat().st_size
+    if size < ROWS_START:
+        raise InvalidBetonError(path, f"has only {size} bytes, too few for a header")
+    header = np.fromfile(path, HEADER, 1)[0]
+    if header["version"] != VERSION or header["num_fields"] != len(FIELDS):
+        raise InvalidBetonError(path, "has another format version, or other fields")
+    num_images, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    expected = table_start + num_images * ALLOC.itemsize
+    if table_start == 0 or size != expected:
+        raise InvalidBetonError(
+            path, f"is truncated or unfinished ({size:,} bytes, its header says {expected:,})"
+        )
+    return num_images, table_start
+
+
+def _check_images(path: Path, rows: np.ndarray, sizes: np.ndarray) -> None:
+    """Check that there are images, and that each has a plausible mode and size."""
+    if len(sizes) == 0 or len(rows) != len(sizes):
+        raise InvalidBetonError(path, "has no images, or fewer rows than its header says")
+    mode = rows["f0"]["mode"]
+    pixels = rows["f0"]["height"].astype(np.int64) * rows["f0"]["width"] * 3
+    stored = sizes.astype(np.int64)
+    is_raw = mode == 1
+    is_valid = (mode <= 1) & (pixels > 0) & (stored > 0) & (sizes <= PAGE)
+    if not is_valid.all() or not np.array_equal(pixels[is_raw], stored[is_raw]):
+        raise InvalidBetonError(path, "has an image whose size does not fit its bytes")
+
+
+def _check_sums(path: Path, tables: bytes, num_images: int) -> np.ndarray:
+    """The images' checksums [N], if they and the tables are those that were written.
+
+    This finds a flipped label or width, and sidecar files of another build.
+    """
+    metadata = read_metadata(path)
+    file = sidecar(path, "sums.npy")
     try:
         sums = np.load(file)
     except (OSError, ValueError, EOFError):
         raise InvalidBetonError(path, f"{file.name} beside it is missing or damaged") from None
-    if facts.get("tables") != checksum(before + after):
+    if metadata.get("tables") != checksum(tables):
         raise InvalidBetonError(
-            path,
-            "its tables are not what was written (rotted, or the files beside it are another build's)",
+            path, "its tables have changed on disk, or the files beside it are of another build"
         )
-    if len(sums) != n or facts.get("sums") != checksum(sums.tobytes()):
-        raise InvalidBetonError(path, f"{file.name} beside it is damaged or another build's")
+    if len(sums) != num_images or metadata.get("sums") != checksum(sums.tobytes()):
+        raise InvalidBetonError(path, f"{file.name} beside it is damaged or of another build")
     return sums
 
 
-def _check_tables(path: Path, rows: np.ndarray, table: np.ndarray, end: int) -> None:
-    image, n = rows["f0"], len(rows)
-    starts, data_end = layout(table["size"])
-    if n == 0:
-        raise InvalidBetonError(path, "holds no images")
-    if (
-        (table["size"] > PAGE).any()
-        or data_end != end
-        or not np.array_equal(starts, table["ptr"])
-        or not np.array_equal(starts, image["data_ptr"])
-    ):
-        raise InvalidBetonError(path, "its tables disagree about where images lie")
-    if not np.array_equal(table["sample_id"], np.arange(n)) or not np.array_equal(
-        rows["f2"], np.arange(n)
-    ):
-        raise InvalidBetonError(path, "its images are out of order")
-    raw = image["mode"] == 1
-    pixels = image["height"].astype(np.int64) * image["width"] * 3
-    if (
-        (image["mode"] > 1).any()
-        or (pixels == 0).any()
-        or (table["size"] == 0).any()
-        or not np.array_equal(pixels[raw], table["size"][raw].astype(np.int64))
-    ):
-        raise InvalidBetonError(path, "has an image whose size does not fit its bytes")
-
-
-def _check_bytes(path: Path, rows: np.ndarray, sizes: np.ndarray, sums: np.ndarray) -> None:
-    data = np.memmap(path, np.uint8, "r")
-    for i, (start, size) in enumerate(zip(rows["f0"]["data_ptr"].tolist(), sizes.tolist())):
-        if checksum(data[start : start + size].tobytes()) != int(sums[i]):
-            raise InvalidBetonError(
-                path, f"image {i} ({read_names(path)[i]}) does not match its checksum"
-            )
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """[N] int64, -1 where unknown."""
+def read_labels(path: str | Path) -> np.ndarray:
+    """[N] int64 class of each image; -1 if unknown."""
     return check_beton(path).rows["f1"].astype(np.int64)
 
 
-def read_names(path: Path) -> list[str]:
-    """The stored images' names, in row order."""
+def read_names(path: str | Path) -> list[str]:
+    """Names of the stored images, in row order."""
     import pyarrow.parquet as pq
 
     return pq.read_table(sidecar(path, "names.parquet"))["name"].to_pylist()
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """num_images, num_bad, class_names, source and storage settings, as written beside the file."""
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """num_images, num_bad, class_names, source and storage settings. Raises ValueError."""
     file = sidecar(path, "json")
     if not file.is_file():
         raise ValueError(f"{file} is missing beside {path}; copy both, or build the dataset again")
     return json.loads(file.read_text())
 
 
-def write_sidecars(path: Path, names: list[str], sums: np.ndarray, facts: dict[str, Any]) -> None:
-    """Names, checksums and facts; written before the .beton itself, whose presence means that all is there."""
+def write_sidecars(
+    path: Path, names: list[str], sums: np.ndarray, metadata: dict[str, Any]
+) -> None:
+    """Write the files beside a .beton. The .beton is written last: then everything is complete."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table({"name": pa.array(names, pa.string())})
-    write_atomic(sidecar(path, "names.parquet"), lambda f: pq.write_table(table, f))
-    write_atomic(sidecar(path, "sums.npy"), lambda f: np.save(f, sums))
-    write_json(sidecar(path, "json"), facts)
+    write_atomic(sidecar(path, "names.parquet"), lambda file: pq.write_table(table, file))
+    write_npy(sidecar(path, "sums.npy"), sums)
+    write_json(sidecar(path, "json"), metadata)

@@ -1,4 +1,4 @@
-"""An explicit plan of rows -> batches of views. Reads a checked .beton, cuts on threads of its own, keeps a few batches ahead."""
+"""Batches of views from a .beton, decoded on threads, a few batches ahead of their use."""
 
 from __future__ import annotations
 
@@ -7,123 +7,142 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import local
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_scan.data.augment.crops import CropSpec, crop_boxes
-from dist_scan.data.beton.decode import PROBLEMS, cutter
 from dist_scan.data.beton.format import InvalidBetonError, check_beton, read_names
+from dist_scan.data.encode import JPEG
+from dist_scan.data.order import check_rows
 
-AHEAD = 3  # batches in the making beside the one in use
+PREFETCH = 3  # batches that are decoded while one is in use
+
+Views = tuple[Tensor, ...]
+"""One uint8 tensor [b, S_v, S_v, 3] per view."""
+
+
+class _Images(NamedTuple):
+    """Where stored images are and what they are: arguments of crop_views, one value per image."""
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    sums: np.ndarray
+    modes: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+
+
+class _Pending(NamedTuple):
+    """A batch that is being decoded."""
+
+    rows: np.ndarray
+    views: Views
+    parts: list[Future]
+
+    def wait(self) -> tuple[np.ndarray, Views]:
+        """(rows, views) when all parts are decoded; raises the error of a part."""
+        for part in self.parts:
+            part.result()
+        return self.rows, self.views
 
 
 class BetonLoader:
-    """Batches of V views of exactly the rows asked for. One loader serves any number of plans; nothing runs between them.
+    """Reads batches of views of any dataset rows, in any order, any number of times.
 
-    A view is a function of (seed, epoch, row, view): the same for any number of threads, batch size, order, or start.
+    A view is a function of (seed, epoch, row, view): the same for any number of threads, batch
+    size, order or start. Threads run only while batches are read.
     """
 
     def __init__(
-        self, path: Path, views: tuple[CropSpec, ...], *, seed: int, batch_size: int, workers: int
+        self,
+        path: str | Path,
+        views: tuple[CropSpec, ...],
+        *,
+        seed: int,
+        batch_size: int,
+        num_threads: int,
     ) -> None:
-        if batch_size < 1 or workers < 1 or not views:
+        # numba takes a second to import.
+        from dist_scan.data.beton.crop_kernel import PROBLEMS, crop_views
+
+        if batch_size < 1 or num_threads < 1 or not views:
             raise ValueError(
-                f"a loader needs views, a batch and a worker (got {len(views)}, {batch_size}, {workers})"
+                "a loader needs at least one view, batch size 1 and one thread, "
+                f"got {len(views)}, {batch_size}, {num_threads}"
             )
-        self.path, self.views, self.seed, self.batch_size, self.workers = (
-            Path(path),
-            tuple(views),
-            seed,
-            batch_size,
-            workers,
-        )
+        self.path = Path(path)
+        self.views = tuple(views)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_threads = num_threads
         tables = check_beton(self.path)
         image = tables.rows["f0"]
-        self.starts, self.sizes = image["data_ptr"].astype(np.int64), tables.sizes.astype(np.int64)
-        self.modes, self.heights, self.widths = (
-            image["mode"].astype(np.int64),
-            image["height"].astype(np.int64),
-            image["width"].astype(np.int64),
-        )
-        self.num_images = len(self.starts)
-        self.sums = tables.sums
-        self.file = open(self.path, "rb", buffering=0)
-        self.stored_bytes = -(-int(self.sizes.max()) // 8) * 8
-        jpeg = self.modes == 0
-        self.scratch_bytes = int((self.heights * self.widths)[jpeg].max()) * 3 if jpeg.any() else 1
-        self._local, self._cutter = local(), cutter()
+        columns = (image["data_ptr"], tables.sizes, image["mode"], image["height"], image["width"])
+        starts, sizes, modes, heights, widths = (column.astype(np.int64) for column in columns)
+        self.images = _Images(starts, sizes, tables.sums, modes, heights, widths)
+        self.num_images = len(starts)
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  open as long as the loader
+        self._crop_views = crop_views
+        self._problems = PROBLEMS
+        # Buffers of each thread: for the largest stored and the largest decoded image
+        self._buffers = local()
+        self._stored_bytes = -(-int(sizes.max()) // 8) * 8
+        self._decoded_bytes = int((heights * widths)[modes == JPEG].max(initial=1)) * 3
 
     def batches(
-        self, plan: np.ndarray, epoch: int, views: tuple[int, ...] | None = None
-    ) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
-        """(rows [b], V uint8 tensors [b, S_v, S_v, 3]) for the rows of `plan` in order; the last batch may be smaller.
-        views: which of the loader's, by number, also one several times (place k draws as view k); None: all.
+        self, rows: np.ndarray, epoch: int, views: tuple[int, ...] | None = None
+    ) -> Iterator[tuple[np.ndarray, Views]]:
+        """(rows [b], views) of the dataset rows [n] in order; the last batch may be smaller.
 
-        Tensors are the caller's to keep. Raises ValueError for a row that does not exist (before anything is read), BadBeton
-        naming the image when one does not decode. Leaving early ends the threads.
+        views: which of the loader's views, by number, in any order and also repeated; None: all.
+        Randomness depends on a view's position here, not on its number.
+
+        The tensors belong to the caller. Threads end when the iterator is closed. Raises ValueError
+        for rows out of range (before anything is read), and InvalidBetonError with the name of an
+        image that cannot be read.
         """
-        plan = np.asarray(plan, np.int64).reshape(-1)
-        if len(plan) and (plan.min() < 0 or plan.max() >= self.num_images):
-            raise ValueError(
-                f"{self.path}: rows {plan.min()}..{plan.max()} were asked for; allowed: 0..{self.num_images - 1}"
-            )
-        return self._batches(
-            plan, epoch, self.views if views is None else tuple(self.views[v] for v in views)
-        )
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        check_rows(rows, self.num_images, self.path)
+        specs = self.views if views is None else tuple(self.views[v] for v in views)
+        return self._batches(rows, epoch, specs)
 
     def _batches(
-        self, plan: np.ndarray, epoch: int, specs: tuple[CropSpec, ...]
-    ) -> Iterator[tuple[np.ndarray, tuple[Tensor, ...]]]:
-        pieces = (plan[s : s + self.batch_size] for s in range(0, len(plan), self.batch_size))
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="beton")
-        making: deque = deque()
+        self, rows: np.ndarray, epoch: int, specs: tuple[CropSpec, ...]
+    ) -> Iterator[tuple[np.ndarray, Views]]:
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="beton")
+        pending: deque[_Pending] = deque()
         try:
-            for rows in pieces:
-                making.append(self._begin(pool, rows, epoch, specs))
-                if len(making) > AHEAD:
-                    yield self._finish(*making.popleft())
-            while making:
-                yield self._finish(*making.popleft())
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                pending.append(self._submit(pool, batch, epoch, specs))
+                if len(pending) > PREFETCH:
+                    yield pending.popleft().wait()
+            while pending:
+                yield pending.popleft().wait()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(
+    def _submit(
         self, pool: ThreadPoolExecutor, rows: np.ndarray, epoch: int, specs: tuple[CropSpec, ...]
-    ) -> tuple[np.ndarray, tuple[Tensor, ...], list[Future]]:
-        # pinned where there is a GPU: torch keeps a pinned block until copies begun with non_blocking are over
+    ) -> _Pending:
+        """Start to decode a batch, an equal part of it on each thread."""
+        # With a GPU in pinned memory: torch reuses a block only after the copies from it.
+        pinned = torch.cuda.is_available()
         tensors = tuple(
-            torch.empty(
-                (len(rows), s.size, s.size, 3),
-                dtype=torch.uint8,
-                pin_memory=torch.cuda.is_available(),
-            )
+            torch.empty((len(rows), s.size, s.size, 3), dtype=torch.uint8, pin_memory=pinned)
             for s in specs
         )
-        outs = tuple(t.numpy() for t in tensors)
-        share = max(1, -(-len(rows) // self.workers))
-        return (
-            rows,
-            tensors,
-            [
-                pool.submit(
-                    self._decode_part,
-                    rows[s : s + share],
-                    epoch,
-                    specs,
-                    tuple(o[s : s + share] for o in outs),
-                )
-                for s in range(0, len(rows), share)
-            ],
-        )
-
-    def _finish(
-        self, rows: np.ndarray, tensors: tuple[Tensor, ...], parts: list[Future]
-    ) -> tuple[np.ndarray, tuple[Tensor, ...]]:
-        for part in parts:
-            part.result()
-        return rows, tensors
+        outs = [tensor.numpy() for tensor in tensors]
+        part_size = max(1, -(-len(rows) // self.num_threads))
+        parts = []
+        for start in range(0, len(rows), part_size):
+            part = slice(start, start + part_size)
+            part_outs = tuple(out[part] for out in outs)
+            parts.append(pool.submit(self._decode_part, rows[part], epoch, specs, part_outs))
+        return _Pending(rows, tensors, parts)
 
     def _decode_part(
         self,
@@ -132,34 +151,21 @@ class BetonLoader:
         specs: tuple[CropSpec, ...],
         outs: tuple[np.ndarray, ...],
     ) -> None:
-        """One thread's share of a batch."""
-        height, width = self.heights[rows], self.widths[rows]
-        found = [
-            crop_boxes(spec, height, width, self.seed, epoch, rows, v)
+        """Decode the rows [n] of one thread into outs, one [n, S_v, S_v, 3] per view."""
+        images = _Images(*(column[rows] for column in self.images))
+        boxes_and_flips = [
+            crop_boxes(spec, images.heights, images.widths, self.seed, epoch, rows, v)
             for v, spec in enumerate(specs)
         ]
-        boxes, flips = np.stack([b for b, _ in found], 1), np.stack([f for _, f in found], 1)
-        if not hasattr(self._local, "scratch"):
-            self._local.stored, self._local.scratch = (
-                np.empty(self.stored_bytes, np.uint8),
-                np.empty(self.scratch_bytes, np.uint8),
-            )
-        bad, problem = self._cutter(
-            self.file.fileno(),
-            self.starts[rows],
-            self.sizes[rows],
-            self.sums[rows],
-            self.modes[rows],
-            height,
-            width,
-            boxes,
-            flips,
-            self._local.stored,
-            self._local.scratch,
-            outs,
+        boxes, flips = (np.stack(arrays, 1) for arrays in zip(*boxes_and_flips))
+        buffers = self._buffers
+        if not hasattr(buffers, "stored"):
+            buffers.stored = np.empty(self._stored_bytes, np.uint8)
+            buffers.decoded = np.empty(self._decoded_bytes, np.uint8)
+        failed, problem = self._crop_views(
+            self._file.fileno(), *images, boxes, flips, buffers.stored, buffers.decoded, outs
         )
-        if bad >= 0:
-            row = int(rows[bad])
-            raise InvalidBetonError(
-                self.path, f"image {row} ({read_names(self.path)[row]}) {PROBLEMS[problem]}"
-            )
+        if failed >= 0:
+            row = int(rows[failed])
+            name = read_names(self.path)[row]
+            raise InvalidBetonError(self.path, f"image {row} ({name}) {self._problems[problem]}")

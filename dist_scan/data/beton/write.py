@@ -1,4 +1,4 @@
-"""Building a .beton: in chunks, by worker processes, restartable, with a list of what could not be read."""
+"""Build a .beton: in chunks, by worker processes, resumable, with a list of unreadable images."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dist_scan.config import ConfigError, DataConfig
-from dist_scan.data.beton.decode import decodes
+from dist_scan.config.base import ConfigError
+from dist_scan.config.data import DataConfig
+from dist_scan.data.beton.ffcv_library import can_decode
 from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_file, write_sidecars
 from dist_scan.data.encode import EncodedImage, UnreadableImageError, encode
 from dist_scan.data.sources.base import Source
 from dist_scan.monitoring.progress import Progress
+from dist_scan.storage.arrays import write_npz
 from dist_scan.storage.artifacts import fingerprint
 from dist_scan.storage.atomic import write_atomic, write_text
 
-CHUNK = 512  # images; the unit of work and of restarting
-MOST_CLASSES = 1 << 20
-ALONE_BELOW = 4096  # so few images are faster here than a pool takes to start
+CHUNK = 512  # images; the unit of work and of resuming
+MAX_CLASSES = 1 << 20
+MIN_FOR_WORKERS = 4096  # fewer images are encoded sooner than worker processes start
 
 
 class BetonReport(NamedTuple):
-    """What a build did."""
+    """Result of a build."""
 
     num_images: int
     num_bad: int
@@ -39,197 +42,215 @@ class BetonReport(NamedTuple):
 
 
 def storage_fingerprint(source: str, config: DataConfig) -> str:
-    """Which bytes a build of this source would give."""
+    """Fingerprint of the stored bytes, from the fingerprint of their source."""
     return fingerprint(source, config.stored, config.resolution, config.max_side, config.quality)
 
 
 def write_beton(
     source: Source, out: Path, config: DataConfig, workers: int = 1, show: bool = True
 ) -> BetonReport:
-    """Build `out` (the same bytes for any number of workers). A killed build goes on from its finished chunks in OUT.parts/.
+    """Build `out`; the bytes are the same for any number of worker processes.
 
-    Raises ConfigError when more than config.max_bad_share of the images cannot be read; the list is then still written.
+    A build that was killed resumes from its finished chunks in OUT.parts/. Raises ConfigError if
+    more than config.max_bad_share of the images cannot be read; the list of them is still written.
     """
-    out, parts = Path(out), sidecar(out, "parts")
-    known, chunks = source.fingerprint(), -(-len(source) // CHUNK)
-    mark = storage_fingerprint(known, config)
-    if not parts.is_dir() or not (parts / "mark").is_file() or (parts / "mark").read_text() != mark:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        write_text(parts / "mark", mark)
-    missing = [c for c in range(chunks) if not (parts / f"{c:06d}.npz").is_file()]
-    done = len(source) - sum(len(_span(c, source)) for c in missing)
+    build = _Build(source, config, sidecar(out, "parts"))
+    source_fingerprint = source.fingerprint()
+    build.open_parts(storage_fingerprint(source_fingerprint, config))
+    missing = build.missing_chunks()
+    done = len(source) - sum(len(build.rows(chunk)) for chunk in missing)
     with Progress(out.name, len(source), "images", done=done, enabled=show) as progress:
-        for count in _run(source, config, parts, missing, workers):
+        for count in _encode_chunks(build, missing, workers):
             progress.advance(count)
-    report = _assemble(source, known, out, config, parts, chunks)
-    shutil.rmtree(parts)
+    report = _assemble(build, source_fingerprint, out)
+    shutil.rmtree(build.parts)
     return report
 
 
-def _span(chunk: int, source: Source) -> range:
-    return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
+@dataclass(frozen=True)
+class _Build:
+    """What is encoded, and the folder of finished chunks. Sent once to each worker process."""
+
+    source: Source
+    config: DataConfig
+    parts: Path
+
+    def open_parts(self, content: str) -> None:
+        """Empty the folder unless its chunks have this fingerprint."""
+        file = self.parts / "mark"
+        if not file.is_file() or file.read_text() != content:
+            shutil.rmtree(self.parts, ignore_errors=True)
+            self.parts.mkdir(parents=True)
+            write_text(file, content)
+
+    def chunks(self) -> range:
+        return range(-(-len(self.source) // CHUNK))
+
+    def missing_chunks(self) -> list[int]:
+        return [chunk for chunk in self.chunks() if not self.file(chunk, "npz").is_file()]
+
+    def rows(self, chunk: int) -> range:
+        """Images of a chunk."""
+        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.source)))
+
+    def file(self, chunk: int, ending: str) -> Path:
+        return self.parts / f"{chunk:06d}.{ending}"
+
+    def encode_chunk(self, chunk: int) -> int:
+        """Write a chunk's images (.bin), then its tables (.npz). Returns the number of images.
+
+        A chunk is complete when its .npz exists.
+        """
+        images: list[EncodedImage] = []
+        names = []
+        labels = []
+        unreadable = []
+        rows = self.rows(chunk)
+        for row, sample in zip(rows, self.source.read(rows)):
+            name = printable_name(sample.name)
+            if not -1 <= sample.label < MAX_CLASSES:
+                raise ConfigError(
+                    f"image {row} ('{name}') has label {sample.label}; "
+                    f"allowed: 0 to {MAX_CLASSES - 1}, or -1 for unknown. Number the classes from 0"
+                )
+            try:
+                images.append(self._encode(sample.data))
+            except UnreadableImageError as reason:
+                unreadable.append((row, name, str(reason)))
+            else:
+                names.append(name)
+                labels.append(sample.label)
+        write_atomic(
+            self.file(chunk, "bin"), lambda file: file.writelines(image.data for image in images)
+        )
+        tables = {
+            "names": np.array(names, np.str_),
+            "labels": np.array(labels, np.int64),
+            "bad": np.array(unreadable, np.str_).reshape(-1, 3),
+            "modes": np.array([image.mode for image in images], np.uint8),
+            "heights": np.array([image.height for image in images], np.uint16),
+            "widths": np.array([image.width for image in images], np.uint16),
+            "sizes": np.array([len(image.data) for image in images], np.uint64),
+            "sums": np.array([checksum(image.data) for image in images], np.uint64),
+        }
+        write_npz(self.file(chunk, "npz"), tables)
+        return len(rows)
+
+    def _encode(self, data: bytes) -> EncodedImage:
+        """See encode.
+
+        A JPEG that is passed through must decode without a warning: here it can still be encoded
+        again, in training it could not.
+        """
+        image = encode(data, self.config)
+        is_original = self.config.stored == "original" and image.data is data
+        if is_original and not can_decode(image.data, image.height, image.width):
+            return encode(data, self.config, pass_through=False)
+        return image
 
 
-def _run(
-    source: Source, config: DataConfig, parts: Path, missing: list[int], workers: int
-) -> Iterator[int]:
-    """Make the missing chunks; yields how many images each held. A worker's crash ends the build with its error, never a hang."""
-    if workers <= 1 or len(missing) * CHUNK <= ALONE_BELOW:
-        yield from (_make_chunk(source, config, parts, chunk) for chunk in missing)
+def printable_name(name: str) -> str:
+    """A file name as valid UTF-8; other bytes become backslash escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _encode_chunks(build: _Build, missing: list[int], workers: int) -> Iterator[int]:
+    """Encode the missing chunks, in worker processes if that is faster; yields numbers of images.
+
+    Raises ValueError if a worker process is killed.
+    """
+    if workers <= 1 or len(missing) * CHUNK <= MIN_FOR_WORKERS:
+        yield from map(build.encode_chunk, missing)
         return
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # forking a process that holds torch's threads can hang the child
+    # Not fork: a child of a process with torch's threads can hang.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dist_scan.data.encode"])
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(source, config, parts)
+        workers, mp_context=context, initializer=_start_worker, initargs=(build,)
     ) as pool:
         try:
-            yield from pool.map(_worker_chunk, missing)
+            yield from pool.map(_encode_chunk_in_worker, missing)
         except BrokenProcessPool:
             raise ValueError(
-                "a process that encodes images was killed (out of memory?); the same command goes on from the finished chunks, "
-                f"with fewer workers than {workers} it needs less memory"
+                "a process that encodes images was killed (out of memory?); the same command "
+                f"resumes from the finished chunks, and needs less memory with fewer workers than "
+                f"{workers}"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-_job: tuple[Source, DataConfig, Path] | None = None  # a worker's source, sent once per process
+_worker_build: _Build  # of this worker process
 
 
-def _start_worker(*job) -> None:
-    global _job
-    _job = job
-    # a killed build (kill -9) cannot tell its workers: they would wait for the next chunk for ever
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start_worker(build: _Build) -> None:
+    global _worker_build
+    _worker_build = build
+    # If the build is killed (kill -9), its workers would wait for the next chunk for ever.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
     os._exit(1)
 
 
-def _worker_chunk(chunk: int) -> int:
-    return _make_chunk(*_job, chunk)
+def _encode_chunk_in_worker(chunk: int) -> int:
+    return _worker_build.encode_chunk(chunk)
 
 
-def _make_chunk(source: Source, config: DataConfig, parts: Path, chunk: int) -> int:
-    """Encode one chunk into CHUNK.bin, then CHUNK.npz, whose presence means it is whole."""
-    stored, names, labels, rows, bad = [], [], [], [], []
-    span = _span(chunk, source)
-    for row, sample in zip(span, source.read(span)):
-        if not -1 <= sample.label < MOST_CLASSES:
-            raise ConfigError(
-                f"image {row} ('{_printable(sample.name)}') has label {sample.label}; allowed: 0 to {MOST_CLASSES - 1}, or -1 for unknown. "
-                "Number the classes from 0"
-            )
-        try:
-            stored.append(_encoded(sample.data, config))
-            names.append(_printable(sample.name))
-            labels.append(sample.label)
-            rows.append(row)
-        except UnreadableImageError as reason:
-            bad.append((row, _printable(sample.name), str(reason)))
-    write_atomic(parts / f"{chunk:06d}.bin", lambda f: f.writelines(s.data for s in stored))
-    table = _table(stored)
-    write_atomic(
-        parts / f"{chunk:06d}.npz",
-        lambda f: np.savez(
-            f,
-            names=np.array(names, dtype=np.str_),
-            labels=np.array(labels, np.int64),
-            bad=np.array(bad, dtype=np.str_).reshape(-1, 3),
-            **table,
-        ),
-    )
-    return len(span)
-
-
-def _encoded(data: bytes, config: DataConfig) -> EncodedImage:
-    """As `encode`; a JPEG passed through must also decode without a complaint here, where it can still be re-encoded, not in training."""
-    stored = encode(data, config)
-    if (
-        config.stored == "original"
-        and stored.data is data
-        and not decodes(stored.data, stored.height, stored.width)
-    ):
-        return encode(data, config, pass_through=False)
-    return stored
-
-
-def _printable(name: str) -> str:
-    """File names need not be UTF-8; tables and CSV must be."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _table(stored: list[EncodedImage]) -> dict[str, np.ndarray]:
-    return {
-        "modes": np.array([s.mode for s in stored], np.uint8),
-        "heights": np.array([s.height for s in stored], np.uint16),
-        "widths": np.array([s.width for s in stored], np.uint16),
-        "sizes": np.array([len(s.data) for s in stored], np.uint64),
-        "sums": np.array([checksum(s.data) for s in stored], np.uint64),
-    }
-
-
-def _assemble(
-    source: Source, known: str, out: Path, config: DataConfig, parts: Path, chunks: int
-) -> BetonReport:
-    pieces = []
-    for chunk in range(chunks):
-        with np.load(parts / f"{chunk:06d}.npz") as piece:
-            pieces.append({name: piece[name] for name in piece.files})
-    whole = {
-        name: np.concatenate([p[name] for p in pieces])
-        for name in ("modes", "heights", "widths", "labels", "sizes", "sums")
-    }
-    names = [str(n) for p in pieces for n in p["names"]]
-    bad = [row for p in pieces for row in p["bad"].tolist()]
-    _write_bad(sidecar(out, "bad.csv"), bad)
-    share = len(bad) / len(source)
-    if share > config.max_bad_share or not names:
-        worst = "; ".join(f"{name}: {reason}" for _, name, reason in bad[:3])
+def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
+    """Write the list of unreadable images, the sidecar files and the .beton from the chunks."""
+    config = build.config
+    chunks = []
+    for chunk in build.chunks():
+        with np.load(build.file(chunk, "npz")) as arrays:
+            chunks.append(dict(arrays))
+    merged = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    names = merged.pop("names").tolist()
+    unreadable = merged.pop("bad").tolist()
+    sums = merged.pop("sums")
+    bad_path = sidecar(out, "bad.csv")
+    _write_csv(bad_path, [["row", "name", "reason"], *unreadable])
+    fraction = len(unreadable) / len(build.source)
+    if fraction > config.max_bad_share or not names:
+        first = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:3])
         raise ConfigError(
-            f"{len(bad)} of {len(source)} images ({share:.1%}) cannot be read, more than data.max_bad_share = {config.max_bad_share:g} allows: "
-            f"{worst}. All are listed in {sidecar(out, 'bad.csv')}; mend the source, or raise data.max_bad_share"
+            f"{len(unreadable)} of {len(build.source)} images ({fraction:.1%}) cannot be read, "
+            f"more than data.max_bad_share = {config.max_bad_share:g} allows: {first}. "
+            f"All are listed in {bad_path}; repair the source, or raise data.max_bad_share"
         )
-    facts = {
+    before, after = build_tables(**merged)
+    metadata = {
         "num_images": len(names),
-        "num_bad": len(bad),
-        "class_names": source.class_names,
-        "mark": storage_fingerprint(known, config),
-        "source": known,
+        "num_bad": len(unreadable),
+        "class_names": build.source.class_names,
+        "mark": storage_fingerprint(source_fingerprint, config),
+        "source": source_fingerprint,
         "stored": config.stored,
         "resolution": config.resolution,
         "max_side": config.max_side,
         "quality": config.quality,
+        "tables": checksum(before + after),
+        "sums": checksum(sums.tobytes()),
     }
-    sums = whole.pop("sums")
-    before, after = build_tables(**whole)
-    write_sidecars(
-        out,
-        names,
-        sums,
-        facts | {"tables": checksum(before + after), "sums": checksum(sums.tobytes())},
-    )
-    write_file(out, before, after, _samples(parts, pieces))
-    return BetonReport(len(names), len(bad), sidecar(out, "bad.csv"))
+    write_sidecars(out, names, sums, metadata)
+    write_file(out, before, after, _read_images(build, [chunk["sizes"] for chunk in chunks]))
+    return BetonReport(len(names), len(unreadable), bad_path)
 
 
-def _samples(parts: Path, pieces: list[dict[str, np.ndarray]]) -> Iterator[bytes]:
-    for chunk, piece in enumerate(pieces):
-        data, at = (parts / f"{chunk:06d}.bin").read_bytes(), 0
-        for size in piece["sizes"].tolist():
-            yield data[at : at + size]
-            at += size
+def _read_images(build: _Build, sizes: list[np.ndarray]) -> Iterator[bytes]:
+    """Stored bytes of every image, in order."""
+    for chunk, sizes_of_chunk in enumerate(sizes):
+        with open(build.file(chunk, "bin"), "rb") as file:
+            for size in sizes_of_chunk.tolist():
+                yield file.read(size)
 
 
-def _write_bad(path: Path, bad: list[list[str]]) -> None:
+def _write_csv(path: Path, rows: list[list[str]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["row", "name", "reason"])
-    writer.writerows(bad)
+    csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
