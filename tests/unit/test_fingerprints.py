@@ -1,30 +1,31 @@
-"""What a stage's fingerprint covers: every setting is on one side or the other, and a test says which."""
+"""What a stage's fingerprint covers: every setting either decides results, or does not count."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from dist_scan.preflight import all_stages, fingerprints
 from dist_scan.run_config import CompleteRunConfig, load_config
+from tests.support.launches import ROOT
 
-QUICK = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-MEANING = {"seed", "data", "stages"}
-RUNTIME = {"name", "runtime", "slurm"}
-
-
-def marks(*overrides):
-    return fingerprints(load_config(QUICK, list(overrides)), {"beton_train": "data"})
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+DECIDE_RESULTS = {"seed", "data", "stages"}
+DO_NOT_COUNT = {"name", "runtime", "slurm"}
 
 
-def changed(*overrides):
-    before, after = marks(), marks(*overrides)
+def stage_fingerprints(*overrides: str, data: str = "data") -> dict[str, str]:
+    """The fingerprints of the quickstart's stages."""
+    return fingerprints(load_config(QUICKSTART, overrides), {"beton_train": data})
+
+
+def changed_stages(*overrides: str) -> set[str]:
+    """The stages whose fingerprints these overrides change."""
+    before, after = stage_fingerprints(), stage_fingerprints(*overrides)
     return {name for name in before if before[name] != after[name]}
 
 
-def test_every_top_level_setting_is_on_one_side() -> None:
-    assert set(CompleteRunConfig.model_fields) == MEANING | RUNTIME
+def test_every_top_level_setting_is_known_here() -> None:
+    assert set(CompleteRunConfig.model_fields) == DECIDE_RESULTS | DO_NOT_COUNT
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,8 @@ def test_every_top_level_setting_is_on_one_side() -> None:
         "data.train.format=folder",
     ],
 )
-def test_where_and_how_it_runs_is_no_part_of_the_meaning(override) -> None:
-    assert changed(override) == set()
+def test_how_and_where_a_run_is_started_does_not_count(override: str) -> None:
+    assert changed_stages(override) == set()
 
 
 @pytest.mark.parametrize(
@@ -61,18 +62,13 @@ def test_where_and_how_it_runs_is_no_part_of_the_meaning(override) -> None:
         ("data.mean=[0.1,0.1,0.1]", "pretext"),
     ],
 )
-def test_a_meaning_changes_its_stage_and_what_stands_on_it(override, first) -> None:
-    names = changed(override)
-    assert first in names
-    order = list(all_stages(load_config(QUICK)))
-    assert all(order.index(n) >= order.index(first) for n in names)
-    assert "report" in names
+def test_a_setting_changes_its_stage_and_those_that_depend_on_it(override: str, first: str) -> None:
+    changed = changed_stages(override)
+    assert {first, "report"} <= changed
+    order = list(all_stages(load_config(QUICKSTART)))
+    assert all(order.index(name) >= order.index(first) for name in changed)
 
 
-def test_the_data_is_part_of_the_meaning() -> None:
-    run = load_config(QUICK)
-    assert all(
-        fingerprints(run, {"beton_train": "a"})[n] != fingerprints(run, {"beton_train": "b"})[n]
-        for n in all_stages(run)
-        if n != "x"
-    )
+def test_other_images_change_every_stage() -> None:
+    one, other = stage_fingerprints(data="one"), stage_fingerprints(data="other")
+    assert all(one[name] != other[name] for name in one)
