@@ -41,7 +41,7 @@ def test_it_leaves_a_report_a_table_and_assignments(undisturbed) -> None:
     )
     page = (folder / "report.html").read_text()
     assert (
-        "where a step" in page
+        "time per step" in page
         and page.count("<img") + page.count("<svg") > 5
         and "http://" not in page.replace("http://www.w3.org", "")
     )
