@@ -1,54 +1,59 @@
-"""The comparison: its arithmetic, its words, its page, and what it refuses before any work."""
+"""The compare command: planning and checking its runs, and running several at a time."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dist_scan.compare import local_runs
 from dist_scan.compare.config import read_comparison
 from dist_scan.compare.local_runs import LocalRuns
-from dist_scan.compare.runs import check_same_data, plan_runs
+from dist_scan.compare.runs import Runs, check_same_data, plan_runs
 from dist_scan.config import ConfigError
+from dist_scan.world.processes import available_cores
 from tests.support.launches import ROOT
 
-QUICK = ROOT / "configs" / "quickstart.yaml"
-
-
-def comparison(tmp_path: Path, text):
-    path = tmp_path / "c.yaml"
-    path.write_text(text)
-    return read_comparison(path), path
-
-
-WHOLE = f"""
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+COMPARISON = f"""
 seeds: [0, 4]
 members:
-  a: {{config: {QUICK}}}
-  b: {{config: {QUICK}, overrides: ["stages.pretext.epochs=3"]}}
+  a: {{config: {QUICKSTART}}}
+  b: {{config: {QUICKSTART}, overrides: ["stages.pretext.epochs=3"]}}
 rows: {{pixels: a.kmeans_pixels, heads: b.scan}}
 baseline: pixels
 """
 
 
-def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
-    found, path = comparison(tmp_path, WHOLE)
-    runs = plan_runs(found, path.parent, tmp_path / "out")
+def planned(folder: Path, text: str) -> Runs:
+    """The runs of a comparison, checked to use the same data."""
+    path = folder / "comparison.yaml"
+    path.write_text(text)
+    out = folder / "out"
+    runs = plan_runs(read_comparison(path), folder, out)
+    check_same_data(runs, out / "data")
+    return runs
+
+
+def test_every_member_and_seed_has_a_folder(tmp_path: Path) -> None:
+    runs = planned(tmp_path, COMPARISON)
     assert [(key, run.seed, run.run_dir.name) for key, run in runs.items()] == [
-        ((m, s), s, f"{m}-seed{s}") for s in (0, 4) for m in "ab"
+        (("a", 0), 0, "a-seed0"),
+        (("b", 0), 0, "b-seed0"),
+        (("a", 4), 4, "a-seed4"),
+        (("b", 4), 4, "b-seed4"),
     ]
-    assert (
-        runs["b", 4].stages["pretext"].epochs == 3
-        and len({run.runtime.cache_dir for run in runs.values()}) == 1
-    )
-    check_same_data(runs, tmp_path)
+    assert runs["b", 4].stages["pretext"].epochs == 3
+    assert len({run.runtime.cache_dir for run in runs.values()}) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,13 +70,14 @@ def test_it_plans_a_folder_for_each_member_and_seed(tmp_path: Path) -> None:
         ("seeds:", "seed:", "seed"),
         ("stages.pretext.epochs=3", "data.train.limit=1000", "do not cluster the same images"),
         ("stages.pretext.epochs=3", "stages.pretext.epoch=3", "did you mean 'epochs'"),
-        (str(QUICK), "nowhere.yaml", "does not exist"),
+        (str(QUICKSTART), "nowhere.yaml", "does not exist"),
     ],
 )
-def test_mistakes_are_told_before_any_work(tmp_path: Path, before, after, message) -> None:
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
-        found, path = comparison(tmp_path, WHOLE.replace(before, after))
-        check_same_data(plan_runs(found, path.parent, tmp_path / "out"), tmp_path)
+def test_invalid_comparisons_are_refused_before_any_work(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        planned(tmp_path, COMPARISON.replace(before, after))
 
 
 LAUNCHER = """
@@ -79,89 +85,98 @@ import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1]).parent
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 (folder / "began").write_text(json.dumps([time.monotonic(), os.environ["OMP_NUM_THREADS"]]))
-print("said by", folder.name)
+print("output of", folder.name)
 if folder.name == "a":
     time.sleep(0.3)
     (folder.parent / "data").write_text(json.dumps(time.monotonic()))
-time.sleep(0.05 if folder.name == "fails" else 30 if folder.name == "long" else 1.5)
+time.sleep({"fails": 0.05, "long": 30}.get(folder.name, 1.5))
 (folder / "ended").write_text(json.dumps(time.monotonic()))
-sys.exit(folder.name == "fails" and 3)
+sys.exit(3 if folder.name == "fails" else 0)
 """
+RunAll = Callable[..., tuple[int, int]]
 
 
 @pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs of these names by a launcher that sleeps; returns the exit code and how often a run's end was told."""
+def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunAll:
+    """Run members of these names by a launcher that sleeps.
+
+    Returns the exit code and the number of runs that succeeded.
+    """
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     monkeypatch.setattr(local_runs, "LOCAL", tmp_path / "launcher.py")
     monkeypatch.setattr(local_runs, "dump", lambda run: "")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def go(*names: str, at_once: int):
-        told, runs = [], {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
-        return LocalRuns(1, at_once, [tmp_path / "data"]).run_all(
-            runs, lambda: told.append(1)
-        ), len(told)
+    def run(*names: str) -> tuple[int, int]:
+        finished: list[int] = []
+        runs: dict[str, Any] = {name: SimpleNamespace(run_dir=tmp_path / name) for name in names}
+        local = LocalRuns(processes=1, at_once=2, shared_data=[tmp_path / "data"])
+        return local.run_all(runs, lambda: finished.append(1)), len(finished)
 
-    return go
-
-
-def span(folder) -> tuple[float, float]:
-    return json.loads((folder / "began").read_text())[0], json.loads((folder / "ended").read_text())
+    return run
 
 
-def test_runs_share_the_cores_and_the_first_builds_the_data_alone(started, tmp_path: Path) -> None:
-    assert started("a", "b", "c", "d", at_once=2) == (0, 4)
-    a, b, c, d = (span(tmp_path / name) for name in "abcd")
-    assert json.loads((tmp_path / "data").read_text()) < b[0] < a[1], (
-        "a alone until the data is there, then b beside it"
-    )
-    assert c[0] > min(a[1], b[1]) and d[0] > min(b[1], c[1]), "never three"
-    threads = json.loads((tmp_path / "b" / "began").read_text())[1]
-    assert (
-        threads == str(max(1, len(os.sched_getaffinity(0)) // 2))
-        and (tmp_path / "b" / "output.txt").read_text() == "said by b\n"
-    )
-    assert (
-        started("e", "f", at_once=2) == (0, 2) and span(tmp_path / "f")[0] < span(tmp_path / "e")[1]
-    )
-    (tmp_path / "data").unlink()
-    assert started("g", "h", "i", at_once=2) == (0, 3), (
-        "nobody says that the data is built: the first that ends well has built it"
-    )
-    assert (
-        span(tmp_path / "g")[1] < span(tmp_path / "h")[0]
-        and span(tmp_path / "i")[0] < span(tmp_path / "h")[1]
-    )
+def began(folder: Path) -> float:
+    """When the launcher of a run began."""
+    return json.loads((folder / "began").read_text())[0]
 
 
-def test_a_run_that_fails_ends_the_others_and_nothing_is_started_after_it(
-    started, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def ended(folder: Path) -> float:
+    """When the launcher of a run ended."""
+    return json.loads((folder / "ended").read_text())
+
+
+def test_two_runs_share_the_cores_once_the_first_has_built_the_data(
+    run_all: RunAll, tmp_path: Path
 ) -> None:
-    began = time.monotonic()
+    assert run_all("a", "b", "c", "d") == (0, 4)
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    data_built = json.loads((tmp_path / "data").read_text())
+    assert data_built < began(b) < ended(a)
+    assert began(c) > min(ended(a), ended(b)), "three runs at a time"
+    assert began(d) > min(ended(b), ended(c)), "three runs at a time"
+    threads = json.loads((b / "began").read_text())[1]
+    assert threads == str(max(1, available_cores() // 2))
+    assert (b / "output.txt").read_text() == "output of b\n"
+
+
+def test_two_runs_start_at_once_if_the_data_exists(run_all: RunAll, tmp_path: Path) -> None:
     (tmp_path / "data").touch()
-    assert started("long", "fails", "never", at_once=2) == (3, 0)
-    assert (
-        time.monotonic() - began < 15
-        and not (tmp_path / "long" / "ended").exists()
-        and not (tmp_path / "never").exists()
-    )
+    assert run_all("e", "f") == (0, 2)
+    assert began(tmp_path / "f") < ended(tmp_path / "e")
+
+
+def test_the_first_run_that_succeeds_has_built_the_data(run_all: RunAll, tmp_path: Path) -> None:
+    assert run_all("g", "h", "i") == (0, 3)
+    g, h, i = (tmp_path / name for name in "ghi")
+    assert ended(g) < began(h)
+    assert began(i) < ended(h)
+
+
+def test_a_failed_run_stops_the_others_and_no_more_start(
+    run_all: RunAll, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start = time.monotonic()
+    (tmp_path / "data").touch()
+    assert run_all("long", "fails", "never") == (3, 0)
+    assert time.monotonic() - start < 15
+    assert not (tmp_path / "long" / "ended").exists()
+    assert not (tmp_path / "never").exists()
     assert "fails: ended with 3; the same command resumes it" in capfd.readouterr().err
 
 
-def test_a_notice_reaches_every_run(started, tmp_path: Path) -> None:
+def test_a_signal_is_forwarded_to_every_run(run_all: RunAll, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    def ask() -> None:
+    def send() -> None:
         while not all((tmp_path / name / "began").exists() for name in ("long", "a")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=send).start()
     (tmp_path / "data").touch()
-    assert started("long", "a", "never", at_once=2)[0] == 128 + signal.SIGTERM
-    assert (
-        not (tmp_path / "never").exists()
-        and not (tmp_path / "long" / "ended").exists()
-        and signal.getsignal(signal.SIGTERM) is before
-    )
+    code, _ = run_all("long", "a", "never")
+    assert code == 128 + signal.SIGTERM
+    assert not (tmp_path / "never").exists()
+    assert not (tmp_path / "long" / "ended").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
