@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,29 +29,6 @@ from dist_scan.data.order import (
 )
 from dist_scan.monitoring.step_timer import section
 from dist_scan.world.world import World
-
-
-class Feed(Protocol):
-    """Source of Batches for the training loop."""
-
-    steps_per_epoch: int
-    rows: np.ndarray
-    """[n] dataset rows to train on."""
-
-    def batches(
-        self,
-        epoch: int,
-        first_step: int = 0,
-        views: tuple[int, ...] | None = None,
-        order: np.ndarray | None = None,
-    ) -> Iterator[Batch]:
-        """Batches of this rank, from `first_step` of the epoch on.
-
-        views: views of each Batch, as numbers of recipes (images), or 0 for the anchor's row and 1
-        for the neighbour's (features); None: all. Randomness depends on a view's position here, not
-        on its number.
-        order: dataset rows of this epoch in the order of training; None: `rows`, shuffled.
-        """
 
 
 @dataclass(frozen=True)
@@ -129,23 +106,15 @@ class EpochPlan:
         return self.neighbours.draw(index, self.seed, epoch)
 
 
-class ImageFeed:
-    """Views are decoded from a .beton on the CPU and augmented by their recipes on the device."""
+class Feed(ABC):
+    """Source of Batches for the training loop."""
 
-    def __init__(
-        self,
-        loader: BetonLoader,
-        recipes: tuple[Recipe, ...],
-        plan: EpochPlan,
-        device: torch.device,
-    ) -> None:
-        self.loader = loader
-        self.recipes = recipes
+    def __init__(self, plan: EpochPlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self.has_neighbours = plan.neighbours is not None
         self.steps_per_epoch = plan.steps_per_epoch
         self.rows = plan.rows
+        """[n] dataset rows to train on."""
 
     def batches(
         self,
@@ -154,24 +123,54 @@ class ImageFeed:
         views: tuple[int, ...] | None = None,
         order: np.ndarray | None = None,
     ) -> Iterator[Batch]:
-        """See Feed. With neighbours, the last view is the neighbour's."""
+        """Batches of this rank, from `first_step` of the epoch on.
+
+        views: views of each Batch, as numbers of recipes (images), or 0 for the anchor's row and 1
+        for the neighbour's (features); None: all. Randomness depends on a view's position here, not
+        on its number.
+        order: dataset rows of this epoch in the order of training; None: `rows`, shuffled.
+        """
+        anchors = self.plan.batch_rows(epoch, first_step, order)
+        step = epoch * self.steps_per_epoch + first_step
+        for i, tensors in enumerate(self._views(anchors, epoch, views)):
+            yield _batch(anchors[i], tensors, epoch, step + i)
+
+    @abstractmethod
+    def _views(
+        self, anchors: np.ndarray, epoch: int, views: tuple[int, ...] | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Views of each step of anchors [steps, b]."""
+
+
+class ImageFeed(Feed):
+    """Views are decoded from a .beton on the CPU and augmented by their recipes on the device.
+
+    With neighbours, the last view is the neighbour's.
+    """
+
+    def __init__(
+        self,
+        loader: BetonLoader,
+        recipes: tuple[Recipe, ...],
+        plan: EpochPlan,
+        device: torch.device,
+    ) -> None:
+        super().__init__(plan, device)
+        self.loader = loader
+        self.recipes = recipes
+
+    def _views(
+        self, anchors: np.ndarray, epoch: int, views: tuple[int, ...] | None
+    ) -> Iterator[tuple[Tensor, ...]]:
         recipes = self.recipes
         if views is not None:
             recipes = tuple(self.recipes[v] for v in views)
-        anchors = self.plan.batch_rows(epoch, first_step, order)
         to_decode = anchors
-        if self.has_neighbours:
+        if self.plan.neighbours is not None:
             neighbours = np.stack([self.plan.neighbours_of(rows, epoch) for rows in anchors])
             to_decode = np.concatenate([anchors, neighbours], axis=1)
-        step = epoch * self.steps_per_epoch + first_step
-        decoded = self.loader.batches(to_decode.reshape(-1), epoch, views)
-        for i, (rows, crops) in enumerate(decoded):
-            yield Batch(
-                torch.from_numpy(anchors[i].astype(np.int64)),
-                self._augment(rows, crops, recipes, epoch, anchors.shape[1]),
-                epoch,
-                step + i,
-            )
+        for rows, crops in self.loader.batches(to_decode.reshape(-1), epoch, views):
+            yield self._augment(rows, crops, recipes, epoch)
 
     def _augment(
         self,
@@ -179,7 +178,6 @@ class ImageFeed:
         crops: tuple[Tensor, ...],
         recipes: tuple[Recipe, ...],
         epoch: int,
-        num_anchors: int,
     ) -> tuple[Tensor, ...]:
         """Views of one step on the device.
 
@@ -189,7 +187,8 @@ class ImageFeed:
         views = []
         for v, (recipe, images) in enumerate(zip(recipes, crops)):
             index = rows
-            if self.has_neighbours:
+            if self.plan.neighbours is not None:
+                num_anchors = len(rows) // 2
                 is_last = v == len(recipes) - 1
                 half = slice(num_anchors, None) if is_last else slice(num_anchors)
                 images, index = images[half], rows[half]
@@ -200,7 +199,7 @@ class ImageFeed:
         return tuple(views)
 
 
-class FeatureFeed:
+class FeatureFeed(Feed):
     """Views are random cached views from a feature table: of each row, and of its neighbour.
 
     Without neighbours the second view is another random view of the same row.
@@ -213,29 +212,16 @@ class FeatureFeed:
         device: torch.device,
         placement: Placement = "mapped",
     ) -> None:
+        super().__init__(plan, device)
         self.cache = FeatureCache(table, placement, device)
-        self.plan = plan
-        self.steps_per_epoch = plan.steps_per_epoch
-        self.rows = plan.rows
 
-    def batches(
-        self,
-        epoch: int,
-        first_step: int = 0,
-        views: tuple[int, ...] | None = None,
-        order: np.ndarray | None = None,
-    ) -> Iterator[Batch]:
-        """See Feed."""
+    def _views(
+        self, anchors: np.ndarray, epoch: int, views: tuple[int, ...] | None
+    ) -> Iterator[tuple[Tensor, ...]]:
         slots = views or (0, 1)
-        step = epoch * self.steps_per_epoch + first_step
-        for i, index in enumerate(self.plan.batch_rows(epoch, first_step, order)):
+        for index in anchors:
             pair = (index, self.plan.neighbours_of(index, epoch))
-            yield Batch(
-                torch.from_numpy(index.astype(np.int64)),
-                self._read([pair[slot] for slot in slots], epoch, slots),
-                epoch,
-                step + i,
-            )
+            yield self._read([pair[slot] for slot in slots], epoch, slots)
 
     def _read(
         self, indices: list[np.ndarray], epoch: int, slots: tuple[int, ...]
@@ -251,7 +237,11 @@ class FeatureFeed:
         ]
         rows = self.cache.read(np.concatenate(indices), np.concatenate(views))
         with section("copy"):
-            return rows.to(self.cache.device, non_blocking=True).float().chunk(len(slots))
+            return rows.to(self.device, non_blocking=True).float().chunk(len(slots))
+
+
+def _batch(index: np.ndarray, views: tuple[Tensor, ...], epoch: int = 0, step: int = 0) -> Batch:
+    return Batch(torch.from_numpy(index.astype(np.int64)), views, epoch, step)
 
 
 def eval_batches(
@@ -260,40 +250,42 @@ def eval_batches(
     """One view (usually the centre crop) of each of these rows, in order; no padding."""
     for index, views in loader.batches(rows, 0):
         images = recipe(views[0].to(device, non_blocking=True), index, seed=seed, epoch=0, view=0)
-        yield Batch(torch.from_numpy(np.asarray(index).astype(np.int64)), (images,), 0, 0)
-
-
-def held_out_rows(anchors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [M], positions [A, K] of the neighbours `ids` [A, K] in them).
-
-    The rows are the anchors [A], then every neighbour that is not an anchor.
-    """
-    others = np.setdiff1d(ids, anchors)
-    rows = np.concatenate([anchors, others])
-    order = np.argsort(rows)
-    return rows, order[np.searchsorted(rows, ids, sorter=order)]
+        yield _batch(index, (images,))
 
 
 def held_out_features(
     table: FeatureTable, anchors: np.ndarray, ids: np.ndarray, world: World, chunk: int = 8192
 ) -> HeldOut:
-    """Held-out rows from cached features (view 0), `chunk` rows per Batch."""
-    rows, positions = held_out_rows(anchors, ids)
-    local_rows = np.array_split(rows, world.world_size)[world.rank]
+    """Anchors [A] and their neighbours `ids` [A, K], from cached features (view 0)."""
 
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(local_rows), chunk):
-            index = local_rows[start : start + chunk]
-            features = torch.from_numpy(table.rows(index, 0)).to(world.device).float()
-            yield Batch(torch.from_numpy(index.astype(np.int64)), (features,), 0, 0)
+    def batches(rows: np.ndarray) -> Iterator[Batch]:
+        for start in range(0, len(rows), chunk):
+            index = rows[start : start + chunk]
+            features = torch.from_numpy(table.rows(index)).to(world.device).float()
+            yield _batch(index, (features,))
 
-    return HeldOut(batches, positions)
+    return _held_out(anchors, ids, world, batches)
 
 
 def held_out_images(
     loader: BetonLoader, recipe: Recipe, anchors: np.ndarray, ids: np.ndarray, world: World
 ) -> HeldOut:
-    """Held-out rows decoded as centre crops."""
-    rows, positions = held_out_rows(anchors, ids)
+    """Anchors [A] and their neighbours `ids` [A, K], decoded with a recipe (centre crop)."""
+    return _held_out(
+        anchors, ids, world, lambda rows: eval_batches(loader, recipe, rows, world.device)
+    )
+
+
+def _held_out(
+    anchors: np.ndarray,
+    ids: np.ndarray,
+    world: World,
+    batches: Callable[[np.ndarray], Iterator[Batch]],
+) -> HeldOut:
+    """The rows are the anchors, then every neighbour that is not an anchor."""
+    others = np.setdiff1d(ids, anchors)
+    rows = np.concatenate([anchors, others])
+    order = np.argsort(rows)
+    positions = order[np.searchsorted(rows, ids, sorter=order)]
     local_rows = np.array_split(rows, world.world_size)[world.rank]
-    return HeldOut(lambda: eval_batches(loader, recipe, local_rows, world.device), positions)
+    return HeldOut(lambda: batches(local_rows), positions)

@@ -182,7 +182,7 @@ def test_the_mark_follows_the_data_not_the_place(tmp_path: Path) -> None:
         (lambda p: (p / "x.tar").write_bytes(b"junk") and p / "x.tar", "not a readable tar"),
         (
             lambda p: (p / "x.zip").write_bytes(b"junk") and p / "x.zip",
-            "does not fit these files",
+            "does not fit",
         ),
     ],
     ids=["missing", "empty", "parquet", "tar", "other"],

@@ -54,43 +54,40 @@ class RecipeSpec:
     normalise: bool = True
 
 
-SCAN_JITTER = (0.4, 0.4, 0.4, 0.1)
+STANDARD = RecipeSpec("random_resized", (0.08, 1.0), flip=0.5)
+SIMCLR = RecipeSpec("random_resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2)
+MMDC_CENTER = RecipeSpec("center", crop_fractions=(20 / 32,), normalise=False)
+MMDC_MNIST_SIDES = (24 / 28, 20 / 28, 16 / 28)
+DIGITS = RecipeSpec("center", special="digits", cutout_p=0.5)
 RECIPES: dict[str, RecipeSpec] = {
     "center": RecipeSpec("center"),
     "whole": RecipeSpec("center", crop_fractions=(1.0,)),
     "crop": RecipeSpec("random", flip=0.5),
-    "standard": RecipeSpec("random_resized", (0.08, 1.0), flip=0.5),
-    "simclr": RecipeSpec("random_resized", flip=0.5, jitter=SCAN_JITTER, grey_p=0.2),
+    "standard": STANDARD,
+    "simclr": SIMCLR,
     "randaugment": RecipeSpec("random", flip=0.5, special="randaugment", cutout_p=1.0),
-    "moco_v1": RecipeSpec(
-        "random_resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey_p=0.2
-    ),
-    "moco_v2": RecipeSpec("random_resized", flip=0.5, jitter=SCAN_JITTER, grey_p=0.2, blur_p=0.5),
-    "moco_cifar": RecipeSpec(
-        "random_resized", (0.08, 1.0), flip=0.5, jitter=SCAN_JITTER, grey_p=0.2
-    ),
-    "deepcluster": RecipeSpec("random_resized", (0.08, 1.0), flip=0.5),
-    "dcv2": RecipeSpec(
-        "random_resized", (0.08, 1.0), flip=0.5, jitter=(0.8, 0.8, 0.8, 0.2), grey_p=0.2, blur_p=0.5
-    ),
-    "mmdc": RecipeSpec(
-        "random",
+    "moco_v1": replace(SIMCLR, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0),
+    "moco_v2": replace(SIMCLR, blur_p=0.5),
+    "moco_cifar": replace(SIMCLR, scale=(0.08, 1.0)),
+    "deepcluster": STANDARD,
+    "dcv2": replace(SIMCLR, scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur_p=0.5),
+    "mmdc": replace(
+        MMDC_CENTER,
+        crop="random",
         flip=0.5,
         jitter=(0.4, 0.4, 0.4, 0.125),
         jitter_p=1.0,
         grey_p=0.2,
-        crop_fractions=(20 / 32,),
-        normalise=False,
     ),
-    "mmdc_center": RecipeSpec("center", crop_fractions=(20 / 32,), normalise=False),
+    "mmdc_center": MMDC_CENTER,
     # Images whose quarter turns are classified
-    "mmdc_rotation": RecipeSpec("random", crop_fractions=(20 / 32,), normalise=False),
-    "mmdc_mnist": RecipeSpec(
-        "random", crop_fractions=(24 / 28, 20 / 28, 16 / 28), degrees=25.0, normalise=False
+    "mmdc_rotation": replace(MMDC_CENTER, crop="random"),
+    "mmdc_mnist": replace(
+        MMDC_CENTER, crop="random", crop_fractions=MMDC_MNIST_SIDES, degrees=25.0
     ),
-    "mmdc_mnist_center": RecipeSpec("center", crop_fractions=(24 / 28,), normalise=False),
-    "digits": RecipeSpec("center", special="digits", cutout_p=0.5),
-    "digits_strong": RecipeSpec("center", special="digits", cutout_p=1.0),
+    "mmdc_mnist_center": replace(MMDC_CENTER, crop_fractions=MMDC_MNIST_SIDES[:1]),
+    "digits": DIGITS,
+    "digits_strong": replace(DIGITS, cutout_p=1.0),
 }
 
 

@@ -20,16 +20,14 @@ DIGITS = "sklearn:digits"
 
 def open_source(split: SplitConfig) -> Source:
     """The source of a split. Raises ConfigError if it is missing, empty or of another format."""
-    if split.source == DIGITS or split.format == "digits":
-        if split.format not in ("auto", "digits") or split.source != DIGITS:
-            raise ConfigError(
-                f"source '{split.source}': format '{split.format}' does not fit; "
-                f"allowed: format auto, or source {DIGITS} with format digits"
-            )
-        source: Source = DigitsSource()
-    else:
-        source = _open_files(split)
-    if split.classes is not None and not isinstance(source, FolderSource):
+    kind, files = _find_files(split)
+    if kind == "unknown" or split.format not in ("auto", kind):
+        raise ConfigError(
+            f"source '{split.source}': format '{split.format}' does not fit; "
+            f"allowed: a folder of images, *.parquet, *.tar, or {DIGITS}"
+        )
+    source = _make_source(kind, files, split.classes)
+    if split.classes is not None and kind != "folder":
         raise ConfigError(
             f"source '{split.source}': classes '{split.classes}' selects folders of images, "
             "and this is not a folder of images; remove it"
@@ -43,48 +41,38 @@ def open_source(split: SplitConfig) -> Source:
     return source
 
 
-def _open_files(split: SplitConfig) -> Source:
-    """A source of files: a folder of images, parquet files or tar shards."""
-    files = _find_files(split.source)
-    if len(files) == 1 and files[0].is_dir():
-        kind, files = _look_inside(files[0], split.format)
-    else:
-        kind = {".parquet": "parquet", ".tar": "tar"}.get(files[0].suffix, "unknown")
-    if kind == "unknown" or split.format not in ("auto", kind):
+def _find_files(split: SplitConfig) -> tuple[str, list[Path]]:
+    """(kind, files) of a split; a folder may have parquet files or tar shards, or be the source."""
+    if split.source == DIGITS:
+        return "digits", []
+    files = [Path(split.source)]
+    if not os.path.exists(split.source):
+        files = sorted(Path(path) for path in glob.glob(split.source))
+    if not files:
         raise ConfigError(
-            f"source '{split.source}': format '{split.format}' does not fit these files; "
-            f"allowed: a folder of images, *.parquet, *.tar, or {DIGITS}"
+            f"source '{split.source}' does not exist; give an image folder, parquet files, tar "
+            f"shards (a glob is allowed), or {DIGITS}, as in data.train.source=PATH"
         )
+    if len(files) > 1 or not files[0].is_dir():
+        return {".parquet": "parquet", ".tar": "tar"}.get(files[0].suffix, "unknown"), files
+    for kind in ("parquet", "tar"):
+        inside = sorted(files[0].glob(f"*.{kind}"))
+        if inside and split.format in ("auto", kind):
+            return kind, inside
+    return "folder", files
+
+
+def _make_source(kind: str, files: list[Path], classes: str | None) -> Source:
+    if kind == "digits":
+        return DigitsSource()
     if kind == "folder":
-        return FolderSource(files[0], _read_classes(split.classes))
+        return FolderSource(files[0], _read_classes(classes))
     if kind == "tar":
         return TarSource(files)
     # Importing pyarrow takes half a second.
     from dist_scan.data.sources.parquet import ParquetSource
 
     return ParquetSource(files)
-
-
-def _find_files(source: str) -> list[Path]:
-    """The file or folder `source`, or the files that match it as a glob (sorted)."""
-    if os.path.exists(source):
-        return [Path(source)]
-    files = sorted(Path(path) for path in glob.glob(source))
-    if not files:
-        raise ConfigError(
-            f"source '{source}' does not exist; give an image folder, parquet files, tar shards "
-            f"(a glob is allowed), or {DIGITS}, as in data.train.source=PATH"
-        )
-    return files
-
-
-def _look_inside(folder: Path, wanted: str) -> tuple[str, list[Path]]:
-    """(kind, files) of a folder: its parquet files or tar shards if it has any, else itself."""
-    for kind in ("parquet", "tar"):
-        files = sorted(folder.glob(f"*.{kind}"))
-        if files and wanted in ("auto", kind):
-            return kind, files
-    return "folder", [folder]
 
 
 def _read_classes(path: str | None) -> list[str] | None:
