@@ -49,8 +49,8 @@ def embed_images(
 ) -> FeatureTable:
     """Features [N, V, D] of `network` (eval mode) for all images, one view per recipe. Collective.
 
-    The table is written to `folder`; shards that are finished there are kept. One rank computes each
-    shard, so its rows do not depend on the number of ranks. Raises StopRequested between shards.
+    The table is written to `folder`; finished shards there are kept. One rank computes a shard, so
+    its rows do not depend on the number of ranks. Raises StopRequested between shards.
     """
     world = current()
     if world.rank == 0 and not (folder / "table.json").exists():

@@ -37,10 +37,13 @@ class Embedder(NamedTuple):
     precision: Precision
 
 
-def top_clusters(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, C] -> (probability [B, T], cluster [B, T]) of the most probable, on the CPU."""
-    probability, top = torch.softmax(logits, 1).topk(min(NUM_TOP, logits.shape[1]), 1)
-    return probability.cpu(), top.cpu()
+def top_clusters(probability: Tensor) -> tuple[Tensor, Tensor]:
+    """The T most probable clusters from probabilities [B, C]: (probability, cluster) [B, T].
+
+    On the CPU.
+    """
+    values, clusters = probability.topk(min(NUM_TOP, probability.shape[1]), 1)
+    return values.cpu(), clusters.cpu()
 
 
 class Predictor:
@@ -100,7 +103,7 @@ class Predictor:
         if self.embedder is not None and not self.has_shared_backbone:
             with autocast(self.embedder.precision, self.device):
                 features = self.embedder.network(images)
-        probability, top = top_clusters(logits.float())
+        probability, top = top_clusters(logits.float().softmax(1))
         if features is not None:
             features = features.float().cpu().numpy().astype(np.float16)
         return BatchPrediction(top.numpy().astype(np.int32), probability.numpy(), features)

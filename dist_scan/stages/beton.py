@@ -1,4 +1,4 @@
-"""Images in, one checked .beton out. The pipeline puts this stage first, once for each split of `data:`."""
+"""Stores the images of one split as a .beton file; the pipeline runs this stage first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from dist_scan.config import DataConfig
+from dist_scan.config.data import Split
 from dist_scan.config.stage import StageConfig
+from dist_scan.data.beton.write import write_beton
 from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import on_rank_0
@@ -16,35 +18,34 @@ FILE = "images.beton"
 
 
 class BetonConfig(StageConfig):
-    """Made from `data:` by the pipeline; users do not write it."""
+    """Settings of a .beton file; the pipeline makes them from `data:`."""
 
     kind: Literal["beton"] = "beton"
-    split: Literal["train", "val"]
+    split: Split
     data: DataConfig
 
 
-class BetonStage(Stage):
-    """Writes images.beton, its sidecars, and the list of images that could not be read."""
+class BetonStage(Stage[BetonConfig]):
+    """Writes images.beton, its sidecar files, and the list of images that could not be read."""
 
     Config = BetonConfig
 
     def run(self) -> None:
-        """Rank 0 writes, in parallel processes."""
+        """Rank 0 writes, with several worker processes."""
         on_rank_0(self._write)
 
     def _write(self) -> None:
-        from dist_scan.data.beton.write import write_beton
-
-        config, run = self.config, self.context.run
+        context, config = self.context, self.config
         source = open_source(config.data.splits()[config.split])
-        workers = run.runtime.workers or available_cores()
-        report = write_beton(source, self.context.out / FILE, config.data, workers)
+        workers = context.run.runtime.workers or available_cores()
+        report = write_beton(source, context.out / FILE, config.data, workers)
         if report.num_bad:
-            self.context.log(
-                f"{self.context.name}: {report.num_bad} of {report.num_bad + report.num_images} images could not be read; listed in {report.bad_path}"
+            context.log(
+                f"{context.name}: {report.num_bad} of {report.num_bad + report.num_images} images "
+                f"could not be read; they are listed in {report.bad_path}"
             )
 
 
 def beton_path(folder: Path) -> Path:
-    """The .beton inside a beton stage's folder."""
+    """Path of the .beton file in the folder of a beton stage."""
     return folder / FILE

@@ -1,4 +1,4 @@
-"""Features of all images: V views of each through a frozen backbone, as a FeatureTable [N, V, D]."""
+"""Features of all images: V views of each by a frozen backbone, as a FeatureTable [N, V, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Assignments meet labels, for the first and only time. Without labels: what can be said without them."""
+"""Evaluation: compares assignments with labels; without labels, only their sizes.
+
+No other result of a run depends on labels.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,15 @@ import numpy as np
 
 from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.assignments import Assignments
+from dist_scan.data.beton.format import read_labels
+from dist_scan.data.neighbour_table import NeighbourTable
+from dist_scan.evaluate.metrics import (
+    cluster_health,
+    contingency,
+    evaluate_assignment,
+    neighbour_purity,
+    nmi,
+)
 from dist_scan.stages.base import Stage
 from dist_scan.stages.beton import beton_path
 from dist_scan.storage.artifacts import MANIFEST
@@ -17,153 +29,161 @@ from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import barrier
 
 PURITY_AT = (1, 5, 20, 50)
+"""Numbers of neighbours for which the purity is reported."""
+HEAD_SCORES = ("acc", "nmi", "ari", "many_to_one")
 
 
 class EvaluateConfig(StageConfig):
-    """`subjects` names what is compared: the keys of report.json and the rows of the table."""
+    """Settings of the evaluation: `subjects` are the rows of the report's table."""
 
     kind: Literal["evaluate"] = "evaluate"
     images: Images = "train"
     subjects: dict[str, str]
     """Name in the report -> stage that published assignments (kmeans, assign)."""
     neighbours: Ref | None = None
-    """Also measure how many neighbours share the anchor's label."""
+    """Also measure how many of these neighbours have the image's label."""
     heads: Ref | None = None
-    """The stage of the heads, whose per-head table is shown."""
+    """A stage that trained heads, whose table of heads is shown."""
 
     def publishes(self) -> tuple[str, ...]:
+        """Scores, for the report."""
         return ("evaluation",)
 
     def inputs(self) -> dict[str, str]:
-        """The subjects are references too."""
-        return super().inputs() | {
-            f"subjects.{name}": stage for name, stage in self.subjects.items()
-        }
+        """The subjects are inputs too."""
+        subjects = {f"subjects.{name}": stage for name, stage in self.subjects.items()}
+        return super().inputs() | subjects
 
 
-class EvaluateStage(Stage):
+class EvaluateStage(Stage[EvaluateConfig]):
     """Writes evaluate.json."""
 
     Config = EvaluateConfig
 
     def run(self) -> None:
-        """Rank 0 works: everything comes from one contingency table per subject (14 ms at 1.28M labels)."""
+        """Rank 0 evaluates: a contingency table of 1.28M labels takes 14 ms."""
         if self.context.world.rank == 0:
-            write_json(self.context.out / "evaluate.json", self._facts())
+            write_json(self.context.out / "evaluate.json", self._evaluate())
         barrier()
 
-    def _facts(self) -> dict[str, Any]:
-        from dist_scan.data.beton.format import read_labels
-
+    def _evaluate(self) -> dict[str, Any]:
+        """The content of evaluate.json."""
         labels = read_labels(beton_path(self.context.inputs["images"]))
-        subjects = {name: self._subject(name, labels) for name in self.config.subjects}
-        facts: dict[str, Any] = {
+        num_labelled = int((labels >= 0).sum())
+        results: dict[str, Any] = {
             "num_images": len(labels),
-            "num_labelled": int((labels >= 0).sum()),
-            "num_classes": int(labels.max()) + 1 if (labels >= 0).any() else 0,
-            "subjects": subjects,
+            "num_labelled": num_labelled,
+            "num_classes": int(labels.max()) + 1 if num_labelled else 0,
+            "subjects": {name: self._subject(name, labels) for name in self.config.subjects},
         }
         if self.config.neighbours is not None:
-            facts["neighbour_purity"] = self._neighbour_purity(labels)
+            results["neighbour_purity"] = self._neighbour_purity(labels)
         if self.config.heads is not None:
-            facts["heads"] = self._heads(labels)
-        return facts
+            results["heads"] = self._heads(labels)
+        return results
+
+    def _subject_folder(self, name: str) -> Path:
+        return self.context.inputs[f"subjects.{name}"]
 
     def _subject(self, name: str, labels: np.ndarray) -> dict[str, Any]:
-        """All scores of one assignment; label-free health always."""
-        from dist_scan.evaluate.metrics import cluster_health, evaluate_assignment
-
-        stage = self.config.subjects[name]
-        found = Assignments.load(self.context.inputs[f"subjects.{name}"])
-        if len(found.cluster) != len(labels):
+        """Scores of one assignment [N] against labels [N], and what needs no labels."""
+        folder = self._subject_folder(name)
+        assignments = Assignments.load(folder)
+        if len(assignments.cluster) != len(labels):
             raise ValueError(
-                f"stages.{self.context.name}.subjects.{name}: stage '{stage}' assigned {len(found.cluster)} images, "
-                f"'{self.config.images}' has {len(labels)}; evaluate it on the split it was made from"
+                f"stages.{self.context.name}.subjects.{name}: stage "
+                f"'{self.config.subjects[name]}' assigned {len(assignments.cluster)} images, but "
+                f"'{self.config.images}' has {len(labels)}; evaluate it on its own split"
             )
-        sizes = np.bincount(found.cluster, minlength=found.num_clusters)
-        scores = evaluate_assignment(found.cluster, labels, found.num_clusters, found.top)
+        num_clusters = assignments.num_clusters
+        sizes = np.bincount(assignments.cluster, minlength=num_clusters)
         return {
-            **scores,
-            "seconds": round(chain_seconds(self.context.inputs[f"subjects.{name}"]), 1),
-            "num_clusters": found.num_clusters,
+            **evaluate_assignment(assignments.cluster, labels, num_clusters, assignments.top),
+            "seconds": round(total_seconds(folder), 1),
+            "num_clusters": num_clusters,
             **cluster_health(sizes),
-            **self._history(name, labels),
+            **history_scores(folder, labels),
         }
 
-    def _history(self, name: str, labels: np.ndarray) -> dict[str, Any]:
-        """Agreement with the labels of every clustering that a method kept (DeepCluster's Figure 2a): geometric NMI, as in its paper."""
-        from dist_scan.evaluate.metrics import contingency, nmi
-
-        path = self.context.inputs[f"subjects.{name}"] / "history.npz"
-        if not path.is_file() or not (labels >= 0).any():
-            return {}
-        with np.load(path) as kept:
-            epochs, clusters = kept["epoch"], kept["cluster"]
-        held = (clusters >= 0).any(1)
-        epochs, clusters = epochs[held], clusters[held]
-        tables = (
-            contingency(c[c >= 0], labels[c >= 0], int(c.max()) + 1, int(labels.max()) + 1)
-            for c in clusters
-        )
-        return {
-            "history": {
-                "epoch": epochs.tolist(),
-                "nmi": [nmi(t, "geometric") for t in tables],
-                "nmi_variant": "geometric",
-            }
-        }
-
-    def _neighbour_purity(self, labels: np.ndarray) -> dict[str, float] | None:
-        from dist_scan.data.neighbour_table import NeighbourTable
-        from dist_scan.evaluate.metrics import neighbour_purity
-
+    def _neighbour_purity(self, labels: np.ndarray) -> dict[str, float | None] | None:
         table = NeighbourTable.open(self.context.inputs["neighbours"])
         if not (labels >= 0).any():
             return None
         ids = table.rows(np.arange(table.num_rows))[0]
-        return {
-            str(k): neighbour_purity(ids, labels, k) for k in PURITY_AT if k <= table.num_neighbours
-        }
+        counts = [k for k in PURITY_AT if k <= table.num_neighbours]
+        return {str(k): neighbour_purity(ids, labels, k) for k in counts}
 
     def _heads(self, labels: np.ndarray) -> Any:
-        """The heads' table; with every head's scores when a subject is a consensus stage of these heads on this split."""
-        from dist_scan.evaluate.metrics import evaluate_assignment
+        """The table of heads.
 
+        With scores of every head if a subject is a consensus of these heads.
+        """
         folder = self.context.inputs["heads"]
         if not (folder / "heads.json").is_file():
             return None
         table = json.loads((folder / "heads.json").read_text())
-        for file in (
-            self.context.inputs[f"subjects.{name}"] / "heads.npz" for name in self.config.subjects
-        ):
-            if not file.is_file():
+        for name in self.config.subjects:
+            subject = self._subject_folder(name)
+            if not _is_consensus_of(subject, folder):
                 continue
-            model = json.loads((file.parent / MANIFEST).read_text())["inputs"].get("model", "")
-            if (file.parent / model).resolve() != folder.resolve():
-                continue
-            with np.load(file) as every:
-                for row, cluster, number in zip(table["heads"], every["cluster"], every["sizes"]):
-                    scores = evaluate_assignment(cluster, labels, int(number))
-                    row |= {
-                        key: scores[key]
-                        for key in ("acc", "nmi", "ari", "many_to_one")
-                        if scores.get(key) is not None
-                    }
+            with np.load(subject / "heads.npz") as arrays:
+                heads = zip(table["heads"], arrays["cluster"], arrays["sizes"])
+                for row, cluster, num_clusters in heads:
+                    scores = evaluate_assignment(cluster, labels, int(num_clusters))
+                    row |= {key: scores[key] for key in HEAD_SCORES if scores.get(key) is not None}
             break
         return table
 
 
-def chain_seconds(folder: Path) -> float:
-    """Seconds of the stage in a folder and of everything it stands on, each counted once."""
-    seen: dict[Path, float] = {}
+def _is_consensus_of(subject: Path, heads: Path) -> bool:
+    """True if a subject's folder has the clusters of every head in a folder of heads."""
+    if not (subject / "heads.npz").is_file():
+        return False
+    model = _read_manifest(subject)["inputs"].get("model", "")
+    return (subject / model).resolve() == heads.resolve()
+
+
+def history_scores(folder: Path, labels: np.ndarray) -> dict[str, Any]:
+    """NMI with the labels of the clusters of every epoch, if the method has recorded them.
+
+    DeepCluster's Figure 2a; the geometric NMI, as in its paper.
+    """
+    path = folder / "history.npz"
+    if not path.is_file() or not (labels >= 0).any():
+        return {}
+    with np.load(path) as arrays:
+        epochs, clusters = arrays["epoch"], arrays["cluster"]
+    scores = {}
+    for epoch, cluster in zip(epochs.tolist(), clusters):
+        rows = cluster >= 0
+        if rows.any():
+            num_clusters = int(cluster.max()) + 1
+            table = contingency(cluster[rows], labels[rows], num_clusters, int(labels.max()) + 1)
+            scores[epoch] = nmi(table, "geometric")
+    return {
+        "history": {
+            "epoch": list(scores),
+            "nmi": list(scores.values()),
+            "nmi_variant": "geometric",
+        }
+    }
+
+
+def total_seconds(folder: Path) -> float:
+    """Seconds of the stage in a folder and of all stages that it depends on, each counted once."""
+    seconds: dict[Path, float] = {}
 
     def visit(path: Path) -> None:
-        if path in seen:
+        if path in seconds:
             return
-        manifest = json.loads((path / MANIFEST).read_text())
-        seen[path] = manifest["seconds"]
+        manifest = _read_manifest(path)
+        seconds[path] = manifest["seconds"]
         for other in manifest["inputs"].values():
             visit((path / other).resolve())
 
     visit(Path(folder).resolve())
-    return sum(seen.values())
+    return sum(seconds.values())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())

@@ -1,4 +1,4 @@
-"""A backbone or features that exist already, in the place of a pretext or an embedding of our own."""
+"""A backbone or features that already exist, instead of those of a train or embed stage."""
 
 from __future__ import annotations
 
@@ -11,95 +11,95 @@ from torch import nn
 
 from dist_scan.config.stage import Images, StageConfig
 from dist_scan.data.augment.recipes import RecipeConfig
+from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.images import input_description
 from dist_scan.models.backbone import BackboneConfig, build_backbone, save_backbone
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.import_weights import read_cluster_head
 from dist_scan.models.layers import FeatureNorm
 from dist_scan.stages.base import Stage
-from dist_scan.world.collectives import barrier
+from dist_scan.world.collectives import on_rank_0
 
 
 class GivenConfig(StageConfig):
-    """Exactly one of `backbone` (with its checkpoint file) and `features` (a .npy, [N, D])."""
+    """Exactly one of `backbone` (with its checkpoint) and `features` (a .npy file, [N, D])."""
 
     kind: Literal["given"] = "given"
     backbone: BackboneConfig | None = None
     cluster_head: Literal["best"] | int | None = None
-    """Also publish a cluster head of the backbone's checkpoint (files of SCAN's released code): best is the one the file names; or its
-    number. The stage then serves as `model:` too (assign, selflabel)."""
+    """Publish a cluster head of the backbone's checkpoint too, as files of SCAN's released code
+    have: by its number; best: the one that the file names. Other stages can then refer to this one
+    as their `model:` (assign, selflabel)."""
     features: str | None = None
     images: Images | None = None
-    """Which images the features are of; rows must be in their order."""
+    """The images whose features these are, in the same order."""
     num_shards: int = Field(default=16, ge=1)
 
     def publishes(self) -> tuple[str, ...]:
-        return (
-            ("features",)
-            if self.features is not None
-            else ("backbone",)
-            if self.cluster_head is None
-            else ("backbone", "model")
-        )
+        """Features, or a backbone and perhaps a cluster model."""
+        if self.features is not None:
+            return ("features",)
+        return ("backbone",) if self.cluster_head is None else ("backbone", "model")
 
     def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
-        """One of the two, and the files exist."""
+        """There is one of the two, and its file exists."""
         if (self.backbone is None) == (self.features is None):
             raise ValueError(f"stages.{name}: give exactly one of backbone and features")
-        if self.cluster_head is not None and (
-            self.backbone is None or self.backbone.checkpoint is None
-        ):
+        checkpoint = None if self.backbone is None else self.backbone.checkpoint
+        if self.cluster_head is not None and checkpoint is None:
             raise ValueError(
-                f"stages.{name}.cluster_head: {self.cluster_head!r}, but there is no backbone.checkpoint to take it from; give one, or remove it"
+                f"stages.{name}.cluster_head: {self.cluster_head!r}, but there is no "
+                "backbone.checkpoint with heads; give one, or remove cluster_head"
             )
-        path = self.features or (self.backbone and self.backbone.checkpoint)
+        path = self.features or checkpoint
         if path and not Path(path).is_file():
             raise ValueError(
-                f"stages.{name}: the file '{path}' does not exist; give the path of a .npy of features or of a checkpoint"
+                f"stages.{name}: the file '{path}' does not exist; give the path of a .npy file of "
+                "features or of a checkpoint"
             )
 
 
-class GivenStage(Stage):
-    """Publishes what a pretext (backbone) or an embed stage (features) would."""
+class GivenStage(Stage[GivenConfig]):
+    """Publishes a backbone like a train stage, or features like an embed stage."""
 
     Config = GivenConfig
 
     def run(self) -> None:
-        """Rank 0 checks and converts."""
-        if self.context.world.rank == 0:
-            if self.config.backbone is not None:
-                self._publish_network()
-            else:
-                from dist_scan.data.feature_table import FeatureTable
+        """Rank 0 checks and converts the files."""
+        on_rank_0(self._publish)
 
-                FeatureTable.from_npy(
-                    self.config.features, self.context.out, self.config.num_shards
-                )
-        barrier()
+    def _publish(self) -> None:
+        context, config = self.context, self.config
+        if config.features is not None:
+            FeatureTable.from_npy(config.features, context.out, config.num_shards)
+        else:
+            assert config.backbone is not None
+            backbone = build_backbone(config.backbone)
+            save_backbone(context.out, backbone, config.backbone)
+            if config.cluster_head is not None:
+                self._publish_cluster_model(backbone, config.backbone)
 
-    def _publish_network(self) -> None:
-        """The backbone, and with cluster_head the whole cluster model; SCAN's heads read the features as they are."""
-        c, config = self.context, self.config.backbone
-        backbone = build_backbone(config)
-        save_backbone(c.out, backbone, config)
-        if self.config.cluster_head is None:
-            return
-        found = read_cluster_head(
-            config.checkpoint,
-            None if self.config.cluster_head == "best" else self.config.cluster_head,
-        )
-        if found.weight.shape[1] != backbone.num_features:
+    def _publish_cluster_model(self, backbone: nn.Module, config: BackboneConfig) -> None:
+        """The backbone with a cluster head of its checkpoint; SCAN's heads read raw features."""
+        context, number = self.context, self.config.cluster_head
+        assert config.checkpoint is not None
+        found = read_cluster_head(config.checkpoint, None if number == "best" else number)
+        num_clusters, dim = found.weight.shape
+        if dim != backbone.num_features:
             raise ValueError(
-                f"stages.{c.name}: the head of '{config.checkpoint}' reads {found.weight.shape[1]} features, "
-                f"{config.name} makes {backbone.num_features}; give the backbone that it was trained on"
+                f"stages.{context.name}: the head of '{config.checkpoint}' has {dim} inputs, but "
+                f"{config.name} has {backbone.num_features} features; give the backbone that it "
+                "was trained on"
             )
-        head = nn.Linear(*found.weight.shape[::-1])
+        head = nn.Linear(dim, num_clusters)
         head.load_state_dict({"weight": found.weight, "bias": found.bias})
         save_cluster_model(
-            c.out,
-            ClusterModel(backbone, FeatureNorm("none", backbone.num_features), head, config),
+            context.out,
+            ClusterModel(backbone, FeatureNorm("none", dim), head, config),
             best_head=found.number,
-            input=input_description(RecipeConfig(name="center"), c.run),
-            provenance={"file": Path(config.checkpoint).name, "stage": c.name},
+            input=input_description(RecipeConfig(name="center"), context.run),
+            provenance={"file": Path(config.checkpoint).name, "stage": context.name},
         )
-        c.log(f"{c.name}: head {found.number} of {found.num_heads}, {len(found.bias)} clusters")
+        context.log(
+            f"{context.name}: head {found.number} of {found.num_heads}, {num_clusters} clusters"
+        )

@@ -1,4 +1,7 @@
-"""Diagnostic, needs labels: a neighbour table with its false neighbours removed, the upper bound of SCAN's ablation (SCAN paper, Sec. 3.2)."""
+"""A neighbour table without false neighbours: the upper bound in SCAN's ablation (Sec. 3.2).
+
+A diagnostic that uses labels; never use it for unsupervised results.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ import numpy as np
 from pydantic import Field
 
 from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.data.beton.format import read_labels
+from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.stages.base import Stage
-from dist_scan.world.collectives import barrier
+from dist_scan.stages.beton import beton_path
+from dist_scan.world.collectives import on_rank_0
 
 
 class TrueNeighboursConfig(StageConfig):
-    """Never part of a result without labels: what stands on it knows them."""
+    """Settings of a table of neighbours that have the image's label."""
 
     kind: Literal["true_neighbours"] = "true_neighbours"
     images: Images = "train"
@@ -22,61 +28,67 @@ class TrueNeighboursConfig(StageConfig):
     num_shards: int = Field(default=16, ge=1)
 
     def publishes(self) -> tuple[str, ...]:
+        """A neighbour table."""
         return ("neighbours",)
 
     def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
-        """The table is of these images."""
-        split = earlier[self.neighbours].images_split(earlier)
+        """The neighbours are those of these images."""
+        source = earlier[self.neighbours]
+        split = None if source is None else source.images_split(earlier)
         if split not in (None, self.images):
             raise ValueError(
-                f"stages.{name}.images: '{self.images}', but '{self.neighbours}' holds neighbours of {split}; set images: {split}"
+                f"stages.{name}.images: '{self.images}', but '{self.neighbours}' has neighbours of "
+                f"{split}; set images: {split}"
             )
 
 
-class TrueNeighboursStage(Stage):
+class TrueNeighboursStage(Stage[TrueNeighboursConfig]):
     """Writes a neighbour table of the same width."""
 
     Config = TrueNeighboursConfig
 
     def run(self) -> None:
-        """Rank 0 works. Raises ValueError when nothing has a label."""
-        from dist_scan.data.beton.format import read_labels
-        from dist_scan.data.neighbour_table import NeighbourTable
-        from dist_scan.stages.beton import beton_path
+        """Rank 0 works. Raises ValueError if no image has a label."""
+        on_rank_0(self._write)
 
-        c = self.context
-        if c.world.rank == 0:
-            labels = read_labels(beton_path(c.inputs["images"]))
-            if not (labels >= 0).any():
-                raise ValueError(
-                    f"stages.{c.name}: no image of '{self.config.images}' has a label; this diagnostic needs them, take the stage out"
-                )
-            table = NeighbourTable.open(c.inputs["neighbours"])
-            out = NeighbourTable.create(
-                c.out,
-                table.num_rows,
-                table.num_neighbours,
-                self.config.num_shards,
-                diagnostic="false neighbours removed",
+    def _write(self) -> None:
+        context, config = self.context, self.config
+        labels = read_labels(beton_path(context.inputs["images"]))
+        if not (labels >= 0).any():
+            raise ValueError(
+                f"stages.{context.name}: no image of '{config.images}' has a label; this "
+                "diagnostic needs labels, remove the stage"
             )
-            for shard in range(out.num_shards):
-                rows = np.arange(*out.shard_range(shard))
-                out.write_shard(shard, *only_true(rows, *table.rows(rows), labels))
-        barrier()
+        source = NeighbourTable.open(context.inputs["neighbours"])
+        table = NeighbourTable.create(
+            context.out,
+            source.num_rows,
+            source.num_neighbours,
+            config.num_shards,
+            diagnostic="false neighbours removed",
+        )
+        for shard in range(table.num_shards):
+            rows = np.arange(*table.shard_range(shard))
+            table.write_shard(shard, *keep_true(rows, *source.rows(rows), labels))
 
 
-def only_true(
+def keep_true(
     rows: np.ndarray, ids: np.ndarray, scores: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ids and scores [n, K] of `rows` [n] in which the neighbours of the row's own label come again and again, nearest first, so that a
-    uniform draw over columns is one over them (to one column's share). A row with no such neighbour has itself, with score 1."""
-    true = (labels[ids] == labels[rows][:, None]) & (labels[rows] >= 0)[:, None]
-    first, count = np.argsort(~true, axis=1, kind="stable"), true.sum(1)
-    columns = np.take_along_axis(
-        first, np.arange(ids.shape[1])[None] % np.maximum(count, 1)[:, None], axis=1
-    )
-    none = (count == 0)[:, None]
+    """ids and scores [n, K] of the neighbours of `rows` [n] that have the row's label.
+
+    They are repeated in order to fill the K columns, so that a uniform draw of a column draws each
+    of them equally often (up to the last, incomplete repetition). A row without such neighbours has
+    itself, with score 1. labels [N]: -1 is no label.
+    """
+    row_labels = labels[rows][:, None]
+    is_true = (labels[ids] == row_labels) & (row_labels >= 0)
+    num_true = is_true.sum(1, keepdims=True)
+    # Columns of the true neighbours first, in their order; then these columns again and again.
+    true_first = np.argsort(~is_true, axis=1, kind="stable")
+    repeated = np.arange(ids.shape[1])[None] % np.maximum(num_true, 1)
+    columns = np.take_along_axis(true_first, repeated, axis=1)
     return (
-        np.where(none, rows[:, None], np.take_along_axis(ids, columns, axis=1)),
-        np.where(none, 1.0, np.take_along_axis(scores, columns, axis=1)),
+        np.where(num_true == 0, rows[:, None], np.take_along_axis(ids, columns, axis=1)),
+        np.where(num_true == 0, 1.0, np.take_along_axis(scores, columns, axis=1)),
     )

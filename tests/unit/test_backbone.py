@@ -279,7 +279,7 @@ def test_the_given_stage_publishes_a_scan_file_as_pretext_and_as_model(tmp_path:
         world=World(),
         out=tmp_path / "out",
         name="scan",
-        say=said.append,
+        log=said.append,
         run=SimpleNamespace(data=data),
     )
     GivenStage(GivenConfig(backbone=backbone, cluster_head="best"), context).run()

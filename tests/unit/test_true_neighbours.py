@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_scan.data.feed import NeighbourSampler
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.stages.true_neighbours import only_true
+from dist_scan.stages.true_neighbours import keep_true
 
 LABELS = np.array([0, 0, 0, 1, 1, -1, 2])
 IDS = np.array(
@@ -26,7 +26,7 @@ SCORES = np.linspace(1, 0, 28).reshape(7, 4)
 
 
 def test_only_neighbours_of_the_same_label_stay_in_order() -> None:
-    ids, scores = only_true(np.arange(7), IDS, SCORES, LABELS)
+    ids, scores = keep_true(np.arange(7), IDS, SCORES, LABELS)
     assert ids.tolist() == [
         [1, 2, 1, 2],
         [1, 1, 1, 1],
@@ -37,7 +37,7 @@ def test_only_neighbours_of_the_same_label_stay_in_order() -> None:
         [6] * 4,
     ]
     assert np.array_equal(scores[0], SCORES[0, [0, 2, 0, 2]]) and (scores[[1, 5, 6]] == 1).all()
-    part, _ = only_true(np.arange(2, 4), IDS[2:4], SCORES[2:4], LABELS)
+    part, _ = keep_true(np.arange(2, 4), IDS[2:4], SCORES[2:4], LABELS)
     assert np.array_equal(part, ids[2:4])
 
 
