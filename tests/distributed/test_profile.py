@@ -31,7 +31,7 @@ from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.step_timer import SECTIONS
 from dist_scan.world.world import current
-from tests.support.betons import build, folder
+from tests.support.images import build_beton, write_image_folder
 from tests.support.ranks import run_ranks
 
 STEPS = 8
@@ -126,7 +126,7 @@ def train_profiled(slow_part: str, beton: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images")
-    return build(folder(path / "in", 48), path / "images.beton")
+    return build_beton(write_image_folder(path / "in", 48), path / "images.beton")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dist_scan.search.options import NeighbourOptions
 from dist_scan.world.spawn import first_host
 from tests.distributed.test_search import oracle, rows, table
 from tests.support.launches import ROOT, environment
-from tests.support.ranks import CONTEXT, _enter, free_port, run_ranks
+from tests.support.ranks import CONTEXT, free_port, run_rank, run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,9 @@ def test_kmeans_that_was_asked_to_leave_goes_on(tmp_path: Path) -> None:
         and (tmp_path / "out" / "work" / "kmeans.npz").is_file()
     ), said
     done = command("kmeans", *line[:1], tmp_path / "out", *line[1:])
-    assert done.returncode == 0 and "from the beginning" not in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "from the beginning" not in done.stdout, (
+        done.stdout + done.stderr
+    )
     for file in ("assignments.npz", "centroids.npy"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not (tmp_path / "out" / "work").exists()
@@ -441,7 +443,7 @@ def test_finished_shards_survive_a_kill_and_another_number_of_ranks_goes_on(
     table(rows(1200), tmp_path / "f", shards=24)
     out, port, results = tmp_path / "n", free_port(), CONTEXT.Queue()
     ranks = [
-        CONTEXT.Process(target=_enter, args=(slowly, r, 2, port, (tmp_path / "f", out), results))
+        CONTEXT.Process(target=run_rank, args=(slowly, r, 2, port, (tmp_path / "f", out), results))
         for r in range(2)
     ]
     for p in ranks:

@@ -29,7 +29,13 @@ from dist_scan.data.beton.format import (
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
 from dist_scan.data.sources.open import open_source
-from tests.support.betons import build, encoded, folder, picture, settings
+from tests.support.images import (
+    build_beton,
+    data_config,
+    encode_image,
+    make_image,
+    write_image_folder,
+)
 
 pytestmark = pytest.mark.timeout(120)
 VIEW = (CropSpec("center", 32),)
@@ -39,7 +45,9 @@ BESIDE = ("sums.npy", "names.parquet", "json")
 @pytest.fixture(scope="module", params=["raw", "jpeg"])
 def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp(request.param)
-    return build(folder(root / "images", 12), root / "good.beton", stored=request.param)
+    return build_beton(
+        write_image_folder(root / "images", 12), root / "good.beton", stored=request.param
+    )
 
 
 def copied(good: Path, to: Path, change) -> Path:
@@ -54,37 +62,37 @@ def copied(good: Path, to: Path, change) -> Path:
 
 
 def test_bad_images_are_listed_with_the_reason_and_left_out(tmp_path: Path) -> None:
-    root = folder(tmp_path / "images", 6)
+    root = write_image_folder(tmp_path / "images", 6)
     bad = {
         "empty.jpg": b"",
         "garbage.jpg": b"x" * 99,
-        "cut.jpg": encoded(picture(), "JPEG")[:300],
-        "bomb.png": encoded(Image.new("1", (20000, 20000))),
+        "cut.jpg": encode_image(make_image(), "JPEG")[:300],
+        "bomb.png": encode_image(Image.new("1", (20000, 20000))),
     }  # 50 kB that would be 1.2 GB of pixels
     for name, data in bad.items():
         (root / "class0" / name).write_bytes(data)
     (root / "class1").joinpath(os.fsdecode(b"\xff.jpg")).write_bytes(
-        encoded(picture(), "JPEG")
+        encode_image(make_image(), "JPEG")
     )  # a name that is no UTF-8
-    path = build(root, tmp_path / "x.beton", max_bad_share=0.5)
+    path = build_beton(root, tmp_path / "x.beton", max_bad_share=0.5)
     with open(sidecar(path, "bad.csv")) as f:
         listed = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(f)}
     assert set(listed) == set(bad) and all(listed.values())
     assert len(check_beton(path, verify_images=True).rows) == len(read_names(path)) == 7
     with pytest.raises(ConfigError, match="max_bad_share"):
-        build(root, tmp_path / "y.beton")
+        build_beton(root, tmp_path / "y.beton")
     assert not (tmp_path / "y.beton").exists()
 
 
 def test_a_jpeg_that_turbojpeg_complains_about_is_found_at_the_build_not_in_training(
     tmp_path: Path,
 ) -> None:
-    root = folder(tmp_path / "images", 4)
-    data = encoded(picture(), "JPEG")
+    root = write_image_folder(tmp_path / "images", 4)
+    data = encode_image(make_image(), "JPEG")
     (root / "class0" / "stray.jpg").write_bytes(
         data[:-2] + bytes(40) + data[-2:]
     )  # Pillow reads it without a word
-    path = build(root, tmp_path / "x.beton", stored="original")
+    path = build_beton(root, tmp_path / "x.beton", stored="original")
     assert (
         sum(
             len(i)
@@ -144,7 +152,9 @@ def test_one_flipped_bit_in_the_tables_is_refused(good, tmp_path: Path, field) -
 
 def test_files_of_another_build_beside_it_are_refused(good, tmp_path: Path) -> None:
     path = copied(good, tmp_path, lambda data: data)
-    other = build(folder(tmp_path / "images", 12), tmp_path / "other.beton", resolution=32)
+    other = build_beton(
+        write_image_folder(tmp_path / "images", 12), tmp_path / "other.beton", resolution=32
+    )
     for ending in ("sums.npy", "json"):
         shutil.copy(sidecar(other, ending), sidecar(path, ending))
         with pytest.raises(InvalidBetonError):
@@ -176,8 +186,10 @@ def test_every_rotted_sample_raises_with_its_row_and_name(good, tmp_path: Path) 
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A raw and a jpeg file for one process to read: an import of ffcv costs as much as many tests."""
     root = tmp_path_factory.mktemp("both")
-    source = folder(root / "images", 12)
-    return [build(source, root / f"{stored}.beton", stored=stored) for stored in ("raw", "jpeg")]
+    source = write_image_folder(root / "images", 12)
+    return [
+        build_beton(source, root / f"{stored}.beton", stored=stored) for stored in ("raw", "jpeg")
+    ]
 
 
 def test_a_file_cut_after_it_was_opened_raises_and_does_not_kill(both, tmp_path: Path) -> None:
@@ -246,12 +258,12 @@ def until(true, seconds: float = 60) -> bool:
 def many(tmp_path_factory: pytest.TempPathFactory):
     """Images enough for a pool: links to a few files."""
     root = tmp_path_factory.mktemp("many")
-    folder(root / "few", 8)
+    write_image_folder(root / "few", 8)
     few = sorted((root / "few").rglob("*.jpeg"))
     (root / "images").mkdir()
     for i in range(5000):
         os.symlink(few[i % 8], root / "images" / f"{i:05d}.jpeg")
-    config = settings(root / "images", resolution=200, max_side=1024)
+    config = data_config(root / "images", resolution=200, max_side=1024)
     write_beton(open_source(config.train), root / "alone.beton", config, 1, show=False)
     return root / "images", (root / "alone.beton").read_bytes()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.test_methods_over_ranks import B, close, folder, make  # noqa: F401  folder is a fixture
-from tests.support.faulted_run import LONG, PRETEXT, Ended, Run
+from tests.support.faulted_run import LONG, PRETEXT, LaunchResult, TinyRun
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -16,7 +16,7 @@ STOPPED = 128 + 12
 STAGES = PRETEXT + LONG
 
 
-def shards(run: Run, stage: str, inside: str = ".") -> dict[str, int]:
+def shards(run: TinyRun, stage: str, inside: str = ".") -> dict[str, int]:
     """The finished shards of a stage's table, each with the moment it was written."""
     return {
         p.name: p.stat().st_mtime_ns
@@ -25,7 +25,7 @@ def shards(run: Run, stage: str, inside: str = ".") -> dict[str, int]:
     }
 
 
-def tables(done: Ended) -> dict[str, bytes]:
+def tables(done: LaunchResult) -> dict[str, bytes]:
     return {
         p.name: p.read_bytes()
         for stage in ("features", "neighbours")
@@ -39,12 +39,12 @@ def tables(done: Ended) -> dict[str, bytes]:
 
 
 def test_row_12_asked_to_leave_inside_begin_epoch_embed_and_kmeans(tmp_path: Path) -> None:
-    more = {"moment": True}
+    more = {"refreshes": True}
     step = "runtime.checkpoint_s=1e-9"  # what is done again after each stop is then known
-    whole = Run(tmp_path / "whole", STAGES)(step, **more)
-    assert whole.code == 0 and len(whole.losses()) == 20, whole.said
+    whole = TinyRun(tmp_path / "whole", STAGES)(step, **more)
+    assert whole.code == 0 and len(whole.losses()) == 20, whole.output
 
-    run = Run(tmp_path / "asked", STAGES)
+    run = TinyRun(tmp_path / "asked", STAGES)
     assert (
         run(step, **more, faults=[{"kind": "signal", "rank": 1, "at": "shard", "step": 4}]).code
         == STOPPED
@@ -65,7 +65,7 @@ def test_row_12_asked_to_leave_inside_begin_epoch_embed_and_kmeans(tmp_path: Pat
     assert list(run.folder.glob("stages/kmeans/*/work/kmeans.npz")), "how far k-means was"
     assert embedded.items() <= shards(run, "features").items(), "a finished shard was made again"
     done = run(step, **more)
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     assert (
         done.losses() == whole.losses()
         and done.weights() == whole.weights()
@@ -75,9 +75,9 @@ def test_row_12_asked_to_leave_inside_begin_epoch_embed_and_kmeans(tmp_path: Pat
 
 def test_row_18_four_ranks_then_two_then_three(tmp_path: Path) -> None:
     """In float64 a run that changes its number of ranks twice has the losses of one that never did: the same images in every step."""
-    whole = Run(tmp_path / "whole", PRETEXT)("stages.pretext.precision=fp64", processes=1)
-    assert whole.code == 0, whole.said
-    run = Run(tmp_path / "elastic", STAGES)
+    whole = TinyRun(tmp_path / "whole", PRETEXT)("stages.pretext.precision=fp64", processes=1)
+    assert whole.code == 0, whole.output
+    run = TinyRun(tmp_path / "elastic", STAGES)
     for processes, fault in (
         (4, {"rank": 3, "step": 5}),
         (2, {"rank": 1, "step": 12}),
@@ -88,7 +88,7 @@ def test_row_18_four_ranks_then_two_then_three(tmp_path: Path) -> None:
             processes=processes,
             faults=[{"kind": "signal", **fault}],
         )
-        assert done.code == STOPPED, done.said
+        assert done.code == STOPPED, done.output
     expected, found = whole.losses(), done.losses()
     assert list(found) == list(expected) and len({round(v, 3) for v in found.values()}) > 10
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
@@ -96,7 +96,7 @@ def test_row_18_four_ranks_then_two_then_three(tmp_path: Path) -> None:
     done = run("stages.pretext.precision=fp64", processes=2)
     after = shards(run, "features")
     assert done.code == 0 and kept and kept.items() < after.items(), (
-        f"finished shards are kept, the others made\n{done.said}"
+        f"finished shards are kept, the others made\n{done.output}"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.faulted_run import Ended, Run
+from tests.support.faulted_run import LaunchResult, TinyRun
 
 pytestmark = pytest.mark.timeout(600)
 STAGE = """
@@ -30,7 +30,7 @@ def stages(name: str) -> str:
     return STAGE.replace("METHOD", method).replace("RECIPES", recipes)
 
 
-def clusterings(done: Ended) -> int:
+def clusterings(done: LaunchResult) -> int:
     """How often k-means came to its end, over all starts of the run (each says so in the run's log)."""
     return sum(
         "k-means: " in line and "took" in line
@@ -38,7 +38,7 @@ def clusterings(done: Ended) -> int:
     )
 
 
-def history(done: Ended) -> np.ndarray:
+def history(done: LaunchResult) -> np.ndarray:
     """[epochs, N] clusters."""
     with np.load(next(done.folder.glob("stages/pretext/*/history.npz"))) as kept:
         return kept["cluster"]
@@ -47,12 +47,12 @@ def history(done: Ended) -> np.ndarray:
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_after_the_moment_it_trains_on_with_the_same_clusters(name, tmp_path: Path) -> None:
     heads = METHODS[name][2]
-    whole = Run(tmp_path / "whole", stages(name))(ONLY_AFTER_THE_MOMENT)
-    assert whole.code == 0 and clusterings(whole) == 2 * heads, whole.said
-    done = Run(tmp_path / "killed", stages(name))(
+    whole = TinyRun(tmp_path / "whole", stages(name))(ONLY_AFTER_THE_MOMENT)
+    assert whole.code == 0 and clusterings(whole) == 2 * heads, whole.output
+    done = TinyRun(tmp_path / "killed", stages(name))(
         ONLY_AFTER_THE_MOMENT, faults=[{"kind": "kill", "rank": 1, "step": IN_THE_SECOND_EPOCH}]
     )
-    assert done.code == 0 and done.said.count("starting again") == 1, done.said
+    assert done.code == 0 and done.output.count("starting again") == 1, done.output
     assert clusterings(done) == 2 * heads, "it clustered again"
     assert done.losses() == whole.losses() and done.weights() == whole.weights(), (
         "not bit-identical"
@@ -61,12 +61,14 @@ def test_killed_after_the_moment_it_trains_on_with_the_same_clusters(name, tmp_p
 
 
 def test_taken_up_by_three_ranks_instead_of_two_it_does_not_cluster_again(tmp_path: Path) -> None:
-    run = Run(tmp_path, stages("deepcluster"))
+    run = TinyRun(tmp_path, stages("deepcluster"))
     asked = run(
         ONLY_AFTER_THE_MOMENT,
         faults=[{"kind": "signal", "rank": 1, "step": IN_THE_SECOND_EPOCH, "signal": "SIGTERM"}],
     )
-    assert asked.code == 128 + 15 and clusterings(asked) == 2, asked.said
+    assert asked.code == 128 + 15 and clusterings(asked) == 2, asked.output
     done = run(ONLY_AFTER_THE_MOMENT, processes=3)
-    assert done.code == 0 and "pretext: resumes" in done.said and clusterings(done) == 2, done.said
+    assert done.code == 0 and "pretext: resumes" in done.output and clusterings(done) == 2, (
+        done.output
+    )
     assert set(done.losses()) == set(range(1, 21)) and (history(done) >= 0).all()

@@ -13,17 +13,17 @@ import torch
 
 from dist_scan.data.beton.format import FIELD, HEADER, ROW
 from dist_scan.monitoring.log import read_rows
-from tests.support.faulted_run import Ended, Run
+from tests.support.faulted_run import LaunchResult, TinyRun
 
 pytestmark = pytest.mark.timeout(600)
 EVERY_STEP = "runtime.checkpoint_s=1e-9"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> LaunchResult:
     """The undisturbed run."""
-    done = Run(tmp_path_factory.mktemp("whole"))()
-    assert done.code == 0 and len(done.losses()) == 20 and len(done.weights()) == 2, done.said
+    done = TinyRun(tmp_path_factory.mktemp("whole"))()
+    assert done.code == 0 and len(done.losses()) == 20 and len(done.weights()) == 2, done.output
     assert (
         not list(done.folder.glob("logs/stacks-*"))
         and not (done.folder / "logs" / "faults.jsonl").exists()
@@ -31,20 +31,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return done
 
 
-def same(done: Ended, whole: Ended) -> None:
-    assert done.code == 0 and (done.folder / "DONE").exists(), done.said
+def same(done: LaunchResult, whole: LaunchResult) -> None:
+    assert done.code == 0 and (done.folder / "DONE").exists(), done.output
     assert done.losses() == whole.losses() and done.weights() == whole.weights(), (
         "not bit-identical"
     )
 
 
-def every_row(done: Ended) -> list[dict]:
+def every_row(done: LaunchResult) -> list[dict]:
     """Also the rows of steps that were done again, torn lines left out."""
     lines = (done.folder / "logs" / "pretext.metrics.jsonl").read_text().splitlines()
     return [r for r in map(parsed, lines) if r and "loss" in r]
 
 
-def steps_lost(done: Ended) -> int:
+def steps_lost(done: LaunchResult) -> int:
     """Steps that were done again; each must have given the same loss."""
     first: dict[int, float] = {}
     for row in every_row(done):
@@ -59,14 +59,14 @@ def parsed(line: str) -> dict | None:
         return None
 
 
-def faults(done: Ended) -> list[dict]:
+def faults(done: LaunchResult) -> list[dict]:
     return [
         json.loads(line)
         for line in (done.folder / "logs" / "faults.jsonl").read_text().splitlines()
     ]
 
 
-def checkpoints(done: Ended) -> list:
+def checkpoints(done: LaunchResult) -> list:
     return sorted(done.folder.glob("stages/pretext/*/work/checkpoints/*"))
 
 
@@ -75,7 +75,7 @@ def test_rows_1_2_20_killed_ranks_and_a_taken_port(whole, tmp_path: Path) -> Non
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = Run(tmp_path)(
+        done = TinyRun(tmp_path)(
             faults=[
                 {"kind": "kill", "rank": 1, "step": 7},
                 {"kind": "kill", "rank": 0, "step": 14},
@@ -84,18 +84,18 @@ def test_rows_1_2_20_killed_ranks_and_a_taken_port(whole, tmp_path: Path) -> Non
         )
     same(done, whole)
     assert (
-        "the rendezvous port was taken; trying another" in done.said
-        and done.said.count("starting again") == 3
+        "the rendezvous port was taken; trying another" in done.output
+        and done.output.count("starting again") == 3
         and len(faults(done)) == 2
     )
     steps_lost(done)  # what was done again gave the same numbers
 
 
 def test_row_3_an_exception_on_one_rank_is_the_error_that_is_shown(whole, tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     done = run("runtime.relaunches=0", faults=[{"kind": "exception", "rank": 1, "step": 5}])
     assert done.code == 1
-    told = done.said[done.said.index("failed: ") :]
+    told = done.output[done.output.index("failed: ") :]
     assert told.startswith("failed: rank 1: InjectedError: injected fault at step 5 of rank 1"), (
         told
     )
@@ -108,7 +108,7 @@ def test_row_3_an_exception_on_one_rank_is_the_error_that_is_shown(whole, tmp_pa
 def test_row_4_a_stopped_rank_and_a_stuck_loader_are_noticed_by_the_watchdog(
     whole, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     done = run(
         "runtime.step_limit_s=6",
         "runtime.section_limit_s=40",
@@ -131,7 +131,7 @@ def test_row_4_a_stopped_rank_and_a_stuck_loader_are_noticed_by_the_watchdog(
 def test_rows_5_8_killed_at_every_point_of_a_save_and_saves_that_cannot_be_written(
     whole, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     done = run(
         EVERY_STEP,
         faults=[
@@ -143,12 +143,14 @@ def test_rows_5_8_killed_at_every_point_of_a_save_and_saves_that_cannot_be_writt
     )
     same(done, whole)
     assert (
-        done.said.count("could not save") == 2
-        and "File too large" in done.said
-        and "Read-only file system" in done.said
+        done.output.count("could not save") == 2
+        and "File too large" in done.output
+        and "Read-only file system" in done.output
     )
-    assert "earlier checkpoints are intact" in done.said and done.said.count("starting again") == 4
-    assert "is damaged" not in done.said, (
+    assert (
+        "earlier checkpoints are intact" in done.output and done.output.count("starting again") == 4
+    )
+    assert "is damaged" not in done.output, (
         "nothing that a kill left behind was taken for a checkpoint"
     )
     assert all(f["advanced"] for f in faults(done)), (
@@ -162,13 +164,13 @@ def test_rows_5_8_killed_at_every_point_of_a_save_and_saves_that_cannot_be_writt
 def test_rows_6_9_11_signals_at_the_start_in_a_step_and_after_the_end_and_a_flipped_bit(
     whole, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     early = run(faults=[{"kind": "signal", "rank": 1, "at": "start"}])
     assert (
         early.code == 128 + 12
-        and "everything is saved" in early.said
-        and "pretext" not in early.said
-    ), early.said
+        and "everything is saved" in early.output
+        and "pretext" not in early.output
+    ), early.output
     stopped = run(EVERY_STEP, faults=[{"kind": "signal", "rank": 1, "step": 8}])
     assert stopped.code == 128 + 12 and json.loads((run.folder / "STOPPED").read_text()) == {
         "signal": 12
@@ -184,14 +186,14 @@ def test_rows_6_9_11_signals_at_the_start_in_a_step_and_after_the_end_and_a_flip
     done = run(faults=[{"kind": "signal", "rank": 0, "at": "done"}])
     same(done, whole)
     assert (
-        f"{saved[-1].name} is damaged" in done.said
-        and f"{saved[-2].name}" not in done.said
+        f"{saved[-1].name} is damaged" in done.output
+        and f"{saved[-2].name}" not in done.output
         and not (run.folder / "STOPPED").exists()
     )
 
 
 def test_row_7_when_every_checkpoint_is_bad_it_refuses_once(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     stopped = run(EVERY_STEP, faults=[{"kind": "signal", "rank": 0, "step": 3}])
     for path in checkpoints(stopped):
         (path / "state.pt").write_bytes(b"")
@@ -199,15 +201,15 @@ def test_row_7_when_every_checkpoint_is_bad_it_refuses_once(tmp_path: Path) -> N
         refused = run()
         assert (
             refused.code == 2
-            and "not starting again at step 0" in refused.said
-            and "starting again (" not in refused.said
-        ), refused.said
-        assert refused.said.count("error: ") == 1 and "Traceback" not in refused.said
+            and "not starting again at step 0" in refused.output
+            and "starting again (" not in refused.output
+        ), refused.output
+        assert refused.output.count("error: ") == 1 and "Traceback" not in refused.output
     assert all(p.name.startswith("bad-") for p in checkpoints(refused)), "kept aside, not removed"
 
 
 def test_row_16_what_is_no_number_is_refused_by_all_ranks(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     done = run(
         EVERY_STEP,
         "runtime.keep_checkpoints=30",
@@ -219,11 +221,11 @@ def test_row_16_what_is_no_number_is_refused_by_all_ranks(tmp_path: Path) -> Non
     )
     assert (
         done.code == 2
-        and "10 updates in a row" in done.said
-        and "image rows of rank 1: [" in done.said
-        and "of rank 0" not in done.said
-    ), done.said
-    assert "starting again" not in done.said and "Traceback" not in done.said
+        and "10 updates in a row" in done.output
+        and "image rows of rank 1: [" in done.output
+        and "of rank 0" not in done.output
+    ), done.output
+    assert "starting again" not in done.output and "Traceback" not in done.output
     rows = {r["step"]: r for r in read_rows(done.folder / "logs" / "pretext.metrics.jsonl")}
     assert (
         [rows[n]["refused"] for n in (3, 4, 5, 6, 7)] == [0, 1, 2, 2, 3]
@@ -249,14 +251,14 @@ def test_row_16_what_is_no_number_is_refused_by_all_ranks(tmp_path: Path) -> Non
 
 
 def test_rows_21_22_a_beton_that_is_not_the_runs_own(whole, tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = TinyRun(tmp_path)
     shutil.copytree(whole.folder, run.folder)
     beton = next(run.folder.glob("stages/beton_train/*/images.beton"))
     good = beton.read_bytes()
     beton.write_bytes(good[:-100])
     cut = run()
-    assert cut.code == 2 and "images.beton has" in cut.said and "Traceback" not in cut.said, (
-        cut.said
+    assert cut.code == 2 and "images.beton has" in cut.output and "Traceback" not in cut.output, (
+        cut.output
     )
     data = bytearray(good)
     data[HEADER.itemsize + 3 * FIELD.itemsize + 5 * ROW.itemsize + 1] ^= (
@@ -266,7 +268,7 @@ def test_rows_21_22_a_beton_that_is_not_the_runs_own(whole, tmp_path: Path) -> N
     foreign = run("stages.pretext.epochs=1")
     assert (
         foreign.code == 2
-        and "pretext: 1/" not in foreign.said
-        and "images.beton" in foreign.said
-        and "starting again" not in foreign.said
-    ), foreign.said
+        and "pretext: 1/" not in foreign.output
+        and "images.beton" in foreign.output
+        and "starting again" not in foreign.output
+    ), foreign.output

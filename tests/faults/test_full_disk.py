@@ -18,7 +18,7 @@ from dist_scan.monitoring.log import read_rows
 from dist_scan.storage import run_markers
 from dist_scan.storage.run_markers import RunMarkers
 from launch.recovery import first_error
-from tests.support.faulted_run import Run
+from tests.support.faulted_run import TinyRun
 
 pytestmark = pytest.mark.timeout(600)
 LONG = "stages.pretext.epochs=2000"
@@ -58,7 +58,7 @@ def fill(folder: Path) -> Path:
 @pytest.fixture
 def begin(disk) -> Iterator[Callable]:
     """Start the launcher; whatever becomes of the test, it ends with it."""
-    run, started = Run(disk.parent), []
+    run, started = TinyRun(disk.parent), []
 
     def start(*overrides: str):
         started.append(run.start(*overrides))

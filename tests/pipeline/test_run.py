@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_scan.run_config import load_config
-from tests.support.launches import ROOT, Started, command, environment, report, run
+from tests.support.launches import ROOT, RunningLauncher, command, environment, read_report, run
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_second_start_skips_everything_quickly(undisturbed) -> None:
     folder, _ = undisturbed
     before = (folder / "report.json").read_bytes()
     began = time.monotonic()
-    again = run(folder, from_nothing=True)
+    again = run(folder, new_interpreter=True)
     took = time.monotonic() - began
     assert (
         again.returncode == 0
@@ -118,7 +118,7 @@ def test_killed_three_times_the_same_command_ends_with_the_same_report(
 ) -> None:
     rng, folder, codes = random.Random(0), tmp_path / "run", []
     for _ in range(3):
-        launcher = Started(command(folder, "runtime.checkpoint_s=1"), tmp_path)
+        launcher = RunningLauncher(command(folder, "runtime.checkpoint_s=1"), tmp_path)
         wait_for = rng.choice(
             ["pretext: ", "neighbours: ", "heads: ", "selflabelling: "]
         )  # starts, resumes, or was already done
@@ -128,7 +128,7 @@ def test_killed_three_times_the_same_command_ends_with_the_same_report(
     assert codes.count(-signal.SIGKILL) >= 2, "killed, not ended"
     last = run(folder, "runtime.checkpoint_s=1")
     assert last.returncode == 0, last.stdout
-    assert report(folder) == report(undisturbed[0])
+    assert read_report(folder) == read_report(undisturbed[0])
 
 
 @pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGHUP])  # HUP: its terminal was closed
@@ -137,12 +137,12 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     launcher, metrics = (
-        Started(command(folder, processes=2), tmp_path),
+        RunningLauncher(command(folder, processes=2), tmp_path),
         folder / "logs" / "pretext.metrics.jsonl",
     )
     launcher.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
     launcher.send_signal(wish)
-    asked = launcher.end(60)
+    asked = launcher.wait(60)
     assert (
         asked.returncode == 128 + signal.SIGTERM
         and "everything is saved" in asked.stdout
@@ -193,9 +193,9 @@ def test_two_processes_see_the_same_images_and_the_same_losses(
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = Started(command(folder), tmp_path)
+    first = RunningLauncher(command(folder), tmp_path)
     try:
-        first.wait_until(lambda: "starts" in first.out.read_text())
+        first.wait_until(lambda: "starts" in first.output())
         second = run(folder)
         assert (
             second.returncode == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from tests.slurm.cluster import Cluster
-from tests.support.launches import ROOT, SMALL, environment, report
+from tests.support.launches import ROOT, SMALL, environment, read_report
 
 LONG = [
     "stages.pretext.epochs=60",
@@ -148,7 +148,7 @@ def differences(one: Path, other: Path) -> list[str]:
     tables = [pq.read_table(run / "assignments.parquet") for run in (one, other)]
     same = {
         "losses": losses(one) == losses(other),
-        "report": report(one) == report(other),
+        "report": read_report(one) == read_report(other),
         "clusters": tables[0].equals(tables[1]),
     }
     return [what for what, equal in same.items() if not equal]

@@ -1,5 +1,8 @@
-"""The product with a fault armed: launch/local.py's own main in a process forked from one that has imported everything (a start
-costs no 8 s of imports), its ranks real processes below it. A tiny run: 10 steps an epoch, 2 epochs, 240 digits."""
+"""A tiny run (2 epochs of 10 steps on 240 digits) with injected faults.
+
+launch/local.py's main runs in a process forked from one that has imported everything; its ranks
+are real processes.
+"""
 
 from __future__ import annotations
 
@@ -8,65 +11,71 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dist_scan.monitoring.log import read_rows
-from tests.support import faults
-from tests.support.launches import enter
+from tests.support import faults as fault_injection
+from tests.support.launches import start_session
 from tests.support.ranks import CONTEXT
 
 PRETEXT = """
-  pretext: {kind: train, images: train, network: {name: resnet_small, width: 4}, method: {kind: simclr, projection_dim: 8}, recipes: [digits, digits],
+  pretext: {kind: train, images: train, network: {name: resnet_small, width: 4},
+            method: {kind: simclr, projection_dim: 8}, recipes: [digits, digits],
             optimizer: {kind: sgd, lr: 0.05}, epochs: 2, global_batch: 24}"""
 LONG = """
   features: {kind: embed, backbone: pretext, num_shards: 6, batch: 16}
   kmeans: {kind: kmeans, features: features, num_clusters: 10, restarts: 2}
   neighbours: {kind: neighbours, features: features, num_neighbours: 5}"""
+"""Stages after the pretext training."""
 TINY = """
 name: tiny
 data: {{train: {{source: "sklearn:digits", limit: 240}}, size: 16, stored: raw, resolution: 16}}
 stages:{stages}
-runtime: {{run_dir: "{folder}", workers: 1, checkpoint_s: 0.3, log_every: 1, device: cpu, step_limit_s: 60, section_limit_s: 600}}
+runtime: {{run_dir: "{folder}", workers: 1, checkpoint_s: 0.3, log_every: 1, device: cpu,
+           step_limit_s: 60, section_limit_s: 600}}
 """
 
 
 @dataclass
-class Ended:
-    """A launcher that has ended: its exit code (minus the signal's number when killed), all it and rank 0 printed, its seconds."""
+class LaunchResult:
+    """A launcher that has ended."""
 
     code: int
-    said: str
+    """Exit code; -n if signal n killed it."""
+    output: str
+    """Everything printed by the launcher and by rank 0."""
     took_s: float
     folder: Path
+    """The run folder."""
 
     def losses(self, stage: str = "pretext") -> dict[int, float]:
-        """Loss by step, as a reader sees them."""
-        return {
-            r["step"]: r["loss"]
-            for r in read_rows(self.folder / "logs" / f"{stage}.metrics.jsonl")
-            if "loss" in r
-        }
+        """Loss by step, from metrics.jsonl."""
+        rows = read_rows(self.folder / "logs" / f"{stage}.metrics.jsonl")
+        return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
     def weights(self) -> dict[str, bytes]:
-        """Every published file of weights of the pretext, byte for byte."""
+        """Content of the weight files that the pretext stage has published."""
         return {p.name: p.read_bytes() for p in self.folder.glob("stages/pretext/*/*.safetensors")}
 
 
-class Run:
-    """One run folder. `run(...)` starts the launcher and waits for its end."""
+class TinyRun:
+    """One run folder; calling it starts the launcher and waits for its end."""
 
     def __init__(self, folder: Path, stages: str = PRETEXT, text: str = TINY) -> None:
-        self.folder, self.fault_path = folder / "run", folder / "fault.json"
+        self.folder = folder / "run"
+        self.fault_path = folder / "fault.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "tiny.yaml"
         self.config.write_text(text.format(stages=stages, folder=self.folder))
         self.starts = 0
 
-    def fired(self) -> list[dict]:
-        """The faults that have fired, each with its time."""
+    def fired(self) -> list[dict[str, Any]]:
+        """The faults that have happened, each with its time."""
         path = Path(f"{self.fault_path}.fired")
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -74,42 +83,56 @@ class Run:
         self,
         *overrides: str,
         processes: int = 2,
-        moment: bool = False,
+        refreshes: bool = False,
         taken_port: int | None = None,
-    ):
+    ) -> tuple[BaseProcess, Path]:
+        """Start the launcher; returns its process and the file of its output.
+
+        ``refreshes``: SimCLR embeds all images before each epoch. ``taken_port``: a port in use,
+        which the launcher chooses first.
+        """
         self.starts += 1
-        out = self.config.parent / f"said{self.starts}.txt"
+        output = self.config.parent / f"output{self.starts}.txt"
         arguments = [str(self.config), "--processes", str(processes), *overrides]
         launcher = CONTEXT.Process(
-            target=_launcher, args=(arguments, out, str(self.fault_path), moment, taken_port)
+            target=_run_launcher,
+            args=(arguments, output, str(self.fault_path), refreshes, taken_port),
         )
         launcher.start()
-        return launcher, out
+        return launcher, output
 
     def __call__(
-        self, *overrides: str, faults: Sequence[dict] = (), timeout_s: float = 300, **more
-    ) -> Ended:
-        """Start the launcher with these faults armed, wait for its end. Fails when one of them has not fired."""
+        self,
+        *overrides: str,
+        faults: Sequence[dict[str, Any]] = (),
+        timeout_s: float = 300,
+        **options: Any,
+    ) -> LaunchResult:
+        """Start the launcher with these faults armed and wait for its end.
+
+        ``options`` are those of `start`. Fails if one of the faults has not happened.
+        """
         if faults:
             self.fault_path.write_text(json.dumps(list(faults)))
         began = time.monotonic()
-        launcher, out = self.start(*overrides, **more)
+        launcher, output = self.start(*overrides, **options)
         launcher.join(timeout_s)
         if launcher.exitcode is None:
             launcher.kill()
             launcher.join()
-            raise TimeoutError(f"the launcher did not end in {timeout_s} s:\n{out.read_text()}")
+            raise TimeoutError(f"the launcher did not end in {timeout_s} s:\n{output.read_text()}")
         assert not self.fault_path.exists(), (
-            f"never fired: {self.fault_path.read_text()}\n{out.read_text()}"
+            f"did not happen: {self.fault_path.read_text()}\n{output.read_text()}"
         )
-        return Ended(launcher.exitcode, out.read_text(), time.monotonic() - began, self.folder)
+        took_s = time.monotonic() - began
+        return LaunchResult(launcher.exitcode, output.read_text(), took_s, self.folder)
 
 
-def _give_simclr_a_moment() -> None:
-    """A whole-set moment before each epoch, whose outcome changes the weights a little."""
+def _refresh_in_simclr() -> None:
+    """Embed all images before each epoch, and change the weights a little by the result."""
     from dist_scan.methods.simclr import SimCLRMethod
 
-    def begin_epoch(self, epoch, embed):
+    def begin_epoch(self: SimCLRMethod, epoch: int, embed: Any) -> tuple[()]:
         table = embed(self.backbone, num_shards=6)
         mean = float(table.rows(np.arange(table.num_rows), 0).astype(np.float64).mean())
         with torch.no_grad():
@@ -119,17 +142,16 @@ def _give_simclr_a_moment() -> None:
     SimCLRMethod.begin_epoch = begin_epoch
 
 
-def _launcher(
-    arguments: list[str], out: Path, fault: str, moment: bool, taken_port: int | None
+def _run_launcher(
+    arguments: list[str], output: Path, fault: str, refreshes: bool, taken_port: int | None
 ) -> None:
-    enter(out, **faults.environment(fault))
-    if moment:
-        _give_simclr_a_moment()
+    start_session(output, **fault_injection.environment(fault))
+    if refreshes:
+        _refresh_in_simclr()
     from launch import local, recovery
 
-    if (
-        taken_port is not None
-    ):  # the first look for a free port finds one that somebody takes at that moment
-        free, ports = recovery.free_port, [taken_port]
-        recovery.free_port = lambda: ports.pop() if ports else free()
+    if taken_port is not None:
+        ports = [taken_port]
+        free_port = recovery.free_port
+        recovery.free_port = lambda: ports.pop() if ports else free_port()
     sys.exit(local.main(arguments))

@@ -1,4 +1,4 @@
-"""Start the product as a user does: launch/local.py as a process, with a quickstart made small."""
+"""Start launch/local.py as a user does, with a small version of the quickstart."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.support.ranks import CONTEXT
+from tests.support.ranks import CONTEXT, ONE_THREAD_NO_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
@@ -27,17 +28,20 @@ SMALL = [
     "stages.selflabelling.global_batch=96",
     "stages.selflabelling.method.threshold=0.2",
 ]
+"""Overrides that make the quickstart small."""
+MEASURED = ("seconds", "stage_seconds", "stage_memory", "stage_timing")
+"""Keys of report.json that differ between equal runs."""
 
 
-def environment(**more: str) -> dict[str, str]:
-    """One thread a process: two tests run at once on two cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+def environment(**variables: str) -> dict[str, str]:
+    """Environment of a process with one thread and no GPU."""
+    return os.environ | ONE_THREAD_NO_GPU | variables
 
 
 def command(
     run_dir: Path, *overrides: str, config: str = "quickstart", processes: int = 1
 ) -> list[str]:
-    """The command line of one run in run_dir."""
+    """Command line of a run in ``run_dir``."""
     small = SMALL if config == "quickstart" else []
     return [
         *LOCAL,
@@ -50,56 +54,93 @@ def command(
     ]
 
 
-class Started:
-    """A launcher that is running, forked like the rest: for tests that watch it, ask it to leave, or kill it."""
+class RunningLauncher:
+    """launch/local.py in a process, for tests that watch, stop or kill it.
 
-    def __init__(self, words: list[str], folder: Path, **variables: str) -> None:
-        self.words, self.out = words, folder / f"said-{len(list(folder.glob('said-*.txt')))}.txt"
-        self.out.touch()
+    The process is forked from one that has imported everything, which saves ten seconds.
+
+    Args:
+        command: the command line; its Python and script are not used.
+        folder: working folder, which also receives the output.
+        variables: environment variables.
+    """
+
+    def __init__(self, command: list[str], folder: Path, **variables: str) -> None:
+        self.command = command
+        number = len(list(folder.glob("output-*.txt")))
+        self.output_path = folder / f"output-{number}.txt"
+        self.output_path.touch()
+        arguments = command[len(LOCAL) :]
         self.process = CONTEXT.Process(
-            target=_launcher, args=(words[2:], self.out, folder, variables)
+            target=_run_launcher, args=(arguments, self.output_path, folder, variables)
         )
         self.process.start()
 
     @property
     def pid(self) -> int:
+        assert self.process.pid is not None
         return self.process.pid
 
-    def wait_until(self, true: Callable[[], bool], timeout_s: float = 120) -> None:
-        """Return once it is so. Fails when the launcher ends, or takes too long, before."""
-        end = time.monotonic() + timeout_s
-        while not true():
-            assert self.process.exitcode is None and time.monotonic() < end, (
-                f"{self.words}: ended {self.process.exitcode}\n{self.out.read_text()}"
-            )
+    def output(self) -> str:
+        """Everything printed so far by the launcher and by rank 0."""
+        return self.output_path.read_text()
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Wait for a condition. Fails if the launcher ends before, or after the timeout."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            code = self.process.exitcode
+            assert code is None, f"{self.command} ended with {code}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"{self.command}: timeout\n{self.output()}"
             time.sleep(0.02)
 
-    def wait_for_line(self, beginning: str) -> None:
-        """Return once it has said a line that begins so."""
-        self.wait_until(
-            lambda: any(line.startswith(beginning) for line in self.out.read_text().splitlines())
-        )
+    def wait_for_line(self, start: str) -> None:
+        """Wait until a line is printed that starts with ``start``."""
+        self.wait_until(lambda: any(line.startswith(start) for line in self.output().splitlines()))
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def kill(self) -> int:
-        """kill -9 for its process group; waits for the launcher's end. Returns its exit code: -9, unless it had ended before."""
+    def kill(self) -> int | None:
+        """Kill its process group; returns the exit code: -9, unless it had ended before."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.join()
         return self.process.exitcode
 
-    def end(self, timeout_s: float = 240) -> subprocess.CompletedProcess:
-        """Wait for its end; its exit code, and all it said."""
+    def wait(self, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; returns exit code and output."""
         self.process.join(timeout_s)
-        if self.process.exitcode is None:
+        code = self.process.exitcode
+        if code is None:
             self.process.kill()
             self.process.join()
-            raise TimeoutError(
-                f"{self.words} did not end in {timeout_s} s:\n{self.out.read_text()}"
-            )
-        return subprocess.CompletedProcess(self.words, self.process.exitcode, self.out.read_text())
+            raise TimeoutError(f"{self.command} did not end in {timeout_s} s:\n{self.output()}")
+        return subprocess.CompletedProcess(self.command, code, self.output())
+
+
+def _run_launcher(
+    arguments: list[str], output: Path, folder: Path, variables: dict[str, str]
+) -> None:
+    start_session(output, **variables)
+    # As on a terminal, also if the tests run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.chdir(folder)
+    from launch import local
+
+    sys.exit(local.main(arguments))
+
+
+def start_session(output: Path, **variables: str) -> None:
+    """Give a forked process what a shell gives: a session, no blocked signals, its own output."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.environ |= ONE_THREAD_NO_GPU | variables
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  open until exit
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  open until exit
 
 
 def run(
@@ -108,16 +149,17 @@ def run(
     config: str = "quickstart",
     processes: int = 1,
     timeout_s: float = 240,
-    from_nothing: bool = False,
-):
-    """Run to the end; returns the finished process with its output as text. Unless it starts from nothing, as a user's does, it is forked from
-    a process that has imported everything: launch/local.py's main as the launcher, its ranks below it, without ten seconds of imports."""
-    if not from_nothing:
-        return Started(
-            command(run_dir, *overrides, config=config, processes=processes), run_dir.parent
-        ).end(timeout_s)
+    new_interpreter: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, and return exit code and output.
+
+    ``new_interpreter`` starts Python as a user does; otherwise see `RunningLauncher`.
+    """
+    words = command(run_dir, *overrides, config=config, processes=processes)
+    if not new_interpreter:
+        return RunningLauncher(words, run_dir.parent).wait(timeout_s)
     return subprocess.run(
-        command(run_dir, *overrides, config=config, processes=processes),
+        words,
         env=environment(),
         timeout=timeout_s,
         stdout=subprocess.PIPE,
@@ -127,42 +169,14 @@ def run(
     )
 
 
-def _launcher(arguments: list[str], out: Path, folder: Path, variables: dict[str, str]) -> None:
-    enter(out, **variables)
-    signal.signal(
-        signal.SIGHUP, signal.SIG_DFL
-    )  # as on a terminal, also where the tests run under nohup
-    os.chdir(folder)
-    from launch import local
-
-    sys.exit(local.main(arguments))
+def read_report(run_dir: Path) -> dict[str, Any]:
+    """report.json without times and memory."""
+    return _without_measurements(json.loads((run_dir / "report.json").read_text()))
 
 
-def enter(out: Path, **variables: str) -> None:
-    """Make a forked process what a shell would have started: a session, no blocked signals, its output in a file."""
-    os.setsid()
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
-    to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(to, 1)
-    os.dup2(to, 2)
-    sys.stdout, sys.stderr = (
-        open(1, "w", buffering=1, closefd=False),
-        open(2, "w", buffering=1, closefd=False),
-    )
-
-
-def report(run_dir: Path) -> dict:
-    """report.json without what a clock or a memory meter says."""
-    facts = json.loads((run_dir / "report.json").read_text())
-
-    def timeless(value):
-        if isinstance(value, dict):
-            return {
-                k: timeless(v)
-                for k, v in value.items()
-                if k not in ("seconds", "stage_seconds", "stage_memory", "stage_timing")
-            }
-        return [timeless(v) for v in value] if isinstance(value, list) else value
-
-    return timeless(facts)
+def _without_measurements(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_measurements(v) for k, v in value.items() if k not in MEASURED}
+    if isinstance(value, list):
+        return [_without_measurements(v) for v in value]
+    return value

@@ -1,4 +1,7 @@
-"""Imported by the fork server: the loader's compiled code, made once for all the runs of tests/faults (5 s of processor time a rank)."""
+"""Imported by the fork server of the tests: compiles the data loader's code once for all ranks.
+
+Compiling takes 5 s of processor time in every process that does it.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,17 @@ from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.beton.write import write_beton
 from dist_scan.data.sources.open import open_source
 
-with tempfile.TemporaryDirectory() as _folder:
-    _data = DataConfig(
-        train=SplitConfig(source="sklearn:digits", limit=8), stored="raw", resolution=16, size=16
-    )
-    write_beton(open_source(_data.train), Path(_folder) / "x.beton", _data, 1, show=False)
-    for _views in ((CropSpec("center", 16),), (CropSpec("random_resized", 16),) * 2):
-        list(
-            BetonLoader(
-                Path(_folder) / "x.beton", _views, seed=0, batch_size=4, num_threads=1
-            ).batches(np.arange(8), 0)
-        )
+
+def compile_loader() -> None:
+    """Load a few images with one centre crop, and with two random crops."""
+    with tempfile.TemporaryDirectory() as folder:
+        beton = Path(folder) / "x.beton"
+        split = SplitConfig(source="sklearn:digits", limit=8)
+        config = DataConfig(train=split, stored="raw", resolution=16, size=16)
+        write_beton(open_source(config.train), beton, config, 1, show=False)
+        for crops in ((CropSpec("center", 16),), (CropSpec("random_resized", 16),) * 2):
+            loader = BetonLoader(beton, crops, seed=0, batch_size=4, num_threads=1)
+            list(loader.batches(np.arange(8), 0))
+
+
+compile_loader()

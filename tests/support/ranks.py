@@ -1,14 +1,23 @@
-"""Run a function on W real gloo processes: `run_ranks(fn, 3, arg)` -> [result of rank 0, 1, 2]. fn is a module-level function."""
+"""Run a function on several ranks: real processes that communicate by gloo.
+
+Importing torch takes 4 s, so a fork server imports everything once and forks the ranks. It does
+nothing else: a process that has used OpenMP must not be forked.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import queue
-import socket
 import traceback
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from typing import Any, TypeVar
 
-# Importing torch takes 4 s a process: a server imports it once (and does nothing else, so no OpenMP pool exists) and forks the ranks.
+from dist_scan.world.processes import free_port, set_rank_environment
+
+T = TypeVar("T")
+ONE_THREAD_NO_GPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -38,26 +47,55 @@ CONTEXT.set_forkserver_preload(
         "tests.support.preload",
     ]
 )
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the fork server imports torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the fork server imports torch
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def run_ranks(
+    function: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 180
+) -> list[T]:
+    """``function(*args)`` on every rank; returns the results in rank order.
+
+    The function must be defined at the top level of a module. Raises RuntimeError with the
+    traceback of the first rank that fails.
+    """
+    results: Queue = CONTEXT.Queue()
+    port = free_port()
+    ranks = [
+        CONTEXT.Process(target=run_rank, args=(function, rank, world_size, port, args, results))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    values: dict[int, T] = {}
+    try:
+        while len(values) < world_size:
+            try:
+                rank, succeeded, value = results.get(timeout=timeout_s)
+            except queue.Empty:
+                missing = sorted(set(range(world_size)) - set(values))
+                raise TimeoutError(f"no result of ranks {missing} in {timeout_s} s") from None
+            if not succeeded:
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            values[rank] = value
+    finally:
+        for process in ranks:
+            if len(values) < world_size:
+                process.kill()
+            process.join()
+    return [values[rank] for rank in range(world_size)]
 
 
-def _enter(fn, rank: int, world_size: int, port, args, results) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        CUDA_VISIBLE_DEVICES="",
-    )
+def run_rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    args: tuple[Any, ...],
+    results: Queue,
+) -> None:
+    """The main function of one rank's process; puts (rank, succeeded, value or traceback)."""
+    set_rank_environment(rank, world_size, port)
+    os.environ.update(ONE_THREAD_NO_GPU)
     import torch
 
     from dist_scan.world.world import close_world, open_world
@@ -65,37 +103,8 @@ def _enter(fn, rank: int, world_size: int, port, args, results) -> None:
     torch.set_num_threads(1)
     try:
         open_world("cpu", timeout_s=120)
-        results.put((rank, True, fn(*args)))
+        results.put((rank, True, function(*args)))
         close_world()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
-        raise SystemExit(1)
-
-
-def run_ranks(fn, world_size: int, *args, timeout_s: float = 180):
-    """Results by rank. Raises the first rank's traceback when one fails."""
-    results, port = CONTEXT.Queue(), free_port()
-    ranks = [
-        CONTEXT.Process(target=_enter, args=(fn, r, world_size, port, args, results))
-        for r in range(world_size)
-    ]
-    for p in ranks:
-        p.start()
-    out = {}
-    try:
-        while len(out) < world_size:
-            try:
-                rank, ok, value = results.get(timeout=timeout_s)
-            except queue.Empty:
-                raise TimeoutError(
-                    f"ranks {sorted(set(range(world_size)) - set(out))} gave nothing in {timeout_s} s"
-                ) from None
-            if not ok:
-                raise RuntimeError(f"rank {rank} failed:\n{value}")
-            out[rank] = value
-    finally:
-        for p in ranks:
-            if len(out) < world_size:
-                p.kill()
-            p.join()
-    return [out[r] for r in range(world_size)]
+        raise SystemExit(1) from None

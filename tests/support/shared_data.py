@@ -1,4 +1,4 @@
-"""Real images and features that lie beside a checkout (../shared/data, or $DIST_SCAN_SHARED_DATA). Tests skip without them and say so."""
+"""Real images and features beside a checkout, in ../shared/data or $DIST_SCAN_SHARED_DATA."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(
-    os.environ.get("DIST_SCAN_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
-)
+DEFAULT = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(os.environ.get("DIST_SCAN_SHARED_DATA", DEFAULT))
 
 
 def shared_data(name: str) -> Path:
-    """The path of a shared file or folder; skips the test when it is not on this machine."""
+    """Path of a shared file or folder; skips the test if this machine does not have it."""
     path = ROOT / name
     if not path.exists():
         pytest.skip(f"needs {name} in ../shared/data or $DIST_SCAN_SHARED_DATA")

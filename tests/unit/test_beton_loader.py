@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from dist_scan.data.augment.crops import CropSpec, crop_boxes
 from dist_scan.data.beton.format import check_beton
 from dist_scan.data.beton.loader import BetonLoader
-from tests.support.betons import build, folder
+from tests.support.images import build_beton, write_image_folder
 from tests.support.shared_data import shared_data
 
 TWO = (CropSpec("random_resized", 32, flip=0.5), CropSpec("random", 24, resize=32, flip=0.5))
@@ -26,7 +26,9 @@ TWO = (CropSpec("random_resized", 32, flip=0.5), CropSpec("random", 24, resize=3
 @pytest.fixture(scope="module", params=["raw", "jpeg"])
 def beton(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp(request.param)
-    return build(folder(root / "images", 30), root / "x.beton", stored=request.param)
+    return build_beton(
+        write_image_folder(root / "images", 30), root / "x.beton", stored=request.param
+    )
 
 
 def views(path, plan, epoch=0, *, specs=TWO, seed=1, batch_size=8, workers=1):
@@ -147,7 +149,7 @@ def test_flips_have_their_probability() -> None:
 def photos(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("photos")
     return {
-        kind: build(
+        kind: build_beton(
             shared_data("imagenet-samples"),
             root / f"{kind}.beton",
             stored=kind,

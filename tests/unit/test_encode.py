@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from dist_scan.data.encode import JPEG, RAW, UnreadableImageError, encode
-from tests.support.betons import encoded, picture, settings
+from tests.support.images import data_config, encode_image, make_image
 
-RAW40, ORIGINAL = settings("x", stored="raw"), settings("x", stored="original")
+RAW40, ORIGINAL = data_config("x", stored="raw"), data_config("x", stored="original")
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -25,7 +25,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def flat(value, dtype, **kwargs) -> bytes:
-    return encoded(Image.fromarray(np.full((48, 64), value, dtype)), **kwargs)
+    return encode_image(Image.fromarray(np.full((48, 64), value, dtype)), **kwargs)
 
 
 def test_it_imports_neither_torch_nor_ffcv() -> None:
@@ -34,8 +34,8 @@ def test_it_imports_neither_torch_nor_ffcv() -> None:
 
 
 def test_the_shorter_side_is_resized_as_pillow_does() -> None:
-    expected = np.asarray(picture().resize((53, 40), Image.BILINEAR))
-    assert np.array_equal(pixels(encoded(picture())), expected)
+    expected = np.asarray(make_image().resize((53, 40), Image.BILINEAR))
+    assert np.array_equal(pixels(encode_image(make_image())), expected)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_the_shorter_side_is_resized_as_pillow_does() -> None:
     ids=["one pixel", "longer side capped"],
 )
 def test_odd_sizes(size, expected) -> None:
-    assert pixels(encoded(picture(0, size[1], size[0]))).shape[:2] == expected
+    assert pixels(encode_image(make_image(0, size[1], size[0]))).shape[:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_odd_sizes(size, expected) -> None:
             flat(0.1, np.float32, kind="TIFF"),
             26,
         ),  # float grey 0..1 is not stretched to the image's own range
-        (encoded(Image.new("L", (64, 48), 77)), 77),
-        (encoded(Image.new("RGBA", (64, 48), (77, 77, 77, 10))), 77),
-        (encoded(Image.new("P", (64, 48), 0).convert("P")), 0),
-        (encoded(Image.new("CMYK", (64, 48), (0, 0, 0, 0)), "JPEG"), 255),
+        (encode_image(Image.new("L", (64, 48), 77)), 77),
+        (encode_image(Image.new("RGBA", (64, 48), (77, 77, 77, 10))), 77),
+        (encode_image(Image.new("P", (64, 48), 0).convert("P")), 0),
+        (encode_image(Image.new("CMYK", (64, 48), (0, 0, 0, 0)), "JPEG"), 255),
     ],
     ids=["grey16", "int32", "float", "grey", "alpha", "palette", "cmyk"],
 )
@@ -70,21 +70,23 @@ def test_every_mode_becomes_rgb_of_the_right_brightness(data, grey) -> None:
 def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert pixels(encoded(picture(0, 48, 64), "JPEG", exif=exif)).shape[:2] == (53, 40)
+    assert pixels(encode_image(make_image(0, 48, 64), "JPEG", exif=exif)).shape[:2] == (53, 40)
 
 
 def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (64, 48), (v, v, v)) for v in (10, 200)]
     assert (
         np.abs(
-            pixels(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).astype(int)
+            pixels(encode_image(frames[0], "GIF", save_all=True, append_images=frames[1:])).astype(
+                int
+            )
             - 10
         ).max()
         <= 2
     )
 
 
-JPG = encoded(picture(), "JPEG")
+JPG = encode_image(make_image(), "JPEG")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ JPG = encoded(picture(), "JPEG")
         (b"hello" * 50, "cannot identify"),
         (JPG[: len(JPG) // 2], "OSError"),
         (flat(np.nan, np.float32, kind="TIFF"), "NaN or Inf"),
-        (encoded(Image.new("1", (20000, 20000))), "bomb"),
+        (encode_image(Image.new("1", (20000, 20000))), "bomb"),
     ],
     ids=["empty", "garbage", "truncated", "nan", "bomb"],
 )
@@ -107,8 +109,8 @@ def test_damage_of_any_kind_is_listed_and_never_escapes() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     seeds = [
-        encoded(picture(), "JPEG", exif=exif),
-        *(encoded(picture(), kind) for kind in ("PNG", "GIF", "WEBP", "BMP")),
+        encode_image(make_image(), "JPEG", exif=exif),
+        *(encode_image(make_image(), kind) for kind in ("PNG", "GIF", "WEBP", "BMP")),
         flat(0.5, np.float32, kind="TIFF"),
     ]
     rng, listed = random.Random(0), 0
@@ -126,9 +128,9 @@ def test_damage_of_any_kind_is_listed_and_never_escapes() -> None:
 def test_original_passes_plain_jpegs_through_and_nothing_else() -> None:
     assert encode(JPG, ORIGINAL).data == JPG
     for data in (
-        encoded(picture(0, 300, 400), "JPEG"),
-        encoded(picture(0, 300, 400)),
-        encoded(Image.new("RGB", (70000, 4))),
+        encode_image(make_image(0, 300, 400), "JPEG"),
+        encode_image(make_image(0, 300, 400)),
+        encode_image(Image.new("RGB", (70000, 4))),
     ):
         stored = encode(data, ORIGINAL)  # over max_side, no JPEG, wider than a JPEG can be
         assert stored.mode == JPEG and max(stored.height, stored.width) == 128

@@ -20,7 +20,7 @@ from dist_scan.models.cluster_model import ClusterModel
 from dist_scan.models.layers import FeatureNorm
 from dist_scan.monitoring.memory import free_memory
 from dist_scan.search import novelty
-from tests.support.betons import build, folder
+from tests.support.images import build_beton, write_image_folder
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,9 @@ def test_a_batch_is_what_fits() -> None:
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("beton")
-    beton = build(folder(root / "images", 23), root / "i.beton", stored="raw", resolution=16)
+    beton = build_beton(
+        write_image_folder(root / "images", 23), root / "i.beton", stored="raw", resolution=16
+    )
     recipe = build_recipe(RecipeConfig(name="center"), 16, (0.5,) * 3, (0.2,) * 3)
     return lambda batch: (
         BetonLoader(beton, (recipe.crop,), seed=0, batch_size=batch, num_threads=1),

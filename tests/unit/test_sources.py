@@ -15,10 +15,10 @@ from PIL import Image
 
 from dist_scan.config import ConfigError, SplitConfig
 from dist_scan.data.sources.open import open_source
-from tests.support.betons import encoded, folder, picture
+from tests.support.images import encode_image, make_image, write_image_folder
 from tests.support.shared_data import shared_data
 
-JPG = encoded(picture(), "JPEG")
+JPG = encode_image(make_image(), "JPEG")
 
 
 def opened(path, **kwargs):
@@ -40,7 +40,7 @@ def table(path, labels, column="label"):
 
 
 def test_a_folder_has_its_first_level_as_classes(tmp_path: Path) -> None:
-    source = opened(folder(tmp_path, 6))
+    source = opened(write_image_folder(tmp_path, 6))
     assert source.class_names == ["class0", "class1"]
     assert [(s.label, s.name) for s in everything(source)][:2] == [
         (0, "class0/000.jpeg"),
@@ -61,7 +61,7 @@ def test_a_folder_without_folders_has_no_labels(tmp_path: Path) -> None:
 def test_links_are_followed_but_not_in_circles_and_dead_ones_do_not_end_the_listing(
     tmp_path: Path,
 ) -> None:
-    folder(tmp_path / "real", 2)
+    write_image_folder(tmp_path / "real", 2)
     (tmp_path / "tree" / "a").mkdir(parents=True)
     os.symlink(tmp_path / "real" / "class0", tmp_path / "tree" / "linked")
     os.symlink("..", tmp_path / "tree" / "a" / "up")
@@ -156,7 +156,9 @@ def test_the_digits_are_real_images() -> None:
 
 
 def test_limit_is_evenly_spaced(tmp_path: Path) -> None:
-    assert [s.name[-8:-5] for s in everything(opened(folder(tmp_path, 12), limit=4))] == [
+    assert [
+        s.name[-8:-5] for s in everything(opened(write_image_folder(tmp_path, 12), limit=4))
+    ] == [
         "000",
         "006",
         "001",
@@ -165,8 +167,15 @@ def test_limit_is_evenly_spaced(tmp_path: Path) -> None:
 
 
 def test_the_mark_follows_the_data_not_the_place(tmp_path: Path) -> None:
-    a, b = opened(folder(tmp_path / "a", 4)), opened(folder(tmp_path / "b", 4))
-    assert a.fingerprint() == b.fingerprint() != opened(folder(tmp_path / "c", 5)).fingerprint()
+    a, b = (
+        opened(write_image_folder(tmp_path / "a", 4)),
+        opened(write_image_folder(tmp_path / "b", 4)),
+    )
+    assert (
+        a.fingerprint()
+        == b.fingerprint()
+        != opened(write_image_folder(tmp_path / "c", 5)).fingerprint()
+    )
     assert a.fingerprint() != opened(tmp_path / "a", limit=2).fingerprint()
 
 
