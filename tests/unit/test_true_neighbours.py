@@ -1,4 +1,4 @@
-"""False neighbours removed, and K = 0: what SCAN's ablation switches pair an image with."""
+"""Options of SCAN's ablation: false neighbours removed, and no neighbours (K = 0)."""
 
 from __future__ import annotations
 
@@ -25,34 +25,40 @@ IDS = np.array(
 SCORES = np.linspace(1, 0, 28).reshape(7, 4)
 
 
-def test_only_neighbours_of_the_same_label_stay_in_order() -> None:
+def test_neighbours_with_the_same_label_stay_in_order() -> None:
     ids, scores = keep_true(np.arange(7), IDS, SCORES, LABELS)
     assert ids.tolist() == [
         [1, 2, 1, 2],
         [1, 1, 1, 1],
         [0, 1, 0, 1],
-        [4] * 4,
-        [3] * 4,
-        [5] * 4,
-        [6] * 4,
+        [4, 4, 4, 4],
+        [3, 3, 3, 3],
+        [5, 5, 5, 5],
+        [6, 6, 6, 6],
     ]
-    assert np.array_equal(scores[0], SCORES[0, [0, 2, 0, 2]]) and (scores[[1, 5, 6]] == 1).all()
+    assert np.array_equal(scores[0], SCORES[0, [0, 2, 0, 2]])
+    assert (scores[[1, 5, 6]] == 1).all()
     part, _ = keep_true(np.arange(2, 4), IDS[2:4], SCORES[2:4], LABELS)
     assert np.array_equal(part, ids[2:4])
 
 
-def sampler(tmp_path: Path, k: int | None) -> NeighbourSampler:
-    table = NeighbourTable.create(tmp_path, 7, 4, 2)
+def make_sampler(folder: Path, num_neighbours: int | None) -> NeighbourSampler:
+    table = NeighbourTable.create(folder, 7, 4, 2)
     for shard in range(2):
-        table.write_shard(
-            shard, IDS[slice(*table.shard_range(shard))], SCORES[slice(*table.shard_range(shard))]
-        )
-    return NeighbourSampler(NeighbourTable.open(tmp_path), k)
+        rows = slice(*table.shard_range(shard))
+        table.write_shard(shard, IDS[rows], SCORES[rows])
+    return NeighbourSampler(NeighbourTable.open(folder), num_neighbours)
 
 
-def test_zero_neighbours_pair_an_image_with_itself_and_none_means_all(tmp_path: Path) -> None:
+def test_with_zero_neighbours_an_image_is_paired_with_itself(tmp_path: Path) -> None:
     rows = np.arange(7)
-    assert all(np.array_equal(sampler(tmp_path, 0).draw(rows, 0, e), rows) for e in range(20))
-    for k, wanted in ((None, 4), (4, 4), (2, 2)):
-        drawn = np.stack([sampler(tmp_path, k).draw(rows, 0, e) for e in range(200)])
-        assert all(set(drawn[:, r]) == set(IDS[r, :wanted]) for r in rows)
+    sampler = make_sampler(tmp_path, 0)
+    assert all(np.array_equal(sampler.draw(rows, 0, epoch), rows) for epoch in range(20))
+
+
+def test_a_neighbour_is_drawn_from_the_first_k(tmp_path: Path) -> None:
+    rows = np.arange(7)
+    for num_neighbours, expected in ((None, 4), (4, 4), (2, 2)):
+        sampler = make_sampler(tmp_path, num_neighbours)
+        drawn = np.stack([sampler.draw(rows, 0, epoch) for epoch in range(200)])
+        assert all(set(drawn[:, row]) == set(IDS[row, :expected]) for row in rows)
