@@ -10,7 +10,12 @@ from dist_scan.config import ConfigError
 from dist_scan.data.images import input_description
 from dist_scan.finished_run import FinishedRun, ModelChoice
 from dist_scan.models.cluster_model import load_cluster_model, save_cluster_model
-from dist_scan.models.timm_export import in_house, largest_difference, loading_lines, plain_network
+from dist_scan.models.timm_export import (
+    is_in_house,
+    largest_difference,
+    loading_lines,
+    to_timm_network,
+)
 from dist_scan.storage.atomic import write_json
 from dist_scan.storage.tensors import save_tensors
 
@@ -45,10 +50,10 @@ def export_model(run: FinishedRun, choice: ModelChoice, out: Path) -> list[str]:
         "load": lines,
         "provenance": provenance,
     }
-    if in_house(model):
+    if is_in_house(model):
         save_cluster_model(out, model, input=description["input"], provenance=provenance)
     else:
-        network = plain_network(model)
+        network = to_timm_network(model)
         difference = largest_difference(model, network, run.config.data.size)
         if difference > TOLERANCE:
             raise ValueError(

@@ -1,9 +1,12 @@
-"""Weights from elsewhere: MoCo's released and full files, SCAN's, timm's, safetensors. Read safely, matched strictly."""
+"""Weights of other projects: MoCo's and SCAN's released files, timm's, safetensors.
+
+Files are read without running code in them, and every weight must match.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,145 +16,179 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 CheckpointKind = Literal["auto", "moco", "scan", "plain"]
+
 PREFIXES = {
     "moco": ("encoder_q.",),
     "scan": ("backbone.",),
     "plain": ("",),
     "auto": ("encoder_q.", "backbone.", ""),
 }
+"""Prefixes of the backbone's weights by kind of file; the first that occurs is used."""
+
 CLUSTER_HEAD = "cluster_head."
 HEADS = ("fc.", "classifier.", "head.", "contrastive_head.", "cluster_head.", "projector.")
+"""Prefixes of weights that do not belong to the backbone."""
 
 
-def _numbers() -> list[tuple[Callable, str]]:
-    """What a numpy number in a pickle is made of, under numpy 1's and 2's names: SCAN's code saves the chosen head as np.argmin gave it."""
-    scalar = np.int64(0).__reduce__()[0]
-    kinds = [type(np.dtype(k)) for k in ("int32", "int64", "float32", "float64")]
-    return [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")] + [
-        (np.dtype, "numpy.dtype"),
-        *((k, f"numpy.dtypes.{k.__name__}") for k in kinds),
-    ]
+def read_file(path: str | Path) -> Any:
+    """Content of a file of weights, read without running any code in it.
 
-
-def read_tree(path: str | Path) -> Any:
-    """What a file of weights holds, read without running any code in it. Raises ValueError when it is not there or cannot be read so."""
+    Raises ValueError if the file does not exist or cannot be read so.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"checkpoint '{path}' does not exist; give the path of a local file (nothing is downloaded)"
+            f"checkpoint '{path}' does not exist; "
+            "give the path of a local file (nothing is downloaded)"
         )
     try:
-        with torch.serialization.safe_globals(_numbers()):
-            return (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_numpy_number_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
             f"checkpoint '{path}' cannot be read safely: {str(error).splitlines()[0]}; "
             "give a file of plain tensors (torch.save of a state_dict, or .safetensors)"
         ) from None
-    except Exception as error:  # safetensors has an error class of its own
+    except Exception as error:
+        # safetensors has an exception class of its own.
         raise ValueError(f"checkpoint '{path}' cannot be read: {error}") from None
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, without `module.`. Raises ValueError when it is not there or holds no weights."""
-    return _state(read_tree(path), path)
+def _numpy_number_types() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """Types that a pickled NumPy number consists of, under the names of NumPy 1 and 2.
+
+    SCAN's released code saves the best head as np.argmin returned it.
+    """
+    scalar: Any = np.int64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("int32", "int64", "float32", "float64")]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        (np.dtype, "numpy.dtype"),
+        *((dtype, f"numpy.dtypes.{dtype.__name__}") for dtype in dtypes),
+    ]
 
 
-def _state(tree: Any, path: str | Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, without `module.`. Raises ValueError if there are none."""
     for key in ("state_dict", "model"):
-        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            tree = tree[key]
-    found = (
-        {k.removeprefix("module."): v for k, v in tree.items() if isinstance(v, Tensor)}
-        if isinstance(tree, dict)
-        else {}
-    )
-    if not found:
-        raise ValueError(
-            f"checkpoint '{path}' holds no weights (found: {_some(tree) if isinstance(tree, dict) else type(tree).__name__})"
-        )
-    return found
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    found = type(content).__name__
+    state = {}
+    if isinstance(content, dict):
+        found = _summary(content)
+        state = {
+            name.removeprefix("module."): value
+            for name, value in content.items()
+            if isinstance(value, Tensor)
+        }
+    if not state:
+        raise ValueError(f"checkpoint '{path}' holds no weights (found: {found})")
+    return state
 
 
 class ClusterHead(NamedTuple):
-    """One head of a SCAN file: weight [C, D], bias [C], and which of how many it was."""
+    """One head of a SCAN file."""
 
     weight: Tensor
+    """[C, D]"""
     bias: Tensor
+    """[C]"""
     number: int
+    """Index of the head in the file."""
     num_heads: int
 
 
 def read_cluster_head(path: str | Path, number: int | None = None) -> ClusterHead:
-    """A head of a file that SCAN's released code saved (FIDELITY.md 1.1): {model, head}, its training checkpoint (best_loss_head), or
-    the bare state_dict of self-labelling with its one head. number: which; None: the one the file calls best. Raises ValueError."""
-    tree = read_tree(path)
-    state = _state(tree, path)
-    found = sorted({int(k.split(".")[1]) for k in state if k.startswith(CLUSTER_HEAD)})
-    if not found:
+    """A head of a file that SCAN's released code saved.
+
+    The file is {model, head}, a training checkpoint with best_loss_head, or the bare state_dict of
+    self-labelling with its one head. number: index of the head; None for the one the file calls
+    best. Raises ValueError if there is no such head.
+    """
+    content = read_file(path)
+    state = _state_dict(content, path)
+    heads = sorted({int(name.split(".")[1]) for name in state if name.startswith(CLUSTER_HEAD)})
+    if not heads:
         raise ValueError(
-            f"checkpoint '{path}' holds no cluster head ({CLUSTER_HEAD}0.weight ...; the file holds {_some(state)}); leave cluster_head out"
+            f"checkpoint '{path}' holds no cluster head ({CLUSTER_HEAD}0.weight ...; the file "
+            f"holds {_summary(state)}); leave cluster_head out"
         )
     if number is None:
-        named = [
-            tree[k]
-            for k in ("head", "best_loss_head")
-            if isinstance(tree, dict) and tree.get(k) is not None
-        ]
-        number = int(named[0]) if named else found[0] if len(found) == 1 else -1
-    if number not in found:
+        number = _best_head(content, heads)
+    if number not in heads:
+        problem = "does not say which head is best" if number is None else f"has no head {number}"
         raise ValueError(
-            f"checkpoint '{path}' does not say which head is best, or has no head {number}; allowed: cluster_head: {', '.join(map(str, found))}"
+            f"checkpoint '{path}' {problem}; allowed: cluster_head: {', '.join(map(str, heads))}"
         )
-    weight, bias = (state.get(f"{CLUSTER_HEAD}{number}.{part}") for part in ("weight", "bias"))
+    weight = state.get(f"{CLUSTER_HEAD}{number}.weight")
+    bias = state.get(f"{CLUSTER_HEAD}{number}.bias")
     if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"checkpoint '{path}': {CLUSTER_HEAD}{number} is no linear layer with a weight [C, D] and a bias [C]"
+            f"checkpoint '{path}': {CLUSTER_HEAD}{number} is not a linear layer with a weight "
+            "[C, D] and a bias [C]"
         )
-    return ClusterHead(weight.float(), bias.float(), number, len(found))
+    return ClusterHead(weight.float(), bias.float(), number, len(heads))
 
 
-def backbone_part(state: dict[str, Tensor], kind: CheckpointKind) -> dict[str, Tensor]:
-    """The backbone's tensors under torchvision's names: prefix dropped, SCAN's `shortcut` renamed, heads left out."""
-    prefix = next((p for p in PREFIXES[kind] if any(k.startswith(p) for k in state)), None)
-    if prefix is None:
-        return {}
-    part = {
-        k.removeprefix(prefix).replace(".shortcut.", ".downsample."): v
-        for k, v in state.items()
-        if k.startswith(prefix)
-    }
-    return {k: v for k, v in part.items() if not k.startswith(HEADS)}
+def _best_head(content: Any, heads: list[int]) -> int | None:
+    """The head that a file calls best, or its only one; None if it does not say."""
+    for key in ("head", "best_loss_head"):
+        if isinstance(content, dict) and content.get(key) is not None:
+            return int(content[key])
+    return heads[0] if len(heads) == 1 else None
 
 
 def load_into(backbone: nn.Module, path: str | Path, kind: CheckpointKind = "auto") -> None:
-    """Fill the backbone. Every weight must be there with its shape and none left over; else ValueError says what was found."""
-    state = read_state(path)
-    part, wanted = backbone_part(state, kind), backbone.state_dict()
-    missing = [k for k in wanted if k not in part and not k.endswith("num_batches_tracked")]
-    left = [k for k in part if k not in wanted]
-    shapes = [
-        f"{k} {list(part[k].shape)} instead of {list(wanted[k].shape)}"
-        for k in wanted
-        if k in part and part[k].shape != wanted[k].shape
+    """Load a file's weights into a backbone.
+
+    Raises ValueError if a weight is missing, left over or of another shape.
+    """
+    state = _state_dict(read_file(path), path)
+    weights, expected = backbone_weights(state, kind), backbone.state_dict()
+    missing = [
+        name
+        for name in expected
+        if name not in weights and not name.endswith("num_batches_tracked")
     ]
-    if missing or left or shapes:
+    left_over = [name for name in weights if name not in expected]
+    other_shapes = [
+        f"{name} {list(weights[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if missing or left_over or other_shapes:
         raise ValueError(
-            f"checkpoint '{path}' does not fit this backbone: missing {_some(missing)}; left over {_some(left)}; "
-            f"other shapes {_some(shapes)}; the file holds {_some(state)}. Check name and stem "
-            "(imagenet, cifar, stl) and checkpoint_kind (moco, scan, plain)"
+            f"checkpoint '{path}' does not fit this backbone: missing {_summary(missing)}; "
+            f"left over {_summary(left_over)}; other shapes {_summary(other_shapes)}; the file "
+            f"holds {_summary(state)}. Check name and stem (imagenet, cifar, stl) and "
+            "checkpoint_kind (moco, scan, plain)"
         )
-    backbone.load_state_dict(part, strict=False)
+    backbone.load_state_dict(weights, strict=False)
 
 
-def _some(names: Any) -> str:
-    names = list(names)
-    return (
-        f"{len(names)} ({', '.join(map(str, names[:4]))}{', ...' if len(names) > 4 else ''})"
-        if names
-        else "none"
-    )
+def backbone_weights(state: dict[str, Tensor], kind: CheckpointKind) -> dict[str, Tensor]:
+    """The backbone's weights under torchvision's names: without prefix and heads.
+
+    SCAN's `shortcut` is torchvision's `downsample`.
+    """
+    for prefix in PREFIXES[kind]:
+        weights = {
+            name.removeprefix(prefix).replace(".shortcut.", ".downsample."): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+        if weights:
+            return {name: value for name, value in weights.items() if not name.startswith(HEADS)}
+    return {}
+
+
+def _summary(names: Collection[Any]) -> str:
+    """Number of names and the first four of them."""
+    if not names:
+        return "none"
+    first = ", ".join([str(name) for name in names][:4])
+    return f"{len(names)} ({first}{', ...' if len(names) > 4 else ''})"

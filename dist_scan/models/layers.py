@@ -1,4 +1,4 @@
-"""Small layers: projector, momentum copy, feature normalisation, Sobel."""
+"""Small layers: projector, momentum copy, feature normalisation, Sobel filter."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_scan.losses import at_least_fp32
+
 Normalise = Literal["none", "l2", "standardise"]
+"""Features as they are, of unit length, or with mean 0 and standard deviation 1 per dimension."""
 
 
 class Projector(nn.Sequential):
-    """features [B, D] -> projections [B, out_dim], not normalised. mlp: Linear(D, hidden) ReLU Linear (SCAN's and MoCo v2's, no
-    batch norm unless asked); otherwise one Linear (MoCo v1)."""
+    """Features [B, D] -> projections [B, out_dim], not normalised.
+
+    mlp: Linear, ReLU, Linear (SCAN, MoCo v2), with a batch norm after the first layer on request;
+    else one Linear layer (MoCo v1).
+    """
 
     def __init__(
         self,
@@ -25,28 +31,26 @@ class Projector(nn.Sequential):
         hidden_dim: int | None = None,
         batch_norm: bool = False,
     ) -> None:
+        if not mlp:
+            super().__init__(nn.Linear(in_dim, out_dim))
+            return
         hidden = hidden_dim or in_dim
         norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
         super().__init__(
-            *(
-                [
-                    nn.Linear(in_dim, hidden),
-                    *norm,
-                    nn.ReLU(inplace=True),
-                    nn.Linear(hidden, out_dim),
-                ]
-                if mlp
-                else [nn.Linear(in_dim, out_dim)]
-            )
+            nn.Linear(in_dim, hidden), *norm, nn.ReLU(inplace=True), nn.Linear(hidden, out_dim)
         )
 
 
 class MomentumCopy(nn.Module):
-    """An average of a module's parameters over steps. Its batch norm buffers come from its own forwards, as in MoCo."""
+    """Exponential moving average of a module's parameters.
+
+    Its batch norm statistics come from its own forward passes, as in MoCo.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
-        self.module, self.decay = copy.deepcopy(module).requires_grad_(False), decay
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay = decay
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +65,10 @@ class MomentumCopy(nn.Module):
 
 
 class FeatureNorm(nn.Module):
-    """features [B, D] -> the same shape: as they are, of unit length, or standardised per dimension by mean and std [D]."""
+    """Normalisation of features [B, D]; `standardise` uses mean and std [D]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -82,16 +89,19 @@ class FeatureNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         if self.kind == "none":
             return features
-        features = (
-            features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
-        )
-        return (
-            F.normalize(features, dim=1) if self.kind == "l2" else (features - self.mean) / self.std
-        )
+        features = at_least_fp32(features)
+        if self.kind == "l2":
+            return F.normalize(features, dim=1)
+        return (features - self.mean) / self.std
 
 
 class Sobel(nn.Module):
-    """Normalised images [B, 3, S, S] -> edges [B, 2, S, S]: the mean of the channels, then two fixed 3 x 3 filters (DeepCluster)."""
+    """Normalised images [B, 3, S, S] -> edge maps [B, 2, S, S].
+
+    The mean of the channels, then two fixed 3x3 filters (DeepCluster; Caron et al., ECCV 2018).
+    """
+
+    filters: Tensor
 
     def __init__(self) -> None:
         super().__init__()

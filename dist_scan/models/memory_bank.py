@@ -1,4 +1,4 @@
-"""What a method remembers outside its weights: a Queue (the same on all ranks) and a Bank (a row per image, sharded)."""
+"""What methods remember about images: a queue of recent keys, and a bank with a row per image."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from dist_scan.world.world import current
 
 
 class Queue(nn.Module):
-    """MoCo's dictionary: the newest `size` keys [K, D], replicated; starts as random unit rows (a function of seed)."""
+    """MoCo's dictionary (He et al., CVPR 2020): the newest `size` keys [K, D], equal on all ranks.
+
+    Starts with random rows of unit length, a function of the seed.
+    """
 
     rows: Tensor
     pointer: Tensor
 
-    def __init__(self, size: int, dim: int, global_batch: int, seed: int) -> None:
+    def __init__(self, size: int, dim: int, keys_per_step: int, seed: int) -> None:
         super().__init__()
-        check_queue(size, global_batch)
-        rows = F.normalize(
-            torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)), dim=1
-        )
-        self.register_buffer("rows", rows)
+        check_queue(size, keys_per_step)
+        random = torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("rows", F.normalize(random, dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest rows by all ranks' keys [b, D], in rank order. Collective."""
+        """Replace the oldest rows by the keys [b, D] of all ranks, in rank order. Collective."""
         keys = gather_rows(keys.detach()).to(self.rows.dtype)
         start = int(self.pointer)
         self.rows[start : start + len(keys)] = keys
@@ -38,19 +39,21 @@ class Queue(nn.Module):
 
 
 def check_queue(size: int, keys_per_step: int) -> None:
-    """Raises ValueError unless the queue holds whole steps' keys."""
+    """Raise ValueError unless the queue holds the keys of whole steps."""
     if size % keys_per_step or size < keys_per_step:
         below = max(size // keys_per_step, 1) * keys_per_step
         raise ValueError(
-            f"queue_size: {size} is no multiple of the {keys_per_step} keys of a step (global_batch, twice that when symmetric); "
+            f"queue_size: {size} is no multiple of the {keys_per_step} keys of a step "
+            "(global_batch, twice that if symmetric); "
             f"allowed: {below} or {below + keys_per_step}"
         )
 
 
 class MemoryBank:
-    """One row per image. Images lie in a fixed number of contiguous shards; shard s lives on rank s mod W.
+    """One row per image, in contiguous shards by image index; shard s is on rank s mod W.
 
-    Never a buffer: DDP would overwrite it with rank 0's. The checkpoint holds a file per rank; `load` deals the shards anew.
+    Not a buffer, because DDP would overwrite it with rank 0's. Every rank saves its shards, and
+    `load` distributes them for any number of ranks.
     """
 
     def __init__(
@@ -64,101 +67,115 @@ class MemoryBank:
     ) -> None:
         if num_rows < 1 or num_shards < 1:
             raise ValueError(
-                f"a bank needs at least one row and one shard, got {num_rows} and {num_shards}"
+                "a memory bank needs at least one row and one shard, "
+                f"got {num_rows} rows and {num_shards} shards"
             )
-        self.num_rows, self.num_shards = num_rows, min(num_shards, num_rows)
-        self.shape, self.dtype, self.device = tuple(shape), dtype, torch.device(device)
+        self.num_rows = num_rows
+        self.num_shards = min(num_shards, num_rows)
+        self.shape = tuple(shape)
+        self.dtype = dtype
+        self.device = torch.device(device)
         self.starts = torch.tensor(
-            [s * num_rows // self.num_shards for s in range(self.num_shards + 1)]
+            [shard * num_rows // self.num_shards for shard in range(self.num_shards + 1)]
         )
+        self.sizes = self.starts.diff().tolist()
         self.shards = {
-            s: torch.full(
-                (int(self.starts[s + 1] - self.starts[s]), *self.shape),
-                fill,
-                dtype=dtype,
-                device=self.device,
+            shard: torch.full(
+                (self.sizes[shard], *self.shape), fill, dtype=dtype, device=self.device
             )
-            for s in range(current().rank, self.num_shards, current().world_size)
+            for shard in self._shards_of_rank(current().rank)
         }
+
+    def _shards_of_rank(self, rank: int) -> range:
+        return range(rank, self.num_shards, current().world_size)
 
     def _shard_of(self, index: Tensor) -> Tensor:
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
             raise ValueError(
-                f"bank index {int(index.min())}..{int(index.max())}: allowed 0..{self.num_rows - 1}"
+                f"index {int(index.min())}..{int(index.max())} of a memory bank: "
+                f"allowed 0..{self.num_rows - 1}"
             )
         return torch.searchsorted(self.starts, index, right=True) - 1
 
     def write(self, index: Tensor, rows: Tensor, column: int | None = None) -> None:
-        """Set rows [b, *shape] at index [b], or with `column` only that entry of each; every rank brings its own, also none. Collective.
-        The last of equal indices wins."""
+        """Set rows [b, *shape] at index [b], or only one column of them. Collective.
+
+        Every rank passes its own rows, which may be none. Of equal indices the last one wins.
+        """
         index = gather_rows(index.cpu().long())
         rows = gather_rows(rows.detach().to(self.device, self.dtype))
         shard_of = self._shard_of(index)
-        for s, mine in self.shards.items():
-            at = (shard_of == s).nonzero()[:, 0]
-            for_each = dict(
-                zip((index[at] - self.starts[s]).tolist(), at.tolist())
-            )  # a scatter of equal indices has no order
-            if for_each:
-                place = mine if column is None else mine[:, column]
-                place[torch.tensor(list(for_each), device=self.device)] = rows[
-                    torch.tensor(list(for_each.values()), device=self.device)
-                ]
+        for shard, stored in self.shards.items():
+            positions = (shard_of == shard).nonzero()[:, 0]
+            local_rows = (index[positions] - self.starts[shard]).tolist()
+            # A dict keeps the last of equal indices; a scatter would keep any of them.
+            sources = dict(zip(local_rows, positions.tolist()))
+            if sources:
+                target = stored if column is None else stored[:, column]
+                target_rows = torch.tensor(list(sources), device=self.device)
+                source_rows = torch.tensor(list(sources.values()), device=self.device)
+                target[target_rows] = rows[source_rows]
 
     def read(self, index: Tensor) -> Tensor:
-        """Rows [b, *shape] at index [b], wherever they live. Collective; ranks may ask for different numbers."""
-        own = index.cpu().long()
-        counts = gather_rows(torch.tensor([len(own)])).tolist()
-        wanted = gather_rows(own)
-        shard_of = self._shard_of(wanted)
-        found = torch.zeros((len(wanted), *self.shape), dtype=self.dtype, device=self.device)
-        for s, mine in self.shards.items():
-            at = (shard_of == s).nonzero()[:, 0]
-            found[at.to(self.device)] = mine[(wanted[at] - self.starts[s]).to(self.device)]
+        """Rows [b, *shape] at index [b], from any rank. Collective; b may differ between ranks."""
+        index = index.cpu().long()
+        counts = gather_rows(torch.tensor([len(index)])).tolist()
+        all_index = gather_rows(index)
+        shard_of = self._shard_of(all_index)
+        found = torch.zeros((len(all_index), *self.shape), dtype=self.dtype, device=self.device)
+        for shard, stored in self.shards.items():
+            positions = (shard_of == shard).nonzero()[:, 0]
+            local_rows = all_index[positions] - self.starts[shard]
+            found[positions.to(self.device)] = stored[local_rows.to(self.device)]
         start = sum(counts[: current().rank])
-        return all_sum(found)[start : start + len(own)]
+        return all_sum(found)[start : start + len(index)]
 
     def fill(self, rows: Tensor, column: int | None = None) -> None:
-        """Set every row from `rows` [num_rows, ...], which all ranks hold; with `column` only that entry of each row."""
-        for s, mine in self.shards.items():
-            part = rows[int(self.starts[s]) : int(self.starts[s + 1])].to(self.device, self.dtype)
-            (mine if column is None else mine[:, column]).copy_(part)
+        """Set every row, or one column of every row, from `rows` [num_rows, ...] on all ranks."""
+        parts = rows.split(self.sizes)
+        for shard, stored in self.shards.items():
+            target = stored if column is None else stored[:, column]
+            target.copy_(parts[shard].to(self.device, self.dtype))
 
     def whole(self) -> Tensor:
-        """All rows [num_rows, *shape] on every rank, on the CPU. Collective: for narrow rows (ids), not for features."""
+        """All rows [num_rows, *shape] on every rank, on the CPU. Collective.
+
+        For narrow rows such as ids, not for features.
+        """
         empty = torch.zeros((0, *self.shape), dtype=self.dtype)
-        rows = gather_rows(torch.cat([empty, *(t.cpu() for t in self.shards.values())]))
-        dealt = [
-            s
-            for r in range(current().world_size)
-            for s in range(r, self.num_shards, current().world_size)
+        rows = gather_rows(torch.cat([empty, *(stored.cpu() for stored in self.shards.values())]))
+        rank_order = [
+            shard for rank in range(current().world_size) for shard in self._shards_of_rank(rank)
         ]
-        parts = dict(
-            zip(dealt, rows.split([int(self.starts[s + 1] - self.starts[s]) for s in dealt]))
-        )
-        return torch.cat([parts[s] for s in range(self.num_shards)])
+        parts = dict(zip(rank_order, rows.split([self.sizes[shard] for shard in rank_order])))
+        return torch.cat([parts[shard] for shard in range(self.num_shards)])
 
     def state(self) -> dict[str, Any]:
         """This rank's shards, for a checkpoint."""
         return {
             "num_rows": self.num_rows,
             "num_shards": self.num_shards,
-            "shards": {s: t.cpu().clone() for s, t in self.shards.items()},
+            "shards": {shard: stored.cpu().clone() for shard, stored in self.shards.items()},
         }
 
     def load(self, parts: Sequence[dict[str, Any]]) -> None:
-        """Take this rank's shards from all ranks' states of a checkpoint, whatever their number. Raises ValueError on a gap."""
+        """Take this rank's shards from the states of all ranks of a checkpoint.
+
+        Their number need not be that of today's ranks. Raises ValueError if a shard is missing.
+        """
         for part in parts:
             if (part["num_rows"], part["num_shards"]) != (self.num_rows, self.num_shards):
                 raise ValueError(
-                    f"the checkpoint's bank has {part['num_rows']} rows in {part['num_shards']} shards, this run "
-                    f"{self.num_rows} in {self.num_shards}; start the stage again, or keep its data and settings"
+                    f"the checkpoint's memory bank has {part['num_rows']} rows in "
+                    f"{part['num_shards']} shards, this run {self.num_rows} in {self.num_shards}; "
+                    "start the stage again, or keep its data and settings"
                 )
-        saved = {s: t for part in parts for s, t in part["shards"].items()}
+        saved = {shard: rows for part in parts for shard, rows in part["shards"].items()}
         missing = sorted(set(self.shards) - set(saved))
         if missing:
             raise ValueError(
-                f"the checkpoint's bank lacks shards {missing[:8]}; restore its bank files or remove the checkpoint"
+                f"the checkpoint's memory bank lacks shards {missing[:8]}; "
+                "restore its bank files or remove the checkpoint"
             )
-        for s, mine in self.shards.items():
-            mine.copy_(saved[s])
+        for shard, stored in self.shards.items():
+            stored.copy_(saved[shard])

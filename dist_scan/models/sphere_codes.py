@@ -1,4 +1,7 @@
-"""MMDC's targets: points on the unit sphere from a Gaussian mixture, each a function of (seed, its id), none of them stored."""
+"""MMDC's targets: points on the unit sphere from a Gaussian mixture.
+
+Each is a function of (seed, its id); none is stored.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ from scipy.special import ndtri
 
 from dist_scan.data.hashing import uniform
 
-COMPONENT, NOISE, MEANS = 501, 502, 503  # streams of the hash, one per use
+# Streams of the hash, one per use
+COMPONENT, NOISE, MEANS = 501, 502, 503
 
 
 class SphereCodes:
-    """`num_drawn` codes of unit length in `dim` dimensions (Shiran and Weinshall, ICPR 2020, Sec. III-A).
+    """Codes of unit length in `dim` dimensions (Shiran and Weinshall, ICPR 2020, Sec. III-A).
 
-    Ids 0..num_drawn-1 are the drawn ones: component uniform (so sizes are multinomial, not equal), then the component's mean plus noise
-    of variance `variance` in each dimension, then normalised. Ids num_drawn..num_drawn+num_components-1 are the means themselves.
+    Ids 0..num_drawn-1 are drawn: a component uniformly (so that their sizes are multinomial, not
+    equal), then its mean plus noise of variance `variance` in each dimension, then normalised. Ids
+    num_drawn..num_drawn+num_components-1 are the means themselves.
     """
 
     def __init__(
@@ -30,45 +35,42 @@ class SphereCodes:
     ) -> None:
         if means == "one_hot" and dim != num_components:
             raise ValueError(
-                f"code_dim: {dim} dimensions do not hold {num_components} one-hot means; allowed: {num_components}. "
-                "Leave code_dim out, or set means: random"
+                f"code_dim: {dim} dimensions do not hold {num_components} one-hot means; "
+                f"allowed: {num_components}. Leave code_dim out, or set means: random"
             )
-        self.num_drawn, self.num_components, self.dim, self.variance, self.seed = (
-            num_drawn,
-            num_components,
-            dim,
-            variance,
-            seed,
-        )
+        self.num_drawn = num_drawn
+        self.num_components = num_components
+        self.dim = dim
+        self.variance = variance
+        self.seed = seed
         if means == "one_hot":
             self.means = np.eye(num_components)
-        else:  # uniform in a small cube, then normalised, as released
-            self.means = _unit(
-                0.2 * uniform(seed, MEANS, np.arange(num_components)[:, None], np.arange(dim)) - 0.1
-            )
+        else:
+            # As released: uniform in a small cube, then normalised.
+            draws = uniform(seed, MEANS, np.arange(num_components)[:, None], np.arange(dim))
+            self.means = _normalise(0.2 * draws - 0.1)
 
     def component(self, ids: np.ndarray) -> np.ndarray:
-        """Which mean each id belongs to [n] int64. Raises ValueError for ids there are not."""
+        """Mixture component [n] int64 of each id. Raises ValueError for ids out of range."""
         ids = np.asarray(ids, np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_drawn + self.num_components):
-            raise ValueError(
-                f"code ids {ids.min()}..{ids.max()}: allowed 0..{self.num_drawn + self.num_components - 1}"
-            )
+        num_ids = self.num_drawn + self.num_components
+        if len(ids) and (ids.min() < 0 or ids.max() >= num_ids):
+            raise ValueError(f"code ids {ids.min()}..{ids.max()}: allowed 0..{num_ids - 1}")
         drawn = np.floor(uniform(self.seed, COMPONENT, ids) * self.num_components).astype(np.int64)
         return np.where(ids < self.num_drawn, drawn, ids - self.num_drawn)
 
     def codes(self, ids: np.ndarray) -> np.ndarray:
-        """Their places [n, dim] float64, of unit length."""
+        """Codes [n, dim] float64, of unit length."""
         ids = np.asarray(ids, np.int64)
-        places = self.means[self.component(ids)]
+        means = self.means[self.component(ids)]
         if self.variance == 0:
-            return places
-        half_step = 2.0**-54  # uniform draws may be 0, whose quantile is infinite
+            return means
+        # Uniform draws may be 0, whose quantile is infinite.
+        half_step = 2.0**-54
         noise = ndtri(uniform(self.seed, NOISE, ids[:, None], np.arange(self.dim)) + half_step)
-        return np.where(
-            (ids < self.num_drawn)[:, None], _unit(places + self.variance**0.5 * noise), places
-        )
+        drawn = _normalise(means + self.variance**0.5 * noise)
+        return np.where((ids < self.num_drawn)[:, None], drawn, means)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def _normalise(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -7,7 +7,7 @@ from dist_scan.data.images import input_description
 from dist_scan.engine.precision import seed_step
 from dist_scan.engine.train_state import TrainState
 from dist_scan.methods.base import Method
-from dist_scan.models.cluster_model import add_facts
+from dist_scan.models.cluster_model import add_metadata
 from dist_scan.stages._train_config import TrainConfig
 from dist_scan.stages._train_inputs import (
     ImageEmbedder,
@@ -51,7 +51,7 @@ class TrainStage(Stage[TrainConfig]):
             method.publish(context.out)
             if state.warnings:
                 write_json(context.out / "warnings.json", [_summary(state.warnings)])
-            add_facts(
+            add_metadata(
                 context.out,
                 input=input_description(RecipeConfig(name="center"), context.run),
                 provenance={
