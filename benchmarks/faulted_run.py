@@ -1,4 +1,7 @@
-"""A run of the product that is looked at from outside while faults strike it: when which step was written, when which rank ended."""
+"""A run through launch/local.py, observed from outside while faults happen to it.
+
+Records when each step was logged and when each rank ended, and derives what the faults cost.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,24 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-LOOK_S = 0.05
+from launch import records
+
+Goals = Mapping[str, tuple[str, Any]]
+"""By field of a row: (comparison, value), for example ("<", 30.0)."""
+POLL_S = 0.05
 SAVE_EVERY_S = 2.0
 RANKS = 2
-# The launcher is forked from a process that has imported what launch/local.py has when it forks its ranks, and no more: the first start of a
-# run so costs no imports here (about 8 s), a relaunch costs what it costs a user.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
+# The launcher is forked from a process that has imported what launch/local.py has imported when it
+# forks its ranks, and no more. So the first start of a run costs no imports here (about 8 s), and a
+# relaunch costs what it costs a user.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "launch.local",
         "dist_scan.run",
@@ -32,246 +40,282 @@ FORKS.set_forkserver_preload(
 )
 CONFIG = """
 name: recovery
-data: {{train: {{source: "sklearn:digits", limit: 480}}, size: 16, stored: raw, resolution: 16}}
+data:
+  train: {{source: "sklearn:digits", limit: 480}}
+  size: 16
+  stored: raw
+  resolution: 16
 stages:
-  pretext: {{kind: train, images: train, network: {{name: resnet_small, width: 4}}, method: {{kind: simclr, projection_dim: 8}}, recipes: [digits, digits],
-            optimizer: {{kind: sgd, lr: 0.05}}, epochs: {epochs}, global_batch: 48}}
+  pretext:
+    kind: train
+    images: train
+    network: {{name: resnet_small, width: 4}}
+    method: {{kind: simclr, projection_dim: 8}}
+    recipes: [digits, digits]
+    optimizer: {{kind: sgd, lr: 0.05}}
+    epochs: {epochs}
+    global_batch: 48
   features: {{kind: embed, backbone: pretext, num_shards: 12, batch: 20}}
-runtime: {{workers: 1, checkpoint_s: {every_s}, log_every: 1, device: cpu, step_limit_s: 60, relaunches: 1000}}
+runtime:
+  workers: 1
+  checkpoint_s: {every_s}
+  log_every: 1
+  device: cpu
+  step_limit_s: 60
+  relaunches: 1000
 """
 
 
-class Row(NamedTuple):
-    """A step as it was written: when it was seen (seconds since 1970, up to LOOK_S late), its number, its loss."""
+class LoggedStep(NamedTuple):
+    """A row of metrics.jsonl."""
 
-    at: float
+    time: float
+    """When it was seen, in seconds since 1970; up to POLL_S late."""
     step: int
     loss: float
 
 
-class Exit(NamedTuple):
-    """A rank's end: when it was seen, and how many rows had been written by then."""
+class RankExit(NamedTuple):
+    """The end of a rank."""
 
-    at: float
-    rows: int
+    time: float
+    num_logged: int
+    """Rows that had been logged by then."""
 
 
 @dataclass
 class MetricsReader:
-    """A metrics.jsonl that grows. `seen` is every row of a step in the order of writing, done again or not."""
+    """Reads a growing metrics.jsonl."""
 
     path: Path
-    seen: list[Row] = field(default_factory=list)
-    read: int = 0
+    steps: list[LoggedStep] = field(default_factory=list)
+    """Every row of a step in the order of writing; a step may be done more than once."""
+    position: int = 0
 
-    def look(self) -> None:
-        """Add what was written since the last look; half a line waits, a torn one is left out."""
+    def read_new(self) -> None:
+        """Add the rows written since the last call; an incomplete last line waits."""
         if not self.path.exists():
             return
-        with open(self.path, "rb") as f:
-            f.seek(self.read)
-            new = f.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self.read += len(whole)
-        for line in whole.splitlines():
+        with open(self.path, "rb") as file:
+            file.seek(self.position)
+            new = file.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self.position += len(complete)
+        for line in complete.splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except ValueError:  # torn by a kill
                 continue
             if "loss" in row:
-                self.seen.append(Row(time.time(), row["step"], row["loss"]))
+                self.steps.append(LoggedStep(time.time(), row["step"], row["loss"]))
 
 
-def steps_lost(seen: Sequence[Row]) -> int:
-    """Steps that were done more than once."""
-    return len(seen) - len({row.step for row in seen})
+def repeated_steps(steps: Sequence[LoggedStep]) -> int:
+    """How often a step was done that had been done before."""
+    return len(steps) - len({step.step for step in steps})
 
 
-def differing(seen: Sequence[Row]) -> int:
-    """Steps that were done again and gave another loss."""
+def differing_steps(steps: Sequence[LoggedStep]) -> int:
+    """How many repeated steps gave another loss."""
     first: dict[int, float] = {}
-    return sum(first.setdefault(row.step, row.loss) != row.loss for row in seen)
+    return sum(first.setdefault(step.step, step.loss) != step.loss for step in steps)
 
 
-def interval_steps(seen: Sequence[Row], seconds: float) -> int:
-    """The most steps that were written within so many seconds: what a fault may cost when saves are that far apart, and the one in work."""
-    most, first = 0, 0
-    for last, row in enumerate(seen):
-        while row.at - seen[first].at > seconds:
+def interval_steps(steps: Sequence[LoggedStep], seconds: float) -> int:
+    """The most steps that a fault may cost if saves are `seconds` apart.
+
+    The most that were logged within this time, and the one in work.
+    """
+    most = first = 0
+    for last, step in enumerate(steps):
+        while step.time - steps[first].time > seconds:
             first += 1
         most = max(most, last - first + 1)
     return most + 1
 
 
-def new_step_s(seen: Sequence[Row], exits: Sequence[Exit], fault: float) -> float | None:
-    """Seconds from the fault to the first step that had not been done before it; None when no rank ended, or none came."""
-    ended = next((e for e in exits if e.at >= fault), None)
-    if ended is None:
+def seconds_to_new_step(
+    steps: Sequence[LoggedStep], exits: Sequence[RankExit], fault_time: float
+) -> float | None:
+    """From the fault to the first step that had not been done before it.
+
+    None if no rank ended, or no such step came.
+    """
+    rank_exit = next((e for e in exits if e.time >= fault_time), None)
+    if rank_exit is None:
         return None
-    before = max((row.step for row in seen[: ended.rows]), default=0)
-    return next((row.at - fault for row in seen[ended.rows :] if row.step > before), None)
+    before, after = steps[: rank_exit.num_logged], steps[rank_exit.num_logged :]
+    furthest = max((step.step for step in before), default=0)
+    return next((step.time - fault_time for step in after if step.step > furthest), None)
 
 
-def good_s(seen: Sequence[Row], exits: Sequence[Exit]) -> float:
-    """Seconds of training that counted: for each step, the time since the step before it, where it was done last. The first step after
-    a start has none: what a start costs is not good."""
-    starts = {0, *(e.rows for e in exits)}
-    took = {row.step: 0.0 if i in starts else row.at - seen[i - 1].at for i, row in enumerate(seen)}
-    return sum(took.values())
+def training_seconds(steps: Sequence[LoggedStep], exits: Sequence[RankExit]) -> float:
+    """Seconds of training that counted: for each step, since the step before it, where done last.
+
+    The first step after a start has none, because a start is not training.
+    """
+    starts = {0, *(e.num_logged for e in exits)}
+    seconds = {}
+    for number, step in enumerate(steps):
+        seconds[step.step] = 0.0 if number in starts else step.time - steps[number - 1].time
+    return sum(seconds.values())
 
 
-class Kills:
-    """Random kills of random ranks: the time between two is exponential with this mean, for so long."""
+class RandomKills:
+    """Kills random ranks for `length_s` seconds, at exponential intervals of mean `mean_s`."""
 
     def __init__(
         self, mean_s: float, length_s: float, seed: int, now: Callable[[], float] = time.time
     ) -> None:
-        self.random, self.mean_s, self.now = random.Random(seed), mean_s, now
+        self.random = random.Random(seed)
+        self.mean_s = mean_s
+        self.now = now
         self.end = now() + length_s
-        self.next = now() + self.random.expovariate(1 / mean_s)
-        self.count = self.early = 0
+        self.next_time = now() + self._interval()
+        self.count = 0
+        self.early_count = 0
+        """Kills before the first step of a start."""
 
-    def strike(self, ranks: Sequence[int], stepped: bool) -> None:
-        """Kill one of these processes when it is time. stepped: whether their start has written a step; else the kill is an early one."""
+    def kill_if_due(self, ranks: Sequence[int], has_stepped: bool) -> None:
+        """Kill one of these processes if it is time.
+
+        has_stepped: whether their start has logged a step; else the kill counts as early.
+        """
         now = self.now()
-        if ranks and self.next <= now < self.end:
+        if ranks and self.next_time <= now < self.end:
             os.kill(self.random.choice(ranks), signal.SIGKILL)
-            self.next = now + self.random.expovariate(1 / self.mean_s)
+            self.next_time = now + self._interval()
             self.count += 1
-            self.early += not stepped
+            if not has_stepped:
+                self.early_count += 1
+
+    def _interval(self) -> float:
+        return self.random.expovariate(1 / self.mean_s)
 
 
-class Run:
-    """One run folder, started through launch/local.py with two ranks, and watched."""
+class FaultedRun:
+    """One run folder, started through launch/local.py with two ranks, and observed."""
 
     def __init__(self, folder: Path, epochs: int) -> None:
         folder.mkdir()
-        self.folder, self.run_dir, self.fault_path, self.epochs = (
-            folder,
-            folder / "run",
-            folder / "fault.json",
-            epochs,
-        )
-        (folder / "recovery.yaml").write_text(CONFIG.format(epochs=epochs, every_s=SAVE_EVERY_S))
-        self.rows, self.exits, self.shards = (
-            MetricsReader(self.run_dir / "logs" / "pretext.metrics.jsonl"),
-            [],
-            set(),
-        )
+        self.folder = folder
+        self.epochs = epochs
+        self.run_dir = folder / "run"
+        self.fault_path = folder / "fault.json"
+        self.config = folder / "recovery.yaml"
+        self.config.write_text(CONFIG.format(epochs=epochs, every_s=SAVE_EVERY_S))
+        self.metrics = MetricsReader(self.run_dir / "logs" / "pretext.metrics.jsonl")
+        self.exits: list[RankExit] = []
+        self.shards: set[tuple[str, int]] = set()
+        """(name, modification time in ns) of every finished shard that was seen."""
 
-    def start(self, *overrides: str, faults: Sequence[dict] = ()) -> BaseProcess:
-        """Start the launcher; what it says goes to said.txt."""
-        if faults:
-            self.fault_path.write_text(json.dumps(list(faults)))
-        line = [
-            str(self.folder / "recovery.yaml"),
-            "--processes",
-            str(RANKS),
-            f"runtime.run_dir={self.run_dir}",
-            *overrides,
-        ]
-        launcher = FORKS.Process(
-            target=_launch, args=(line, self.folder / "said.txt", str(self.fault_path))
-        )
+    def start(self, *overrides: str, armed_faults: Sequence[Mapping[str, Any]] = ()) -> BaseProcess:
+        """Start the launcher; its output goes to output.txt."""
+        if armed_faults:
+            self.fault_path.write_text(json.dumps(armed_faults))
+        words = [str(self.config), "--processes", str(RANKS), f"runtime.run_dir={self.run_dir}"]
+        args = ([*words, *overrides], self.folder / "output.txt", self.fault_path)
+        launcher = CONTEXT.Process(target=_launch, args=args)
         launcher.start()
         return launcher
 
-    def watch(self, launcher: BaseProcess, kills: Kills | None = None) -> int:
-        """Until the launcher ends; returns its code (minus the signal's number when it was killed)."""
+    def watch(self, launcher: BaseProcess, kills: RandomKills | None = None) -> int:
+        """Observe until the launcher ends; returns its exit code (-n if signal n ended it)."""
         alive: set[int] = set()
         while launcher.exitcode is None:
-            now = {pid for pid in children(launcher.pid) if not ended(pid)}
-            self._look()
-            self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive - now)
-            alive = now
+            now_alive = {pid for pid in children(launcher.pid) if not has_ended(pid)}
+            self._observe(num_ended=len(alive - now_alive))
+            alive = now_alive
             if kills is not None:
-                kills.strike(
-                    sorted(now),
-                    stepped=len(self.rows.seen) > (self.exits[-1].rows if self.exits else 0),
-                )
-            time.sleep(LOOK_S)
-        self._look()
-        self.exits += [Exit(time.time(), len(self.rows.seen))] * len(alive)
+                logged_before = self.exits[-1].num_logged if self.exits else 0
+                has_stepped = len(self.metrics.steps) > logged_before
+                kills.kill_if_due(sorted(alive), has_stepped)
+            time.sleep(POLL_S)
+        self._observe(num_ended=len(alive))
         return launcher.exitcode
 
-    def _look(self) -> None:
-        self.rows.look()
+    def _observe(self, num_ended: int) -> None:
+        """Read new rows and shards; `num_ended` ranks have ended since the last call."""
+        self.metrics.read_new()
         for path in self.run_dir.glob("stages/features/*/*-[0-9]*.npy"):
             try:
                 self.shards.add((path.name, path.stat().st_mtime_ns))
-            except OSError:  # moved at this moment
+            except OSError:  # renamed at this moment
                 continue
+        self.exits += [RankExit(time.time(), len(self.metrics.steps))] * num_ended
 
-    def shards_twice(self) -> int:
-        """Finished shards that were made again."""
+    def repeated_shards(self) -> int:
+        """Finished shards that were computed again."""
         return len(self.shards) - len({name for name, _ in self.shards})
 
     def results(self) -> dict[str, bytes]:
         """Published weights and features, byte for byte."""
-        return {
-            p.name: p.read_bytes()
-            for stage in ("pretext", "features")
-            for p in self.run_dir.glob(f"stages/{stage}/*/*")
-            if p.suffix in (".safetensors", ".npy")
-        }
+        paths = [
+            *self.run_dir.glob("stages/pretext/*/*"),
+            *self.run_dir.glob("stages/features/*/*"),
+        ]
+        return {p.name: p.read_bytes() for p in paths if p.suffix in (".safetensors", ".npy")}
 
-    def equals(self, whole: Run) -> bool:
-        """Done, with the other's losses (all that were written, also of steps done again), weights and features, bit for bit."""
-        results, losses = self.results(), {row.step: row.loss for row in self.rows.seen}
-        done = (
-            (self.run_dir / "DONE").exists()
-            and bool(losses)
-            and len({Path(name).suffix for name in results}) == 2
-        )
+    def losses(self) -> dict[int, float]:
+        """Loss by step."""
+        return {step.step: step.loss for step in self.metrics.steps}
+
+    def equals(self, other: FaultedRun) -> bool:
+        """Complete, and with the other's losses, weights and features bit for bit.
+
+        Steps that were repeated count too: each must have given the same loss again.
+        """
+        results = self.results()
+        is_complete = (self.run_dir / "DONE").exists() and bool(self.metrics.steps)
+        has_both = {Path(name).suffix for name in results} == {".safetensors", ".npy"}
         return (
-            done
-            and results == whole.results()
-            and losses == {row.step: row.loss for row in whole.rows.seen}
-            and not differing(self.rows.seen)
+            is_complete
+            and has_both
+            and results == other.results()
+            and self.losses() == other.losses()
+            and differing_steps(self.metrics.steps) == 0
         )
 
-    def faults(self) -> list[dict]:
-        """What the launcher remembers of each fault: {time, start, fault, advanced}."""
-        path = self.run_dir / "logs" / "faults.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def logged_faults(self) -> list[dict[str, Any]]:
+        """What the launcher logged of each fault: {time, start, fault, advanced, ...}."""
+        return records.read_objects(self.run_dir / "logs" / "faults.jsonl")
 
-    def fired(self) -> float:
-        """When the last armed fault struck. Raises FileNotFoundError when none did."""
-        return json.loads(Path(f"{self.fault_path}.fired").read_text().splitlines()[-1])["time"]
+    def fault_time(self) -> float:
+        """When the last armed fault happened. Raises FileNotFoundError if none did."""
+        lines = Path(f"{self.fault_path}.fired").read_text().splitlines()
+        return json.loads(lines[-1])["time"]
 
-    def said(self) -> str:
+    def output(self) -> str:
         """All that the launcher and rank 0 printed."""
-        return (self.folder / "said.txt").read_text()
+        return (self.folder / "output.txt").read_text()
 
 
-def _launch(line: list[str], out: Path, faults: str) -> None:
-    """launch/local.py's main, as a process of its own with all that it prints in a file."""
+def _launch(words: list[str], output: Path, fault_path: Path) -> None:
+    """Run launch/local.py's main in a process of its own, its output in a file."""
+    from tests.support.faults import environment  # imports torch
+
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    from tests.support.faults import environment  # here: it imports torch
-
-    os.environ |= environment(faults) | {"CUDA_VISIBLE_DEVICES": ""}
-    to = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(to, 1)
-    os.dup2(to, 2)
-    sys.stdout, sys.stderr = (
-        open(1, "w", buffering=1, closefd=False),
-        open(2, "w", buffering=1, closefd=False),
-    )
+    os.environ |= environment(fault_path) | {"CUDA_VISIBLE_DEVICES": ""}
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  until the process ends
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     from launch import local
 
-    sys.exit(local.main(line))
+    sys.exit(local.main(words))
 
 
-def children(pid: int) -> list[int]:
+def children(pid: int | None) -> list[int]:
     """The processes that this one started (Linux)."""
     try:
-        return [int(k) for k in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except OSError:
         return []
 
 
-def ended(pid: int) -> bool:
-    """Gone, or waiting to be collected."""
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:

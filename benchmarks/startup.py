@@ -29,7 +29,9 @@ from benchmarks.pipeline import has_first_step
 from benchmarks.rows import ROOT, emit, spread
 
 QUICK = ["--rounds", "1"]
-IMPORTS, FIRST_STEP, COLD_STEP = CASES = ("imports", "first step", "first step, nothing compiled")
+IMPORTS = "imports"
+FIRST_STEP = "first step"
+COLD_STEP = "first step, nothing compiled"
 IMPORT_ALL = "import dist_scan.run, dist_scan.stages.train, dist_scan.data.beton.loader"
 LIMIT_S = 300.0
 
@@ -148,7 +150,7 @@ def measure(
 ) -> dict[str, dict[str, list[Seconds]]]:
     """Seconds by case and version; the versions take turns."""
     seconds: dict[str, dict[str, list[Seconds]]] = {
-        case: {name: [] for name in versions} for case in CASES
+        case: {name: [] for name in versions} for case in (IMPORTS, FIRST_STEP, COLD_STEP)
     }
     for version in versions.values():
         version.first_step(args.config, args.processes, cold=False)
