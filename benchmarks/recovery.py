@@ -8,11 +8,11 @@
 Fields of a row: steps_lost, steps done again; first_exit_s and last_exit_s, from the fault to the
 end of the first and the last rank; new_step_s, from the fault to the first step that had not been
 done before; shards_twice, finished shards that were computed again; stalls, relaunches before
-which nothing had been finished; identical, losses, weights and features equal an undisturbed run's
-bit for bit. `goals` has the required values, `missed` the fields that do not reach them. A case that ends
-the job (USR2) is started again by this script at once: its new_step_s is a whole start without the
-imports (8 s) and without the wait in a queue (--cluster has both). `load` says how busy the machine
-was.
+which nothing had been finished; identical: losses, weights and features equal an undisturbed run's
+bit for bit. `goals` has the required values, `missed` the fields that do not reach them. A case
+that ends the job (USR2) is started again by this script at once: its new_step_s is a whole start
+without the imports (8 s) and without the wait in a queue (--cluster has both). `load` says how busy
+the machine was.
 """
 
 from __future__ import annotations
