@@ -7,7 +7,7 @@ import shutil
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
-from dist_scan.commands import _search
+from dist_scan.commands import _arguments, _search
 from dist_scan.search.options import KMeansInit, KMeansOptions, check_num_clusters
 
 if TYPE_CHECKING:
@@ -37,25 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restarts", type=int, default=5, help="take the best of so many runs (default 5)"
     )
     parser.add_argument("--init", default="kmeans++", choices=get_args(KMeansInit))
-    parser.add_argument("--raw", action="store_true", help="do not scale rows to unit length first")
+    parser.add_argument(
+        "--raw",
+        dest="normalise",
+        action="store_false",
+        help="do not scale rows to unit length first",
+    )
     parser.add_argument("--spherical", action="store_true", help="centroids of unit length, too")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def main(args: argparse.Namespace) -> int:
     """Cluster; the same command resumes an interrupted one."""
-    if args.spherical and args.raw:
+    if args.spherical and not args.normalise:
         raise ValueError("--spherical is for rows of unit length; leave out --raw")
-    options = KMeansOptions(
-        iterations=args.iterations,
-        tolerance=args.tolerance,
-        init=args.init,
-        restarts=args.restarts,
-        spherical=args.spherical,
-        normalise=not args.raw,
-        seed=args.seed,
-        view=args.view,
-    )
+    options = _arguments.to_options(args, KMeansOptions)
     check_num_clusters(args.k, _search.check_features(args))
     if (args.out / "assignments.npz").exists():
         raise ValueError(f"{args.out} holds clusters already; give another folder, or remove it")
