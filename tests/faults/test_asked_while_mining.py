@@ -13,7 +13,8 @@ import pytest
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.neighbours import DatabaseChunk, mine_neighbours
 from dist_scan.search.options import NeighbourOptions
-from tests.distributed.test_search import oracle, rows, table
+from tests.reference.neighbours import neighbours as slow_neighbours
+from tests.support.feature_tables import random_rows, write_table
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
@@ -63,8 +64,8 @@ def finished(out: Path) -> dict[str, int]:
 
 
 def test_a_notice_costs_the_shards_in_work_and_none_that_is_finished(tmp_path: Path) -> None:
-    x, fault, out = rows(), tmp_path / "fault.json", tmp_path / "neighbours"
-    table(x, tmp_path / "features", SHARDS)
+    x, fault, out = random_rows(), tmp_path / "fault.json", tmp_path / "neighbours"
+    write_table(x, tmp_path / "features", SHARDS)
     fault.write_text(json.dumps([{"kind": "signal", "rank": 1, "at": "shard", "step": 0}]))
     assert run_ranks(mining, 2, tmp_path / "features", out, fault, None) == ["stopped"] * 2
     one = finished(out)
@@ -75,7 +76,7 @@ def test_a_notice_costs_the_shards_in_work_and_none_that_is_finished(tmp_path: P
         "in the second round of this start: its first is kept, its own shards are not"
     )
     for got in run_ranks(mining, 2, tmp_path / "features", out, fault, None):
-        ids, scores = oracle(x, K, "cosine")
+        ids, scores = slow_neighbours(x, K, "cosine")
         assert (got[0] == ids).all() and (got[1] == scores).all()
     assert two.items() < finished(out).items() and numbers(finished(out)) == SHARDS
 

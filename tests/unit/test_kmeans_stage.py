@@ -19,7 +19,7 @@ from dist_scan.stages.base import Context
 from dist_scan.stages.kmeans import KMeansConfig, KMeansStage
 from dist_scan.storage.artifacts import WORK
 from dist_scan.world.world import World
-from tests.distributed.test_search import table
+from tests.support.feature_tables import write_table
 
 SEED = 3
 RUN = RunConfig(
@@ -38,7 +38,7 @@ def grouped(tmp_path: Path) -> tuple[FeatureTable, np.ndarray]:
     group = rng.integers(0, 3, 300)
     small = 0.05 * UNIT_TRIANGLE[group] + 0.005 * rng.standard_normal((300, 2))
     large = 3 * rng.uniform(-1, 1, (300, 2))
-    return table(np.concatenate([large, small], 1), tmp_path / "features"), group
+    return write_table(np.concatenate([large, small], 1), tmp_path / "features"), group
 
 
 def run_stage(folder: Path, config: KMeansConfig) -> np.ndarray:
