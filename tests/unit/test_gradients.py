@@ -1,4 +1,4 @@
-"""What the loop refuses to apply: a gradient with a number that is none, and no other."""
+"""The check for finite gradients, which decides whether an update is applied."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dist_scan.engine.optimizer import all_finite
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 1])
-def test_one_number_that_is_none_is_found(value, place) -> None:
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_single_non_finite_number_is_found(value: float, position: int) -> None:
     gradients = [torch.randn(3, 5), torch.randn(7)]
     assert all_finite(gradients)
-    gradients[place].view(-1)[4] = value
+    gradients[position].view(-1)[4] = value
     assert not all_finite(gradients)
 
 
-def test_large_numbers_are_numbers() -> None:
-    """Their squares are beyond fp32, and so is their sum."""
-    assert all_finite([torch.full((100,), 1e30), torch.full((3,), -3e38)]) and not all_finite(
-        [torch.full((100,), 1e30), torch.tensor([float("nan")])]
-    )
+def test_large_numbers_are_finite() -> None:
+    """Their squares, and their sum, are beyond float32."""
+    large = torch.full((100,), 1e30)
+    assert all_finite([large, torch.full((3,), -3e38)])
+    assert not all_finite([large, torch.tensor([float("nan")])])
 
 
-def test_no_gradient_is_finite() -> None:
+def test_no_gradients_are_finite() -> None:
     assert all_finite([])

@@ -182,7 +182,7 @@ def test_one_head_of_logits_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPat
 
     class CountedHead(LoopHead):
         def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)  # type: ignore[arg-type]  # passed on unchanged
+            super().__init__(*arguments)
             heads.append(weakref.ref(self))
             counts.append(sum(head() is not None for head in heads))
 
