@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.test_methods_over_ranks import B, close, folder, make  # noqa: F401  folder is a fixture
+from tests.distributed.test_methods_over_ranks import GLOBAL_BATCH, make
 from tests.support.faulted_run import LONG, PRETEXT, LaunchResult, TinyRun
+from tests.support.methods import assert_close, gradients, local_slice, write_cluster_model
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
@@ -100,47 +101,62 @@ def test_row_18_four_ranks_then_two_then_three(tmp_path: Path) -> None:
     )
 
 
-def unsure(name: str, folder: Path, confident: int):
-    """A step in which only the first `confident` of B images are confident: (loss, skip, gradients, the ranks without any)."""
+def step_with_few_confident(
+    name: str, model_folder: Path, num_confident: int
+) -> tuple[float, bool, dict[str, np.ndarray], bool]:
+    """A step in which only the first images of the global batch are confident.
+
+    Returns the loss, whether the step is skipped, the gradients, and whether this rank has none of
+    the confident images.
+    """
     import copy
 
     import torch
 
     from dist_scan.data.batch import Batch
     from dist_scan.world.collectives import all_mean, gather_rows
-    from dist_scan.world.world import current, wrap_ddp
+    from dist_scan.world.world import wrap_ddp
 
-    method, world, gen = make(name, folder).train(), current(), torch.Generator().manual_seed(2)
-    weak, strong = (torch.randn(B, 3, 8, 8, generator=gen, dtype=torch.float64) for _ in range(2))
-    mine = slice(world.rank * B // world.world_size, (world.rank + 1) * B // world.world_size)
+    method = make(name, model_folder).train()
+    generator = torch.Generator().manual_seed(2)
+    shape = (GLOBAL_BATCH, 3, 8, 8)
+    weak = torch.randn(shape, generator=generator, dtype=torch.float64)
+    strong = torch.randn(shape, generator=generator, dtype=torch.float64)
+    local = local_slice(GLOBAL_BATCH)
+    labeller = copy.deepcopy(method.teacher or method.model).train()
     with torch.no_grad():
-        sure = gather_rows(copy.deepcopy(method.teacher or method.model).train()(weak[mine]))
-    highest, order = sure.softmax(1).max(1).values.sort(descending=True)
-    threshold = float(highest[confident - 1] + highest[confident]) / 2 if confident else 0.9999999
+        logits = gather_rows(labeller(weak[local]))
+    highest, order = logits.softmax(1).max(1).values.sort(descending=True)
+    threshold = 0.9999999
+    if num_confident:
+        threshold = float(highest[num_confident - 1] + highest[num_confident]) / 2
     method.config = method.config.model_copy(update={"threshold": threshold})
-    network = wrap_ddp(
-        method
-    )  # held until after the backward pass: with it go the hooks that average gradients
-    step = network(Batch(torch.arange(B)[mine], (weak[order][mine], strong[order][mine]), 0, 0))
+    # Keep the wrapper until after the backward pass: its hooks average the gradients.
+    network = wrap_ddp(method)
+    views = (weak[order][local], strong[order][local])
+    step = network(Batch(torch.arange(GLOBAL_BATCH)[local], views, 0, 0))
     if not step.skip:
         step.loss.backward()
-    gradients = {
-        n: p.grad.numpy().copy() for n, p in method.named_parameters() if p.grad is not None
-    }
-    return float(all_mean(step.loss.detach())), step.skip, gradients, mine.start >= confident
+    loss = float(all_mean(step.loss.detach()))
+    return loss, step.skip, gradients(method), local.start >= num_confident
 
 
 @pytest.mark.parametrize("name", ["selflabel", "selflabel-teacher"])
-def test_row_17_nobody_confident_on_some_ranks_and_on_all(name, folder) -> None:  # noqa: F811
-    loss, skip, gradients, _ = unsure(name, folder, 5)
-    assert not skip and any(np.abs(g).max() > 0 for g in gradients.values())
-    ranks = run_ranks(unsure, 3, name, folder, 5)
-    assert [r[3] for r in ranks] == [False, True, True], (
-        "two of three ranks have no confident image"
-    )
-    for found in ranks:
-        assert not found[1] and found[2].keys() == gradients.keys()
-        close(found[0], loss, "loss")
-        for parameter, expected in gradients.items():
-            close(found[2][parameter], expected, parameter)
-    assert [r[1] for r in run_ranks(unsure, 3, name, folder, 0)] == [True] * 3
+def test_row_17_no_confident_image_on_some_ranks_and_on_all(name: str, tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(7)
+    folder = write_cluster_model(tmp_path)
+    loss, is_skipped, expected, _ = step_with_few_confident(name, folder, 5)
+    assert not is_skipped
+    assert any(np.abs(gradient).max() > 0 for gradient in expected.values())
+    ranks = run_ranks(step_with_few_confident, 3, name, folder, 5)
+    assert [has_none for *_, has_none in ranks] == [False, True, True]
+    for rank_loss, rank_is_skipped, rank_gradients, _ in ranks:
+        assert not rank_is_skipped
+        assert rank_gradients.keys() == expected.keys()
+        assert_close(rank_loss, loss, "loss")
+        for parameter, gradient in expected.items():
+            assert_close(rank_gradients[parameter], gradient, parameter)
+    ranks = run_ranks(step_with_few_confident, 3, name, folder, 0)
+    assert all(rank_is_skipped for _, rank_is_skipped, *_ in ranks)
