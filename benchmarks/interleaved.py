@@ -12,7 +12,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,20 @@ class RankGroup:
             if isinstance(result, str):
                 raise RuntimeError(result)
         return _combine(results)
+
+
+def measure_groups(groups: Mapping[str, RankGroup], rounds: int) -> dict[str, list[Measurement]]:
+    """Measurements of all rounds by group; in a round the groups work one after another.
+
+    Closes the groups.
+    """
+    measurements: dict[str, list[Measurement]] = {name: [] for name in groups}
+    for _ in range(rounds):
+        for name, group in groups.items():
+            measurements[name].append(group.measure())
+    for group in groups.values():
+        group.close()
+    return measurements
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,40 @@
-"""Exact k-means: seconds per iteration, and how they compare with faiss.Kmeans; one JSON line a row.
+"""Exact k-means: seconds per iteration, and the ratio to faiss.Kmeans; one JSON line a row.
 
-    python -m benchmarks.kmeans --compare                                  # 200k x 256 at k = 1,000 and 10,000
-    python -m benchmarks.kmeans --compare --rows 40000 --clusters 1000     # smaller
+    python -m benchmarks.kmeans --compare                               # 200k x 256
+    python -m benchmarks.kmeans --compare --rows 40000 --clusters 1000  # smaller
 
-Unit rows around 3,000 centres. Both sides begin with the same centroids, take every row in every iteration (faiss by itself takes 256 rows a
-centroid) and have as many threads. A turn is `--iterations` rounds of assigning and averaging, ours with one more assignment at the end; an
-iteration is a turn by its number of assignments, so reading rows, and what else is done once, is in it. objective is the sum of squared
-distances to the nearest final centroid, by one routine for both. Under srun or torchrun (RANK is set) the ranks share one table, in --folder,
-which all of them see, and rank 0 prints one row.
+Unit rows around 3,000 centres. Both sides start from the same centroids, use every row in every
+iteration (faiss by default only 256 rows per centroid) and have as many threads. A round is
+`--iterations` of assigning and averaging, ours with one more assignment at the end; an iteration is
+a round divided by its number of assignments, so that it includes reading rows and other work that
+is done once. objective is the sum of squared distances to the nearest final centroid, computed by
+one function for both.
+
+Under srun or torchrun (RANK is set) the ranks share one table, in --folder, which all of them see,
+and rank 0 prints one row.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.interleaved import Measurement, RankGroup, job_world, measure_job, medians
+from benchmarks.interleaved import (
+    Measurement,
+    RankGroup,
+    job_world,
+    measure_groups,
+    measure_job,
+    medians,
+)
 from benchmarks.rows import emit
+from benchmarks.search_rows import read_rows, write_unit_rows
 
 CLUSTER = ["--folder", "{folder}", "--rows", "{rows}", "--dim", "{dim}", "--clusters", "{clusters}"]
 QUICK = [
@@ -39,75 +51,66 @@ QUICK = [
     "--rounds",
     "2",
 ]
+NUM_CENTRES = 3000
+NOISE = 1.0
+BLOCK_ROWS = 8192
 
 
-def write_rows(path: Path, rows: int, dim: int) -> None:
-    """A feature table of unit rows."""
-    from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.search.exact_rows import unit_rows
+class Result(NamedTuple):
+    """What a rank's work returns."""
 
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((3000, dim)).astype(np.float32)
-    table = FeatureTable.create(path, rows, 1, dim, 16)
-    for s in range(table.num_shards):
-        n = len(range(*table.shard_range(s)))
-        table.write_shard(
-            s,
-            unit_rows(
-                centres[rng.integers(3000, size=n)] + rng.standard_normal((n, dim), np.float32)
-            )[:, None],
-        )
+    num_assignments: int
+    num_splits: int
+    centroids: np.ndarray | None
+    """[k, D], of rank 0."""
 
 
-def begin(path: Path, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """All rows [N, D] float32 and k of them to begin with."""
-    from dist_scan.data.feature_table import FeatureTable
-
-    table = FeatureTable.open(path)
-    rows = table.rows(np.arange(table.num_rows)).astype(np.float32)
-    return rows, rows[np.random.default_rng(1).choice(len(rows), k, replace=False)]
+def initial_centroids(rows: np.ndarray, k: int) -> np.ndarray:
+    """Random rows [k, D] from which both sides start."""
+    return rows[np.random.default_rng(1).choice(len(rows), k, replace=False)]
 
 
 def objective(rows: np.ndarray, centroids: np.ndarray) -> float:
-    """Sum of squared distances to the nearest centroid, in float64 over float32's choice of it."""
+    """Sum of squared distances to the nearest centroid, in float64; the nearest is float32's."""
     from dist_scan.search.index import FlatIndex
 
-    flat, total = FlatIndex(np.ascontiguousarray(centroids), "l2"), 0.0
-    for b in range(0, len(rows), 8192):
-        chosen = centroids[flat.search(rows[b : b + 8192], 1)[1][:, 0]]
-        total += float(((rows[b : b + 8192].astype(np.float64) - chosen) ** 2).sum())
+    index = FlatIndex(np.ascontiguousarray(centroids), "l2")
+    total = 0.0
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        nearest = centroids[index.search(block, 1)[1][:, 0]]
+        total += float(((block.astype(np.float64) - nearest) ** 2).sum())
     return total
 
 
-def ours(path: Path, k: int, iterations: int) -> Callable[[], tuple]:
-    """A rank's turn: (assignments made, clusters split, centroids)."""
+def make_ours(path: Path, k: int, iterations: int) -> Callable[[], Result]:
+    """The work of a rank."""
     from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.kmeans import kmeans
     from dist_scan.search.options import KMeansOptions
     from dist_scan.world.world import current
 
-    table, start = FeatureTable.open(path), begin(path, k)[1]
-    kmeans(
-        table, 2, KMeansOptions(iterations=1), start=start[:2]
-    )  # compile, and import what is slow to
+    table = FeatureTable.open(path)
+    start = initial_centroids(read_rows(path), k)
+    kmeans(table, 2, KMeansOptions(iterations=1), start=start[:2])  # compile, and import
 
-    def work() -> tuple:
-        found = kmeans(table, k, KMeansOptions(iterations=iterations + 1), start=start)
-        return found.iterations, found.num_splits, found.centroids if current().rank == 0 else None
+    def work() -> Result:
+        result = kmeans(table, k, KMeansOptions(iterations=iterations + 1), start=start)
+        centroids = result.centroids if current().rank == 0 else None
+        return Result(result.iterations, result.num_splits, centroids)
 
     return work
 
 
-def faiss_kmeans(path: Path, k: int, iterations: int) -> Callable[[], tuple]:
-    """The peer's turn."""
-    import os
-
+def make_faiss(path: Path, k: int, iterations: int) -> Callable[[], Result]:
+    """The work of the peer."""
     import faiss
 
-    rows, start = begin(path, k)
+    rows = read_rows(path)
+    start = initial_centroids(rows, k)
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-    def work() -> tuple:
+    def work() -> Result:
         peer = faiss.Kmeans(
             rows.shape[1],
             k,
@@ -116,42 +119,37 @@ def faiss_kmeans(path: Path, k: int, iterations: int) -> Callable[[], tuple]:
             min_points_per_centroid=1,
         )
         peer.train(rows, init_centroids=start)
-        return (
-            len(peer.obj),
-            0,
-            peer.centroids,
-        )  # it stops, as ours does, when the objective stays the same
+        # Like ours it stops when the objective stays the same.
+        return Result(len(peer.obj), 0, peer.centroids)
 
     return work
 
 
 def measure(k: int, args: argparse.Namespace) -> None:
-    """One k: groups take turns; a row each."""
+    """Measure one k and print a row for each number of ranks and for the peer."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features"
-        write_rows(path, args.rows, args.dim)
+        write_unit_rows(path, args.rows, args.dim, NUM_CENTRES, NOISE)
         groups = {
-            f"W={w}": RankGroup(ours, w, args.threads, path, k, args.iterations)
-            for w in args.world_sizes
+            f"W={world_size}": RankGroup(
+                make_ours, world_size, args.threads, path, k, args.iterations
+            )
+            for world_size in args.world_sizes
         }
         if args.compare:
             groups["faiss"] = RankGroup(
-                faiss_kmeans, 1, args.threads, path, k, args.iterations, in_world=False
+                make_faiss, 1, args.threads, path, k, args.iterations, in_world=False
             )
-        turns: dict[str, list[Measurement]] = {name: [] for name in groups}
-        for _ in range(args.rounds):
-            for name, group in groups.items():
-                turns[name].append(group.measure())
-        for group in groups.values():
-            group.close()
-        rows = begin(path, k)[0]
-        objectives = {name: objective(rows, t[-1].values[0][2]) for name, t in turns.items()}
-    per = {
-        name: np.array([[t.wall_s, t.cpu_s] for t in all_turns]) / all_turns[0].values[0][0]
-        for name, all_turns in turns.items()
+        measurements = measure_groups(groups, args.rounds)
+        rows = read_rows(path)
+    results = {name: of_group[-1].values[0] for name, of_group in measurements.items()}
+    objectives = {name: objective(rows, result.centroids) for name, result in results.items()}
+    seconds = {
+        name: seconds_per_iteration(of_group, results[name])
+        for name, of_group in measurements.items()
     }
-    for name, all_turns in turns.items():
-        wall, cpu = np.median(per[name], 0)
+    first = results[f"W={args.world_sizes[0]}"]
+    for name, result in results.items():
         row = {
             "row": name,
             "rows": args.rows,
@@ -159,39 +157,52 @@ def measure(k: int, args: argparse.Namespace) -> None:
             "clusters": k,
             "threads": args.threads,
             "rounds": args.rounds,
-            "assignments": all_turns[-1].values[0][0],
-            "wall_s_per_iteration": round(float(wall), 3),
-            "cpu_s_per_iteration": round(float(cpu), 3),
-            "peak_mib": round(max(t.peak_mib for t in all_turns)),
+            "assignments": result.num_assignments,
+            "wall_s_per_iteration": round(float(np.median(seconds[name][:, 0])), 3),
+            "cpu_s_per_iteration": round(float(np.median(seconds[name][:, 1])), 3),
+            "peak_mib": round(max(m.peak_mib for m in measurements[name])),
             "objective": objectives[name],
         }
         if name != "faiss":
-            row["clusters_split"] = all_turns[-1].values[0][1]
-        if args.compare and name != "faiss":
-            wall, cpu = np.median(per[name] / per["faiss"], 0)
-            row |= {
-                "wall_ratio_to_faiss": round(float(wall), 3),
-                "cpu_ratio_to_faiss": round(float(cpu), 3),
-                "objective_against_faiss": objectives[name] / objectives["faiss"] - 1,
-            }
-        if len(args.world_sizes) > 1 and name != "faiss":
-            first = turns[f"W={args.world_sizes[0]}"][-1].values[0][2]
-            row["centroids_equal_first"] = bool((all_turns[-1].values[0][2] == first).all())
-        print(json.dumps(row), flush=True)
+            row["clusters_split"] = result.num_splits
+            if args.compare:
+                row |= ratios_to_faiss(name, seconds, objectives)
+            if len(args.world_sizes) > 1:
+                row["centroids_equal_first"] = bool((result.centroids == first.centroids).all())
+        emit(row)
 
 
-def over_ranks(k: int, args: argparse.Namespace) -> None:
-    """All ranks of the job cluster one table."""
+def seconds_per_iteration(measurements: list[Measurement], result: Result) -> np.ndarray:
+    """(wall seconds, CPU seconds) of an iteration, [rounds, 2]."""
+    seconds = np.array([[m.wall_s, m.cpu_s] for m in measurements])
+    return seconds / result.num_assignments
+
+
+def ratios_to_faiss(
+    name: str, seconds: dict[str, np.ndarray], objectives: dict[str, float]
+) -> dict[str, Any]:
+    """Fields of a row."""
+    wall, cpu = np.median(seconds[name] / seconds["faiss"], 0)
+    return {
+        "wall_ratio_to_faiss": round(float(wall), 3),
+        "cpu_ratio_to_faiss": round(float(cpu), 3),
+        "objective_against_faiss": objectives[name] / objectives["faiss"] - 1,
+    }
+
+
+def measure_over_job(k: int, args: argparse.Namespace) -> None:
+    """Measure the ranks of a job that cluster one table."""
     from dist_scan.world.collectives import barrier
 
     with job_world() as world:
         path = args.folder / f"kmeans-{k}" / "features"
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(path, args.rows, args.dim)
+            write_unit_rows(path, args.rows, args.dim, NUM_CENTRES, NOISE)
         barrier()
-        turns = measure_job(ours(path, k, args.iterations), args.rounds)
-        took, assignments = medians(turns), turns[-1].values[0][0]
+        measurements = measure_job(make_ours(path, k, args.iterations), args.rounds)
+        took = medians(measurements)
+        num_assignments = measurements[-1].values[0].num_assignments
         if world.rank == 0:
             emit(
                 {
@@ -202,14 +213,14 @@ def over_ranks(k: int, args: argparse.Namespace) -> None:
                     "world_size": world.world_size,
                     "rounds": args.rounds,
                     **took,
-                    "assignments": assignments,
-                    "rows_per_s": round(args.rows * assignments / took["wall_s"], 1),
+                    "assignments": num_assignments,
+                    "rows_per_s": round(args.rows * num_assignments / took["wall_s"], 1),
                 }
             )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Every k in turn."""
+    """Measure every k."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=256)
@@ -224,7 +235,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     for k in args.clusters:
-        (over_ranks if "RANK" in os.environ else measure)(k, args)
+        if "RANK" in os.environ:
+            measure_over_job(k, args)
+        else:
+            measure(k, args)
 
 
 if __name__ == "__main__":
