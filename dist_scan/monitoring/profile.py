@@ -11,7 +11,6 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -69,26 +68,26 @@ class TrainingProfile:
     selected) and traced steps.
 
     Args:
-        log: receives the rows of section times.
+        metrics_log: receives the rows of section times.
         out: folder for timing.json.
         setup: what the advice depends on.
-        profile: number of steps to profile, 0 for none.
-        say: prints the findings of the profile.
+        num_profiled: number of steps to profile, 0 for none.
+        log: prints a message on rank 0.
     """
 
     def __init__(
         self,
-        log: StageLog,
+        metrics_log: StageLog,
         out: Path,
         setup: TrainingSetup,
-        profile: int = 0,
-        say: Callable[[str], None] = print,
+        num_profiled: int,
+        log: Callable[[str], None],
     ) -> None:
-        self.log = log
-        self.out = Path(out)
+        self.metrics_log = metrics_log
+        self.out = out
         self.setup = setup
-        self.profile = profile
-        self.say = say
+        self.num_profiled = num_profiled
+        self.log = log
         self.timer = StepTimer(cuda_event_recorder(current().device))
         self.steps = 0
         """Steps since this start."""
@@ -112,12 +111,7 @@ class TrainingProfile:
         use_timer(self.timer)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         use_timer(None)
         for hook in self.hooks:
             hook.remove()
@@ -149,7 +143,7 @@ class TrainingProfile:
         self.last_step = step
         if self.steps == 1:
             self.first_step_s = sum(self.timer.read().values())
-            if self.profile:
+            if self.num_profiled:
                 self._start_trace()
         elif self.tracer is not None:
             if self.steps > TRACED_STEPS:
@@ -157,9 +151,9 @@ class TrainingProfile:
                 self.timer.reset()
         else:
             self.window += 1
-            if self.window == ROW_EVERY or self.counted + self.window == self.profile:
+            if self.window == ROW_EVERY or self.counted + self.window == self.num_profiled:
                 self._gather_window()
-                if self.counted == self.profile:
+                if self.counted == self.num_profiled:
                     self._report()
 
     def _gather_window(self) -> None:
@@ -176,7 +170,7 @@ class TrainingProfile:
             }
             for row in section_table(seconds, self.window)
         }
-        self.log.write_timing(self.last_step, self.window, sections)
+        self.metrics_log.write_timing(self.last_step, self.window, sections)
         self.total += seconds
         self.counted += self.window
         self.window = 0
@@ -185,15 +179,17 @@ class TrainingProfile:
         """Print the bottleneck and the time of each section."""
         self.bottleneck = find_bottleneck(self.total, self.counted, self.setup)
         rows = section_table(self.total, self.counted)
-        headline = f"{self.log.stage}: profile of {self.counted} steps: {self.bottleneck.text}"
-        self.say("\n".join([headline, *map(format_section, rows)]))
+        headline = (
+            f"{self.metrics_log.stage}: profile of {self.counted} steps: {self.bottleneck.text}"
+        )
+        self.log("\n".join([headline, *map(format_section, rows)]))
 
     def _finish(self) -> None:
         if self.tracer is not None:
             self._write_trace(self.tracer)
         if self.window:
             self._gather_window()
-        if self.profile and self.bottleneck is None and self.counted:
+        if self.num_profiled and self.bottleneck is None and self.counted:
             self._report()
         if current().rank == 0:
             write_json(self.out / TIMING_FILE, self.summary())
@@ -203,7 +199,7 @@ class TrainingProfile:
         summary: dict[str, Any] = {
             "steps": self.counted,
             "first_step_s": round(self.first_step_s, 3),
-            "profiled": bool(self.profile),
+            "profiled": bool(self.num_profiled),
             "setting": dataclasses.asdict(self.setup),
         }
         if not self.counted:
@@ -233,13 +229,12 @@ class TrainingProfile:
         rank = current().rank
         if rank >= MAX_TRACES:
             return
-        path = self.log.run_dir / "logs" / f"{self.log.stage}.trace-rank{rank:05d}.json.gz"
+        stage = self.metrics_log.stage
+        path = self.metrics_log.run_dir / "logs" / f"{stage}.trace-rank{rank:05d}.json.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
         tracer.export_chrome_trace(str(temporary))
         os.replace(temporary, path)
         if rank == 0:
             steps = self.steps - 1
-            self.say(
-                f"{self.log.stage}: trace of {steps} steps in {path} (open in ui.perfetto.dev)"
-            )
+            self.log(f"{stage}: trace of {steps} steps in {path} (open in ui.perfetto.dev)")

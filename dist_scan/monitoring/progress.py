@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from types import TracebackType
-from typing import ClassVar, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 from dist_scan.monitoring.watchdog import watched
 
@@ -91,20 +90,15 @@ class Progress:
         self.section = self.watched.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.watched.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.watched.__exit__(*error)
         self._print(is_last=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished units; prints from time to time, with the latest note."""
         self.done += count
         self.note = note or self.note
-        # The first step may compile and select kernels; its limit is that of other sections.
+        # Before the first step is done kernels may be compiled, which takes longer than a step.
         self.section.is_step = self.unit == "steps"
         self.section.restart()
         now = time.monotonic()

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 from dist_scan.storage.atomic import write_text
 
 SIZE = 16384
 """Bytes of a preallocated file, and the most that a file written on a full disk can hold."""
-Kind = Literal["marker", "error"]
-KINDS: tuple[Kind, ...] = ("marker", "error")
+KINDS = ("marker", "error")
 
 
 class RunMarkers:
@@ -60,7 +58,7 @@ class RunMarkers:
         path = self.logs / f"error-rank{self.rank:05d}.json"
         self._write(path, text, "error", short, durable=False)
 
-    def _write(self, path: Path, text: str, kind: Kind, short: str | None, durable: bool) -> None:
+    def _write(self, path: Path, text: str, kind: str, short: str | None, durable: bool) -> None:
         try:
             write_text(path, text, durable)
         except OSError as error:
@@ -71,7 +69,7 @@ class RunMarkers:
             except OSError:
                 raise error from None
 
-    def _reserved(self, kind: Kind) -> Path:
+    def _reserved(self, kind: str) -> Path:
         """Path of the preallocated file for this kind."""
         return self.logs / f".kept-for-{kind}-rank{self.rank:05d}"
 
