@@ -1,7 +1,7 @@
 """Interleaved measurements: groups of processes that work one after another, round by round.
 
 While one group works the others sleep, so that other load on the machine affects all alike.
-Imports torch only inside functions: new processes first set their number of threads.
+Imports NumPy and torch only inside functions: new processes first set their number of threads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from dist_scan.world.processes import free_port, set_rank_environment
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dist_scan.world.world import World
 
 Work = Callable[[], Any]
@@ -164,6 +166,29 @@ class RankGroup:
             if isinstance(result, str):
                 raise RuntimeError(result)
         return _combine(results)
+
+
+def measure_works(
+    works: Mapping[str, Work],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    prepare: Callable[[], object] | None = None,
+) -> dict[str, np.ndarray]:
+    """Seconds [rounds] of each work in this process; in a round they work one after another.
+
+    A first round warms up. `prepare()` is called before each measurement and not measured.
+    """
+    import numpy as np
+
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            if prepare is not None:
+                prepare()
+            begin = clock()
+            work()
+            seconds[name].append(clock() - begin)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 def measure_groups(groups: Mapping[str, RankGroup], rounds: int) -> dict[str, list[Measurement]]:
