@@ -1,4 +1,7 @@
-"""Faults of FFCV.md 1, 6, 7: a build or a loader never hangs, never dies in native code, never goes on with wrong pixels."""
+"""Faults in building and reading a .beton.
+
+Neither may hang, die in native code, or continue with wrong pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,7 @@ from dist_scan.data.beton.format import (
     sidecar,
 )
 from dist_scan.data.beton.loader import BetonLoader
-from dist_scan.data.beton.write import write_beton
+from dist_scan.data.beton.write import CHUNK, write_beton
 from dist_scan.data.sources.open import open_source
 from tests.support.images import (
     build_beton,
@@ -38,120 +42,123 @@ from tests.support.images import (
 )
 
 pytestmark = pytest.mark.timeout(120)
-VIEW = (CropSpec("center", 32),)
-BESIDE = ("sums.npy", "names.parquet", "json")
+SIDECARS = ("sums.npy", "names.parquet", "json")
+JPG = encode_image(make_image(), "JPEG")
+
+
+def make_loader(path: Path, num_threads: int = 1) -> BetonLoader:
+    view = CropSpec("center", 32)
+    return BetonLoader(path, (view,), seed=0, batch_size=4, num_threads=num_threads)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture(scope="module", params=["raw", "jpeg"])
-def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .beton of 12 images without a fault."""
     root = tmp_path_factory.mktemp(request.param)
-    return build_beton(
-        write_image_folder(root / "images", 12), root / "good.beton", stored=request.param
-    )
+    images = write_image_folder(root / "images", 12)
+    return build_beton(images, root / "good.beton", stored=request.param)
 
 
-def copied(good: Path, to: Path, change) -> Path:
-    """A copy of a good file, its bytes changed, with the files beside it."""
+def changed_copy(
+    good: Path, folder: Path, change: Callable[[bytearray], bytes | bytearray | None]
+) -> Path:
+    """A copy of a file and its sidecars; `change` edits its bytes, or returns others."""
+    path = folder / "copy.beton"
     data = bytearray(good.read_bytes())
-    path = to / "copy.beton"
     changed = change(data)
     path.write_bytes(data if changed is None else changed)
-    for ending in BESIDE:
+    for ending in SIDECARS:
         shutil.copy(sidecar(good, ending), sidecar(path, ending))
     return path
 
 
-def test_bad_images_are_listed_with_the_reason_and_left_out(tmp_path: Path) -> None:
+# --- unreadable images -----------------------------------------------------------------------
+
+
+def test_unreadable_images_are_left_out_and_listed_with_the_reason(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images", 6)
-    bad = {
+    unreadable = {
         "empty.jpg": b"",
         "garbage.jpg": b"x" * 99,
-        "cut.jpg": encode_image(make_image(), "JPEG")[:300],
+        "truncated.jpg": JPG[:300],
+        # 50 kB that would be 1.2 GB of pixels
         "bomb.png": encode_image(Image.new("1", (20000, 20000))),
-    }  # 50 kB that would be 1.2 GB of pixels
-    for name, data in bad.items():
+    }
+    for name, data in unreadable.items():
         (root / "class0" / name).write_bytes(data)
-    (root / "class1").joinpath(os.fsdecode(b"\xff.jpg")).write_bytes(
-        encode_image(make_image(), "JPEG")
-    )  # a name that is no UTF-8
+    name_that_is_not_utf8 = os.fsdecode(b"\xff.jpg")
+    (root / "class1" / name_that_is_not_utf8).write_bytes(JPG)
     path = build_beton(root, tmp_path / "x.beton", max_bad_share=0.5)
-    with open(sidecar(path, "bad.csv")) as f:
-        listed = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(f)}
-    assert set(listed) == set(bad) and all(listed.values())
+    with open(sidecar(path, "bad.csv")) as file:
+        listed = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(file)}
+    assert set(listed) == set(unreadable)
+    assert all(listed.values())
     assert len(check_beton(path, verify_images=True).rows) == len(read_names(path)) == 7
     with pytest.raises(ConfigError, match="max_bad_share"):
         build_beton(root, tmp_path / "y.beton")
     assert not (tmp_path / "y.beton").exists()
 
 
-def test_a_jpeg_that_turbojpeg_complains_about_is_found_at_the_build_not_in_training(
-    tmp_path: Path,
-) -> None:
+def test_a_jpeg_with_a_turbojpeg_warning_is_encoded_again_at_the_build(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images", 4)
-    data = encode_image(make_image(), "JPEG")
-    (root / "class0" / "stray.jpg").write_bytes(
-        data[:-2] + bytes(40) + data[-2:]
-    )  # Pillow reads it without a word
+    # Pillow reads stray bytes before the end marker without a warning.
+    (root / "class0" / "stray.jpg").write_bytes(JPG[:-2] + bytes(40) + JPG[-2:])
     path = build_beton(root, tmp_path / "x.beton", stored="original")
-    assert (
-        sum(
-            len(i)
-            for i, _ in BetonLoader(path, VIEW, seed=0, batch_size=2, num_threads=1).batches(
-                np.arange(5), 0
-            )
-        )
-        == 5
-    )
+    assert sum(len(rows) for rows, _ in make_loader(path).batches(np.arange(5), 0)) == 5
+
+
+# --- damaged files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "cut", ["none left", "header", "tables", "data", "table - 5", "table - 1 row", "longer"]
+    "left",
+    ["nothing", "header", "tables", "data", "table - 5 bytes", "table - 1 row", "1 row more"],
 )
-def test_every_truncation_is_refused_when_opened(good, tmp_path: Path, cut) -> None:
+def test_every_truncation_is_refused_when_opened(good: Path, tmp_path: Path, left: str) -> None:
     size = good.stat().st_size
-    keep = {
-        "none left": 0,
+    sizes = {
+        "nothing": 0,
         "header": 20,
         "tables": 3000,
         "data": size // 2,
-        "table - 5": size - 5,
+        "table - 5 bytes": size - 5,
         "table - 1 row": size - 24,
-        "longer": size,
-    }[cut]
-    path = copied(
-        good, tmp_path, lambda data: data[:keep] + (b"\0" * 24 if cut == "longer" else b"")
-    )
+        "1 row more": size,
+    }
+    more = bytes(24) if left == "1 row more" else b""
+    path = changed_copy(good, tmp_path, lambda data: data[: sizes[left]] + more)
     with pytest.raises(InvalidBetonError):
-        BetonLoader(path, VIEW, seed=0, batch_size=2, num_threads=1)
+        make_loader(path)
 
 
-def test_an_unfinished_header_is_refused(good, tmp_path: Path) -> None:
-    def unfinished(data) -> None:
-        at = HEADER.fields["alloc_table_ptr"][1]
-        data[at : at + 8] = bytes(8)
+def test_an_unfinished_header_is_refused(good: Path, tmp_path: Path) -> None:
+    def clear_table_pointer(data: bytearray) -> None:
+        start = HEADER.fields["alloc_table_ptr"][1]
+        data[start : start + 8] = bytes(8)
 
     with pytest.raises(InvalidBetonError, match="unfinished"):
-        check_beton(copied(good, tmp_path, unfinished))
+        check_beton(changed_copy(good, tmp_path, clear_table_pointer))
 
 
-@pytest.mark.parametrize("field", ["label", "width", "mode"])
-def test_one_flipped_bit_in_the_tables_is_refused(good, tmp_path: Path, field) -> None:
-    at = (
-        HEADER.itemsize
-        + 3 * FIELD.itemsize
-        + 5 * ROW.itemsize
-        + {"mode": 0, "width": 1, "label": ROW.fields["f1"][1]}[field]
-    )
-
-    def flip(data) -> None:
-        data[at] ^= 1
+@pytest.mark.parametrize(
+    "offset",
+    [0, 1, ROW.fields["f1"][1]],
+    ids=["mode", "width", "label"],
+)
+def test_one_flipped_bit_in_the_tables_is_refused(good: Path, tmp_path: Path, offset: int) -> None:
+    def flip(data: bytearray) -> None:
+        data[HEADER.itemsize + 3 * FIELD.itemsize + 5 * ROW.itemsize + offset] ^= 1
 
     with pytest.raises(InvalidBetonError):
-        check_beton(copied(good, tmp_path, flip))
+        check_beton(changed_copy(good, tmp_path, flip))
 
 
-def test_files_of_another_build_beside_it_are_refused(good, tmp_path: Path) -> None:
-    path = copied(good, tmp_path, lambda data: data)
+def test_sidecars_of_another_build_are_refused(good: Path, tmp_path: Path) -> None:
+    path = changed_copy(good, tmp_path, lambda data: None)
     other = build_beton(
         write_image_folder(tmp_path / "images", 12), tmp_path / "other.beton", resolution=32
     )
@@ -166,15 +173,16 @@ def test_files_of_another_build_beside_it_are_refused(good, tmp_path: Path) -> N
         check_beton(path)
 
 
-def test_every_rotted_sample_raises_with_its_row_and_name(good, tmp_path: Path) -> None:
-    tables, rng = check_beton(good), np.random.default_rng(0)
-    starts, sizes = tables.rows["f0"]["data_ptr"].tolist(), tables.sizes.tolist()
+def test_every_damaged_image_raises_with_its_row_and_name(good: Path, tmp_path: Path) -> None:
+    tables = check_beton(good)
+    starts = tables.rows["f0"]["data_ptr"].tolist()
+    rng = np.random.default_rng(0)
 
-    def rot(data) -> None:
-        for start, size in zip(starts, sizes):
+    def flip_a_bit_of_each(data: bytearray) -> None:
+        for start, size in zip(starts, tables.sizes.tolist()):
             data[start + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
 
-    loader = BetonLoader(copied(good, tmp_path, rot), VIEW, seed=0, batch_size=4, num_threads=2)
+    loader = make_loader(changed_copy(good, tmp_path, flip_a_bit_of_each), num_threads=2)
     for row, name in enumerate(read_names(good)):
         with pytest.raises(ValueError, match=rf"image {row} \({name}\)"):
             list(loader.batches(np.array([row]), 0))
@@ -183,8 +191,8 @@ def test_every_rotted_sample_raises_with_its_row_and_name(good, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A raw and a jpeg file for one process to read: an import of ffcv costs as much as many tests."""
+def raw_and_jpeg(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files for one process to read: importing ffcv costs as much as many tests."""
     root = tmp_path_factory.mktemp("both")
     source = write_image_folder(root / "images", 12)
     return [
@@ -192,12 +200,14 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def test_a_file_cut_after_it_was_opened_raises_and_does_not_kill(both, tmp_path: Path) -> None:
+def test_a_file_truncated_after_opening_raises_and_does_not_kill(
+    raw_and_jpeg: list[Path], tmp_path: Path
+) -> None:
     paths = []
-    for good in both:
+    for good in raw_and_jpeg:
         (tmp_path / good.stem).mkdir()
-        paths.append(str(copied(good, tmp_path / good.stem, lambda data: data)))
-    code = f"""
+        paths.append(str(changed_copy(good, tmp_path / good.stem, lambda data: None)))
+    done = run_python(f"""
 import os, numpy as np
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.augment.crops import CropSpec
@@ -208,135 +218,147 @@ for path in {paths!r}:
         list(loader.batches(np.arange(12), 0))
     except ValueError as error:
         print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and done.stdout.count("cannot be read") == 2, (
-        done.stdout + done.stderr
-    )
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be read") == 2
 
 
-def command(source: Path, out: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "dist_scan",
-        "beton",
-        str(source),
-        str(out),
-        "--resolution",
-        "200",
-        *more,
-    ]
+def test_ffcvs_own_reader_reads_the_files(raw_and_jpeg: list[Path]) -> None:
+    done = run_python(f"""
+from ffcv.reader import Reader
+for path in {[str(path) for path in raw_and_jpeg]!r}:
+    reader = Reader(path)
+    print(reader.num_samples, *reader.field_names, len(reader.alloc_table))
+""")
+    assert done.stdout.splitlines() == ["12 image label index 12"] * 2, done.stderr
 
 
-def children(pid: int) -> set[int]:
-    """All processes below one, by parentage."""
-    found, ahead = set(), [pid]
-    while ahead:
-        parent = ahead.pop()
-        try:
-            kids = [
-                int(k)
-                for t in Path(f"/proc/{parent}/task").iterdir()
-                for k in (t / "children").read_text().split()
-            ]
-        except OSError:
-            kids = []
-        found.update(kids)
-        ahead += kids
+# --- killed builds ---------------------------------------------------------------------------
+
+
+def beton_command(source: Path, out: Path) -> list[str]:
+    """Build a .beton with two worker processes."""
+    paths = [str(source), str(out)]
+    options = ["--resolution", "200", "--workers", "2"]
+    return [sys.executable, "-m", "dist_scan", "beton", *paths, *options]
+
+
+def children(pid: int) -> list[int]:
+    """Child processes of a process; none if it has ended."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> set[int]:
+    """Children of a process, their children, and so on."""
+    found: set[int] = set()
+    to_visit = [pid]
+    while to_visit:
+        of_one = children(to_visit.pop())
+        found.update(of_one)
+        to_visit += of_one
     return found
 
 
-def until(true, seconds: float = 60) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    """Poll until the condition is true; its last value."""
     end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.02)
-    return bool(true())
+    return condition()
+
+
+def finished_chunks(out: Path) -> int:
+    return len(list(sidecar(out, "parts").glob("*.npz")))
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory):
-    """Images enough for a pool: links to a few files."""
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """(a folder with enough images for worker processes, the .beton that one process builds)."""
     root = tmp_path_factory.mktemp("many")
     write_image_folder(root / "few", 8)
-    few = sorted((root / "few").rglob("*.jpeg"))
-    (root / "images").mkdir()
+    files = sorted((root / "few").rglob("*.jpeg"))
+    images = root / "images"
+    images.mkdir()
     for i in range(5000):
-        os.symlink(few[i % 8], root / "images" / f"{i:05d}.jpeg")
-    config = data_config(root / "images", resolution=200, max_side=1024)
-    write_beton(open_source(config.train), root / "alone.beton", config, 1, show=False)
-    return root / "images", (root / "alone.beton").read_bytes()
+        os.symlink(files[i % 8], images / f"{i:05d}.jpeg")
+    config = data_config(images, resolution=200, max_side=1024)
+    out = root / "alone.beton"
+    write_beton(open_source(config.train), out, config, workers=1, show=False)
+    return images, out.read_bytes()
 
 
-def started(many, out: Path) -> subprocess.Popen:
+def start_build(source: Path, out: Path) -> subprocess.Popen[str]:
+    """A build in progress, with at least two finished chunks."""
     build = subprocess.Popen(
-        command(many, out, "--workers", "2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        beton_command(source, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert until(lambda: len(list(sidecar(out, "parts").glob("*.npz"))) >= 2)
+    assert wait_until(lambda: finished_chunks(out) >= 2)
     return build
 
 
-def test_kill_minus_nine_leaves_no_process_and_the_same_command_goes_on_to_the_same_bytes(
-    many, tmp_path: Path
+def test_a_killed_build_leaves_no_process_and_resumes_to_the_same_bytes(
+    many_images: tuple[Path, bytes], tmp_path: Path
 ) -> None:
-    out, (source, expected) = tmp_path / "x.beton", many
-    build = started(source, out)
-    below = children(build.pid)
+    source, expected = many_images
+    out = tmp_path / "x.beton"
+    build = start_build(source, out)
+    workers = descendants(build.pid)
     build.kill()
     build.communicate()
-    assert not out.exists() and below
-    assert until(lambda: not [p for p in below if Path(f"/proc/{p}").exists()], 20), (
-        "workers outlive a killed build"
-    )
-    finished = len(list(sidecar(out, "parts").glob("*.npz"))) * 512
-    done = subprocess.run(
-        command(source, out, "--workers", "2"), capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0 and out.read_bytes() == expected, done.stderr
-    first = next(line for line in done.stderr.splitlines() if "images" in line)
-    assert int(first.split(": ")[1].split("/")[0]) > finished and not sidecar(out, "parts").exists()
+    assert workers
+    assert not out.exists()
+
+    def have_ended() -> bool:
+        return not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+    assert wait_until(have_ended, 20), "workers outlive a killed build"
+
+    num_finished = finished_chunks(out) * CHUNK
+    done = subprocess.run(beton_command(source, out), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == expected
+    first_progress = next(line for line in done.stderr.splitlines() if "images" in line)
+    assert int(first_progress.split(": ")[1].split("/")[0]) > num_finished
+    assert not sidecar(out, "parts").exists()
 
 
-def test_a_killed_worker_ends_the_build_with_one_clear_line(many, tmp_path: Path) -> None:
-    out, (source, _) = tmp_path / "x.beton", many
-    build = started(source, out)
-    leaves = [p for p in children(build.pid) if not children(p)]
-    workers = [p for p in leaves if b"forkserver" in Path(f"/proc/{p}/cmdline").read_bytes()]
+def test_a_killed_worker_ends_the_build_with_one_clear_line(
+    many_images: tuple[Path, bytes], tmp_path: Path
+) -> None:
+    build = start_build(many_images[0], tmp_path / "x.beton")
+    leaves = [pid for pid in descendants(build.pid) if not children(pid)]
+    workers = [pid for pid in leaves if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
-    _, said = build.communicate(timeout=60)
-    assert build.returncode == 2 and "was killed" in said and "Traceback" not in said
+    _, stderr = build.communicate(timeout=60)
+    assert build.returncode == 2
+    assert "was killed" in stderr
+    assert "Traceback" not in stderr
 
 
-def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    for arguments in (
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ["nowhere", "x.beton"],
-        [str(tmp_path), "x.beton"],
-        [str(tmp_path), "x.txt"],
+        [".", "x.beton"],
+        [".", "x.txt"],
         ["sklearn:digits", "x.beton", "--quality", "0"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "dist_scan", "beton", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=tmp_path,
-        )
-        assert (
-            done.returncode == 2
-            and done.stderr.startswith("error: ")
-            and "Traceback" not in done.stderr
-        )
-
-
-def test_the_stock_reader_reads_it(both) -> None:
-    code = f"""
-from ffcv.reader import Reader
-for path in {[str(path) for path in both]!r}:
-    reader = Reader(path)
-    print(reader.num_samples, *reader.field_names, len(reader.alloc_table))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.splitlines() == ["12 image label index 12"] * 2, done.stderr
+    ],
+    ids=["no such folder", "no images", "not a .beton", "quality"],
+)
+def test_invalid_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_scan", "beton", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""One image's bytes: what is stored, and that every kind of damage becomes a reason."""
+"""Encoding of one image: what is stored, and that damage of any kind becomes a reason."""
 
 from __future__ import annotations
 
@@ -7,35 +7,46 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from dist_scan.data.beton.write import printable_name
 from dist_scan.data.encode import JPEG, RAW, UnreadableImageError, encode
 from tests.support.images import data_config, encode_image, make_image
 
-RAW40, ORIGINAL = data_config("x", stored="raw"), data_config("x", stored="original")
+RAW_CONFIG = data_config("x", stored="raw")
+ORIGINAL_CONFIG = data_config("x", stored="original")
+JPG = encode_image(make_image(), "JPEG")
+EXIF_ORIENTATION, EXIF_MAKE = 0x0112, 0x010F
 
 
-def pixels(data: bytes) -> np.ndarray:
-    stored = encode(data, RAW40)
-    assert stored.mode == RAW
-    return np.frombuffer(stored.data, np.uint8).reshape(stored.height, stored.width, 3)
+def stored_pixels(data: bytes) -> np.ndarray:
+    """Pixels [H, W, 3] that are stored for a file with this content."""
+    image = encode(data, RAW_CONFIG)
+    assert image.mode == RAW
+    return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
 
 
-def flat(value, dtype, **kwargs) -> bytes:
-    return encode_image(Image.fromarray(np.full((48, 64), value, dtype)), **kwargs)
+def uniform_image(value: float, dtype: npt.DTypeLike, **options: Any) -> bytes:
+    """File of a grey image with one value."""
+    return encode_image(Image.fromarray(np.full((48, 64), value, dtype)), **options)
 
 
-def test_it_imports_neither_torch_nor_ffcv() -> None:
-    code = "import sys, dist_scan.data.encode; sys.exit(any(m in sys.modules for m in ('torch', 'ffcv')))"
+def test_module_imports_neither_torch_nor_ffcv() -> None:
+    code = (
+        "import sys, dist_scan.data.encode; "
+        "sys.exit(any(module in sys.modules for module in ('torch', 'ffcv')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_the_shorter_side_is_resized_as_pillow_does() -> None:
-    expected = np.asarray(make_image().resize((53, 40), Image.BILINEAR))
-    assert np.array_equal(pixels(encode_image(make_image())), expected)
+def test_shorter_side_is_resized_as_pillow_does() -> None:
+    expected = np.asarray(make_image().resize((53, 40), Image.Resampling.BILINEAR))
+    assert np.array_equal(stored_pixels(encode_image(make_image())), expected)
 
 
 @pytest.mark.parametrize(
@@ -43,19 +54,17 @@ def test_the_shorter_side_is_resized_as_pillow_does() -> None:
     [((1, 1), (40, 40)), ((640, 64), (13, 128))],
     ids=["one pixel", "longer side capped"],
 )
-def test_odd_sizes(size, expected) -> None:
-    assert pixels(encode_image(make_image(0, size[1], size[0]))).shape[:2] == expected
+def test_unusual_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    width, height = size
+    assert stored_pixels(encode_image(make_image(0, height, width))).shape[:2] == expected
 
 
 @pytest.mark.parametrize(
     "data, grey",
     [
-        (flat(32896, np.uint16), 128),  # 16-bit grey: PIL alone makes it white
-        (flat(200, np.int32, kind="TIFF"), 200),  # 32-bit whole numbers that hold 8-bit values
-        (
-            flat(0.1, np.float32, kind="TIFF"),
-            26,
-        ),  # float grey 0..1 is not stretched to the image's own range
+        (uniform_image(32896, np.uint16), 128),  # Pillow alone makes it white
+        (uniform_image(200, np.int32, kind="TIFF"), 200),  # 8-bit values in 32-bit integers
+        (uniform_image(0.1, np.float32, kind="TIFF"), 26),  # not stretched to the image's range
         (encode_image(Image.new("L", (64, 48), 77)), 77),
         (encode_image(Image.new("RGBA", (64, 48), (77, 77, 77, 10))), 77),
         (encode_image(Image.new("P", (64, 48), 0).convert("P")), 0),
@@ -63,30 +72,21 @@ def test_odd_sizes(size, expected) -> None:
     ],
     ids=["grey16", "int32", "float", "grey", "alpha", "palette", "cmyk"],
 )
-def test_every_mode_becomes_rgb_of_the_right_brightness(data, grey) -> None:
-    assert np.abs(pixels(data).astype(int) - grey).max() <= 1
+def test_every_mode_becomes_rgb_of_the_same_brightness(data: bytes, grey: int) -> None:
+    assert np.abs(stored_pixels(data).astype(int) - grey).max() <= 1
 
 
 def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert pixels(encode_image(make_image(0, 48, 64), "JPEG", exif=exif)).shape[:2] == (53, 40)
+    exif[EXIF_ORIENTATION] = 6
+    data = encode_image(make_image(0, 48, 64), "JPEG", exif=exif)
+    assert stored_pixels(data).shape[:2] == (53, 40)
 
 
 def test_an_animation_gives_its_first_frame() -> None:
-    frames = [Image.new("RGB", (64, 48), (v, v, v)) for v in (10, 200)]
-    assert (
-        np.abs(
-            pixels(encode_image(frames[0], "GIF", save_all=True, append_images=frames[1:])).astype(
-                int
-            )
-            - 10
-        ).max()
-        <= 2
-    )
-
-
-JPG = encode_image(make_image(), "JPEG")
+    frames = [Image.new("RGB", (64, 48), (grey, grey, grey)) for grey in (10, 200)]
+    data = encode_image(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.abs(stored_pixels(data).astype(int) - 10).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -95,52 +95,60 @@ JPG = encode_image(make_image(), "JPEG")
         (b"", "zero bytes"),
         (b"hello" * 50, "cannot identify"),
         (JPG[: len(JPG) // 2], "OSError"),
-        (flat(np.nan, np.float32, kind="TIFF"), "NaN or Inf"),
+        (uniform_image(np.nan, np.float32, kind="TIFF"), "NaN or Inf"),
         (encode_image(Image.new("1", (20000, 20000))), "bomb"),
     ],
     ids=["empty", "garbage", "truncated", "nan", "bomb"],
 )
-def test_what_cannot_be_read_says_why(data, reason) -> None:
+def test_unreadable_images_have_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImageError, match=reason):
-        encode(data, RAW40)
+        encode(data, RAW_CONFIG)
 
 
-def test_damage_of_any_kind_is_listed_and_never_escapes() -> None:
+def test_damaged_files_raise_no_other_error() -> None:
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "maker"
-    seeds = [
+    exif[EXIF_ORIENTATION] = 6
+    exif[EXIF_MAKE] = "maker"
+    originals = [
         encode_image(make_image(), "JPEG", exif=exif),
         *(encode_image(make_image(), kind) for kind in ("PNG", "GIF", "WEBP", "BMP")),
-        flat(0.5, np.float32, kind="TIFF"),
+        uniform_image(0.5, np.float32, kind="TIFF"),
     ]
-    rng, listed = random.Random(0), 0
+    rng = random.Random(0)
+    unreadable = 0
     for _ in range(1500):
-        data = bytearray(rng.choice(seeds))
+        data = bytearray(rng.choice(originals))
         for _ in range(rng.choice([1, 2, 8])):
-            data[rng.randrange(min(len(data), rng.choice([64, 400, 10**6])))] = rng.randrange(256)
+            end = min(len(data), rng.choice([64, 400, 10**6]))
+            data[rng.randrange(end)] = rng.randrange(256)
         try:
-            encode(bytes(data), rng.choice([RAW40, ORIGINAL]))
+            encode(bytes(data), rng.choice([RAW_CONFIG, ORIGINAL_CONFIG]))
         except UnreadableImageError:
-            listed += 1
-    assert listed > 150
+            unreadable += 1
+    assert unreadable > 150
 
 
-def test_original_passes_plain_jpegs_through_and_nothing_else() -> None:
-    assert encode(JPG, ORIGINAL).data == JPG
-    for data in (
+def test_stored_original_passes_plain_jpegs_through() -> None:
+    assert encode(JPG, ORIGINAL_CONFIG).data == JPG
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
         encode_image(make_image(0, 300, 400), "JPEG"),
         encode_image(make_image(0, 300, 400)),
         encode_image(Image.new("RGB", (70000, 4))),
-    ):
-        stored = encode(data, ORIGINAL)  # over max_side, no JPEG, wider than a JPEG can be
-        assert stored.mode == JPEG and max(stored.height, stored.width) == 128
-        assert Image.open(io.BytesIO(stored.data)).size == (stored.width, stored.height)
+    ],
+    ids=["over max_side", "no JPEG", "wider than a JPEG can be"],
+)
+def test_stored_original_encodes_other_images_again(data: bytes) -> None:
+    image = encode(data, ORIGINAL_CONFIG)
+    assert image.mode == JPEG
+    assert max(image.height, image.width) == 128
+    assert Image.open(io.BytesIO(image.data)).size == (image.width, image.height)
 
 
-def test_names_that_are_no_utf8_stay_apart_and_tell_their_bytes() -> None:
-    from dist_scan.data.beton.write import printable_name
-
-    assert [
-        printable_name(os.fsdecode(name))
-        for name in (b"caf\xe9.png", b"caf\xe8.png", "café.png".encode())
-    ] == ["caf\\xe9.png", "caf\\xe8.png", "café.png"]
+def test_file_names_that_are_not_utf8_stay_distinct_and_readable() -> None:
+    names = [os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png", "café.png".encode())]
+    expected = ["caf\\xe9.png", "caf\\xe8.png", "café.png"]
+    assert [printable_name(name) for name in names] == expected
