@@ -32,7 +32,7 @@ from benchmarks.interleaved import job_world
 from benchmarks.rows import emit, spread
 from benchmarks.runs import slowest_rank
 from dist_scan.data.batch import Batch
-from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.precision import Precision, autocast, move_to_device, set_determinism
 from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
 from dist_scan.methods.base import Method, MethodInputs, method_class
@@ -180,7 +180,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
         job = TrainJob(
             method=method,
             feed=feed,
-            settings=TrainSettings(optimizer, ScheduleConfig(), 1, 0, precision),
+            settings=TrainSettings(optimizer=optimizer, epochs=1, precision=precision),
             run_dir=Path(folder),
             out=Path(folder),
             setup=TrainingSetup(images, world.world_size, device.type),

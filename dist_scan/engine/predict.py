@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -46,34 +48,28 @@ def top_clusters(probability: Tensor) -> tuple[Tensor, Tensor]:
     return values.cpu(), clusters.cpu()
 
 
+@dataclass
 class Predictor:
     """`for prediction in Predictor(...)(rows)`: predictions of these rows, batch by batch in order.
 
     A batch that does not fit into memory is halved, which is logged.
     """
 
-    def __init__(
-        self,
-        model: ClusterModel,
-        loader: BetonLoader,
-        recipe: Recipe,
-        device: torch.device,
-        precision: Precision = "fp32",
-        embedder: Embedder | None = None,
-        log: Callable[[str], None] = print,
-    ) -> None:
-        self.model = model
-        self.loader = loader
-        self.recipe = recipe
-        self.device = device
-        self.precision = precision
-        self.embedder = embedder
-        self.log = log
-        # Heads on a frozen backbone read the features of the table: one pass gives both.
-        self.has_shared_backbone = (
-            embedder is not None
-            and embedder.precision == precision
-            and _equal_weights(embedder.network, model.backbone)
+    model: ClusterModel
+    loader: BetonLoader
+    recipe: Recipe
+    device: torch.device
+    precision: Precision = "fp32"
+    embedder: Embedder | None = None
+    log: Callable[[str], None] = print
+
+    @cached_property
+    def has_shared_backbone(self) -> bool:
+        """True if the model's backbone computes the Embedder's features: one pass gives both."""
+        return (
+            self.embedder is not None
+            and self.embedder.precision == self.precision
+            and _equal_weights(self.embedder.network, self.model.backbone)
         )
 
     @torch.inference_mode()

@@ -15,9 +15,10 @@ from typing import NamedTuple, Never
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
-from dist_scan.config import RuntimeConfig
+from dist_scan.config import RuntimeConfig, StrictModel
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feed import Feed
 from dist_scan.engine.checkpoint import CheckpointStore
@@ -57,14 +58,12 @@ class DivergedError(NonRetryableError):
     """Losses or gradients were not finite in too many steps in a row."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(StrictModel):
     """Update rule, schedule and length of a training."""
 
     optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    epochs: int
-    seed: int
+    schedule: ScheduleConfig = ScheduleConfig()
+    epochs: int = Field(ge=1)
     precision: Precision = "fp32"
 
 
@@ -88,6 +87,7 @@ class TrainJob:
     """What the advice about bottlenecks depends on."""
     name: str = "train"
     """Name of the stage, in file names and log lines."""
+    seed: int = 0
     runtime: RuntimeConfig = RuntimeConfig()
     """Settings of checkpoints, log and profile."""
     stop: StopFlag = field(default_factory=StopFlag)
@@ -175,7 +175,7 @@ class Trainer:
     def _begin_epoch(self) -> None:
         """The method's work before an epoch; a run resumed inside the epoch does not repeat it."""
         state = self.state
-        seed_step(self.job.settings.seed, state.epoch, EPOCH_STREAM)
+        seed_step(self.job.seed, state.epoch, EPOCH_STREAM)
         if not state.begun:
             try:
                 reinitialised = tuple(self.method.begin_epoch(state.epoch, self.job.embed))
@@ -220,7 +220,7 @@ class Trainer:
             settings.epochs,
         )
         set_learning_rate(self.optimizer, lr)
-        seed_step(settings.seed, batch.epoch, STEP_STREAM, batch.step, current().rank)
+        seed_step(self.job.seed, batch.epoch, STEP_STREAM, batch.step, current().rank)
 
         # 2. Forward: the method's loss on this rank's part of the global batch.
         with section("forward"):

@@ -17,7 +17,6 @@ from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.beton.format import read_labels, read_metadata, read_names
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.images import open_images
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.evaluate.metrics import confusion, contingency, hungarian
 from dist_scan.evaluate.prototypes import find_prototypes, low_confidence
@@ -25,7 +24,6 @@ from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.profile import TIMING_FILE
 from dist_scan.report.html import Anchor, Cluster, Report
 from dist_scan.stages.base import Context
-from dist_scan.stages.beton import beton_path
 from dist_scan.stages.evaluate import EvaluateConfig
 from dist_scan.stages.report import ReportConfig
 from dist_scan.storage.artifacts import MANIFEST
@@ -44,7 +42,7 @@ class ReportContents:
     def __init__(self, context: Context, config: ReportConfig) -> None:
         self.context = context
         self.config = config
-        self.beton = beton_path(context.inputs["images"])
+        self.beton = context.beton()
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:
@@ -191,9 +189,7 @@ class ReportContents:
         unique_rows = np.unique(np.fromiter(rows, np.int64))
         if not len(unique_rows):
             return {}
-        context = self.context
-        recipe = RecipeConfig(name="center")
-        loader, _ = open_images(self.beton, (recipe,), IMAGE_BATCH, context.run, context.world)
+        loader, _ = self.context.open_images((RecipeConfig(name="center"),), IMAGE_BATCH)
         crops = {}
         for index, views in loader.batches(unique_rows, 0):
             for row, crop in zip(index, views[0]):

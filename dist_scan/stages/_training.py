@@ -8,8 +8,6 @@ from dist_scan.config.stage import StageConfig
 from dist_scan.data.batch import HeldOut
 from dist_scan.data.feed import FeatureFeed, ImageFeed
 from dist_scan.data.order import batch_per_rank
-from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
-from dist_scan.engine.precision import Precision
 from dist_scan.engine.train_state import TrainState
 from dist_scan.engine.training_loop import TrainJob, TrainSettings, no_embedding, train
 from dist_scan.methods.base import Embed, Method
@@ -17,17 +15,13 @@ from dist_scan.monitoring.profile import training_setup
 from dist_scan.stages.base import Context
 
 
-class TrainingConfig(StageConfig):
+class TrainingConfig(TrainSettings, StageConfig):
     """Settings of a stage that trains."""
 
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    epochs: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     """Images per step over all ranks; the batch per rank is derived from it."""
     steps_per_epoch: int | None = Field(default=None, ge=1)
     """End an epoch after so many steps, for a trial run (default: after all images)."""
-    precision: Precision = "fp32"
 
     def check_ranks(self, name: str, world_size: int) -> None:
         """The global batch divides over the ranks."""
@@ -52,13 +46,12 @@ def train_in_stage(
         TrainJob(
             method=method,
             feed=feed,
-            settings=TrainSettings(
-                config.optimizer, config.schedule, config.epochs, run.seed, config.precision
-            ),
+            settings=config,
             run_dir=run.run_dir,
             out=context.out,
             setup=training_setup(run, context.world, config.global_batch, on_features),
             name=context.name,
+            seed=run.seed,
             runtime=run.runtime,
             stop=context.stop,
             log=context.log,

@@ -15,12 +15,10 @@ from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import eval_batches
-from dist_scan.data.images import open_images
 from dist_scan.engine.precision import Precision, autocast, move_to_device
 from dist_scan.models.cluster_model import ClusterModel, load_cluster_model
 from dist_scan.stages._assignment import TopClusters, rank_batches
 from dist_scan.stages.base import Stage
-from dist_scan.stages.beton import beton_path
 
 
 class AssignConfig(StageConfig):
@@ -79,13 +77,7 @@ class AssignStage(Stage[AssignConfig]):
                 features = torch.from_numpy(table.rows(rows, 0)).to(device).float()
                 yield model.from_features(features)
             return
-        loader, recipes = open_images(
-            beton_path(context.inputs["images"]),
-            (config.recipe,),
-            config.batch,
-            context.run,
-            context.world,
-        )
+        loader, recipes = context.open_images((config.recipe,), config.batch)
         batches = rank_batches(loader.num_images, config.batch, context.world)
         rows = np.concatenate([np.arange(0), *batches])
         for batch in eval_batches(loader, recipes[0], rows, device):

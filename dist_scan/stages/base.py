@@ -11,9 +11,14 @@ from typing import ClassVar, Generic, TypeVar
 from dist_scan import stages
 from dist_scan.config import RunConfig, StageConfig
 from dist_scan.config.kinds import Kind, kind_class
+from dist_scan.data.augment.recipes import Recipe, RecipeConfig
+from dist_scan.data.beton.loader import BetonLoader
+from dist_scan.data.images import open_images
 from dist_scan.engine.stop import StopFlag
 from dist_scan.world.world import World
 
+BETON = "images.beton"
+"""File of a beton stage."""
 C = TypeVar("C", bound=StageConfig)
 
 
@@ -34,6 +39,16 @@ class Context:
     """Prints and logs a line on rank 0."""
     folders: Mapping[str, Path]
     """Folders of all finished stages by name (for the report)."""
+
+    def beton(self, role: str = "images") -> Path:
+        """The .beton of an input that refers to a split of `data:`."""
+        return self.inputs[role] / BETON
+
+    def open_images(
+        self, recipes: tuple[RecipeConfig, ...], batch: int, role: str = "images"
+    ) -> tuple[BetonLoader, tuple[Recipe, ...]]:
+        """Loader of the images of an input, and the recipes for its crops; see data.images."""
+        return open_images(self.beton(role), recipes, batch, self.run, self.world)
 
 
 class Stage(Kind, ABC, Generic[C]):

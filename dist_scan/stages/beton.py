@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from dist_scan.config import DataConfig
@@ -10,11 +9,9 @@ from dist_scan.config.data import Split
 from dist_scan.config.stage import StageConfig
 from dist_scan.data.beton.write import write_beton
 from dist_scan.data.sources.open import open_source
-from dist_scan.stages.base import Stage
+from dist_scan.stages.base import BETON, Stage
 from dist_scan.world.collectives import on_rank_0
 from dist_scan.world.processes import available_cores
-
-FILE = "images.beton"
 
 
 class BetonConfig(StageConfig):
@@ -38,14 +35,9 @@ class BetonStage(Stage[BetonConfig]):
         context, config = self.context, self.config
         source = open_source(config.data.splits()[config.split])
         workers = context.run.runtime.workers or available_cores()
-        report = write_beton(source, context.out / FILE, config.data, workers)
+        report = write_beton(source, context.out / BETON, config.data, workers)
         if report.num_bad:
             context.log(
                 f"{context.name}: {report.num_bad} of {report.num_bad + report.num_images} images "
                 f"could not be read; they are listed in {report.bad_path}"
             )
-
-
-def beton_path(folder: Path) -> Path:
-    """Path of the .beton file in the folder of a beton stage."""
-    return folder / FILE

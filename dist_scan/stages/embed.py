@@ -12,12 +12,10 @@ from pydantic import Field
 from dist_scan.config import DataConfig
 from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.augment.recipes import Recipe, RecipeConfig, resolution_warnings
-from dist_scan.data.images import open_images
 from dist_scan.engine.embed import EmbedOptions, embed_images, require_finite_weights
 from dist_scan.engine.precision import Precision
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_embedder
 from dist_scan.stages.base import Stage
-from dist_scan.stages.beton import beton_path
 
 
 class EmbedConfig(StageConfig):
@@ -73,13 +71,7 @@ class EmbedStage(Stage[EmbedConfig]):
         else:
             network = load_embedder(context.inputs["backbone"], config.projection)
             network = require_finite_weights(network)
-        loader, recipes = open_images(
-            beton_path(context.inputs["images"]),
-            (config.recipe,) * config.views,
-            config.batch,
-            context.run,
-            context.world,
-        )
+        loader, recipes = context.open_images((config.recipe,) * config.views, config.batch)
         dim = _feature_dim(network, recipes[0])
         gib = loader.num_images * config.views * dim * 2 / 2**30
         views = "view" if config.views == 1 else "views"

@@ -23,7 +23,6 @@ from dist_scan.evaluate.metrics import (
     nmi,
 )
 from dist_scan.stages.base import Stage
-from dist_scan.stages.beton import beton_path
 from dist_scan.storage.artifacts import MANIFEST
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import barrier
@@ -68,7 +67,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
 
     def _evaluate(self) -> dict[str, Any]:
         """The content of evaluate.json."""
-        labels = read_labels(beton_path(self.context.inputs["images"]))
+        labels = read_labels(self.context.beton())
         num_labelled = int((labels >= 0).sum())
         results: dict[str, Any] = {
             "num_images": len(labels),

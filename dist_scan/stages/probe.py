@@ -16,7 +16,6 @@ from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.beton.format import read_labels
 from dist_scan.data.feed import EpochPlan, ImageFeed, eval_batches
-from dist_scan.data.images import open_images
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import autocast, move_to_device, seed_step
 from dist_scan.evaluate.linear_probe import LayerProbes, ProbesConfig, count_correct
@@ -24,7 +23,6 @@ from dist_scan.methods.base import MethodInputs
 from dist_scan.models.backbone import load_backbone
 from dist_scan.stages._training import TrainingConfig, train_in_stage
 from dist_scan.stages.base import Stage
-from dist_scan.stages.beton import beton_path
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_sum, barrier
 
@@ -88,8 +86,7 @@ class ProbeStage(Stage[ProbeConfig]):
     def _open_images(self) -> tuple[np.ndarray, ImageFeed]:
         """(labels [N] of all images, feed of those that have one)."""
         context, config = self.context, self.config
-        path = beton_path(context.inputs["images"])
-        labels = read_labels(path)
+        labels = read_labels(context.beton())
         rows = np.flatnonzero(labels >= 0)
         if not len(rows):
             raise ValueError(
@@ -98,7 +95,7 @@ class ProbeStage(Stage[ProbeConfig]):
             )
         world = context.world
         batch = config.global_batch // world.world_size
-        loader, recipes = open_images(path, (config.recipe,), batch, context.run, world)
+        loader, recipes = context.open_images((config.recipe,), batch)
         plan = EpochPlan(rows, config.global_batch, context.run.seed, world, config.steps_per_epoch)
         return labels, ImageFeed(loader, recipes, plan, world.device)
 
@@ -118,7 +115,7 @@ class ProbeStage(Stage[ProbeConfig]):
         probes = LayerProbes(
             ProbesConfig(layers=config.layers, most_features=config.most_features),
             inputs,
-            torch.from_numpy(labels.astype(np.int64)),
+            torch.from_numpy(labels),
             torch.zeros(2, 3, size, size),
         )
         return move_to_device(probes, context.world.device)
@@ -126,14 +123,13 @@ class ProbeStage(Stage[ProbeConfig]):
     def _test(self, probes: LayerProbes) -> dict[str, Any]:
         """Top-1 accuracy per layer over all labelled test images. Collective."""
         context, config, world = self.context, self.config, self.context.world
-        path = beton_path(context.inputs["test_images"])
-        labels = read_labels(path).astype(np.int64)
+        labels = read_labels(context.beton("test_images"))
         rows = np.flatnonzero((labels >= 0) & (labels < probes.num_classes))
         local_rows = np.array_split(rows, world.world_size)[world.rank]
         size = context.run.data.size
         whole_size = round(size * 256 / 224) if size >= 160 else size
         whole = RecipeConfig(name="whole", size=whole_size)
-        loader, recipes = open_images(path, (whole,), TEST_BATCH, context.run, world)
+        loader, recipes = context.open_images((whole,), TEST_BATCH, "test_images")
         correct = torch.zeros(len(config.layers), dtype=torch.int64)
         probes.eval()
         for batch in eval_batches(loader, recipes[0], local_rows, world.device):

@@ -9,13 +9,7 @@ from dist_scan.engine.train_state import TrainState
 from dist_scan.methods.base import Method
 from dist_scan.models.cluster_model import add_metadata
 from dist_scan.stages._train_config import TrainConfig
-from dist_scan.stages._train_inputs import (
-    ImageEmbedder,
-    build_feed,
-    build_held_out,
-    build_method,
-    open_training_data,
-)
+from dist_scan.stages._train_inputs import TrainInputs
 from dist_scan.stages._training import train_in_stage
 from dist_scan.stages.base import Stage
 from dist_scan.storage.atomic import write_json
@@ -31,12 +25,11 @@ class TrainStage(Stage[TrainConfig]):
         """Train, from the newest checkpoint if there is one, and publish. Collective."""
         context, config = self.context, self.config
         seed_step(context.run.seed, 0, 0)
-        data = open_training_data(context, config)
-        feed = build_feed(context, config, data)
-        method = build_method(context, config, data)
-        held_out = build_held_out(context, config, data)
-        embed = ImageEmbedder(context, config)
-        state = train_in_stage(context, config, method, feed, embed, held_out)
+        inputs = TrainInputs(context, config)
+        feed = inputs.build_feed()
+        method = inputs.build_method()
+        held_out = inputs.build_held_out()
+        state = train_in_stage(context, config, method, feed, inputs.embed, held_out)
         if state.skipped or state.refused:
             context.log(
                 f"{context.name}: {state.skipped} steps skipped (no image was confident), "

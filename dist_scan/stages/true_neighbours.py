@@ -15,7 +15,6 @@ from dist_scan.config.stage import Images, Ref, StageConfig
 from dist_scan.data.beton.format import read_labels
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.stages.base import Stage
-from dist_scan.stages.beton import beton_path
 from dist_scan.world.collectives import on_rank_0
 
 
@@ -53,7 +52,7 @@ class TrueNeighboursStage(Stage[TrueNeighboursConfig]):
 
     def _write(self) -> None:
         context, config = self.context, self.config
-        labels = read_labels(beton_path(context.inputs["images"]))
+        labels = read_labels(context.beton())
         if not (labels >= 0).any():
             raise ValueError(
                 f"stages.{context.name}: no image of '{config.images}' has a label; this "

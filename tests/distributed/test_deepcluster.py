@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_scan.config import RuntimeConfig
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.stop import StopFlag
 from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
 from dist_scan.monitoring.bottleneck import TrainingSetup
@@ -297,7 +297,7 @@ def trainer(
         TrainJob(
             method=method,
             feed=Pictures(),
-            settings=TrainSettings(OptimizerConfig(lr=0.02), ScheduleConfig(), 3, 0, "fp64"),
+            settings=TrainSettings(optimizer=OptimizerConfig(lr=0.02), epochs=3, precision="fp64"),
             run_dir=folder,
             out=folder,
             setup=TrainingSetup(B),
@@ -370,7 +370,9 @@ def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(
 
     embeds, real = [], deepcluster.kmeans
     monkeypatch.setattr(
-        deepcluster, "kmeans", lambda *a, **k: real(*a, **{**k, "stop_requested": lambda: len(embeds) == 2})
+        deepcluster,
+        "kmeans",
+        lambda *a, **k: real(*a, **{**k, "stop_requested": lambda: len(embeds) == 2}),
     )
     with pytest.raises(StopRequested):
         trainer("kmeans", tmp_path, StopAt(), embeds).run()

@@ -19,7 +19,7 @@ from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.sharded_state import gather_state
 from dist_scan.engine.stop import StopFlag
 from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
@@ -220,7 +220,8 @@ def run_training(training: Training) -> Arrays:
         TrainJob(
             method=make_method(training.partition, training.seed),
             feed=FeatureFeed(table, plan, world.device),
-            settings=TrainSettings(optimizer, ScheduleConfig(), EPOCHS, 3, "fp64"),
+            settings=TrainSettings(optimizer=optimizer, epochs=EPOCHS, precision="fp64"),
+            seed=3,
             run_dir=folder,
             out=folder,
             setup=TrainingSetup(B),

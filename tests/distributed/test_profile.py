@@ -21,7 +21,7 @@ from dist_scan.data.augment.recipes import Recipe, RecipeConfig, build_recipe
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feed import EpochPlan, ImageFeed
 from dist_scan.engine.checkpoint import CheckpointStore
-from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
 from dist_scan.methods.base import Method, MethodInputs, method_class
 from dist_scan.methods.simclr import SimCLRMethod
@@ -109,9 +109,7 @@ def train_profiled(slow_part: str, beton: Path, out: Path) -> list[str]:
         TrainJob(
             method=build_method(feed.loader.num_images),
             feed=feed,
-            settings=TrainSettings(
-                OptimizerConfig(kind="sgd", lr=0.01), ScheduleConfig(), epochs, seed=0
-            ),
+            settings=TrainSettings(optimizer=OptimizerConfig(kind="sgd", lr=0.01), epochs=epochs),
             run_dir=out,
             out=out,
             setup=TrainingSetup(BATCH, current().world_size, stored="jpeg", resolution=40, size=16),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
-from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
+from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.precision import autocast
 from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
 from dist_scan.heads.selection import held_out_loss
@@ -190,9 +190,7 @@ def test_training_logs_warnings_and_ends_at_a_plateau(model_folder: Path, tmp_pa
         TrainJob(
             method=make_selflabel(model_folder, threshold=0.999999, plateau_epochs=2),
             feed=TwoSteps(),
-            settings=TrainSettings(
-                OptimizerConfig(kind="sgd", lr=0.1), ScheduleConfig(), epochs=9, seed=0
-            ),
+            settings=TrainSettings(optimizer=OptimizerConfig(kind="sgd", lr=0.1), epochs=9),
             run_dir=tmp_path,
             out=tmp_path,
             setup=TrainingSetup(global_batch=GLOBAL_BATCH),
