@@ -1,4 +1,4 @@
-"""The compare command as a user starts it: real runs, skipped when done, told when one fails."""
+"""The compare command, started as a user does: runs, skips finished runs, reports failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ stages:
   evaluate: {kind: evaluate, images: train, subjects: {found: clusters}}
   report: {kind: report, images: train, evaluate: evaluate, best: found}
 """
-COMPARE = """
+COMPARISON = """
 name: tiny
 seeds: [0]
 members:
@@ -27,20 +27,14 @@ members:
 rows: {k-means: plain.found, on unit rows: unit.found, of 12: more.found}
 baseline: k-means
 """
+MEMBER_OF_ROW = {"k-means": "plain", "on unit rows": "unit", "of 12": "more"}
 
 
-def compare(folder, *arguments):
+def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the comparison in a folder to its end."""
+    line = ["-m", "dist_scan", "compare", str(folder / "tiny.yaml"), "--out", str(folder / "out")]
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "dist_scan",
-            "compare",
-            str(folder / "tiny.yaml"),
-            "--out",
-            str(folder / "out"),
-            *arguments,
-        ],
+        [sys.executable, *line, *arguments],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -50,47 +44,42 @@ def compare(folder, *arguments):
     )
 
 
-def test_it_runs_what_is_missing_and_writes_one_table(tmp_path: Path) -> None:
+def test_all_runs_make_one_table_and_only_unfinished_ones_run_again(tmp_path: Path) -> None:
     (tmp_path / "pixels.yaml").write_text(PIXELS)
-    (tmp_path / "tiny.yaml").write_text(COMPARE)
+    (tmp_path / "tiny.yaml").write_text(COMPARISON)
+    out = tmp_path / "out"
     first = compare(tmp_path, "--at-once", "2")
     assert first.returncode == 0, first.stdout
-    assert "ACC" in (tmp_path / "out" / "more-seed0" / "output.txt").read_text()
-    table = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert "| k-means" in first.stdout
+    assert "ACC" in (out / "more-seed0" / "output.txt").read_text()
+    assert (out / "compare.html").is_file()
+    table = json.loads((out / "compare.json").read_text())
     assert table["num_images"] == 200
-    for name, member in (("k-means", "plain"), ("on unit rows", "unit"), ("of 12", "more")):
-        own = json.loads((tmp_path / "out" / f"{member}-seed0" / "report.json").read_text())[
-            "found"
-        ]
-        assert table["rows"][name]["0"] == own and 0.3 < own["acc"] < 1
+    for row, member in MEMBER_OF_ROW.items():
+        report = json.loads((out / f"{member}-seed0" / "report.json").read_text())
+        assert table["rows"][row]["0"] == report["found"]
+        assert 0.3 < report["found"]["acc"] < 1
     assert table["rows"]["k-means"] != table["rows"]["on unit rows"]
-    assert "| k-means" in first.stdout and (tmp_path / "out" / "compare.html").is_file()
-    assert len(list((tmp_path / "out" / "data" / "beton_train").glob("*/*.beton"))) == 1, (
-        "the data is built once"
-    )
-    before = (tmp_path / "out" / "compare.json").read_bytes()
-    (
-        tmp_path / "out" / "unit-seed0" / "DONE"
-    ).unlink()  # as if it had been killed: it alone starts again
+    betons = list((out / "data" / "beton_train").glob("*/*.beton"))
+    assert len(betons) == 1, "the data is built once"
+
+    before = (out / "compare.json").read_bytes()
+    (out / "unit-seed0" / "DONE").unlink()  # as if it had been killed
     again = compare(tmp_path)
     assert again.returncode == 0, again.stdout
-    lines = again.stdout.splitlines()
-    assert [line.rpartition("/")[2] for line in lines[:3]] == [
+    assert [line.rpartition("/")[2] for line in again.stdout.splitlines()[:3]] == [
         "plain-seed0: already done, skipped",
         "more-seed0: already done, skipped",
         "unit-seed0",
     ]
-    assert (
-        "starts" not in again.stdout and (tmp_path / "out" / "compare.json").read_bytes() == before
-    )
+    assert "starts" not in again.stdout, "all stages of the run were finished"
+    assert (out / "compare.json").read_bytes() == before
 
 
-def test_a_member_that_fails_is_told_and_ends_it(tmp_path: Path) -> None:
+def test_a_run_that_fails_ends_the_comparison(tmp_path: Path) -> None:
     (tmp_path / "pixels.yaml").write_text(PIXELS.replace("num_clusters: 10", "num_clusters: 300"))
-    (tmp_path / "tiny.yaml").write_text(COMPARE)
+    (tmp_path / "tiny.yaml").write_text(COMPARISON)
     done = compare(tmp_path)
-    assert (
-        done.returncode == 2
-        and "300 clusters of 200 images" in done.stdout
-        and "Traceback" not in done.stdout
-    )
+    assert done.returncode == 2
+    assert "300 clusters of 200 images" in done.stdout
+    assert "Traceback" not in done.stdout

@@ -1,4 +1,4 @@
-"""Heads through the pipeline, in this process: several numbers of clusters, TEMI on the same bank, the consensus, every head in the report."""
+"""SCAN's and TEMI's heads through the pipeline: several numbers of clusters, consensus, report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pytest
 
 from dist_scan.config import ConfigError
 from dist_scan.data.assignments import Assignments
-from dist_scan.engine.stop import StopFlag
-from dist_scan.pipeline import Pipeline
 from dist_scan.run_config import load_config
-from dist_scan.world.world import current
+from tests.support.pipelines import run_pipeline
 
 CONFIG = """
 data:
@@ -25,7 +23,7 @@ data:
 stages:
   pixels: {kind: embed, pixels: true, num_shards: 2}
   neighbours: {kind: neighbours, features: pixels, num_neighbours: 5}
-  heads: &heads
+  heads:
     kind: train
     features: pixels
     network: {name: pixels}
@@ -53,50 +51,50 @@ stages:
   evaluate:
     kind: evaluate
     heads: heads
-    subjects: {temi_consensus: temi_consensus, consensus: consensus, consensus20: consensus20, fourth: fourth, temi: temi_chosen}
+    subjects:
+      temi_consensus: temi_consensus
+      consensus: consensus
+      consensus20: consensus20
+      fourth: fourth
+      temi: temi_chosen
   report: {kind: report, evaluate: evaluate, best: consensus}
 """
+HELD_OUT_FEATURES_FOR_IMAGES = """stages.heads={
+  kind: train, images: train, network: {name: pixels}, neighbours: neighbours,
+  method: {kind: scan, num_clusters: 10, normalise: l2}, optimizer: {lr: 1.0},
+  epochs: 1, global_batch: 100, held_out_share: 0.3, held_out_features: pixels}"""
 
 
-def config(tmp_path: Path, *overrides):
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The config's file."""
     path = tmp_path / "heads.yaml"
-    path.write_text(CONFIG.replace("&heads", ""))
-    return load_config(path, [f"runtime.run_dir={tmp_path / 'run'}", *overrides])
+    path.write_text(CONFIG)
+    return path
 
 
-def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Path) -> None:
-    run = config(tmp_path)
-    (tmp_path / "run" / "logs").mkdir(parents=True)
-    said: list[str] = []
-    folders = Pipeline(run, current(), StopFlag(), said.append).run()
-    assert "pixels: 300 images x 1 view x 192 in float16: 0.000107 GiB in 2 shards" in said
-    assert (
-        sum(
-            "features of 300 images x 1 views x 192" in line and "read from host memory" in line
-            for line in said
-        )
-        == 2
-    )
-    assert not [line for line in said if line.startswith("warning")]
-    facts = json.loads((tmp_path / "run" / "report.json").read_text())
-    rows = facts["heads"]["heads"]
-    assert [r["num_clusters"] for r in rows] == [10] * 3 + [20] * 3 and sum(
-        r["chosen"] for r in rows
-    ) == 2
-    for row in rows:
-        assert (
-            0.2 < row["acc"] < 1
-            and -1 <= row["stability"] <= 1
-            and row["held_out_loss"] is not None
-        )
-    assert facts["fourth"]["num_clusters"] == 20 and facts["fourth"]["acc"] == rows[4]["acc"]
-    assert (
-        facts["consensus"]["acc"] > 0.5
-        and facts["temi"]["acc"] > 0.4
-        and facts["temi_consensus"]["acc"] > 0.4
-    )
-    assert "many_to_one" in rows[4] and Assignments.load(folders["consensus20"]).cluster.max() < 20
+def test_the_report_evaluates_every_head_and_the_consensus(config: Path, tmp_path: Path) -> None:
+    folders, lines = run_pipeline(config, tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    heads = report["heads"]["heads"]
+    assert [head["num_clusters"] for head in heads] == [10, 10, 10, 20, 20, 20]
+    assert sum(head["chosen"] for head in heads) == 2, "one for each number of clusters"
+    for head in heads:
+        assert 0.2 < head["acc"] < 1
+        assert -1 <= head["stability"] <= 1
+        assert head["held_out_loss"] is not None
+    assert "many_to_one" in heads[4]
+    assert report["fourth"]["num_clusters"] == 20
+    assert report["fourth"]["acc"] == heads[4]["acc"]
+    assert report["consensus"]["acc"] > 0.5
+    assert report["temi"]["acc"] > 0.4
+    assert report["temi_consensus"]["acc"] > 0.4
+    assert Assignments.load(folders["consensus20"]).cluster.max() < 20
     assert "stability" in (tmp_path / "run" / "report.html").read_text().lower()
+    assert "pixels: 300 images x 1 view x 192 in float16: 0.000107 GiB in 2 shards" in lines
+    cached = [line for line in lines if "features of 300 images x 1 views x 192" in line]
+    assert len(cached) == 2 and all("read from host memory" in line for line in cached)
+    assert not [line for line in lines if line.startswith("warning")]
 
 
 @pytest.mark.parametrize(
@@ -108,23 +106,20 @@ def test_heads_of_several_numbers_and_temi_are_evaluated_one_by_one(tmp_path: Pa
         ("stages.heads.method.num_clusters=1", "at least 2"),
         ("stages.heads.method.num_clusters=[10, 1]", "at least 2"),
         ("stages.heads.method.num_clusters=[]", "at least 2"),
-        (
-            "stages.heads={kind: train, images: train, network: {name: pixels}, neighbours: neighbours, method: {kind: scan, num_clusters: 10, normalise: l2},"
-            " optimizer: {lr: 1.0}, epochs: 1, global_batch: 100, held_out_share: 0.3, held_out_features: pixels}",
-            "selects heads on images too; give held_out_images",
-        ),
+        (HELD_OUT_FEATURES_FOR_IMAGES, "selects heads on images too; give held_out_images"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, override, message) -> None:
+def test_invalid_heads_are_refused_before_any_work(
+    config: Path, override: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        config(tmp_path, override)
+        load_config(config, [override])
 
 
-def test_a_share_that_holds_out_nothing_is_refused(tmp_path: Path) -> None:
-    run = config(tmp_path, "stages.heads.held_out_share=1e-6")
-    (tmp_path / "run" / "logs").mkdir(parents=True)
-    with pytest.raises(
-        ValueError,
-        match="stages.heads.held_out_share: 1e-06 of 300 images holds out none; allowed: 0, or enough.*0.33",
-    ):
-        Pipeline(run, current(), StopFlag(), lambda text: None).run()
+def test_a_share_that_holds_out_no_image_is_refused(config: Path, tmp_path: Path) -> None:
+    message = (
+        "stages.heads.held_out_share: 1e-06 of 300 images holds out none; "
+        "allowed: 0, or enough.*0.33"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_pipeline(config, tmp_path / "run", "stages.heads.held_out_share=1e-6")
