@@ -186,7 +186,7 @@ def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path
     folder = tmp_path / "run"
     first = RunningLauncher(command(folder), tmp_path)
     try:
-        first.wait_until(lambda: "starts" in first.output)
+        first.wait_until(lambda: "starts" in first.output())
         second = run(folder)
         assert second.returncode == 2
         assert f"process {first.pid}" in second.stdout
