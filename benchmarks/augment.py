@@ -1,69 +1,59 @@
-"""Augmentation after the crop: `python -m benchmarks.augment [--compare] [--sizes 32 224] [--recipes NAME ...]`, a JSON line a row.
+"""Augmentation after the crop: images per CPU-second of one thread, one JSON line a row.
 
-Images per CPU-second of one thread, from the crop's uint8 to normalised floats. --compare also times torchvision's transforms on PIL
-images, one at a time, interleaved with ours (the same crops, ToTensor and Normalize included), where torchvision has such a chain.
+    python -m benchmarks.augment [--compare] [--sizes 32 224] [--recipes NAME ...]
+
+From the crop's uint8 to normalised floats. --compare also measures torchvision's transforms on PIL
+images, one at a time, interleaved with ours (the same crops, ToTensor and Normalize included),
+where torchvision has the transforms of a recipe.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from benchmarks.interleaved import measure_works
 from benchmarks.rows import emit, spread
-from dist_scan.data.augment.recipes import RECIPES, RecipeConfig, RecipeSpec, build_recipe
+from benchmarks.torchvision_peer import MEAN, STD, colour_transform
+from dist_scan.data.augment.recipes import RECIPES, RecipeConfig, build_recipe
 
 QUICK = ["--sizes", "32", "--recipes", "simclr", "moco_v2", "--repeats", "3"]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_SIZE = 100
+SMALL_BATCH, LARGE_BATCH = 256, 32
+"""Of crops smaller than SMALL_SIZE, and of the others."""
+PEER_IMAGES = 64
 
 
-def crops(size: int, count: int) -> np.ndarray:
-    """[count, size, size, 3] uint8 out of a photograph."""
+def crops(size: int, batch: int) -> np.ndarray:
+    """Crops of a photograph, [batch, size, size, 3] uint8."""
     photo, rng = load_sample_image("china.jpg"), np.random.default_rng(0)
-    corners = zip(
-        rng.integers(0, photo.shape[0] - size, count), rng.integers(0, photo.shape[1] - size, count)
-    )
-    return np.stack([photo[top : top + size, left : left + size] for top, left in corners])
+    tops = rng.integers(0, photo.shape[0] - size, batch)
+    lefts = rng.integers(0, photo.shape[1] - size, batch)
+    return np.stack([photo[top : top + size, left : left + size] for top, left in zip(tops, lefts)])
 
 
-def peer(look: RecipeSpec) -> Callable | None:
-    """torchvision's chain for the same look, or None."""
-    from PIL import ImageFilter
-    from torchvision import transforms as t
-
-    if look.special != "none" or not look.normalise:
-        return None
-    blur = t.Lambda(
-        lambda image: image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(0.1, 2.0))))
-    )
-    chain = [t.RandomApply([t.ColorJitter(*look.jitter)], look.jitter_p)] if look.jitter else []
-    chain += [t.RandomGrayscale(look.grey_p)] if look.grey_p else []
-    chain += [t.RandomApply([blur], look.blur_p)] if look.blur_p else []
-    return t.Compose([*chain, t.ToTensor(), t.Normalize(MEAN, STD)])
-
-
-def cpu_s(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def measure(name: str, colour: str, size: int, batch: int, repeats: int, compare: bool) -> dict:
+def measure(name: str, colour: str, size: int, repeats: int, compare: bool) -> None:
+    """Measure one recipe and print its row."""
+    batch = SMALL_BATCH if size < SMALL_SIZE else LARGE_BATCH
     recipe = build_recipe(RecipeConfig(name=name, colour=colour), size, MEAN, STD)
     array = crops(size, batch)
-    images, index = torch.from_numpy(array), np.arange(batch)
-    other = peer(RECIPES[name]) if compare and colour == "exact" else None
-    few = array[: min(batch, 64)]
-    ours, theirs = [], []
-    recipe(images, index, seed=0, epoch=0, view=0)
-    for epoch in range(1, repeats + 1):
-        ours.append(cpu_s(lambda: recipe(images, index, seed=0, epoch=epoch, view=0)) / batch)
-        if other is not None:
-            theirs.append(cpu_s(lambda: [other(image) for image in _pil(few)]) / len(few))
+    images, index, epochs = torch.from_numpy(array), np.arange(batch), count()
+    few = array[:PEER_IMAGES]
+    transform = colour_transform(RECIPES[name]) if compare and colour == "exact" else None
+
+    works: dict[str, Callable[[], object]] = {
+        "ours": lambda: recipe(images, index, seed=0, epoch=next(epochs), view=0)
+    }
+    if transform is not None:
+        works["torchvision"] = lambda: [transform(Image.fromarray(image)) for image in few]
+    seconds = measure_works(works, repeats)
+    ours = seconds["ours"] / batch
     row = {
         "row": name,
         "colour": colour,
@@ -71,22 +61,16 @@ def measure(name: str, colour: str, size: int, batch: int, repeats: int, compare
         "batch": batch,
         "img_per_cpu_s": round(1 / np.median(ours)),
     }
-    if theirs:
-        row |= {
-            "torchvision_img_per_cpu_s": round(1 / np.median(theirs)),
-            **spread(np.array(theirs) / np.array(ours), "speedup"),
-        }
-    return row
-
-
-def _pil(arrays: np.ndarray) -> list:
-    from PIL import Image
-
-    return [Image.fromarray(a) for a in arrays]
+    if transform is not None:
+        peer = seconds["torchvision"] / len(few)
+        row["torchvision_img_per_cpu_s"] = round(1 / np.median(peer))
+        row |= spread(peer / ours, "speedup")
+    emit(row)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure every recipe at every size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224])
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
@@ -95,12 +79,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for size in args.sizes:
         for name in args.recipes:
-            for colour in ("exact", "fused") if RECIPES[name].jitter else ("exact",):
-                emit(
-                    measure(
-                        name, colour, size, 256 if size < 100 else 32, args.repeats, args.compare
-                    )
-                )
+            measure(name, "exact", size, args.repeats, args.compare)
+            if RECIPES[name].jitter:
+                measure(name, "fused", size, args.repeats, args.compare)
 
 
 if __name__ == "__main__":
