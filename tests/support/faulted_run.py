@@ -1,17 +1,14 @@
 """A tiny run (2 epochs of 10 steps on 240 digits) with injected faults.
 
-launch/local.py's main runs in a process forked from one that has imported everything; its ranks
-are real processes.
+The launcher is a `RunningLauncher`; its ranks are real processes.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,7 @@ import torch
 
 from dist_scan.monitoring.log import read_rows
 from tests.support import faults as fault_injection
-from tests.support.launches import start_session
-from tests.support.ranks import CONTEXT
+from tests.support.launches import LOCAL, RunningLauncher
 
 PRETEXT = """
   pretext: {kind: train, images: train, network: {name: resnet_small, width: 4},
@@ -49,7 +45,6 @@ class LaunchResult:
     """Exit code; -n if signal n killed it."""
     output: str
     """Everything printed by the launcher and by rank 0."""
-    took_s: float
     folder: Path
     """The run folder."""
 
@@ -72,7 +67,6 @@ class TinyRun:
         folder.mkdir(parents=True, exist_ok=True)
         self.config = folder / "tiny.yaml"
         self.config.write_text(text.format(stages=stages, folder=self.folder))
-        self.starts = 0
 
     def fired(self) -> list[dict[str, Any]]:
         """The faults that have happened, each with its time."""
@@ -85,21 +79,19 @@ class TinyRun:
         processes: int = 2,
         refreshes: bool = False,
         taken_port: int | None = None,
-    ) -> tuple[BaseProcess, Path]:
-        """Start the launcher; returns its process and the file of its output.
+    ) -> RunningLauncher:
+        """Start the launcher.
 
         ``refreshes``: SimCLR embeds all images before each epoch. ``taken_port``: a port in use,
         which the launcher chooses first.
         """
-        self.starts += 1
-        output = self.config.parent / f"output{self.starts}.txt"
-        arguments = [str(self.config), "--processes", str(processes), *overrides]
-        launcher = CONTEXT.Process(
-            target=_run_launcher,
-            args=(arguments, output, str(self.fault_path), refreshes, taken_port),
+        command = [*LOCAL, str(self.config), "--processes", str(processes), *overrides]
+        return RunningLauncher(
+            command,
+            self.config.parent,
+            partial(_prepare, refreshes, taken_port),
+            **fault_injection.environment(self.fault_path),
         )
-        launcher.start()
-        return launcher, output
 
     def __call__(
         self,
@@ -114,18 +106,11 @@ class TinyRun:
         """
         if faults:
             self.fault_path.write_text(json.dumps(list(faults)))
-        began = time.monotonic()
-        launcher, output = self.start(*overrides, **options)
-        launcher.join(timeout_s)
-        if launcher.exitcode is None:
-            launcher.kill()
-            launcher.join()
-            raise TimeoutError(f"the launcher did not end in {timeout_s} s:\n{output.read_text()}")
+        done = self.start(*overrides, **options).wait(timeout_s)
         assert not self.fault_path.exists(), (
-            f"did not happen: {self.fault_path.read_text()}\n{output.read_text()}"
+            f"did not happen: {self.fault_path.read_text()}\n{done.stdout}"
         )
-        took_s = time.monotonic() - began
-        return LaunchResult(launcher.exitcode, output.read_text(), took_s, self.folder)
+        return LaunchResult(done.returncode, done.stdout, self.folder)
 
 
 def _refresh_in_simclr() -> None:
@@ -142,16 +127,13 @@ def _refresh_in_simclr() -> None:
     SimCLRMethod.begin_epoch = begin_epoch
 
 
-def _run_launcher(
-    arguments: list[str], output: Path, fault: str, refreshes: bool, taken_port: int | None
-) -> None:
-    start_session(output, **fault_injection.environment(fault))
+def _prepare(refreshes: bool, taken_port: int | None) -> None:
+    """Change the process of the launcher before it starts; see `TinyRun.start`."""
     if refreshes:
         _refresh_in_simclr()
-    from launch import local, recovery
-
     if taken_port is not None:
+        from launch import recovery
+
         ports = [taken_port]
         free_port = recovery.free_port
         recovery.free_port = lambda: ports.pop() if ports else free_port()
-    sys.exit(local.main(arguments))

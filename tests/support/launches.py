@@ -62,17 +62,25 @@ class RunningLauncher:
     Args:
         command: the command line; its Python and script are not used.
         folder: working folder, which also receives the output.
+        prepare: called in the process before the launcher starts; must be picklable.
         variables: environment variables.
     """
 
-    def __init__(self, command: list[str], folder: Path, **variables: str) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        folder: Path,
+        prepare: Callable[[], None] | None = None,
+        **variables: str,
+    ) -> None:
         self.command = command
         number = len(list(folder.glob("output-*.txt")))
         self.output_path = folder / f"output-{number}.txt"
         self.output_path.touch()
         arguments = command[len(LOCAL) :]
         self.process = CONTEXT.Process(
-            target=_run_launcher, args=(arguments, self.output_path, folder, variables)
+            target=_run_launcher,
+            args=(arguments, self.output_path, folder, prepare, variables),
         )
         self.process.start()
 
@@ -120,18 +128,24 @@ class RunningLauncher:
 
 
 def _run_launcher(
-    arguments: list[str], output: Path, folder: Path, variables: dict[str, str]
+    arguments: list[str],
+    output: Path,
+    folder: Path,
+    prepare: Callable[[], None] | None,
+    variables: dict[str, str],
 ) -> None:
-    start_session(output, **variables)
+    _start_session(output, **variables)
     # As on a terminal, also if the tests run under nohup.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
+    if prepare is not None:
+        prepare()
     from launch import local
 
     sys.exit(local.main(arguments))
 
 
-def start_session(output: Path, **variables: str) -> None:
+def _start_session(output: Path, **variables: str) -> None:
     """Give a forked process what a shell gives: a session, no blocked signals, its own output."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
