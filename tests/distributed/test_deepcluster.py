@@ -1,273 +1,304 @@
-"""DeepCluster's (v1, v2) whole-set moment and its training: W ranks equal one; the assignment is kept; labels are not needed."""
+"""DeepCluster and DeepCluster-v2: several ranks equal one; targets survive a restart."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dist_scan.config import RuntimeConfig
+from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
+from dist_scan.data.order import epoch_order
 from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.stop import StopFlag
 from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
 from dist_scan.monitoring.bottleneck import TrainingSetup
+from dist_scan.monitoring.progress import StopRequested
+from tests.support.methods import make_method, state_arrays, tiny_inputs, update
 from tests.support.ranks import run_ranks
 
-N, B, STEPS = 96, 24, 3
-KMEANS = dict(num_clusters=8, whiten_dim=6, top_lr_scale=2.0, track=True)
-CASES = {
+if TYPE_CHECKING:
+    from dist_scan.methods.base import Method
+
+NUM_IMAGES, GLOBAL_BATCH, STEPS = 96, 24, 3
+KMEANS: dict[str, Any] = {
+    "num_clusters": 8,
+    "whiten_dim": 6,
+    "top_lr_scale": 2.0,
+    "track": True,
+}
+V2: dict[str, Any] = {
+    "num_clusters": 6,
+    "num_heads": 3,
+    "projection_dim": 8,
+    "hidden_dim": 16,
+    "small_crops": 1,
+}
+PIC: dict[str, Any] = {
+    "num_clusters": 3,
+    "clustering": "pic",
+    "whiten_dim": 6,
+    "pic_sigma": 0.7,
+    "pic_neighbours": 3,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
     "kmeans": KMEANS,
-    "released": KMEANS | dict(sampler="released_order", whiten_dim=None, top_momentum=0.5),
-    "images": KMEANS | dict(sampler="images"),
-    "v2": dict(num_clusters=6, num_heads=3, projection_dim=8, hidden_dim=16, small_crops=1),
-    "pic": dict(num_clusters=3, clustering="pic", whiten_dim=6, pic_sigma=0.7, pic_neighbours=3),
+    "released": KMEANS | {"sampler": "released_order", "whiten_dim": None, "top_momentum": 0.5},
+    "images": KMEANS | {"sampler": "images"},
+    "v2": V2,
+    "pic": PIC,
 }
 
 
-def images() -> torch.Tensor:
-    """Six kinds of pictures with noise, in float64."""
-    gen = torch.Generator().manual_seed(5)
-    kinds = torch.randn(6, 3, 8, 8, generator=gen, dtype=torch.float64)
-    return kinds[torch.arange(N) % 6] + 0.5 * torch.randn(
-        N, 3, 8, 8, generator=gen, dtype=torch.float64
-    )
+def make_images() -> Tensor:
+    """Noisy images of six kinds [N, 3, 8, 8], in float64."""
+    generator = torch.Generator().manual_seed(5)
+    kinds = torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64)
+    noise = torch.randn(NUM_IMAGES, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return kinds[torch.arange(NUM_IMAGES) % 6] + 0.5 * noise
 
 
-def make(settings: dict, folder, epochs: int = 2):
-    """The method in float64 on a tiny network, and an embed over all ranks into folder."""
-    from dist_scan.data.feature_table import FeatureTable
-    from dist_scan.methods.base import MethodInputs, method_class
-    from dist_scan.models.backbone import BackboneConfig, build_backbone
-    from dist_scan.world.collectives import barrier
+def make_views(images: Tensor) -> tuple[Tensor, ...]:
+    """Two large views and a small one."""
+    return images, images.flip(3), images[:, :, 1:7, 1:7]
+
+
+def make(settings: dict[str, Any], folder: Path, epochs: int = 2) -> Method:
+    """The method in float64."""
     from dist_scan.world.world import current
 
-    torch.manual_seed(0)
-    config = BackboneConfig(name="resnet_small", width=4)
-    inputs = MethodInputs(
-        num_images=N,
-        global_batch=B,
-        seed=3,
-        feature_dim=16,
-        backbone=build_backbone(config),
-        backbone_config=config,
-        epochs=epochs,
-        work_dir=folder / f"work-{current().world_size}",
-    )
+    work_dir = folder / f"work-{current().world_size}"
+    inputs = tiny_inputs(NUM_IMAGES, GLOBAL_BATCH, seed=3, epochs=epochs, work_dir=work_dir)
+    kind = "deepcluster_v2" if "small_crops" in settings else "deepcluster"
+    return make_method(kind, settings, inputs).double()
+
+
+class EmbedImages:
+    """Embeds the images into a folder, as a stage does; counts its calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls = 0
 
     @torch.no_grad()
-    def embed(network, recipe="center"):
-        out = folder / f"embed-{current().world_size}"
+    def __call__(self, network: nn.Module, recipe: str | int = "center") -> FeatureTable:
+        from dist_scan.world.collectives import barrier
+        from dist_scan.world.world import current
+
+        self.calls += 1
+        out = self.folder / f"embed-{current().world_size}"
+        network.eval()
         barrier()
         if current().rank == 0:
-            table = FeatureTable.create(out, N, 1, network.num_features, 8)
-            for s in range(8):
-                table.write_shard(
-                    s, network.eval()(images()[slice(*table.shard_range(s))])[:, None].numpy()
-                )
-        network.eval()
+            table = FeatureTable.create(out, NUM_IMAGES, 1, network.num_features, 8)
+            for shard in range(8):
+                images = make_images()[slice(*table.shard_range(shard))]
+                table.write_shard(shard, network(images)[:, None].numpy())
         barrier()
         return FeatureTable.open(out)
 
-    cls = method_class("deepcluster_v2" if "small_crops" in settings else "deepcluster")
-    return cls(cls.Config(**settings), inputs).double(), embed
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of a training: mean losses; targets and visited rows of each epoch; final state."""
+
+    losses: list[float]
+    targets: list[np.ndarray]
+    visited: list[np.ndarray]
+    state: dict[str, np.ndarray]
+    logged: dict[str, float]
 
 
-def train(settings: dict, folder):
-    """Two epochs of a few steps through DDP: losses, assignments, rows visited, the state at the end, what is logged."""
-    from dist_scan.data.batch import Batch
+def train(settings: dict[str, Any], folder: Path) -> Trained:
+    """Two epochs of a few steps through DDP."""
     from dist_scan.engine.optimizer import (
-        OptimizerConfig,
         build_optimizer,
         reset_optimizer_state,
         set_learning_rate,
     )
-    from dist_scan.models.batch_norm import sync_running_stats
     from dist_scan.world.collectives import all_mean
     from dist_scan.world.world import current, wrap_ddp
 
-    method, embed = make(settings, folder)
-    network, world, x = wrap_ddp(method), current(), images()
-    optimizer = build_optimizer(
-        OptimizerConfig(lr=0.02, weight_decay=1e-3), method.parameter_groups()
-    )
-    losses, assigned, visited = [], [], []
+    method = make(settings, folder)
+    embed = EmbedImages(folder)
+    network = wrap_ddp(method)
+    images = make_images()
+    optimizer_config = OptimizerConfig(lr=0.02, weight_decay=1e-3)
+    optimizer = build_optimizer(optimizer_config, method.parameter_groups())
+    num_views = len(method.recipes_for(method.config))
+    losses, targets, visited = [], [], []
     for epoch in range(2):
         reset_optimizer_state(optimizer, method.begin_epoch(epoch, embed))
-        order = method.epoch_rows(epoch, np.arange(N))
-        order = np.random.default_rng(epoch).permutation(N) if order is None else order
+        order = method.epoch_rows(epoch, np.arange(NUM_IMAGES))
+        if order is None:
+            order = np.random.default_rng(epoch).permutation(NUM_IMAGES)
         method.train()
-        assigned.append(method.targets.numpy().copy())
+        targets.append(method.targets.numpy().copy())
         visited.append(order)
-        for s in range(STEPS):
-            rows = torch.from_numpy(order[s * B : (s + 1) * B]).chunk(world.world_size)[world.rank]
+        for number in range(STEPS):
+            rows = torch.from_numpy(order[number * GLOBAL_BATCH : (number + 1) * GLOBAL_BATCH])
+            rows = rows.chunk(current().world_size)[current().rank]
             set_learning_rate(optimizer, 0.02)
-            views = (x[rows], x[rows].flip(3), x[rows, :, 1:7, 1:7])[
-                : len(method.recipes_for(method.config))
-            ]
-            batch = Batch(rows, views, epoch, s)
-            step = network(batch)
-            step.loss.backward()
-            optimizer.step()
-            method.end_step(batch, step)
-            sync_running_stats(method)
-            optimizer.zero_grad()
+            batch = Batch(rows, make_views(images[rows])[:num_views], epoch, number)
+            step = update(method, network, optimizer, batch)
             losses.append(float(all_mean(step.loss.detach())))
     method.prepare_publish()
-    return (
-        losses,
-        assigned,
-        visited,
-        {k: v.numpy() for k, v in method.state_dict().items()},
-        method.end_epoch(1, None),
-    )
+    return Trained(losses, targets, visited, state_arrays(method), method.end_epoch(1, None))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one(name, tmp_path: Path) -> None:
-    losses, assigned, visited, state, logged = train(CASES[name], tmp_path)
-    assert (
-        len(np.unique(assigned[1])) > 2
-        and (losses[2] < losses[0] or name == "v2")
-        and 0 < logged["nmi_previous"] <= 1
-    )
-    for world_size in (3,) if name == "kmeans" else (2,):
-        for other in run_ranks(train, world_size, CASES[name], tmp_path):
-            np.testing.assert_allclose(other[0], losses, rtol=1e-6)
-            for mine, theirs in zip((*assigned, *visited), (*other[1], *other[2])):
-                np.testing.assert_array_equal(theirs, mine)
-            for key, value in state.items():
-                np.testing.assert_allclose(other[3][key], value, rtol=1e-6, atol=1e-8, err_msg=key)
-            assert other[4] == pytest.approx(logged)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_several_ranks_equal_one(name: str, tmp_path: Path) -> None:
+    single = train(SETTINGS[name], tmp_path)
+    assert len(np.unique(single.targets[1])) > 2
+    assert single.losses[2] < single.losses[0] or name == "v2"
+    assert 0 < single.logged["nmi_previous"] <= 1
+    world_size = 3 if name == "kmeans" else 2
+    for rank in run_ranks(train, world_size, SETTINGS[name], tmp_path):
+        np.testing.assert_allclose(rank.losses, single.losses, rtol=1e-6)
+        for actual, expected in zip(rank.targets, single.targets):
+            np.testing.assert_array_equal(actual, expected)
+        for actual, expected in zip(rank.visited, single.visited):
+            np.testing.assert_array_equal(actual, expected)
+        for key, value in single.state.items():
+            np.testing.assert_allclose(rank.state[key], value, rtol=1e-6, atol=1e-8, err_msg=key)
+        assert rank.logged == pytest.approx(single.logged)
 
 
-def test_pic_beyond_the_top_layer_leaves_the_smallest_clusters_out(tmp_path: Path) -> None:
-    method, embed = make(CASES["pic"], tmp_path)
-    method.begin_epoch(0, embed)
-    order = method.epoch_rows(0, np.arange(N))
-    logged, targets = method.end_epoch(0, None), method.targets.numpy()
-    assert logged["clusters"] == 3 and logged["images_left_out"] == (targets == -1).sum() > 0
-    assert len(order) == N and (targets[order] >= 0).all()
+def test_pic_leaves_out_the_smallest_clusters_beyond_the_top_layer(tmp_path: Path) -> None:
+    method = make(PIC, tmp_path)
+    method.begin_epoch(0, EmbedImages(tmp_path))
+    order = method.epoch_rows(0, np.arange(NUM_IMAGES))
+    targets, logged = method.targets.numpy(), method.end_epoch(0, None)
+    assert logged["clusters"] == 3
+    assert logged["images_left_out"] == (targets == -1).sum() > 0
+    assert len(order) == NUM_IMAGES
+    assert (targets[order] >= 0).all()
 
 
-def test_every_epoch_has_a_new_top_layer_without_memory_and_clusters_no_gaps(
-    tmp_path: Path,
-) -> None:
-    method, embed = make(KMEANS | dict(num_clusters=40, reassign=2), tmp_path, epochs=3)
-    fresh = method.begin_epoch(0, embed)
-    assert (
-        [p.shape for p in fresh] == [(40, 16), (40,)]
-        and not fresh[1].any()
-        and 0.005 < float(fresh[0].detach().std()) < 0.015
-    )
-    first = fresh[0].detach().clone()
-    method.epoch_rows(0, np.arange(N))
-    targets = method.targets.numpy()
-    assert set(targets) == set(range(int(method.used))) and int(method.facts[1]) == 40 - int(
-        method.used
-    )
-    assert method.begin_epoch(1, embed) == () and torch.equal(method.top.weight, first)
+def test_every_clustering_has_a_new_top_layer_and_ids_without_gaps(tmp_path: Path) -> None:
+    method = make(KMEANS | {"num_clusters": 40, "reassign": 2}, tmp_path, epochs=3)
+    embed = EmbedImages(tmp_path)
+    weight, bias = method.begin_epoch(0, embed)
+    assert weight.shape == (40, 16)
+    assert bias.shape == (40,)
+    assert not bias.any()
+    assert 0.005 < float(weight.detach().std()) < 0.015
+    first_weight = weight.detach().clone()
+    method.epoch_rows(0, np.arange(NUM_IMAGES))
+    num_used = int(method.used)
+    assert set(method.targets.numpy()) == set(range(num_used))
+    assert method.end_epoch(0, None)["empty_clusters"] == 40 - num_used
+    assert method.begin_epoch(1, embed) == ()
+    assert torch.equal(method.top.weight, first_weight)
     method.begin_epoch(2, embed)
-    assert not torch.equal(method.top.weight, first)
-    assert [g.sgd_momentum for g in method.parameter_groups()] == [None, 0.0]
+    assert not torch.equal(method.top.weight, first_weight)
+    assert [group.sgd_momentum for group in method.parameter_groups()] == [None, 0.0]
 
 
-def test_what_is_published(tmp_path: Path) -> None:
+def publish(method: Method, folder: Path) -> None:
+    folder.mkdir()
+    method.float().prepare_publish()
+    method.publish(folder)
+
+
+def test_backbone_last_clusters_and_history_are_published(tmp_path: Path) -> None:
     from dist_scan.data.assignments import Assignments
     from dist_scan.models.backbone import load_backbone
 
-    method, embed = make(KMEANS, tmp_path)
+    method = make(KMEANS, tmp_path)
     for epoch in range(2):
-        method.begin_epoch(epoch, embed)
-    method.float().prepare_publish()
-    (tmp_path / "out").mkdir()
-    method.publish(tmp_path / "out")
-    found, history = Assignments.load(tmp_path / "out"), np.load(tmp_path / "out" / "history.npz")
-    np.testing.assert_array_equal(found.cluster, method.assignment.whole().numpy())
-    assert (
-        history["cluster"].shape == (2, N)
-        and (history["cluster"][1] == found.cluster).all()
-        and history["epoch"].tolist() == [0, 1]
-    )
+        method.begin_epoch(epoch, EmbedImages(tmp_path))
+    publish(method, tmp_path / "out")
+    clusters = Assignments.load(tmp_path / "out").cluster
+    np.testing.assert_array_equal(clusters, method.assignment.whole().numpy())
+    with np.load(tmp_path / "out" / "history.npz") as history:
+        assert history["cluster"].shape == (2, NUM_IMAGES)
+        assert (history["cluster"][1] == clusters).all()
+        assert history["epoch"].tolist() == [0, 1]
     assert load_backbone(tmp_path / "out")[0].num_features == 16
 
 
-def test_v2_tracks_the_first_head_and_publishes_clusters(tmp_path: Path) -> None:
+def test_v2_publishes_the_history_of_its_first_head(tmp_path: Path) -> None:
     from dist_scan.data.assignments import Assignments
 
-    method, embed = make(CASES["v2"] | dict(track=True), tmp_path)
-    assert "clusters" in method.publishes and "history" in method.memory_banks()
-    seen = []
+    method = make(V2 | {"track": True}, tmp_path)
+    assert "clusters" in method.publishes
+    assert "history" in method.memory_banks()
+    expected = []
     for epoch in range(2):
-        method.begin_epoch(epoch, embed)
-        seen.append(method.assignment.whole().numpy()[:, 0])
-    method.float().prepare_publish()
-    (tmp_path / "out").mkdir()
-    method.publish(tmp_path / "out")
+        method.begin_epoch(epoch, EmbedImages(tmp_path))
+        expected.append(method.assignment.whole().numpy()[:, 0])
+    publish(method, tmp_path / "out")
     with np.load(tmp_path / "out" / "history.npz") as history:
-        np.testing.assert_array_equal(history["cluster"], seen)
+        np.testing.assert_array_equal(history["cluster"], expected)
         assert history["epoch"].tolist() == [0, 1]
-    np.testing.assert_array_equal(Assignments.load(tmp_path / "out").cluster, seen[-1])
+    np.testing.assert_array_equal(Assignments.load(tmp_path / "out").cluster, expected[-1])
 
 
-def test_v2_heads_look_at_their_view_and_small_views_share_the_targets(tmp_path: Path) -> None:
-    from dist_scan.data.batch import Batch
-
-    method, embed = make(CASES["v2"], tmp_path)
+def test_v2_targets_are_the_nearest_centroids_of_the_view_of_a_head(tmp_path: Path) -> None:
+    method = make(V2, tmp_path)
     assert method.recipes_for(method.config) == ("dcv2",) * 3
-    method.begin_epoch(0, embed)
-    rows = torch.arange(B)
-    method.epoch_rows(0, np.arange(N))
-    method.projections.write(
-        torch.arange(N), torch.nn.functional.normalize(torch.randn(N, 2, 8), dim=2)
-    )
-    method.begin_epoch(1, embed)
-    method.epoch_rows(1, np.arange(N))
-    for head in range(3):  # nearest prototype by cosine of the view it looks at
-        nearest = (
-            method.projections.whole()[:, head % 2] @ method.prototypes[head].float().T
-        ).argmax(1)
+    method.begin_epoch(0, EmbedImages(tmp_path))
+    all_rows = torch.arange(NUM_IMAGES)
+    method.projections.write(all_rows, F.normalize(torch.randn(NUM_IMAGES, 2, 8), dim=2))
+    (reset,) = method.begin_epoch(1, EmbedImages(tmp_path))
+    assert reset is method.prototypes
+    method.epoch_rows(1, np.arange(NUM_IMAGES))
+    for head in range(3):
+        projections = method.projections.whole()[:, head % 2]
+        nearest = (projections @ method.prototypes[head].float().T).argmax(1)
         assert (nearest == method.targets[:, head]).double().mean() > 0.9
+
+
+def test_v2_views_share_the_targets_and_large_ones_are_remembered(tmp_path: Path) -> None:
+    method = make(V2, tmp_path)
+    method.begin_epoch(0, EmbedImages(tmp_path))
+    method.epoch_rows(0, np.arange(NUM_IMAGES))
     method.eval()
-    x = images()[rows]
-    both = method(Batch(rows, (x, x.flip(3), x[:, :, 1:7, 1:7]), 1, 0))
-    one = [float(method(Batch(rows, (v, v), 1, 0)).loss) for v in (x, x.flip(3), x[:, :, 1:7, 1:7])]
-    assert float(both.loss) == pytest.approx(np.mean(one)) and both.for_end_step[
-        "projections"
-    ].shape == (
-        B,
-        2,
-        8,
-    )
-    method.end_step(Batch(rows, (x,), 1, 0), both)
-    torch.testing.assert_close(
-        method.projections.read(rows), both.for_end_step["projections"].float()
-    )
-    assert [p is method.prototypes for p in method.begin_epoch(2, embed)] == [True]
+    rows = torch.arange(GLOBAL_BATCH)
+    views = make_views(make_images()[rows])
+    step = method(Batch(rows, views, 1, 0))
+    losses = [float(method(Batch(rows, (v, v), 1, 0)).loss.detach()) for v in views]
+    assert float(step.loss.detach()) == pytest.approx(np.mean(losses))
+    projections = step.for_end_step["projections"]
+    assert projections.shape == (GLOBAL_BATCH, 2, 8)
+    method.end_step(Batch(rows, views, 1, 0), step)
+    torch.testing.assert_close(method.projections.read(rows), projections.float())
 
 
-class Pictures:
-    """A feed of the pictures above."""
+# --- restarts ---
 
-    steps_per_epoch, rows = N // B, np.arange(N)
 
-    def batches(self, epoch, first_step=0, views=None, order=None):
-        from dist_scan.data.batch import Batch
-        from dist_scan.data.order import epoch_order
+class ImageFeed:
+    """A feed of the images above."""
 
-        x, order = images(), epoch_order(self.rows, 0, epoch) if order is None else order
-        for s in range(first_step, self.steps_per_epoch):
-            rows = torch.from_numpy(order[s * B : (s + 1) * B])
-            yield Batch(
-                rows,
-                (x[rows], x[rows].flip(3), x[rows, :, 1:7, 1:7]),
-                epoch,
-                epoch * self.steps_per_epoch + s,
-            )
+    steps_per_epoch = NUM_IMAGES // GLOBAL_BATCH
+    rows = np.arange(NUM_IMAGES)
+
+    def batches(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        views: tuple[int, ...] | None = None,
+        order: np.ndarray | None = None,
+    ) -> Iterator[Batch]:
+        images = make_images()
+        if order is None:
+            order = epoch_order(self.rows, 0, epoch)
+        for number in range(first_step, self.steps_per_epoch):
+            rows = torch.from_numpy(order[number * GLOBAL_BATCH : (number + 1) * GLOBAL_BATCH])
+            step = epoch * self.steps_per_epoch + number
+            yield Batch(rows, make_views(images[rows]), epoch, step)
 
 
 class StopAt(StopFlag):
@@ -283,105 +314,104 @@ class StopAt(StopFlag):
         return self.steps_left == 0
 
 
-def trainer(
-    name: str, folder: Path, stop: StopFlag, embeds: list[int], checkpoint_s: float = 1e9
+def make_trainer(
+    name: str,
+    embed: EmbedImages,
+    stop_at: int = 0,
+    checkpoint_s: float = 1e9,
 ) -> Trainer:
-    """A training of three epochs; `embeds` gets an entry for each call of embed."""
-    method, embed = make(CASES[name], folder, epochs=3)
-
-    def counted(network: nn.Module, recipe: str | int = "center") -> FeatureTable:
-        embeds.append(len(embeds))
-        return embed(network, recipe)
-
+    """A training of three epochs in the folder of `embed`."""
     return Trainer(
         TrainJob(
-            method=method,
-            feed=Pictures(),
+            method=make(SETTINGS[name], embed.folder, epochs=3),
+            feed=ImageFeed(),
             settings=TrainSettings(optimizer=OptimizerConfig(lr=0.02), epochs=3, precision="fp64"),
-            run_dir=folder,
-            out=folder,
-            setup=TrainingSetup(B),
+            run_dir=embed.folder,
+            out=embed.folder,
+            setup=TrainingSetup(GLOBAL_BATCH),
             runtime=RuntimeConfig(checkpoint_s=checkpoint_s),
-            stop=stop,
-            embed=counted,
+            stop=StopAt(stop_at),
+            embed=embed,
         )
     )
+
+
+def assert_equal_methods(actual: Method, expected: Method) -> None:
+    for key, value in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[key], value), key
+    assert torch.equal(actual.assignment.whole(), expected.assignment.whole())
+
+
+def count_kmeans(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Count the calls of k-means in a method's module."""
+    counted = Mock(wraps=module.kmeans)
+    monkeypatch.setattr(module, "kmeans", counted)
+    return counted
 
 
 @pytest.mark.parametrize("name", ["kmeans", "v2"])
+@pytest.mark.parametrize("stop_at", [4, 6])
 def test_a_run_resumed_inside_an_epoch_does_not_cluster_again(
-    name, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Step 4 is the last of the first epoch, step 6 is in the second."""
     from dist_scan.methods import deepcluster, deepcluster_v2
-    from dist_scan.monitoring.progress import StopRequested
 
-    calls = []
-    for module in (deepcluster, deepcluster_v2):
-        monkeypatch.setattr(
-            module,
-            "kmeans",
-            lambda *a, real=module.kmeans, **k: (calls.append(1), real(*a, **k))[1],
-        )
-    whole = trainer(name, tmp_path / "whole", StopAt(), [])
-    whole.run()
-    wanted, per_epoch = len(calls), len(calls) // 3
-    for step in (6, 4):  # in the second epoch; at the very end of the first
-        folder, embeds = tmp_path / str(step), []
-        calls.clear()
-        with pytest.raises(StopRequested):
-            trainer(name, folder, StopAt(step), embeds).run()
-        before = len(calls)
-        resumed = trainer(name, folder, StopAt(), embeds)
-        resumed.run()
-        assert before == per_epoch * (2 if step == 6 else 1) and len(calls) == wanted
-        assert len(embeds) == (3 if name == "kmeans" else 1)
-        for key, value in whole.method.state_dict().items():
-            assert torch.equal(resumed.method.state_dict()[key], value), key
-        assert torch.equal(resumed.method.assignment.whole(), whole.method.assignment.whole())
+    kmeans = count_kmeans(deepcluster if name == "kmeans" else deepcluster_v2, monkeypatch)
+    undisturbed = make_trainer(name, EmbedImages(tmp_path / "undisturbed"))
+    undisturbed.run()
+    calls_per_epoch = kmeans.call_count // 3
+    kmeans.reset_mock()
+    embed = EmbedImages(tmp_path / "stopped")
+    with pytest.raises(StopRequested):
+        make_trainer(name, embed, stop_at).run()
+    assert kmeans.call_count == calls_per_epoch * (2 if stop_at == 6 else 1)
+    resumed = make_trainer(name, embed)
+    resumed.run()
+    assert kmeans.call_count == calls_per_epoch * 3
+    assert embed.calls == (3 if name == "kmeans" else 1)
+    assert_equal_methods(resumed.method, undisturbed.method)
 
 
-def test_a_crash_right_after_the_moment_finds_its_checkpoint(
+def test_a_crash_right_after_clustering_resumes_from_the_checkpoint_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the same step there is a checkpoint from the end of the epoch before: the newer one is used."""
-    from dist_scan.monitoring.progress import StopRequested
-
-    embeds = []
+    """Of the same step there is also a checkpoint from the end of the epoch before."""
+    embed = EmbedImages(tmp_path)
     # A checkpoint at every step, also at the last one of the epoch.
     with pytest.raises(StopRequested):
-        trainer("kmeans", tmp_path, StopAt(4), embeds, checkpoint_s=1e-9).run()
-    assert len(embeds) == 1
-    crashing = trainer("kmeans", tmp_path, StopAt(), embeds)
+        make_trainer("kmeans", embed, stop_at=4, checkpoint_s=1e-9).run()
+    assert embed.calls == 1
+    crashing = make_trainer("kmeans", embed)
     monkeypatch.setattr(crashing, "_step", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         crashing.run()
-    assert len(embeds) == 2
+    assert embed.calls == 2
     assert (tmp_path / "work" / "checkpoints" / "step-000000004-begun").is_dir()
-    state = trainer("kmeans", tmp_path, StopAt(), embeds).run()
-    assert len(embeds) == 3
+    state = make_trainer("kmeans", embed).run()
+    assert embed.calls == 3
     assert state.epoch == 3
 
 
-def test_asked_to_stop_while_it_clusters_keeps_what_was_trained(
+def test_a_stop_request_while_clustering_keeps_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dist_scan.methods import deepcluster
-    from dist_scan.monitoring.progress import StopRequested
 
-    embeds, real = [], deepcluster.kmeans
-    monkeypatch.setattr(
-        deepcluster,
-        "kmeans",
-        lambda *a, **k: real(*a, **{**k, "stop_requested": lambda: len(embeds) == 2}),
-    )
+    embed = EmbedImages(tmp_path / "stopped")
+    kmeans = deepcluster.kmeans
+
+    def stop_in_second_epoch(*args: Any, **options: Any) -> Any:
+        return kmeans(*args, **{**options, "stop_requested": lambda: embed.calls == 2})
+
+    monkeypatch.setattr(deepcluster, "kmeans", stop_in_second_epoch)
     with pytest.raises(StopRequested):
-        trainer("kmeans", tmp_path, StopAt(), embeds).run()
-    monkeypatch.setattr(deepcluster, "kmeans", real)
-    resumed = trainer("kmeans", tmp_path, StopAt(), embeds)
+        make_trainer("kmeans", embed).run()
+    monkeypatch.setattr(deepcluster, "kmeans", kmeans)
+    resumed = make_trainer("kmeans", embed)
     assert resumed.state.step == 4
     resumed.run()
-    whole = trainer("kmeans", tmp_path / "whole", StopAt(), [])
-    whole.run()
-    assert len(embeds) == 4
-    for key, value in whole.method.state_dict().items():
-        assert torch.equal(resumed.method.state_dict()[key], value), key
+    assert embed.calls == 4
+    undisturbed = make_trainer("kmeans", EmbedImages(tmp_path / "undisturbed"))
+    undisturbed.run()
+    assert_equal_methods(resumed.method, undisturbed.method)
