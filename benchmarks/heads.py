@@ -103,7 +103,7 @@ def make_steps(batch: int, clusters: int, dim: int, device: torch.device) -> Ste
 
     def bare_products() -> None:
         for h in range(HEADS):
-            rows = model.heads.rows(h)
+            rows = model.heads.slices[h]
             torch.mm(features, weight[rows].detach().T, out=logits)
             torch.mm(logits.T, features, out=gradient[rows])
 

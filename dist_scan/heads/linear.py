@@ -11,7 +11,8 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from dist_scan.heads.partition import HeadPartition, partition_clusters
-from dist_scan.world.collectives import broadcast
+from dist_scan.heads.products import head_slices
+from dist_scan.world.collectives import all_sum
 from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
 
@@ -60,6 +61,10 @@ class ClusterHeads(nn.Module):
         self.cluster_ranges = partition_clusters(self.sizes, partition, current().world_size)
         local_ranges = self.cluster_ranges[current().rank]
         self.local_sizes = tuple(at.stop - at.start for at in local_ranges)
+        self.slices = head_slices(self.sizes)
+        """Rows of each head among all S."""
+        self.local_slices = head_slices(self.local_sizes)
+        """Rows of this rank's clusters of each head in weight and bias."""
         weights = []
         biases = []
         for c, local in zip(self.sizes, local_ranges):
@@ -75,40 +80,28 @@ class ClusterHeads(nn.Module):
         """Which of the S rows each rank holds; None if every rank holds all."""
         if self.partition == "batch":
             return None
-        starts = [self.rows(h).start for h in range(len(self.sizes))]
         return RowSharding(
             tuple(
-                tuple(slice(start + at.start, start + at.stop) for start, at in zip(starts, ranges))
+                tuple(
+                    slice(head.start + at.start, head.start + at.stop)
+                    for head, at in zip(self.slices, ranges)
+                )
                 for ranges in self.cluster_ranges
             )
         )
 
-    def rows(self, head: int) -> slice:
-        """Rows of a head among all S."""
-        start = sum(self.sizes[:head])
-        return slice(start, start + self.sizes[head])
-
-    def local_rows(self, head: int) -> slice:
-        """Rows of this rank's clusters of a head in weight and bias."""
-        start = sum(self.local_sizes[:head])
-        return slice(start, start + self.local_sizes[head])
-
     def gather_head(self, head: int) -> tuple[Tensor, Tensor]:
         """(weight [C, D], bias [C]) of one head. If partitioned: collective, without gradient."""
-        local = self.local_rows(head)
+        local = self.local_slices[head]
         if self.partition == "batch":
             return self.weight[local], self.bias[local]
-        weight = self.weight.new_empty(self.sizes[head], self.weight.shape[1])
-        bias = self.bias.new_empty(self.sizes[head])
-        for rank, ranges in enumerate(self.cluster_ranges):
-            at = ranges[head]
-            if rank == current().rank:
-                weight[at] = self.weight[local].detach()
-                bias[at] = self.bias[local].detach()
-            if at.stop > at.start:
-                broadcast(weight[at], rank)
-                broadcast(bias[at], rank)
-        return weight, bias
+        # Every cluster is on one rank: the sum over ranks puts the head together.
+        weight = self.weight.new_zeros(self.sizes[head], self.weight.shape[1])
+        bias = self.bias.new_zeros(self.sizes[head])
+        at = self.cluster_ranges[current().rank][head]
+        weight[at] = self.weight[local].detach()
+        bias[at] = self.bias[local].detach()
+        return all_sum(weight), all_sum(bias)
 
     def head_logits(self, head: int, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, C] of one head.

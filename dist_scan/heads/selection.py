@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_scan.heads.consensus import consensus, stability
 from dist_scan.heads.linear import ClusterHeads
+from dist_scan.heads.products import head_slices
 from dist_scan.losses import MIN_PROBABILITY
 from dist_scan.search.matching import match_clusters
 from dist_scan.storage.atomic import write_json
@@ -190,8 +191,8 @@ class HeadSelection(nn.Module):
             self.losses[h] = losses_H[h]
             self.stability[h] = value
             mapping = match_clusters(assignments[best], assignments[h], num_clusters)
-            self.alignment[heads.rows(h)] = torch.from_numpy(mapping).to(self.alignment.device)
-            local = heads.local_rows(h)
+            self.alignment[heads.slices[h]] = torch.from_numpy(mapping).to(self.alignment.device)
+            local = heads.local_slices[h]
             self.kept_weight[local] = heads.weight[local]
             self.kept_bias[local] = heads.bias[local]
         return True
@@ -209,11 +210,10 @@ class HeadSelection(nn.Module):
 
     def selected_head(self, group: int = 0) -> nn.Linear:
         """The selected head of a group."""
-        num_clusters = self.numbers[group]
-        start = sum(self.sizes[: int(self.best_head[group])])
-        rows = slice(start, start + num_clusters)
+        rows = head_slices(self.sizes)[int(self.best_head[group])]
         weight, bias = self.kept_weight[rows], self.kept_bias[rows]
-        head = nn.Linear(weight.shape[1], num_clusters, dtype=weight.dtype, device=weight.device)
+        num_clusters, dim = weight.shape
+        head = nn.Linear(dim, num_clusters, dtype=weight.dtype, device=weight.device)
         head.load_state_dict({"weight": weight, "bias": bias})
         return head
 

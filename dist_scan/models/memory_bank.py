@@ -83,11 +83,8 @@ class MemoryBank:
             shard: torch.full(
                 (self.sizes[shard], *self.shape), fill, dtype=dtype, device=self.device
             )
-            for shard in self._shards_of_rank(current().rank)
+            for shard in range(current().rank, self.num_shards, current().world_size)
         }
-
-    def _shards_of_rank(self, rank: int) -> range:
-        return range(rank, self.num_shards, current().world_size)
 
     def _shard_of(self, index: Tensor) -> Tensor:
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
@@ -142,13 +139,10 @@ class MemoryBank:
 
         For narrow rows such as ids, not for features.
         """
-        empty = torch.zeros((0, *self.shape), dtype=self.dtype)
-        rows = gather_rows(torch.cat([empty, *(stored.cpu() for stored in self.shards.values())]))
-        rank_order = [
-            shard for rank in range(current().world_size) for shard in self._shards_of_rank(rank)
-        ]
-        parts = dict(zip(rank_order, rows.split([self.sizes[shard] for shard in rank_order])))
-        return torch.cat([parts[shard] for shard in range(self.num_shards)])
+        rows = torch.zeros((self.num_rows, *self.shape), dtype=self.dtype)
+        for shard, stored in self.shards.items():
+            rows.split(self.sizes)[shard].copy_(stored)
+        return all_sum(rows)
 
     def state(self) -> dict[str, Any]:
         """This rank's shards, for a checkpoint."""

@@ -47,7 +47,7 @@ def test_consensus_is_the_mean_in_the_clusters_of_the_reference() -> None:
 
 def make_confident(heads: ClusterHeads, head: int) -> None:
     with torch.no_grad():
-        heads.weight[heads.rows(head)] *= 30
+        heads.weight[heads.slices[head]] *= 30
 
 
 def test_each_number_of_clusters_selects_its_own_epoch(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_each_number_of_clusters_selects_its_own_epoch(tmp_path: Path) -> None:
     # In the next epoch only the second group improves.
     first = heads.weight.detach().clone()
     with torch.no_grad():
-        heads.weight[heads.rows(0)] = 0
-        heads.weight[heads.rows(1)] = 0
+        heads.weight[heads.slices[0]] = 0
+        heads.weight[heads.slices[1]] = 0
     make_confident(heads, 2)
     assert not selection.update(1, heads, x, neighbours)[1]
     assert selection.best_epoch.tolist() == [0, 1]

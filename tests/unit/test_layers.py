@@ -17,11 +17,11 @@ def test_heads_equal_separate_linear_layers_and_differ() -> None:
     logits = heads(x)
     assert [x.shape for x in logits] == [(5, 4)] * 3 + [(5, 7)] * 3
     for h in range(6):
-        rows = heads.rows(h)
+        rows = heads.slices[h]
         expected = nn.functional.linear(x, heads.weight[rows], heads.bias[rows])
         torch.testing.assert_close(logits[h], expected)
         torch.testing.assert_close(heads.head_logits(h, x), expected)
-    assert not torch.equal(heads.weight[heads.rows(0)], heads.weight[heads.rows(1)])
+    assert not torch.equal(heads.weight[heads.slices[0]], heads.weight[heads.slices[1]])
     default_bound = 1 / 6**0.5  # of a Linear layer of width 6
     assert heads.weight.abs().max() <= default_bound
 
