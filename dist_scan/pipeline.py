@@ -32,16 +32,16 @@ class Pipeline:
         run: settings of the run.
         world: this rank.
         stop: stop request; checked between stages and by the stages themselves.
-        say: prints and logs a line on rank 0.
+        log: prints and logs a line on rank 0.
     """
 
     def __init__(
-        self, run: RunConfig, world: World, stop: StopFlag, say: Callable[[str], None]
+        self, run: RunConfig, world: World, stop: StopFlag, log: Callable[[str], None]
     ) -> None:
         self.run_config = run
         self.world = world
         self.stop = stop
-        self.say = say
+        self.log = log
         self.store = ArtifactStore(run.run_dir / "stages")
         cache_dir = run.runtime.cache_dir
         self.beton_store = ArtifactStore(Path(cache_dir)) if cache_dir else self.store
@@ -57,7 +57,7 @@ class Pipeline:
         run = self.run_config
         fingerprints = on_rank_0(lambda: preflight.fingerprints(run, preflight.check_data(run)))
         for text in preflight.warnings(run):
-            self.say(f"warning: {text}")
+            self.log(f"warning: {text}")
         for name, config in preflight.all_stages(run).items():
             self.stop.raise_if_requested()
             artifact = self._finished_stage(name, config, fingerprints[name])
@@ -75,10 +75,10 @@ class Pipeline:
             lambda: (store.find(name, fingerprint), store.is_started(name, fingerprint))
         )
         if artifact is not None:
-            self.say(f"{name}: already done ({fingerprint}), skipped")
+            self.log(f"{name}: already done ({fingerprint}), skipped")
             self.unverified.add(name)
             return artifact
-        self.say(f"{name}: {'resumes' if is_started else 'starts'} ({fingerprint})")
+        self.log(f"{name}: {'resumes' if is_started else 'starts'} ({fingerprint})")
         out = store.folder(name, fingerprint)
         if self.world.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class Pipeline:
             inputs=inputs,
             world=self.world,
             stop=self.stop,
-            log=self.say,
+            log=self.log,
             folders={other: artifact.path for other, artifact in self.finished.items()},
         )
         release_buffers()
@@ -125,7 +125,7 @@ class Pipeline:
             artifact = self.finished[target]
             size = sum(entry["size"] for entry in artifact.manifest["files"].values())
             if size > LOG_VERIFICATION_FROM:
-                self.say(f"{target}: verifying checksums ({size / 2**30:.0f} GiB)")
+                self.log(f"{target}: verifying checksums ({size / 2**30:.0f} GiB)")
             self.store.verify(artifact)
             self.unverified.discard(target)
 

@@ -85,33 +85,33 @@ def _run(folder: Path, stop: StopFlag, markers: RunMarkers) -> None:
     if world.rank == 0:
         Progress.log_file = JsonLinesFile(markers.logs / "run.log")
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if world.rank == 0:
             print_line(text, sys.stdout)
             Progress.write_log(text)
 
     try:
-        Pipeline(run, world, stop, say).run()
+        Pipeline(run, world, stop, log).run()
     except StopRequested:
         number = _stop_signal(stop)
-        say(f"stopped by signal {number}; everything is saved, the same command resumes the run")
+        log(f"stopped by signal {number}; everything is saved, the same command resumes the run")
         name, text = "STOPPED", json.dumps({"signal": number}) + "\n"
     else:
         name, text = "DONE", time.strftime("%Y-%m-%dT%H:%M:%S\n")
     if world.rank == 0:
         markers.write_marker(name, text)
     if name == "DONE":
-        _say_results(folder, say)
+        _log_results(folder, log)
     # Without this the threads of the collectives abort the process at exit, a fault for srun.
     close_world()
 
 
-def _say_results(folder: Path, say: Callable[[str], None]) -> None:
+def _log_results(folder: Path, log: Callable[[str], None]) -> None:
     """The summary of the run and where its report is."""
     if (folder / "summary.txt").is_file():
-        say("\n" + (folder / "summary.txt").read_text())
+        log("\n" + (folder / "summary.txt").read_text())
     if (folder / "report.html").is_file():
-        say(f"report: {folder / 'report.html'}")
+        log(f"report: {folder / 'report.html'}")
 
 
 def _open_world(run: RunConfig, markers: RunMarkers) -> World:
