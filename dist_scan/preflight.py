@@ -43,7 +43,7 @@ def check_data(run: RunConfig) -> dict[str, str]:
         split = stage.images_split(run.stages)
         if split in num_images:
             try:
-                stage.check_size(name, num_images[split], run.stages)
+                stage.check_size(name, num_images[split])
             except ValueError as error:
                 errors.append(str(error))
     if errors:

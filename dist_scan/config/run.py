@@ -12,7 +12,7 @@ from dist_scan.config.base import StrictModel
 from dist_scan.config.data import DataConfig
 from dist_scan.config.runtime import RuntimeConfig
 from dist_scan.config.slurm import SlurmConfig
-from dist_scan.config.stage import BETON, StageConfig, beton_stage
+from dist_scan.config.stage import BETON, StageConfig, Stages, beton_stage
 
 STAGE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # becomes the name of a folder
 
@@ -57,9 +57,7 @@ class RunConfig(StrictModel):
         return self
 
 
-def _unknown_reference(
-    name: str, role: str, target: str, earlier: dict[str, StageConfig | None]
-) -> str:
+def _unknown_reference(name: str, role: str, target: str, earlier: Stages) -> str:
     """The message for a reference to a stage that does not come before this one."""
     if target.startswith(BETON):
         split = target.removeprefix(BETON)

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dist_scan.config.base import StrictModel
-
-SINGLE_LINE = (
-    "setup",
-    "partition",
-    "account",
-    "qos",
-    "mem",
-    "constraint",
-    "exclude",
-    "reservation",
-    "dependency",
-    "mail_user",
-    "mail_type",
-    "python",
-    "container",
-    "container_mounts",
-)
 
 _TASKS = "the processes are nodes x gpus_per_node, or nodes x processes_per_node"
 _RESTART = "stopping and restarting a run depends on it"
@@ -53,6 +36,16 @@ OWN_OPTIONS = {
 """Long options that the launcher sets itself, with the reason."""
 
 
+def _check_line(text: str) -> str:
+    if not text.strip() or "\n" in text or "\r" in text:
+        raise ValueError(f"{text!r} must be one line that is not empty")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_check_line)]
+"""Text that becomes a line, or a part of one, of the batch script."""
+
+
 class SlurmConfig(StrictModel):
     """Options of launch/slurm.py; flags have the same names (--gpus-per-node 8).
 
@@ -67,11 +60,11 @@ class SlurmConfig(StrictModel):
     """Without GPUs: processes on each node (default 1)."""
     cpus_per_task: int | None = Field(default=None, ge=1)
     """Cores per process, for loader threads and arithmetic."""
-    mem: str | None = None
+    mem: Line | None = None
     """Memory per node, as sbatch reads it (240G)."""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
     time: str | None = Field(
         default=None,
         pattern=r"^([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})$",
@@ -80,26 +73,26 @@ class SlurmConfig(StrictModel):
 
     Before the limit the run saves its state; the job is requeued and continues.
     """
-    constraint: str | None = None
-    exclude: str | None = None
-    reservation: str | None = None
-    dependency: str | None = None
+    constraint: Line | None = None
+    exclude: Line | None = None
+    reservation: Line | None = None
+    dependency: Line | None = None
     """As sbatch reads it: afterok:1234."""
-    mail_user: str | None = None
-    mail_type: str | None = None
+    mail_user: Line | None = None
+    mail_type: Line | None = None
     """As sbatch reads it: END,FAIL,REQUEUE."""
     notice_s: int = Field(default=120, ge=1)
     """Seconds before the time limit or a preemption at which the run is told to save and exit."""
-    setup: tuple[str, ...] = ()
+    setup: tuple[Line, ...] = ()
     """Shell lines before the run, on the first node: module load ..., source ..."""
-    python: str | None = None
+    python: Line | None = None
     """Python interpreter on the nodes (default: the one that submits).
 
     Inside a container its own, often just python.
     """
-    container: str | None = None
+    container: Line | None = None
     """An image for srun --container-image (pyxis)."""
-    container_mounts: str | None = None
+    container_mounts: Line | None = None
     """As pyxis reads it: /data:/data,/runs:/runs."""
     sbatch: dict[str, str | int | bool] = {}
     """Any other sbatch option by its long name: {exclusive: true, licenses: "foo:1"}."""
@@ -115,16 +108,6 @@ class SlurmConfig(StrictModel):
     def world_size(self) -> int:
         """Processes on all nodes."""
         return self.nodes * self.tasks_per_node
-
-    @field_validator(*SINGLE_LINE)
-    @classmethod
-    def _check_line(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        """These values become lines of a script."""
-        lines = (value,) if isinstance(value, str) else value or ()
-        for line in lines:
-            if not line.strip() or "\n" in line or "\r" in line:
-                raise ValueError(f"{line!r} must be one line that is not empty")
-        return value
 
     @field_validator("sbatch", "srun")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from dist_scan.config.data import DataConfig, Split
 from dist_scan.config.kinds import KindConfig
@@ -25,6 +25,10 @@ REQUIRED_ARTIFACT = {
     "evaluate": "evaluation",
 }
 """Artifact type that each input role requires (`subjects.NAME` has the role `subjects`)."""
+
+
+Stages: TypeAlias = "Mapping[str, StageConfig | None]"
+"""Stages by name, in order; None for those that the pipeline adds for `data:`."""
 
 
 def beton_stage(split: Split) -> str:
@@ -56,11 +60,8 @@ class StageConfig(KindConfig):
         """
         return ()
 
-    def check_inputs(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
-        """Raise ValueError if an input refers to a stage that publishes something else.
-
-        earlier: stages before this one by name; None for those that the pipeline adds for `data:`.
-        """
+    def check_inputs(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError if an input refers to a stage that publishes something else."""
         for role, target in self.inputs().items():
             required = REQUIRED_ARTIFACT.get(role.split(".")[0])
             stage = earlier[target]
@@ -79,10 +80,10 @@ class StageConfig(KindConfig):
                 f"allowed: {allowed}"
             )
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """Raise ValueError if the settings do not fit each other or the earlier stages."""
 
-    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
+    def check_size(self, name: str, num_images: int) -> None:
         """Raise ValueError if there are too few images for these settings."""
 
     def check_ranks(self, name: str, world_size: int) -> None:
@@ -92,7 +93,7 @@ class StageConfig(KindConfig):
         """Warnings about settings that are allowed but seldom wanted for such images."""
         return []
 
-    def images_split(self, stages: Mapping[str, StageConfig | None]) -> str | None:
+    def images_split(self, stages: Stages) -> str | None:
         """The split (train or val) whose images are this stage's rows, found through its inputs."""
         inputs = self.inputs()
         if "images" in inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,7 +9,7 @@ from pydantic import Field
 from dist_scan import methods
 from dist_scan.config import DataConfig
 from dist_scan.config.kinds import AnyKind
-from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.config.stage import Images, Ref, Stages
 from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.methods.base import Method, MethodConfig, method_class
 from dist_scan.models.backbone import BackboneConfig
@@ -70,7 +69,7 @@ class TrainConfig(TrainingConfig):
         names = self.method_class.recipes_for(self.method)
         return self.recipes or tuple(RecipeConfig(name=name) for name in names)
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """The method gets everything that it needs, once."""
         stage = f"stages.{name}"
         self._check_sources(stage)
@@ -125,7 +124,7 @@ class TrainConfig(TrainingConfig):
                 f"{len(views)} views; replace {', '.join(views)}"
             )
 
-    def _check_num_neighbours(self, stage: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def _check_num_neighbours(self, stage: str, earlier: Stages) -> None:
         source = earlier.get(self.neighbours or "")
         if not isinstance(source, NeighboursConfig) or self.num_neighbours is None:
             return
@@ -147,7 +146,7 @@ class TrainConfig(TrainingConfig):
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
 
-    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
+    def check_size(self, name: str, num_images: int) -> None:
         """There are enough images for a batch, and for the clusters."""
         trained = num_images * (1 - self.held_out_share)
         if self.global_batch > trained:

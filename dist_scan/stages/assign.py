@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_scan.config import DataConfig
-from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.config.stage import Images, Ref, StageConfig, Stages
 from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import eval_batches
@@ -38,7 +38,7 @@ class AssignConfig(StageConfig):
         """Assignments."""
         return ("clusters",)
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """There is one source of rows."""
         if (self.images is None) == (self.features is None):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dist_scan.config.stage import Ref, StageConfig
+from dist_scan.config.stage import Ref, StageConfig, Stages
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.heads.linear import head_sizes
 from dist_scan.heads.selection import PublishedHeads
@@ -42,7 +42,7 @@ class ConsensusConfig(StageConfig):
         """Assignments."""
         return ("clusters",)
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """The stage has heads on a frozen backbone, with this number of clusters or this head."""
         source = earlier[self.model]
         method = source.method if isinstance(source, TrainConfig) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from pydantic import Field
 
 from dist_scan.config import DataConfig
-from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.config.stage import Images, Ref, StageConfig, Stages
 from dist_scan.data.augment.recipes import Recipe, RecipeConfig, resolution_warnings
 from dist_scan.engine.embed import EmbedOptions, embed_images, require_finite_weights
 from dist_scan.engine.precision import Precision
@@ -45,7 +44,7 @@ class EmbedConfig(StageConfig):
         """A recipe that does not suit the size of the stored images."""
         return resolution_warnings([self.recipe], data)
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """There is one source of features, and views differ."""
         if self.pixels == (self.backbone is not None):
             raise ValueError(

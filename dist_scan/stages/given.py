@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 from torch import nn
 
-from dist_scan.config.stage import Images, StageConfig
+from dist_scan.config.stage import Images, StageConfig, Stages
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.images import input_description
@@ -41,7 +40,7 @@ class GivenConfig(StageConfig):
             return ("features",)
         return ("backbone",) if self.cluster_head is None else ("backbone", "model")
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """There is one of the two, and its file exists."""
         if (self.backbone is None) == (self.features is None):
             raise ValueError(f"stages.{name}: give exactly one of backbone and features")

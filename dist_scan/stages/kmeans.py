@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 
-from dist_scan.config.stage import Ref, StageConfig
+from dist_scan.config.stage import Ref, StageConfig, Stages
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.options import KMeansOptions
@@ -40,7 +39,7 @@ class KMeansConfig(StageConfig):
         """Assignments."""
         return ("clusters",)
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """Whitened rows are normalised."""
         if self.whiten_dim is not None and not self.normalise:
             raise ValueError(
@@ -48,7 +47,7 @@ class KMeansConfig(StageConfig):
                 "remove it, or whiten_dim"
             )
 
-    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
+    def check_size(self, name: str, num_images: int) -> None:
         """There is at least one image per cluster."""
         if self.num_clusters > num_images:
             raise ValueError(

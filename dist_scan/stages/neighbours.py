@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -27,7 +26,7 @@ class NeighboursConfig(StageConfig):
         """A neighbour table."""
         return ("neighbours",)
 
-    def check_size(self, name: str, num_images: int, stages: Mapping[str, StageConfig]) -> None:
+    def check_size(self, name: str, num_images: int) -> None:
         """There are more images than neighbours."""
         if self.num_neighbours >= num_images:
             raise ValueError(

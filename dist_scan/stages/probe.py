@@ -5,14 +5,13 @@ An evaluation: it uses labels, and nothing that it trains is part of a clusterin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.config.stage import Images, Ref, Stages
 from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.beton.format import read_labels
 from dist_scan.data.feed import EpochPlan, ImageFeed, eval_batches
@@ -53,7 +52,7 @@ class ProbeConfig(TrainingConfig):
     """Test with the mean probability over the corners, the centre and their mirror images; false:
     with the centre."""
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """There are layers, each once."""
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.config.stage import Images, Ref, StageConfig, Stages
 from dist_scan.data.assignments import Assignments
 from dist_scan.stages.base import Stage
 from dist_scan.stages.evaluate import EvaluateConfig
@@ -32,7 +31,7 @@ class ReportConfig(StageConfig):
     seed_images: int = Field(default=0, ge=0)
     """Seed of the choice of sample images."""
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """`best` is one of the evaluated subjects."""
         source = earlier[self.evaluate]
         subjects = source.subjects if isinstance(source, EvaluateConfig) else {}

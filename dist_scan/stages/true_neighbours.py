@@ -5,13 +5,12 @@ A diagnostic that uses labels; never use it for unsupervised results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from dist_scan.config.stage import Images, Ref, StageConfig
+from dist_scan.config.stage import Images, Ref, StageConfig, Stages
 from dist_scan.data.beton.format import read_labels
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.stages.base import Stage
@@ -30,7 +29,7 @@ class TrueNeighboursConfig(StageConfig):
         """A neighbour table."""
         return ("neighbours",)
 
-    def check(self, name: str, earlier: Mapping[str, StageConfig | None]) -> None:
+    def check(self, name: str, earlier: Stages) -> None:
         """The neighbours are those of these images."""
         source = earlier[self.neighbours]
         split = None if source is None else source.images_split(earlier)
