@@ -115,8 +115,7 @@ def classification_loss(logits_BC: Tensor, targets_B: Tensor) -> ClassificationL
 
 
 def mmdc_loss(outputs_BD: Tensor, targets_BD: Tensor) -> Tensor:
-    """MMDC's loss (Shiran and Weinshall, ICPR 2020, Eq. 1) of outputs of unit length and their
-    codes.
+    """MMDC's loss (Shiran and Weinshall, ICPR 2020, Eq. 1) of unit outputs and their codes.
 
     As in the released code: the squared distance divided by D, mean over rows. The paper's Eq. 1
     has the distance.
@@ -224,8 +223,7 @@ class ConfidentLoss(NamedTuple):
 def confident_cross_entropy(
     strong_BC: Tensor, weak_BC: Tensor, threshold: float, class_balance: bool
 ) -> ConfidentLoss:
-    """Self-labelling loss (SCAN paper, Sec. 2.3) from logits of strongly and weakly augmented
-    views.
+    """Self-labelling loss (SCAN paper, Sec. 2.3) of logits of strong and weak views.
 
     Cross-entropy of the strong view to the weak view's argmax, for rows whose weak probability is
     strictly above the threshold; counted over the global batch. class_balance: every cluster

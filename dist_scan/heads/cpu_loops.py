@@ -69,9 +69,7 @@ def _exponential(logit: np.float32, bias: np.float32, maximum: np.float32) -> np
 
 @compiled(fastmath=ANY_ORDER)
 def exponentials(row: np.ndarray, bias: np.ndarray, maximum: np.float32) -> np.float32:
-    """Replace row by exp(row + bias - maximum), where no sum is above maximum. Returns their
-    sum.
-    """
+    """Replace row by exp(row + bias - maximum), all at most 1. Returns their sum."""
     wide_vectors()
     total = ZERO
     for c in range(len(row)):
@@ -179,10 +177,10 @@ def to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one 
     first: int,
     last: int,
 ) -> None:
-    """Replace the exponentials e of anchors above f of neighbours [2b, C] by scale times the
-    gradients by the logits of sum(-log <p, q>) + <entropy_gradient, sum p>.
+    """Replace exponentials [2b, C], e of anchors above f of neighbours, by scale times gradients.
 
-    Rows with <p, q> < MIN_INNER_PRODUCT stay as they are and are marked in underflowed [b].
+    The gradients by the logits of nll + <g, sum p>, g = entropy_gradient. Rows with
+    <p, q> < MIN_INNER_PRODUCT stay as they are and are marked in underflowed [b].
     sums [chunks, C]: of the gradients of anchors and neighbours; nll [chunks]: of -log <p, q>; both
     without those rows. Works on chunks first to last - 1.
     """
@@ -300,9 +298,7 @@ class LoopHead:
         self.exponentiate(_array(bias), recompute_logits)
 
     def exponentiate(self, bias: np.ndarray, recompute_logits: RecomputeLogits) -> None:
-        """Start with new logits: those of the next head may have been written to the same
-        memory.
-        """
+        """Start with new logits, which may be those of the next head in the same memory."""
         self._recompute_logits = recompute_logits
         _run_in_threads(
             exponentiate, len(self._sums), self._array, bias, self._inverse_sums, self._sums
@@ -347,8 +343,9 @@ class LoopHead:
     def _recompute_underflowed(
         self, dbias: Tensor, entropy_gradient: np.ndarray, scale: float
     ) -> float:
-        """Gradients of the underflowed rows, from their logits; adds to dbias. Returns their
-        loss.
+        """Replace the underflowed rows by their gradients, and add these to dbias.
+
+        Returns the rows' part of nll.
         """
         anchors = torch.from_numpy(np.flatnonzero(self._underflowed))
         neighbours = anchors + self.num_pairs

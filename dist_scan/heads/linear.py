@@ -113,9 +113,7 @@ class ClusterHeads(nn.Module):
             return F.linear(features.to(weight.dtype), weight, bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Features [B, D] -> this rank's logits [B, local_sizes[h]] of every head, in one
-        product.
-        """
+        """Features [B, D] -> logits [B, local_sizes[h]] of every head, in one product."""
         with torch.autocast(features.device.type, enabled=False):
             logits = F.linear(features.to(self.weight.dtype), self.weight, self.bias)
             return logits.split(self.local_sizes, 1)

@@ -53,11 +53,11 @@ def choose_partition(
     batch: int,
     requested: HeadPartition | Literal["auto"] = "auto",
 ) -> tuple[HeadPartition, str]:
-    """(partition, reason) with the least communication, for heads of `sizes` clusters on features
-    [batch, dim] of the global batch.
+    """(partition, reason) with the least communication.
 
-    `sizes` is empty for a method whose heads cannot be split. Raises ValueError if the requested
-    partition leaves a rank without work.
+    For heads of `sizes` clusters on features [batch, dim] of the global batch. `sizes` is empty
+    for a method whose heads cannot be split. Raises ValueError if the requested partition leaves a
+    rank without work.
     """
     if not sizes:
         return "batch", "the heads of this method cannot be split"

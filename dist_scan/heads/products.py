@@ -1,5 +1,7 @@
-"""Matrix products of the heads: features to one head's logits, and gradients by logits back to
-weights and features. Shapes as in the package's docstring.
+"""Matrix products of the heads.
+
+Features to one head's logits, and gradients by logits back to weights and features. Shapes as in
+the package's docstring.
 """
 
 from __future__ import annotations
@@ -25,9 +27,7 @@ def head_slices(sizes: Sequence[int]) -> list[slice]:
 
 
 def as_one_tensor(first: Tensor, second: Tensor) -> Tensor | None:
-    """Two views [b, D] as one tensor [2b, D] without a copy, if they are halves of one; else
-    None.
-    """
+    """Two views [b, D] as one tensor [2b, D] without a copy; None if they are not halves of one."""
     same_kind = first.shape == second.shape and first.dtype == second.dtype
     if not (same_kind and first.is_contiguous() and second.is_contiguous()):
         return None
@@ -154,9 +154,7 @@ class ScratchBuffer:
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """like.new_empty(shape), in the buffer if it is free. The buffer grows to the largest
-        size.
-        """
+        """like.new_empty(shape), in the buffer if it is free; the buffer grows as needed."""
         # NumPy has no bfloat16.
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             return like.new_empty(shape)

@@ -65,11 +65,11 @@ class HeadSelection(nn.Module):
 
     def __init__(self, heads: ClusterHeads) -> None:
         super().__init__()
-        self.numbers = tuple(dict.fromkeys(heads.sizes))
+        self.cluster_counts = tuple(dict.fromkeys(heads.sizes))
         self.sizes = heads.sizes
         self.row_sharding = heads.row_sharding
-        num_groups, num_heads = len(self.numbers), len(heads.sizes)
-        first_heads = torch.tensor([heads.sizes.index(c) for c in self.numbers])
+        num_groups, num_heads = len(self.cluster_counts), len(heads.sizes)
+        first_heads = torch.tensor([heads.sizes.index(c) for c in self.cluster_counts])
         self.register_buffer("best_loss", torch.full((num_groups,), math.inf, dtype=torch.float64))
         self.register_buffer("best_head", first_heads)
         self.register_buffer("best_epoch", torch.full((num_groups,), -1))
@@ -82,7 +82,7 @@ class HeadSelection(nn.Module):
 
     def heads_of_group(self, group: int) -> list[int]:
         """Heads with this group's number of clusters."""
-        return [h for h, c in enumerate(self.sizes) if c == self.numbers[group]]
+        return [h for h, c in enumerate(self.sizes) if c == self.cluster_counts[group]]
 
     @torch.no_grad()
     def check_divergence(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
@@ -121,9 +121,7 @@ class HeadSelection(nn.Module):
 
     @torch.no_grad()
     def keep_newest(self, epoch: int, heads: ClusterHeads) -> None:
-        """Without held-out rows: store the newest epoch; the first head of each group is
-        selected.
-        """
+        """Without held-out rows: store the newest heads; the first of each group is selected."""
         self.best_epoch.fill_(epoch)
         self.best_loss.fill_(math.nan)
         self.kept_weight.copy_(heads.weight)
@@ -157,7 +155,7 @@ class HeadSelection(nn.Module):
             )
         improved = [
             self._update_group(group, epoch, heads, losses_H, assignments)
-            for group in range(len(self.numbers))
+            for group in range(len(self.cluster_counts))
         ]
         first_group = self.heads_of_group(0)
         first_losses = losses_H[first_group]
@@ -179,7 +177,7 @@ class HeadSelection(nn.Module):
         assignments: list[np.ndarray],
     ) -> bool:
         """Store the heads of a group if its lowest loss has improved; True if it has."""
-        members, num_clusters = self.heads_of_group(group), self.numbers[group]
+        members, num_clusters = self.heads_of_group(group), self.cluster_counts[group]
         best = members[int(losses_H[members].argmin())]
         if not losses_H[best] < self.best_loss[group]:
             return False

@@ -10,7 +10,8 @@ are
 
     B dL/dn = q - r,        B dL/da = p - r + p (g - <p, g>).
 
-They take the place of the logits. `cpu_loops` and `gpu_kernels` compute the same, faster.
+With nll = sum_i -log <p_i, q_i>, they are the gradients of nll + <g, sum_i p_i>. They take the
+place of the logits. `cpu_loops` and `gpu_kernels` compute the same, faster.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 from dist_scan.heads.products import RecomputeLogits
 from dist_scan.losses import MIN_PROBABILITY
 
-BLOCK_NUMBERS = 65536
-"""Numbers of a block of rows whose gradient is computed at once: what the cache of a core holds
-(1.04 to 1.15 times faster than whole heads)."""
+BLOCK_SIZE = 65536
+"""Elements of a block of rows whose gradient is computed at once. A core's cache holds it, which is
+1.04 to 1.15 times faster than whole heads."""
 
 MIN_INNER_PRODUCT = 1e-25
 """Below this, <p, q> has lost digits in float32: such rows are recomputed from their logits."""
@@ -43,8 +44,9 @@ class Head(Protocol):
         """Sum of the anchors' probabilities [C]."""
 
     def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
-        """Replace the logits by scale times the gradients by them of
-        sum(-log <p, q>) + <entropy_gradient, sum p>. Returns sum(-log <p, q>).
+        """Replace the logits by scale times the gradients by them. Returns nll.
+
+        The gradients are those of nll + <g, sum p>, g = entropy_gradient.
         """
 
 
@@ -82,13 +84,13 @@ def entropy_and_gradient(mean: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 def probabilities_to_gradients_(
     p: Tensor, q: Tensor, entropy_gradient: Tensor, recompute_logits: RecomputeLogits
 ) -> Tensor:
-    """Replace the probabilities p, q [b, C] by the gradients of
-    sum(-log <p, q>) + <entropy_gradient, sum p> by their logits. Returns sum(-log <p, q>).
+    """Replace probabilities p, q [b, C] by the gradients by their logits. Returns nll.
 
-    Rows whose inner product has underflowed are recomputed from recompute_logits(rows).
+    The gradients are those of nll + <g, sum p>, g = entropy_gradient. Rows whose inner product has
+    underflowed are recomputed from recompute_logits(rows).
     """
     total = p.new_zeros(())
-    block_rows = max(1, BLOCK_NUMBERS // p.shape[1])
+    block_rows = max(1, BLOCK_SIZE // p.shape[1])
     product_buffer = torch.empty_like(p[:block_rows])
     factor_buffer = torch.empty_like(p[:block_rows])
     for start in range(0, len(p), block_rows):

@@ -161,9 +161,7 @@ def without_checkpoint(config: BackboneConfig) -> BackboneConfig:
 def save_backbone(
     out_dir: Path, backbone: Any, config: BackboneConfig, projector: nn.Module | None = None
 ) -> None:
-    """Write backbone.safetensors, backbone.json and, if given, projector.safetensors into
-    out_dir.
-    """
+    """Write backbone.safetensors, backbone.json and, if given, projector.safetensors."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_tensors(out_dir / "backbone.safetensors", backbone.state_dict())

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 
 class SmallResNet(nn.Module):
-    """Strided 3x3 stem, then three one-block stages of width w, 2w and 4w (the quickstart's
-    digits).
+    """Strided 3x3 stem, then three one-block stages of width w, 2w and 4w.
+
+    The quickstart's network for digits.
     """
 
     def __init__(self, width: int, channels: int = 3) -> None:

@@ -35,9 +35,7 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
 
 
 def confident(strong: Tensor, weak: Tensor, threshold: float, class_balance: bool) -> Tensor:
-    """As the released code: weights n / n_c, weighted mean of the cross-entropy over confident
-    rows.
-    """
+    """As the released code: mean cross-entropy of confident rows, with weights n / n_c."""
     p, labels = weak.double().softmax(1).max(1)
     mask = p > threshold
     counts = [int((labels[mask] == c).sum()) for c in range(weak.shape[1])]

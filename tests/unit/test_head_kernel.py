@@ -67,9 +67,7 @@ for architecture in (80, 90):
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """For A100 and H100, without one: finds what the interpreter allows and the compiler does
-    not.
-    """
+    """For A100 and H100, without a GPU: the interpreter allows more than the compiler."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(

@@ -1,6 +1,4 @@
-"""Compiled CPU loops of the heads against the PyTorch form in float64, also where products
-underflow.
-"""
+"""Compiled CPU loops of the heads against the PyTorch form, also where products underflow."""
 
 from __future__ import annotations
 
