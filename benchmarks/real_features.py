@@ -1,20 +1,24 @@
 """Neighbour purity and k-means accuracy on real features, over seeds; one JSON line a row.
 
-    python -m benchmarks.real_features FEATURES.npz [--seeds 10]     # features [N, D] and labels [N], as in ../shared/data
+    python -m benchmarks.real_features FEATURES.npz [--seeds 10]
 
-Purity: the share of a row's 1, 5 and 20 nearest others with its label. ACC (Hungarian) and NMI of k-means with as many clusters as labels: mean,
-standard deviation over seeds, lowest and highest; `start` and `rows` say how it begins and what is done to rows and centroids.
+The file has features [N, D] and labels [N], as those in ../shared/data. Purity is the fraction of a
+row's 1, 5 and 20 nearest other rows with its label. ACC (Hungarian) and NMI are of k-means with as
+many clusters as labels: mean, standard deviation over seeds, lowest and highest. `start` is the
+initialisation, `rows` what is done to rows and centroids.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.rows import emit
+from benchmarks.search_rows import write_rows
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.evaluate.metrics import accuracy, contingency, neighbour_purity, nmi
 from dist_scan.search.kmeans import kmeans
@@ -22,65 +26,70 @@ from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.options import KMeansOptions
 
 NEEDS = "data:imagenet50-val-moco128.npz"
-ROWS = {"as they are": {}, "unit": {"normalise": True}, "unit, centroids too": {"spherical": True}}
+VARIANTS = {
+    "as they are": KMeansOptions(),
+    "unit": KMeansOptions(normalise=True),
+    "unit, centroids too": KMeansOptions(spherical=True),
+}
+NUM_NEIGHBOURS = (1, 5, 20)
+SEED_STEP = 1000
+"""Restart r of a seed uses seed + r: seeds must be further apart."""
 
 
-def as_table(rows: np.ndarray, path: Path) -> FeatureTable:
-    """Rows [N, D] as a feature table of 4 shards."""
-    table = FeatureTable.create(path, len(rows), 1, rows.shape[1], 4)
-    for s in range(table.num_shards):
-        table.write_shard(s, rows[slice(*table.shard_range(s)), None])
-    return table
-
-
-def clusterings(table: FeatureTable, labels: np.ndarray, seeds: int, **how) -> np.ndarray:
-    """(ACC, NMI, objective) [seeds, 3]."""
-    k, found = int(labels.max()) + 1, []
+def clusterings(
+    table: FeatureTable, labels: np.ndarray, seeds: int, options: KMeansOptions
+) -> np.ndarray:
+    """(ACC, NMI, objective) of k-means for each seed, [seeds, 3]."""
+    k = int(labels.max()) + 1
+    results = []
     for seed in range(seeds):
-        result = kmeans(table, k, KMeansOptions(seed=1000 * seed, **how))
+        result = kmeans(table, k, replace(options, seed=SEED_STEP * seed))
         counts = contingency(result.assignment, labels, k, k)
-        found.append((accuracy(counts), nmi(counts), result.objective))
-    return np.array(found)
+        results.append((accuracy(counts), nmi(counts), result.objective))
+    return np.array(results)
 
 
 def main() -> None:
-    """Neighbours, then k-means in several ways."""
+    """Measure neighbours, then k-means in several variants."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("features")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--restarts", type=int, nargs="+", default=[1, 5, 20])
     args = parser.parse_args()
-    with np.load(args.features) as data, tempfile.TemporaryDirectory() as folder:
+    with np.load(args.features) as data:
         rows, labels = data["features"], data["labels"]
-        table = as_table(rows, Path(folder) / "features")
-        ids = mine_neighbours(table, Path(folder) / "neighbours", 20).rows(np.arange(len(rows)))[0]
-        purity = {f"purity_{k}": round(neighbour_purity(ids, labels, k), 4) for k in (1, 5, 20)}
-        print(json.dumps({"row": "neighbours", "rows": len(rows), **purity}), flush=True)
-        for name, how in ROWS.items():
+    with tempfile.TemporaryDirectory() as folder:
+        table = write_rows(Path(folder) / "features", rows)
+        neighbours = mine_neighbours(table, Path(folder) / "neighbours", max(NUM_NEIGHBOURS))
+        ids, _ = neighbours.rows(np.arange(len(rows)))
+        purity = {f"purity_{k}": round(neighbour_purity(ids, labels, k), 4) for k in NUM_NEIGHBOURS}
+        emit({"row": "neighbours", "rows": len(rows), **purity})
+        for name, variant in VARIANTS.items():
             for init in ("random", "kmeans++"):
                 for restarts in args.restarts:
-                    found = clusterings(
-                        table, labels, args.seeds, init=init, restarts=restarts, **how
-                    )
-                    acc, other, objective = found.T
-                    print(
-                        json.dumps(
-                            {
-                                "row": "k-means",
-                                "rows": name,
-                                "start": init,
-                                "restarts": restarts,
-                                "seeds": args.seeds,
-                                "acc": round(acc.mean(), 4),
-                                "acc_std": round(acc.std(ddof=1), 4),
-                                "acc_low": round(acc.min(), 4),
-                                "acc_high": round(acc.max(), 4),
-                                "nmi": round(other.mean(), 4),
-                                "objective": round(objective.mean(), 2),
-                            }
-                        ),
-                        flush=True,
-                    )
+                    options = replace(variant, init=init, restarts=restarts)
+                    scores = clusterings(table, labels, args.seeds, options)
+                    emit_clusterings(name, options, scores)
+
+
+def emit_clusterings(name: str, options: KMeansOptions, scores: np.ndarray) -> None:
+    """Print the row of one variant; scores [seeds, 3] of `clusterings`."""
+    acc, mutual_information, objective = scores.T
+    emit(
+        {
+            "row": "k-means",
+            "rows": name,
+            "start": options.init,
+            "restarts": options.restarts,
+            "seeds": len(scores),
+            "acc": round(acc.mean(), 4),
+            "acc_std": round(acc.std(ddof=1), 4),
+            "acc_low": round(acc.min(), 4),
+            "acc_high": round(acc.max(), 4),
+            "nmi": round(mutual_information.mean(), 4),
+            "objective": round(objective.mean(), 2),
+        }
+    )
 
 
 if __name__ == "__main__":

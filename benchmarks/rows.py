@@ -141,5 +141,15 @@ def spread(ratios: Sequence[float], name: str) -> dict[str, float | list[float]]
     return {name: median, f"{name}_quartiles": [low, high]}
 
 
+def over_seeds(values: Sequence[float], name: str) -> dict[str, float]:
+    """Fields of a row for a figure of several seeds: mean and, of two or more, deviation."""
+    import numpy as np
+
+    fields = {name: round(float(np.mean(values)), 4)}
+    if len(values) > 1:
+        fields[f"{name}_spread"] = round(float(np.std(values, ddof=1)), 4)
+    return fields
+
+
 if __name__ == "__main__":
     print(json.dumps(common_fields(())))

@@ -1,11 +1,14 @@
-"""What cached views give and cost: SCAN's heads on a bank of centre crops, of V = 1, 2, 4, 8 random views, and on fresh views at every step.
+"""SCAN's heads on cached and on fresh views: accuracy and CPU seconds, one JSON line a row.
 
-    python -m benchmarks.views                                   # the digits, with the quickstart's pretext
-    python -m benchmarks.views configs/cifar10.yaml --seeds 3 data.train.source=TRAIN.parquet ...
+    python -m benchmarks.views                    # the digits, with the quickstart's pretext
+    python -m benchmarks.views configs/cifar10.yaml --seeds 3 data.train.source=TRAIN.parquet
 
-Per seed a config's pretext and neighbours are made once; then heads with the same settings, on views made by the pretext's own recipe, are
-chosen on and scored by centre crops. One JSON line per row, mean and spread over seeds; CPU seconds of one thread: filling the bank,
-and training the heads (fresh: the network's forward passes too). Labels are read for the scores and for nothing before.
+Variants: features of centre crops, of V = 1, 2, 4, 8 random views, and fresh views in every step.
+For each seed the config's pretext and neighbours are made once. Heads with the same settings are
+then trained on views of the pretext's own recipe; they are selected and scored by centre crops.
+Rows are means and standard deviations over seeds. CPU seconds are of one thread: computing the
+features (bank_cpu_s), and training the heads (heads_cpu_s; of fresh views with the forward passes
+through the network). Labels are used for the scores only.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rows import ROOT, emit
+from benchmarks.rows import ROOT, emit, over_seeds
 from dist_scan.config import read_settings, validate_settings
 from dist_scan.engine.precision import set_determinism
 from dist_scan.engine.stop import StopFlag
@@ -44,159 +47,173 @@ QUICK = [
     "stages.pretext.epochs=1",
     "stages.pretext.network.width=8",
 ]
-KEPT = ("pretext", "features", "neighbours")  # of the config; the rest is ours
+CONFIG_STAGES = ("pretext", "features", "neighbours")
+"""Stages that are taken from the config."""
 SCORES = ("acc", "nmi", "ari", "consensus_acc", "mean_head_acc", "held_out_loss")
+NUM_SHARDS = 4
 
 
-def arms(views: Sequence[int]) -> list[str]:
-    """Names of the rows."""
-    return ["centre", *(f"views_{v}" for v in views), "fresh"]
+def variants(views: Sequence[int]) -> list[str]:
+    """Names of the variants, which are the rows."""
+    return ["centre", *(f"views_{count}" for count in views), "fresh"]
 
 
-def stages(tree: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The config's pretext and neighbours, and for every arm its bank, heads, scores."""
-    recipe = tree["stages"]["pretext"]["recipes"][0]
-    clusters = next(
-        s["method"]["num_clusters"]
-        for s in tree["stages"].values()
-        if "num_clusters" in s.get("method", {})
-    )
-    found = {name: tree["stages"][name] for name in KEPT}
-    found["centre"] = {"kind": "embed", "backbone": "pretext", "num_shards": 4}
-    found |= {
-        f"views_{v}": {
-            "kind": "embed",
-            "backbone": "pretext",
-            "views": v,
-            "recipe": recipe,
-            "num_shards": 4,
-        }
-        for v in args.views
+def num_forward_passes(variant: str, epochs: int) -> int:
+    """Forward passes through the network for each image."""
+    if variant == "fresh":
+        return 2 * epochs
+    return 1 if variant == "centre" else int(variant.removeprefix("views_"))
+
+
+def num_clusters(config: Mapping[str, Any]) -> int:
+    """That of the first method in a config that has one."""
+    methods = (stage.get("method", {}) for stage in config["stages"].values())
+    return next(method["num_clusters"] for method in methods if "num_clusters" in method)
+
+
+def embed_stages(recipe: Any, views: Sequence[int]) -> dict[str, Any]:
+    """The features of every variant that is cached."""
+    centre = {"kind": "embed", "backbone": "pretext", "num_shards": NUM_SHARDS}
+    random_views = {
+        f"views_{count}": centre | {"views": count, "recipe": recipe} for count in views
     }
-    for arm in arms(args.views):
-        source = (
-            {"features": arm, "held_out_features": "centre"}
-            if arm != "fresh"
-            else {"images": "train", "recipes": [recipe, recipe]}
-        )
-        method = {
-            "kind": "scan",
-            "num_clusters": clusters,
-            "num_heads": args.heads,
-            "normalise": "l2",
-        }
-        found[f"heads_{arm}"] = {
-            "kind": "train",
-            **source,
-            "backbone": "pretext",
-            "neighbours": "neighbours",
-            "optimizer": {"kind": "sgd", "lr": args.lr},
-            "epochs": args.epochs,
-            "global_batch": args.batch,
-            "held_out_share": 0.1,
-            "method": method | ({"train_backbone": False} if arm == "fresh" else {}),
-        }
-        found[f"chosen_{arm}"] = {"kind": "assign", "model": f"heads_{arm}", "features": "centre"}
-        found[f"consensus_{arm}"] = {
-            "kind": "consensus",
-            "model": f"heads_{arm}",
-            "features": "centre",
-        }
-        found[f"evaluate_{arm}"] = {
-            "kind": "evaluate",
-            "heads": f"heads_{arm}",
-            "subjects": {"chosen": f"chosen_{arm}", "consensus": f"consensus_{arm}"},
-        }
-    return found
+    return {"centre": centre} | random_views
 
 
-class Watch:
-    """What a pipeline says to: CPU seconds of this process (all its threads) by stage, kept in a file over starts."""
+def head_stages(
+    variant: str, recipe: Any, clusters: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Training, assignments and scores of one variant."""
+    heads = f"heads_{variant}"
+    method = {
+        "kind": "scan",
+        "num_clusters": clusters,
+        "num_heads": args.heads,
+        "normalise": "l2",
+    }
+    inputs: dict[str, Any] = {"features": variant, "held_out_features": "centre"}
+    if variant == "fresh":
+        inputs = {"images": "train", "recipes": [recipe, recipe]}
+        method["train_backbone"] = False
+    train = {
+        "kind": "train",
+        **inputs,
+        "backbone": "pretext",
+        "neighbours": "neighbours",
+        "optimizer": {"kind": "sgd", "lr": args.lr},
+        "epochs": args.epochs,
+        "global_batch": args.batch,
+        "held_out_share": 0.1,
+        "method": method,
+    }
+    subjects = {"chosen": f"chosen_{variant}", "consensus": f"consensus_{variant}"}
+    return {
+        heads: train,
+        subjects["chosen"]: {"kind": "assign", "model": heads, "features": "centre"},
+        subjects["consensus"]: {"kind": "consensus", "model": heads, "features": "centre"},
+        f"evaluate_{variant}": {"kind": "evaluate", "heads": heads, "subjects": subjects},
+    }
+
+
+def stages(config: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Stages of a run: the config's pretext and neighbours, and those of every variant."""
+    recipe = config["stages"]["pretext"]["recipes"][0]
+    run_stages = {name: config["stages"][name] for name in CONFIG_STAGES}
+    run_stages |= embed_stages(recipe, args.views)
+    for variant in variants(args.views):
+        run_stages |= head_stages(variant, recipe, num_clusters(config), args)
+    return run_stages
+
+
+class StageCpuTimes:
+    """CPU seconds of this process by stage, read off the lines that a pipeline logs.
+
+    Kept in a file, so that a resumed run has those of its earlier starts.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name, self.began = path, "", 0.0
+        self.path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.stage = ""
+        self.began = 0.0
 
-    def __call__(self, text: str) -> None:
-        name, _, rest = text.partition(": ")
-        if rest.startswith(("starts (", "resumes (")):
-            self.close()
-            self.name, self.began = name, time.process_time()
-            if rest.startswith("starts"):  # not what an earlier start with other settings took
-                self.seconds.pop(name, None)
+    def __call__(self, line: str) -> None:
+        """Read a line of the pipeline."""
+        name, _, text = line.partition(": ")
+        if not text.startswith(("starts (", "resumes (")):
+            return
+        self.end_stage()
+        self.stage = name
+        self.began = time.process_time()
+        if text.startswith("starts"):  # an earlier start may have had other settings
+            self.seconds.pop(name, None)
 
-    def close(self) -> None:
-        """The stage that was begun last has ended."""
-        if self.name:
-            self.seconds[self.name] = (
-                self.seconds.get(self.name, 0.0) + time.process_time() - self.began
-            )
+    def end_stage(self) -> None:
+        """Add the time of the stage that began last."""
+        if self.stage:
+            took = time.process_time() - self.began
+            self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + took
             write_json(self.path, self.seconds)
-        self.name = ""
+        self.stage = ""
 
 
-def one_seed(
-    tree: Mapping[str, Any], seed: int, args: argparse.Namespace, folder: Path
+def run_seed(
+    config: Mapping[str, Any], seed: int, args: argparse.Namespace, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Scores and costs by arm."""
-    run = validate_settings(
-        CompleteRunConfig,
-        {
-            **tree,
-            "seed": seed,
-            "stages": stages(tree, args),
-            "runtime": {"run_dir": str(folder), "workers": 1, "device": args.device},
-        },
-    )
+    """Scores and costs by variant."""
+    settings = {
+        **config,
+        "seed": seed,
+        "stages": stages(config, args),
+        "runtime": {"run_dir": str(folder), "workers": 1, "device": args.device},
+    }
+    run = validate_settings(CompleteRunConfig, settings)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    watch = Watch(folder / "cpu.json")
+    cpu_times = StageCpuTimes(folder / "cpu.json")
     try:
-        folders = Pipeline(run, current(), StopFlag(), watch).run()
+        folders = Pipeline(run, current(), StopFlag(), cpu_times).run()
     finally:
-        watch.close()
-    found = {}
-    for arm in arms(args.views):
-        facts = json.loads((folders[f"evaluate_{arm}"] / "evaluate.json").read_text())
-        heads, chosen = facts["heads"], facts["subjects"]["chosen"]
-        found[arm] = {
-            **{k: chosen[k] for k in ("acc", "nmi", "ari")},
-            "consensus_acc": facts["subjects"]["consensus"]["acc"],
-            "mean_head_acc": float(np.mean([h["acc"] for h in heads["heads"]])),
+        cpu_times.end_stage()
+    results = {}
+    for variant in variants(args.views):
+        evaluation = json.loads((folders[f"evaluate_{variant}"] / "evaluate.json").read_text())
+        heads, subjects = evaluation["heads"], evaluation["subjects"]
+        results[variant] = {
+            **{name: subjects["chosen"][name] for name in ("acc", "nmi", "ari")},
+            "consensus_acc": subjects["consensus"]["acc"],
+            "mean_head_acc": float(np.mean([head["acc"] for head in heads["heads"]])),
             "held_out_loss": heads["best_loss"],
             "best_epoch": heads["best_epoch"],
-            "num_images": facts["num_images"],
-            "bank_cpu_s": watch.seconds.get(arm, 0.0),
-            "heads_cpu_s": watch.seconds[f"heads_{arm}"],
+            "num_images": evaluation["num_images"],
+            "bank_cpu_s": cpu_times.seconds.get(variant, 0.0),
+            "heads_cpu_s": cpu_times.seconds[f"heads_{variant}"],
         }
-    return found
+    return results
 
 
-def row(arm: str, seeds: Sequence[Mapping[str, float]], args: argparse.Namespace) -> dict[str, Any]:
-    """Means and spreads over seeds; `passes`: forward passes through the network for each image."""
-    values = {k: np.array([s[k] for s in seeds], float) for k in seeds[0]}
-    fixed = {
-        "row": arm,
+def make_row(
+    variant: str, seeds: Sequence[Mapping[str, float]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The row of one variant from the results of all seeds."""
+    row: dict[str, Any] = {
+        "row": variant,
         "seeds": len(seeds),
-        "num_images": int(values.pop("num_images")[0]),
+        "num_images": int(seeds[0]["num_images"]),
         "epochs": args.epochs,
         "heads": args.heads,
         "lr": args.lr,
         "batch": args.batch,
-        "passes": 2 * args.epochs
-        if arm == "fresh"
-        else 1
-        if arm == "centre"
-        else int(arm.removeprefix("views_")),
+        "passes": num_forward_passes(variant, args.epochs),
     }
-    for key, each in values.items():
-        fixed[key] = round(float(each.mean()), 4)
-        if key in SCORES and len(each) > 1:
-            fixed[f"{key}_spread"] = round(float(each.std(ddof=1)), 4)
-    return fixed
+    for name in seeds[0]:
+        if name not in row:
+            fields = over_seeds([seed[name] for seed in seeds], name)
+            row |= fields if name in SCORES else {name: fields[name]}
+    return row
 
 
 def main() -> None:
-    """Every arm of every seed, then the rows."""
+    """Run all variants with all seeds and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "config",
@@ -217,20 +234,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--dir",
-        help="where the runs are kept: the same command goes on there when it was stopped (default: nothing is kept)",
+        help="folder of the runs: the same command resumes an interrupted one there (default: a "
+        "temporary folder)",
     )
     args = parser.parse_intermixed_args()
-    if "=" in args.config:
-        args.overrides, args.config = [args.config, *args.overrides], parser.get_default("config")
+    if "=" in args.config:  # no config was given, and this is an override
+        args.overrides = [args.config, *args.overrides]
+        args.config = parser.get_default("config")
     set_determinism()
     torch.set_num_threads(1)
-    tree = read_settings(Path(args.config), args.overrides)
-    runs = []
+    config = read_settings(Path(args.config), args.overrides)
+    seeds = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(one_seed(tree, seed, args, Path(args.dir or folder) / f"seed{seed}"))
-    for arm in arms(args.views):
-        emit({**row(arm, [run[arm] for run in runs], args), "data": tree["name"]})
+            seeds.append(run_seed(config, seed, args, Path(args.dir or folder) / f"seed{seed}"))
+    for variant in variants(args.views):
+        row = make_row(variant, [results[variant] for results in seeds], args)
+        emit({**row, "data": config["name"]})
 
 
 if __name__ == "__main__":
