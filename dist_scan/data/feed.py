@@ -165,6 +165,7 @@ class ImageFeed(Feed):
         recipes = self.recipes
         if views is not None:
             recipes = tuple(self.recipes[v] for v in views)
+        # The loader reads anchors and neighbours of a step as one batch
         to_decode = anchors
         if self.plan.neighbours is not None:
             neighbours = np.stack([self.plan.neighbours_of(rows, epoch) for rows in anchors])

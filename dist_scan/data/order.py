@@ -86,16 +86,18 @@ def uniform_over_labels(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: 
     that occur, with replacement only for labels with fewer rows, then shuffled and cut to n. Rows
     with label -1 are never drawn. Raises ValueError if no row has a label.
     """
+    # Rows of each label, shuffled
     groups = _group_by_label(rows, labels, hash_keys(seed, DRAW, epoch, rows))
     sizes = groups.sizes[:, None]
     num_labels = len(sizes)
     per_label = len(rows) // num_labels + 1
-    # A large group gives its first rows (they are shuffled), a small one is drawn with replacement.
+    # A large group gives its first rows, a small one is drawn from with replacement
     place = np.arange(per_label)[None]
     label_key = -1 - np.arange(num_labels)[:, None]
     random_place = np.floor(uniform(seed, DRAW, epoch, label_key, place) * sizes).astype(np.int64)
     place = np.where(sizes < per_label, random_place, place)
     drawn = groups.rows[(groups.starts[:, None] + place).reshape(-1)]
+    # Shuffle the labels' rows together
     shuffled = np.argsort(hash_keys(seed, SLOT, epoch, np.arange(len(drawn))), kind="stable")
     return drawn[shuffled][: len(rows)]
 

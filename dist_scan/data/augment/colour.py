@@ -89,8 +89,10 @@ def jitter(x: Tensor, draws: np.ndarray, strength: Strength) -> Tensor:
 
     draws: [B, 8]; the first four give the factors, the others the order.
     """
+    # Brightness, contrast and saturation are factors around 1, hue is a shift around 0
     factors = [1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate(strength[:3])]
     factors.append(strength[3] * (2 * draws[:, 3] - 1))
+    # Apply each adjustment to the images that have it in this place of their order
     order = draws[:, 4:8].argsort(1)
     x = x.clone()
     for place in range(4):
@@ -145,11 +147,13 @@ def random_blur(
     rows = np.flatnonzero(draws[:, 0] < probability)
     if not len(rows):
         return x
+    # Kernels [selected images, taps]
     radius = int(np.ceil(3 * sigma[1]))
     taps = np.arange(-radius, radius + 1)
     sigmas = sigma[0] + (sigma[1] - sigma[0]) * draws[rows, 1]
     weights = np.exp(-0.5 * (taps / sigmas[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)
+    # Separable convolution: rows, then columns
     selected = torch.from_numpy(rows).to(x.device)
     blurred = x[selected]
     for dim, pad in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):

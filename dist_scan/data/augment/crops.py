@@ -57,6 +57,7 @@ def crop_boxes(
     flips = draws[:, -1] < spec.flip
     if spec.kind == "random_resized":
         return _random_resized(spec, height, width, draws), flips
+    # A square of the resized image, in stored pixels
     side = _side(spec, np.minimum(height, width), draws)
     if spec.kind == "center":
         top = np.rint((height - side) / 2)

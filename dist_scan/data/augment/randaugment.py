@@ -31,7 +31,8 @@ def _blend(x: Tensor, other: Tensor, value: np.ndarray) -> Tensor:
 
 def _luminance(x: Tensor) -> Tensor:
     """PIL's mode "L" in integers: (19595 R + 38470 G + 7471 B + 2^15) >> 16."""
-    r, g, b = x.unbind(1)  # every sum is below 2^24 and therefore exact in float32
+    # Every sum is below 2^24 and therefore exact in float32.
+    r, g, b = x.unbind(1)
     return torch.floor((r * 19595 + g * 38470 + b * 7471 + 32768) / 65536)[:, None]
 
 
@@ -48,12 +49,15 @@ def autocontrast(x: Tensor, value: np.ndarray) -> Tensor:
 
 def equalize(x: Tensor, value: np.ndarray) -> Tensor:
     """Equalize each channel's histogram, in the integer steps of PIL."""
+    # Histogram of each channel
     n, c, h, w = x.shape
     flat = x.reshape(n * c, h * w).long()
     counts = torch.zeros(n * c, 256, dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, flat, torch.ones_like(flat))
-    below_top = counts.flip(1).ne(0).int().argmax(1)  # from 255 down to the brightest value in use
+    # PIL's step: pixels per output value, without those of the brightest value in use
+    below_top = counts.flip(1).ne(0).int().argmax(1)
     step = (h * w - counts.gather(1, 255 - below_top[:, None])) // 255
+    # Table of output values; channels with one value, or fewer pixels than values, stay unchanged
     before = counts.cumsum(1) - counts
     table = ((before + step // 2) // step.clamp_min(1)).clamp_max(255)
     is_usable = (step > 0) & ((counts > 0).sum(1, keepdim=True) > 1)
@@ -63,6 +67,7 @@ def equalize(x: Tensor, value: np.ndarray) -> Tensor:
 def rotate(x: Tensor, value: np.ndarray) -> Tensor:
     """Rotate by degrees, counter-clockwise, about the centre."""
     maps = rotation(value)
+    # Translation that keeps the centre in its place
     cos, sin = maps[0, 0], maps[1, 0]
     cx, cy = x.shape[3] / 2, x.shape[2] / 2
     maps[0, 2] = cx - cos * cx + sin * cy
@@ -165,6 +170,7 @@ def randaugment(x: Tensor, draws: np.ndarray, count: int = 4) -> Tensor:
     """
     x = x.clone()
     for k in range(count):
+        # Group the images by their operation
         drawn = np.floor(draws[:, 2 * k] * len(OPERATIONS)).astype(np.int64)
         for number, (apply, low, high) in enumerate(OPERATIONS):
             rows = np.flatnonzero(drawn == number)

@@ -220,12 +220,14 @@ class Recipe:
     def _colour(self, x: Tensor, draws: Draws) -> Tensor:
         """Colour jitter, greyscale and blur, each of some images; x in 0..1."""
         spec = self.spec
+        # Colour jitter
         if spec.jitter is not None:
             rows = np.flatnonzero(draws[:, 8] < spec.jitter_p)
             jitter = colour.jitter_fused if self.fused else colour.jitter
             selected = torch.from_numpy(rows).to(x.device)
             if len(rows):
                 x[selected] = jitter(x[selected], draws[rows, 9:17], spec.jitter)
+        # Greyscale, then blur
         if spec.grey_p:
             x = colour.random_greyscale(x, draws[:, 17], spec.grey_p)
         if spec.blur_p:
@@ -237,9 +239,11 @@ class Recipe:
         if not self.spec.cutout_p or not self.max_cutout:
             return x
         size = x.shape[2]
-        if self.spec.special == "digits":  # side 1/8 to 1/2 of the image
+        if self.spec.special == "digits":
+            # Side uniform between 1/8 and 1/2 of the image
             side = 2 * np.rint(size * (1 / 8 + 3 / 8 * draws[:, 20]) / 2).astype(np.int64)
-        else:  # side 2 * (L // 2) with L uniform in 1..max_cutout, as in SCAN's released code
+        else:
+            # Side 2 * (L // 2) with L uniform in 1..max_cutout, as in SCAN's released code
             side = 2 * ((1 + np.floor(draws[:, 20] * self.max_cutout).astype(np.int64)) // 2)
         side = np.where(draws[:, 21] < self.spec.cutout_p, side, 0)
         row, column = np.floor(draws[:, 22:24].T * size).astype(np.int64)
@@ -254,6 +258,7 @@ def build_recipe(
     At 160 pixels or more, centre and random crops are of the image with its shorter side resized to
     256/224 of the view, as published for ImageNet.
     """
+    # The named recipe with the changes of the config
     size = config.size or size
     names = ("scale", "degrees", "flip", "blur_p", "grey_p")
     changes: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -263,6 +268,7 @@ def build_recipe(
         changes["jitter"] = tuple(config.strength * amount for amount in (0.8, 0.8, 0.8, 0.2))
     changes = {name: value for name, value in changes.items() if value is not None}
     spec = replace(RECIPES[config.name], **changes)
+    # The crop on the CPU
     resize: int | tuple[int, ...] | None = None
     if spec.crop_fractions:
         resize = tuple(round(size / fraction) for fraction in spec.crop_fractions)

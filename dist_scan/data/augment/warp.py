@@ -29,13 +29,16 @@ def warp_nearest(x: Tensor, maps: np.ndarray) -> Tensor:
     of 10,000.
     """
     n, channels, h, w = x.shape
+    # Maps of pixel centres, in fixed point: [2, 3, B, 1, 1]
     start = maps[:, 2] + 0.5 * (maps[:, 0] + maps[:, 1])
     fixed = np.stack([maps[:, 0], maps[:, 1], start], 1) * ONE
     table = torch.from_numpy(np.floor(fixed + 0.5).astype(np.int64)).to(x.device)[..., None, None]
     xs = torch.arange(w, device=x.device)
     ys = torch.arange(h, device=x.device)[:, None]
+    # Input pixel of each output pixel
     column, row = ((along * xs + across * ys + origin) >> 16 for along, across, origin in table)
     outside = (column < 0) | (column >= w) | (row < 0) | (row >= h)
+    # Read it, or black
     pixel = row.clamp_(0, h - 1) * w + column.clamp_(0, w - 1)
     pixel = pixel.view(n, 1, h * w).expand(n, channels, h * w)
     warped = x.reshape(n, channels, h * w).gather(2, pixel).view(n, channels, h, w)
@@ -49,6 +52,7 @@ def warp_bilinear(x: Tensor, maps: np.ndarray) -> Tensor:
     # In the units of grid_sample: -1 to 1 from edge to edge
     scaled = np.array([(a, b * h / w, 2 * right / w), (c * w / h, d, 2 * down / h)])
     table = torch.as_tensor(scaled, dtype=x.dtype).to(x.device)[..., None, None]
+    # Output coordinates of pixel centres, and where they are read
     xs = (2 * torch.arange(w, device=x.device, dtype=x.dtype) + 1) / w - 1
     ys = ((2 * torch.arange(h, device=x.device, dtype=x.dtype) + 1) / h - 1)[:, None]
     grid = torch.stack([along * xs + across * ys + origin for along, across, origin in table], -1)

@@ -89,19 +89,22 @@ def crop_views(  # noqa: PLR0913  numba compiles functions of arrays, not of obj
     Returns (-1, 0), or the first image that failed and its problem (a key of PROBLEMS).
     """
     for i in range(len(starts)):
+        # Read and verify
         height, width = heights[i], widths[i]
         if pread(file, stored.ctypes.data, sizes[i], starts[i]) != sizes[i]:
             return i, READ_FAILED
         if checksum(stored, sizes[i]) != sums[i]:
             return i, WRONG_CHECKSUM
+        # Decode a JPEG; raw pixels are used where they are
         source = stored.ctypes.data
-        if modes[i] == 0:  # JPEG
+        if modes[i] == 0:
             source = scratch.ctypes.data
             failed = imdecode(
                 stored.ctypes.data, sizes[i], height, width, source, height, width, 0, 0, 1, 1, 0, 0
             )
             if failed != 0:
                 return i, DECODE_FAILED
+        # Crop, resize and flip each view
         for v, out in enumerate(outs):
             view = out[i]
             top, left, h, w = boxes[i, v, 0], boxes[i, v, 1], boxes[i, v, 2], boxes[i, v, 3]

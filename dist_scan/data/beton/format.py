@@ -106,11 +106,13 @@ def build_tables(
     """(header, fields and rows, which precede the images; allocation table, which follows them)."""
     n = len(sizes)
     starts, end = layout(sizes)
+    # Header and fields
     header = np.array((VERSION, len(FIELDS), PAGE, n, end), HEADER)
     fields = np.zeros(len(FIELDS), FIELD)
     for field, (name, type_id) in zip(fields, FIELDS):
         field["type_id"] = type_id
         field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    # Rows: image, label, index
     rows = np.zeros(n, ROW)
     images = rows["f0"]
     images["mode"] = modes
@@ -119,6 +121,7 @@ def build_tables(
     images["data_ptr"] = starts
     rows["f1"] = labels
     rows["f2"] = np.arange(n)
+    # Allocation table: where the bytes of each image are
     table = np.zeros(n, ALLOC)
     table["sample_id"] = np.arange(n)
     table["ptr"] = starts
@@ -156,10 +159,12 @@ def check_beton(path: str | Path, verify_images: bool = False) -> Tables:
         raise ValueError(
             f"{path} does not exist; build it with: python -m dist_scan beton SOURCE {path.name}"
         )
+    # Read the tables, bounded by the size of the file
     num_images, table_start = _check_header(path)
     rows = np.fromfile(path, ROW, num_images, offset=ROWS_START)
     sizes = np.fromfile(path, ALLOC, num_images, offset=table_start)["size"].copy()
     _check_images(path, rows, sizes)
+    # They must equal the tables of these images as we write them
     before, after = build_tables(
         rows["f0"]["mode"], rows["f0"]["height"], rows["f0"]["width"], rows["f1"], sizes
     )
@@ -168,6 +173,7 @@ def check_beton(path: str | Path, verify_images: bool = False) -> Tables:
         file.seek(table_start)
         if found != before or file.read() != after:
             raise InvalidBetonError(path, "its tables are not consistent")
+    # And those that were written at the build
     sums = _check_sums(path, before + after, num_images)
     if verify_images:
         data = np.memmap(path, np.uint8, "r")

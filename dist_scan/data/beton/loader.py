@@ -135,6 +135,7 @@ class BetonLoader:
             torch.empty((len(rows), s.size, s.size, 3), dtype=torch.uint8, pin_memory=pinned)
             for s in specs
         )
+        # One part of the batch for each thread
         outs = [tensor.numpy() for tensor in tensors]
         part_size = max(1, -(-len(rows) // self.num_threads))
         parts = []
@@ -152,12 +153,14 @@ class BetonLoader:
         outs: tuple[np.ndarray, ...],
     ) -> None:
         """Decode the rows [n] of one thread into outs, one [n, S_v, S_v, 3] per view."""
+        # Where the images are, and which boxes are cut
         images = _Images(*(column[rows] for column in self.images))
         boxes_and_flips = [
             crop_boxes(spec, images.heights, images.widths, self.seed, epoch, rows, v)
             for v, spec in enumerate(specs)
         ]
         boxes, flips = (np.stack(arrays, 1) for arrays in zip(*boxes_and_flips))
+        # Buffers of this thread
         buffers = self._buffers
         if not hasattr(buffers, "stored"):
             buffers.stored = np.empty(self._stored_bytes, np.uint8)

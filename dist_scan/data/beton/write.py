@@ -204,6 +204,7 @@ def _encode_chunk_in_worker(chunk: int) -> int:
 
 def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
     """Write the list of unreadable images, the sidecar files and the .beton from the chunks."""
+    # Merge the tables of the chunks
     config = build.config
     chunks = []
     for chunk in build.chunks():
@@ -213,6 +214,7 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
     names = merged.pop("names").tolist()
     unreadable = merged.pop("bad").tolist()
     sums = merged.pop("sums")
+    # List the unreadable images, and stop if they are too many
     bad_path = sidecar(out, "bad.csv")
     _write_csv(bad_path, [["row", "name", "reason"], *unreadable])
     fraction = len(unreadable) / len(build.source)
@@ -223,6 +225,7 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
             f"more than data.max_bad_share = {config.max_bad_share:g} allows: {first}. "
             f"All are listed in {bad_path}; repair the source, or raise data.max_bad_share"
         )
+    # Write the metadata, then the file
     before, after = build_tables(**merged)
     metadata = {
         "num_images": len(names),

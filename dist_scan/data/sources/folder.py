@@ -26,6 +26,7 @@ class FolderSource(Source):
         folders = sorted({_top(name) for name, _ in self.files if "/" in name})
         if classes is not None:
             folders = self._select(classes, folders)
+        # Images beside the folders: the folders are no classes
         if any("/" not in name for name, _ in self.files):
             folders = []
         self.class_names = folders or None

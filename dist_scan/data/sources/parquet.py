@@ -34,6 +34,7 @@ class ParquetSource(Source):
                 raise ConfigError(
                     f"source '{file}' is not a readable parquet file: {error}"
                 ) from None
+            # Columns of this file
             schema = parquet.schema_arrow
             if "image" not in schema.names:
                 raise ConfigError(
@@ -44,6 +45,7 @@ class ParquetSource(Source):
             label_column = _label_column(schema, file)
             self.label_columns.append(label_column)
             self.class_names = self.class_names or _class_names(schema, label_column)
+            # Its row groups
             for group in range(parquet.num_row_groups):
                 self.groups.append((number, group))
                 self.starts.append(self.starts[-1] + parquet.metadata.row_group(group).num_rows)
