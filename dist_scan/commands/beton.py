@@ -38,7 +38,6 @@ def main(args: argparse.Namespace) -> int:
     from dist_scan.data.beton.format import check_beton
     from dist_scan.data.beton.write import write_beton
     from dist_scan.data.sources.open import open_source
-    from dist_scan.world.processes import available_cores
 
     if args.out.suffix != ".beton":
         raise ConfigError(f"the output '{args.out}' must end in .beton")
@@ -50,8 +49,7 @@ def main(args: argparse.Namespace) -> int:
     settings["train"] = {"source": args.source, "limit": args.limit}
     data = validate_settings(DataConfig, settings, "beton")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    workers = args.workers or available_cores()
-    report = write_beton(open_source(data.train), args.out, data, workers)
+    report = write_beton(open_source(data.train), args.out, data, args.workers)
     listed = f" (listed in {report.bad_path})" if report.num_bad else ""
     print(f"{args.out}: {report.num_images} images, {report.num_bad} could not be read{listed}")
     return 0

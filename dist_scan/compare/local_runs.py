@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_scan.config import RunConfig, dump
+from dist_scan.engine.stop import STOP_SIGNALS
 from dist_scan.storage.atomic import write_text
 from dist_scan.world.processes import available_cores
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "local.py"
-FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 POLL_S = 0.1
 LINES_OF_FAILED_RUN = 20
 
@@ -59,7 +59,7 @@ class LocalRuns:
         waiting = list(runs.items())
         previous = {
             number: signal.signal(number, lambda received, frame: self._stop(received))
-            for number in FORWARDED
+            for number in STOP_SIGNALS
         }
         try:
             while self.running or (waiting and self.exit_code == 0):

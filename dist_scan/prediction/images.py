@@ -15,7 +15,6 @@ from dist_scan.data.beton.format import read_metadata, sidecar
 from dist_scan.data.beton.write import storage_fingerprint, write_beton
 from dist_scan.data.sources.open import open_source
 from dist_scan.prediction.options import PredictOptions
-from dist_scan.world.processes import available_cores
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _encode(options: PredictOptions, data: DataConfig) -> Path:
         return beton
     beton.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_beton(source, beton, config, options.workers or available_cores())
+        write_beton(source, beton, config, options.workers)
     except ConfigError:
         shutil.copyfile(sidecar(beton, "bad.csv"), options.bad_images)
         raise ConfigError(

@@ -11,7 +11,6 @@ from dist_scan.data.beton.write import write_beton
 from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import BETON, Stage
 from dist_scan.world.collectives import on_rank_0
-from dist_scan.world.processes import available_cores
 
 
 class BetonConfig(StageConfig):
@@ -34,7 +33,7 @@ class BetonStage(Stage[BetonConfig]):
     def _write(self) -> None:
         context, config = self.context, self.config
         source = open_source(config.data.splits()[config.split])
-        workers = context.run.runtime.workers or available_cores()
+        workers = context.run.runtime.workers
         report = write_beton(source, context.out / BETON, config.data, workers)
         if report.num_bad:
             context.log(

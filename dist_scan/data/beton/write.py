@@ -27,6 +27,7 @@ from dist_scan.monitoring.progress import Progress
 from dist_scan.storage.arrays import write_npz
 from dist_scan.storage.artifacts import fingerprint
 from dist_scan.storage.atomic import write_atomic, write_text
+from dist_scan.world.processes import available_cores
 
 CHUNK = 512  # images; the unit of work and of resuming
 MAX_CLASSES = 1 << 20
@@ -49,7 +50,7 @@ def storage_fingerprint(source: str, config: DataConfig) -> str:
 def write_beton(
     source: Source, out: Path, config: DataConfig, workers: int = 1, show: bool = True
 ) -> BetonReport:
-    """Build `out`; the bytes are the same for any number of worker processes.
+    """Build `out`; the bytes are the same for any number of worker processes (0: one per core).
 
     A build that was killed resumes from its finished chunks in OUT.parts/. Raises ConfigError if
     more than config.max_bad_share of the images cannot be read; the list of them is still written.
@@ -60,7 +61,7 @@ def write_beton(
     missing = build.missing_chunks()
     done = len(source) - sum(len(build.rows(chunk)) for chunk in missing)
     with Progress(out.name, len(source), "images", done=done, enabled=show) as progress:
-        for count in _encode_chunks(build, missing, workers):
+        for count in _encode_chunks(build, missing, workers or available_cores()):
             progress.advance(count)
     report = _assemble(build, source_fingerprint, out)
     shutil.rmtree(build.parts)
