@@ -1,8 +1,12 @@
-"""RELIABILITY.md's rows 12, 17 and 18: asked to leave inside long work, nobody confident, another number of ranks at every start."""
+"""Rows 12, 17 and 18 of docs/reliability.md: stop requests inside long work, steps without
+confident images, and another number of ranks at every start.
+"""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,92 +17,85 @@ from tests.support.methods import assert_close, gradients, local_slice, write_cl
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
-STOPPED = 128 + 12
+STOPPED = 128 + signal.SIGUSR2
 STAGES = PRETEXT + LONG
 
 
-def shards(run: TinyRun, stage: str, inside: str = ".") -> dict[str, int]:
-    """The finished shards of a stage's table, each with the moment it was written."""
+def shards(run: TinyRun, stage: str, subfolder: str = ".") -> dict[str, int]:
+    """Finished shards of a stage's table, with the time at which each was written."""
     return {
-        p.name: p.stat().st_mtime_ns
-        for p in run.folder.glob(f"stages/{stage}/*/{inside}/*-[0-9]*.npy")
-        if not p.name.startswith(".tmp")
+        path.name: path.stat().st_mtime_ns
+        for path in run.folder.glob(f"stages/{stage}/*/{subfolder}/*-[0-9]*.npy")
+        if not path.name.startswith(".tmp")
     }
 
 
 def tables(done: LaunchResult) -> dict[str, bytes]:
-    return {
-        p.name: p.read_bytes()
-        for stage in ("features", "neighbours")
-        for p in sorted(done.folder.glob(f"stages/{stage}/*/*.npy"))
-    } | {
-        p.name: b"".join(np.load(p)[k].tobytes() for k in sorted(np.load(p).files))
-        if p.suffix == ".npz"
-        else p.read_bytes()
-        for p in sorted(done.folder.glob("stages/kmeans/*/*.np[yz]"))
-    }
+    """Content of the files of the stages after the training."""
+    contents = {}
+    for stage in ("features", "neighbours", "kmeans"):
+        for path in sorted(done.folder.glob(f"stages/{stage}/*/*.np[yz]")):
+            contents[path.name] = path.read_bytes()
+            if path.suffix == ".npz":  # holds the time at which it was written
+                with np.load(path) as arrays:
+                    contents[path.name] = b"".join(arrays[k].tobytes() for k in sorted(arrays))
+    return contents
 
 
-def test_row_12_asked_to_leave_inside_begin_epoch_embed_and_kmeans(tmp_path: Path) -> None:
-    more = {"refreshes": True}
-    step = "runtime.checkpoint_s=1e-9"  # what is done again after each stop is then known
-    whole = TinyRun(tmp_path / "whole", STAGES)(step, **more)
-    assert whole.code == 0 and len(whole.losses()) == 20, whole.output
+def test_row_12_stop_requests_inside_begin_epoch_embed_and_kmeans(tmp_path: Path) -> None:
+    # With a checkpoint after every step it is known what is repeated after each stop.
+    save_every_step = "runtime.checkpoint_s=1e-9"
+    undisturbed = TinyRun(tmp_path / "undisturbed", STAGES)(save_every_step, refreshes=True)
+    assert undisturbed.code == 0, undisturbed.output
+    assert len(undisturbed.losses()) == 20
 
-    run = TinyRun(tmp_path / "asked", STAGES)
-    assert (
-        run(step, **more, faults=[{"kind": "signal", "rank": 1, "at": "shard", "step": 4}]).code
-        == STOPPED
-    )  # the second epoch's begin_epoch
-    assert len(shards(run, "pretext", "work/embed")) == 4, (
-        "of six: the round in which it was asked is finished"
-    )
-    assert (
-        run(step, **more, faults=[{"kind": "signal", "rank": 1, "at": "shard", "step": 2}]).code
-        == STOPPED
-    )  # one left of that, then the embed stage
+    run = TinyRun(tmp_path / "stopped", STAGES)
+
+    def run_with_signal(**fault: Any) -> None:
+        done = run(save_every_step, refreshes=True, faults=[{"kind": "signal", **fault}])
+        assert done.code == STOPPED, done.output
+
+    # In begin_epoch of the second epoch: the current round of shards is finished.
+    run_with_signal(rank=1, at="shard", step=4)
+    assert len(shards(run, "pretext", "work/embed")) == 4
+    # One shard later is the embed stage; with fewer shards begin_epoch would have repeated some.
+    run_with_signal(rank=1, at="shard", step=2)
     embedded = shards(run, "features")
-    assert len(embedded) == 4, "of six; fewer, if shards of begin_epoch had been made again"
-    assert (
-        run(step, **more, faults=[{"kind": "signal", "rank": 0, "at": "iteration", "step": 1}]).code
-        == STOPPED
-    )
-    assert list(run.folder.glob("stages/kmeans/*/work/kmeans.npz")), "how far k-means was"
-    assert embedded.items() <= shards(run, "features").items(), "a finished shard was made again"
-    done = run(step, **more)
+    assert len(embedded) == 4
+    run_with_signal(rank=0, at="iteration", step=1)
+    assert list(run.folder.glob("stages/kmeans/*/work/kmeans.npz"))
+    assert embedded.items() <= shards(run, "features").items(), "a finished shard was repeated"
+    done = run(save_every_step, refreshes=True)
     assert done.code == 0, done.output
-    assert (
-        done.losses() == whole.losses()
-        and done.weights() == whole.weights()
-        and tables(done) == tables(whole)
-    )
+    assert done.losses() == undisturbed.losses()
+    assert done.weights() == undisturbed.weights()
+    assert tables(done) == tables(undisturbed)
 
 
 def test_row_18_four_ranks_then_two_then_three(tmp_path: Path) -> None:
-    """In float64 a run that changes its number of ranks twice has the losses of one that never did: the same images in every step."""
-    whole = TinyRun(tmp_path / "whole", PRETEXT)("stages.pretext.precision=fp64", processes=1)
-    assert whole.code == 0, whole.output
+    """In float64 the losses are those of a run on one rank: every step has the same images."""
+    fp64 = "stages.pretext.precision=fp64"
+    undisturbed = TinyRun(tmp_path / "undisturbed", PRETEXT)(fp64, processes=1)
+    assert undisturbed.code == 0, undisturbed.output
     run = TinyRun(tmp_path / "elastic", STAGES)
     for processes, fault in (
         (4, {"rank": 3, "step": 5}),
         (2, {"rank": 1, "step": 12}),
         (3, {"rank": 2, "at": "shard"}),
     ):
-        done = run(
-            "stages.pretext.precision=fp64",
-            processes=processes,
-            faults=[{"kind": "signal", **fault}],
-        )
-        assert done.code == STOPPED, done.output
-    expected, found = whole.losses(), done.losses()
-    assert list(found) == list(expected) and len({round(v, 3) for v in found.values()}) > 10
-    assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
-    kept = shards(run, "features")
-    done = run("stages.pretext.precision=fp64", processes=2)
-    after = shards(run, "features")
-    assert done.code == 0 and kept and kept.items() < after.items(), (
-        f"finished shards are kept, the others made\n{done.output}"
-    )
+        stopped = run(fp64, processes=processes, faults=[{"kind": "signal", **fault}])
+        assert stopped.code == STOPPED, stopped.output
+    expected = undisturbed.losses()
+    losses = stopped.losses()
+    assert list(losses) == list(expected)
+    assert len({round(loss, 3) for loss in losses.values()}) > 10
+    assert max(abs(losses[step] - expected[step]) for step in losses) < 1e-5
+    before = shards(run, "features")
+    done = run(fp64, processes=2)
+    assert done.code == 0, done.output
+    # Finished shards are not written again, the missing ones are.
+    assert before
+    assert before.items() < shards(run, "features").items()
 
 
 def step_with_few_confident(
