@@ -1,9 +1,10 @@
-"""docs/reliability.md names a test that exists, or says what is not shown, for each row of the fault catalogue at each of its levels."""
+"""docs/reliability.md: every row of the fault catalogue names a test, or says what is not shown."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
@@ -12,46 +13,52 @@ LEVELS = {
     **{n: "P" for n in (7, 16, 17, 21, 22)},
     **{n: "S" for n in (10, 13, 14, 15)},
 }
+"""Levels at which each row of the catalogue is tested: P for processes, S for Slurm."""
 
 
-def cells(columns: int) -> list[list[str]]:
-    """The page's table rows of so many columns."""
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in PAGE.splitlines()
-        if line.startswith("|")
-    ]
-    return [
-        line for line in lines if len(line) == columns and line[0] != "#" and set(line[0]) != {"-"}
-    ]
+class Entry(NamedTuple):
+    """One line of the catalogue."""
+
+    row: int
+    level: str
+    shown_by: str
+    not_shown: str
 
 
-def catalogue() -> list[tuple[int, str, str, str]]:
-    """(row, level, shown by, not shown); a line without a number belongs to the row above it."""
-    found, number = [], 0
-    for line in cells(5):
-        number = int(line[0] or number)
-        found.append((number, line[2], line[3], line[4]))
-    return found
+def table_lines(num_columns: int) -> list[list[str]]:
+    """The cells of all table lines with this number of columns, without the headers."""
+    lines = []
+    for line in PAGE.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        is_header = cells[0] == "#" or set(cells[0]) == {"-"}
+        if line.startswith("|") and len(cells) == num_columns and not is_header:
+            lines.append(cells)
+    return lines
 
 
-def test_every_row_is_there_at_every_level() -> None:
-    there: dict[int, str] = {}
-    for number, level, shown, missing in catalogue():
-        there[number] = there.get(number, "") + level
-        assert shown or missing, f"row {number} {level} says nothing"
-    assert there == LEVELS
+def catalogue() -> list[Entry]:
+    """All entries; a line without a number belongs to the row above it."""
+    entries: list[Entry] = []
+    for number, _, level, shown_by, not_shown in table_lines(5):
+        row = int(number) if number else entries[-1].row
+        entries.append(Entry(row, level, shown_by, not_shown))
+    return entries
 
 
-def test_every_test_that_is_named_exists_at_that_level() -> None:
-    files = {short: ROOT / path for short, path in cells(2) if path.endswith(".py")}
-    for number, level, shown, missing in catalogue():
-        named = re.findall(r"`([\w-]+)::(test_\w+)`", shown)
-        assert named or missing, f"row {number} {level} names no test"
+def test_every_row_has_an_entry_at_each_of_its_levels() -> None:
+    levels: dict[int, str] = {}
+    for entry in catalogue():
+        levels[entry.row] = levels.get(entry.row, "") + entry.level
+        assert entry.shown_by or entry.not_shown, entry
+    assert levels == LEVELS
+
+
+def test_every_named_test_exists_at_its_level() -> None:
+    files = {short: ROOT / path for short, path in table_lines(2) if path.endswith(".py")}
+    for entry in catalogue():
+        named = re.findall(r"`([\w-]+)::(test_\w+)`", entry.shown_by)
+        assert named or entry.not_shown, f"{entry} names no test"
         for short, test in named:
-            assert f"def {test}(" in files[short].read_text(), (
-                f"row {number}: {short}::{test} is not there"
-            )
-            assert ("slurm" in files[short].parts) == (level == "S"), (
-                f"row {number}: {short} is not of level {level}"
-            )
+            assert f"def {test}(" in files[short].read_text(), f"{short}::{test} does not exist"
+            is_slurm = "slurm" in files[short].parts
+            assert is_slurm == (entry.level == "S"), f"{short} is not a test of level {entry.level}"
