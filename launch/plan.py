@@ -133,7 +133,7 @@ def measure_network(config: Any, size: int) -> NetworkCost:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dist_scan.models.backbone import build_backbone, plain
+    from dist_scan.models.backbone import build_backbone, without_checkpoint
 
     activations = []
 
@@ -143,7 +143,7 @@ def measure_network(config: Any, size: int) -> NetworkCost:
         activations.append(output.numel())
 
     with torch.device("meta"):
-        network = build_backbone(plain(config)).eval()
+        network = build_backbone(without_checkpoint(config)).eval()
         for module in network.modules():
             if not list(module.children()):
                 module.register_forward_hook(count_output)
