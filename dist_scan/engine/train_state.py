@@ -67,7 +67,7 @@ class Checkpointer:
         """Write a checkpoint now. Collective."""
         content = {**gather_state(method, optimizer), "position": asdict(state)}
         epoch_begun = state.begun and state.step_in_epoch == 0
-        self.store.save(state.step, content, method.memory_banks(), epoch_begun)
+        self.store.save(state.step, content, method.memory_banks, epoch_begun)
         self.last_save = time.monotonic()
 
     def is_due(self) -> bool:
@@ -90,7 +90,7 @@ class Checkpointer:
             return None
         content, folder = found
         load_state(content, method, optimizer)
-        for name, bank in method.memory_banks().items():
+        for name, bank in method.memory_banks.items():
             bank.load(load_bank_files(folder, name))
         self.last_save = time.monotonic()
         return TrainState(**content["position"])

@@ -19,7 +19,7 @@ from dist_scan.search.agreement import (
     mutual_information,
 )
 
-Average = Literal["arithmetic", "geometric", "min", "max"]
+Average = Literal["arithmetic", "geometric"]
 """Mean of the two entropies that mutual information is divided by."""
 CHUNK = 1 << 20
 """Rows that are scored at a time."""
@@ -137,17 +137,9 @@ def _table_mutual_information(table: np.ndarray, rows: np.ndarray, columns: np.n
     return mutual_information(flat[cells], row_sizes, column_sizes, int(rows.sum()))
 
 
-def _mean_entropy(rows: np.ndarray, columns: np.ndarray, average: str) -> float:
+def _mean_entropy(rows: np.ndarray, columns: np.ndarray, average: Average) -> float:
     first, second = entropy(rows), entropy(columns)
-    means = {
-        "arithmetic": (first + second) / 2,
-        "geometric": float(np.sqrt(first * second)),
-        "min": min(first, second),
-        "max": max(first, second),
-    }
-    if average not in means:
-        raise ValueError(f"average is '{average}'; allowed: {', '.join(means)}")
-    return means[average]
+    return (first + second) / 2 if average == "arithmetic" else float(np.sqrt(first * second))
 
 
 def _is_same_partition(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> bool:
@@ -171,19 +163,19 @@ def nmi(table: np.ndarray, average: Average = "arithmetic") -> float | None:
     return information / mean if min(information, mean) > EPS else 0.0
 
 
-def ami(table: np.ndarray, average: Average = "arithmetic") -> float | None:
-    """Mutual information adjusted for chance (Vinh, Epps and Bailey 2010)."""
+def ami(table: np.ndarray) -> float | None:
+    """Mutual information adjusted for chance, arithmetic mean (Vinh, Epps and Bailey 2010)."""
     rows, columns = table.sum(axis=1), table.sum(axis=0)
     if not rows.sum():
         return None
     if _is_same_partition(table, rows, columns):
         return 1.0
-    # One cluster or one class carries no information, whatever the average.
+    # One cluster or one class carries no information.
     if min(np.count_nonzero(rows), np.count_nonzero(columns)) == 1:
         return 0.0
     expected = expected_mutual_information(rows, columns)
     above_chance = _table_mutual_information(table, rows, columns) - expected
-    largest = _mean_entropy(rows, columns, average) - expected
+    largest = _mean_entropy(rows, columns, "arithmetic") - expected
     return _away_from_zero(above_chance) / _away_from_zero(largest)
 
 
@@ -195,19 +187,17 @@ def _away_from_zero(x: float) -> float:
 # --- summaries ---
 
 
-def scores(
-    table: np.ndarray, average: Average = "arithmetic", mapping: np.ndarray | None = None
-) -> dict[str, Any]:
+def scores(table: np.ndarray, mapping: np.ndarray | None = None) -> dict[str, Any]:
     """All scores of a table. ``many_to_one`` is None unless used clusters outnumber classes."""
     clusters_used = np.count_nonzero(table.sum(axis=1))
     classes_used = np.count_nonzero(table.sum(axis=0))
     pure = purity(table)
     return {
         "acc": accuracy(table, mapping),
-        "nmi": nmi(table, average),
-        "nmi_variant": average,
+        "nmi": nmi(table),
+        "nmi_variant": "arithmetic",
         "ari": adjusted_rand_index(table),
-        "ami": ami(table, average),
+        "ami": ami(table),
         "purity": pure,
         "many_to_one": pure if clusters_used > classes_used else None,
         "num_labelled": int(table.sum()),
@@ -219,7 +209,6 @@ def evaluate_assignment(
     label: np.ndarray,
     num_clusters: int,
     top: np.ndarray | None = None,
-    average: Average = "arithmetic",
 ) -> dict[str, Any]:
     """``scores`` of cluster [n] against label [n] (-1: unknown), on one process.
 
@@ -229,7 +218,7 @@ def evaluate_assignment(
     num_classes = int(label.max(initial=-1)) + 1
     table = contingency(cluster, label, num_clusters, max(num_classes, 1))
     mapping = hungarian(table)
-    found = scores(table, average, mapping)
+    found = scores(table, mapping)
     if top is not None and np.ndim(top) == 2:
         found["top5"] = top_k_accuracy(top[:, :5], label, mapping)
     return found

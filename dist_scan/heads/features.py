@@ -1,19 +1,12 @@
-"""What methods that train heads share: features, selection after an epoch, publication."""
+"""Features that heads are trained on, and a copy of the network that made them."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_scan.data.batch import HeldOut
-from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import as_one_tensor
-from dist_scan.heads.selection import HeadSelection, number_or_none
-from dist_scan.models.backbone import BackboneConfig
-from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.layers import FeatureNorm, Normalise
 
 
@@ -91,48 +84,3 @@ class BestNetwork(nn.Module):
 def _buffer_name(name: str) -> str:
     """A buffer's name may not contain dots."""
     return name.replace(".", "__")
-
-
-def select_epoch(
-    epoch: int,
-    heads: ClusterHeads,
-    selection: HeadSelection,
-    features: HeadFeatures,
-    held_out: HeldOut | None,
-    last_features: Tensor | None,
-) -> tuple[dict[str, float], bool]:
-    """Update the selection after an epoch. Collective. Returns (what to log, whether it improved).
-
-    last_features: of the last step, to check for divergence. Raises ValueError if the heads have
-    diverged (`HeadSelection.check_divergence`).
-    """
-    metrics: dict[str, float] = {}
-    if last_features is not None:
-        metrics = selection.check_divergence(heads, last_features)
-    if held_out is None:
-        selection.keep_newest(epoch, heads)
-        return metrics, True
-    device = heads.weight.device
-    parts = [features(batch.views[0].to(device)) for batch in held_out.batches()]
-    rows = torch.cat(parts) if parts else heads.weight.new_zeros(0, heads.weight.shape[1])
-    held_out_metrics, is_best = selection.update(epoch, heads, rows, held_out.neighbours)
-    return metrics | held_out_metrics, is_best
-
-
-def publish_heads(
-    out: Path,
-    selection: HeadSelection,
-    features: HeadFeatures,
-    backbone: nn.Module | None,
-    backbone_config: BackboneConfig | None,
-) -> None:
-    """Write the selected head of the first group as a cluster model, and all heads."""
-    model = ClusterModel(backbone, features.norm, selection.selected_head(), backbone_config)
-    save_cluster_model(
-        out,
-        model,
-        best_head=int(selection.best_head[0]),
-        best_epoch=int(selection.best_epoch[0]),
-        held_out_loss=number_or_none(selection.best_loss[0]),
-    )
-    selection.publish(out)

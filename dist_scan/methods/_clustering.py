@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dist_scan.data.assignments import save_history
+from dist_scan.data.batch import HeldOut
 from dist_scan.data.hashing import hash_keys
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
@@ -47,6 +49,52 @@ class AssignmentHistory(MemoryBank):
         save_history(folder, self.epochs, self.gathered.numpy())
 
 
+class ClusteringMethod(NetworkMethod):
+    """Trains a network on assignments of all images, which a memory bank remembers.
+
+    A run that resumes inside an epoch therefore need not cluster again.
+    """
+
+    statistics: ClassVar[tuple[str, ...]]
+    """Names of the values in the buffer ``facts``: logged facts about the last clustering."""
+    facts: Tensor
+
+    def __init__(
+        self, config: NetworkConfig, inputs: MethodInputs, num_heads: int | None = None
+    ) -> None:
+        super().__init__(config, inputs)
+        shape = () if num_heads is None else (num_heads,)
+        self.assignment = MemoryBank(inputs.num_images, shape, torch.int32, fill=-1)
+        self.memory_banks["assignment"] = self.assignment
+        self.history: AssignmentHistory | None = None
+        self.register_buffer("facts", torch.full((len(self.statistics),), torch.nan).double())
+        # Targets of all images, on every rank; read from the bank before each epoch.
+        self.targets = torch.full((inputs.num_images, *shape), -1)
+
+    def track_history(self, every: int = 1) -> None:
+        """Remember every clustering, to publish them."""
+        self.history = AssignmentHistory(self.inputs.num_images, self.inputs.epochs, every)
+        self.memory_banks["history"] = self.history
+
+    def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray | None:
+        self.targets = self.assignment.whole().long()
+        return None
+
+    def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
+        values = zip(self.statistics, self.facts.tolist())
+        return {name: value for name, value in values if not np.isnan(value)}
+
+    def prepare_publish(self) -> None:
+        self.targets = self.assignment.whole().long()
+        if self.history is not None:
+            self.history.gather()
+
+    def publish(self, out: Path) -> None:
+        super().publish(out)
+        if self.history is not None:
+            self.history.save(out)
+
+
 def hashed_seed(*keys: int) -> int:
     """Seed for a random generator from the run's seed, a stream and further keys."""
     return int(hash_keys(*keys) >> 33)
@@ -59,8 +107,3 @@ def empty_folder(folder: Path | None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
     return folder
-
-
-def known_values(names: Sequence[str], values: Tensor) -> dict[str, float]:
-    """Values by name, without those that are NaN."""
-    return {name: value for name, value in zip(names, values.tolist()) if not np.isnan(value)}

@@ -144,11 +144,14 @@ class Method(nn.Module, Kind, ABC):
     gradient of its loss is that of the global loss."""
 
     config: MethodConfig
+    memory_banks: dict[str, MemoryBank]
+    """Memory banks by name. A checkpoint stores their shards; the number of ranks may change."""
 
     def __init__(self, config: MethodConfig, inputs: MethodInputs) -> None:
         super().__init__()
         self.config = config
         self.inputs = inputs
+        self.memory_banks = {}
 
     @classmethod
     def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
@@ -206,10 +209,6 @@ class Method(nn.Module, Kind, ABC):
     def warning(self) -> str:
         """Warning about the epoch that ended, with a remedy, or "". Equal on all ranks."""
         return ""
-
-    def memory_banks(self) -> Mapping[str, MemoryBank]:
-        """Memory banks by name. A checkpoint stores their shards; ranks may change in number."""
-        return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Parameters for the optimizer."""

@@ -18,27 +18,24 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_scan.data.assignments import Assignments
-from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
 from dist_scan.losses import classification_loss
 from dist_scan.methods._clustering import (
     KMEANS_STREAM,
     TOP_LAYER_STREAM,
-    AssignmentHistory,
+    ClusteringMethod,
     empty_folder,
     hashed_seed,
-    known_values,
 )
 from dist_scan.methods.base import (
     Embed,
     MethodInputs,
     NetworkConfig,
-    NetworkMethod,
     ParameterGroup,
     Step,
 )
-from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import mine_neighbours
@@ -52,15 +49,6 @@ SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = 
     "released_order": released_order,
     "images": labelled_order,
 }
-STATISTICS = (
-    "clusters",
-    "empty_clusters",
-    "split_clusters",
-    "largest_cluster",
-    "images_left_out",
-    "nmi_previous",
-)
-"""Logged facts about a clustering, in the order of the buffer ``facts``."""
 
 
 class DeepClusterConfig(NetworkConfig):
@@ -105,19 +93,23 @@ class Clustering(NamedTuple):
     statistics: dict[str, float]
 
 
-class DeepClusterMethod(NetworkMethod):
-    """The assignment is a memory bank, so a run that resumes inside an epoch need not recluster.
-
-    Only the first ``used`` rows of the top layer belong to clusters.
-    """
+class DeepClusterMethod(ClusteringMethod):
+    """Classifies the clusters by a top layer, of which only the first ``used`` rows take part."""
 
     Config = DeepClusterConfig
     recipes = ("deepcluster",)
     needs = ("images",)
     publishes = ("backbone", "clusters")
+    statistics = (
+        "clusters",
+        "empty_clusters",
+        "split_clusters",
+        "largest_cluster",
+        "images_left_out",
+        "nmi_previous",
+    )
     config: DeepClusterConfig
     used: Tensor
-    facts: Tensor
 
     def __init__(self, config: DeepClusterConfig, inputs: MethodInputs) -> None:
         if config.whiten_dim is not None and config.whiten_dim > inputs.feature_dim:
@@ -128,19 +120,8 @@ class DeepClusterMethod(NetworkMethod):
         super().__init__(config, inputs)
         self.top = nn.Linear(inputs.feature_dim, config.num_clusters)
         self.register_buffer("used", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("facts", torch.full((len(STATISTICS),), torch.nan).double())
-        self.assignment = MemoryBank(inputs.num_images, dtype=torch.int32, fill=-1)
-        self.history: AssignmentHistory | None = None
         if config.track:
-            self.history = AssignmentHistory(inputs.num_images, inputs.epochs, config.reassign)
-        # Pseudo-labels [N] of all images, on every rank; read from the bank before each epoch.
-        self.targets = torch.full((inputs.num_images,), -1)
-
-    def memory_banks(self) -> dict[str, MemoryBank]:
-        banks = {"assignment": self.assignment}
-        if self.history is not None:
-            banks["history"] = self.history
-        return banks
+            self.track_history(every=config.reassign)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [
@@ -160,7 +141,7 @@ class DeepClusterMethod(NetworkMethod):
         assignment, statistics = self._cluster(embed(self.backbone), epoch)
         # Compare with the clustering before (Eq. 3).
         statistics["nmi_previous"] = assignment_nmi(previous, assignment) if epoch else np.nan
-        self.facts.copy_(torch.tensor([statistics[name] for name in STATISTICS]))
+        self.facts.copy_(torch.tensor([statistics[name] for name in self.statistics]))
         # Make the clusters the targets.
         self.used.fill_(int(assignment.max()) + 1)
         self.assignment.fill(torch.from_numpy(assignment))
@@ -175,7 +156,7 @@ class DeepClusterMethod(NetworkMethod):
         return list(self.top.parameters())
 
     def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        self.targets = self.assignment.whole().long()
+        super().epoch_rows(epoch, rows)
         sample = SAMPLERS[self.config.sampler]
         return sample(rows, self.targets.numpy()[rows], self.inputs.seed, epoch)
 
@@ -242,20 +223,10 @@ class DeepClusterMethod(NetworkMethod):
             loss, accuracy = classification_loss(logits, targets)
         return Step(loss, {"pseudo_accuracy": accuracy})
 
-    def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        return known_values(STATISTICS, self.facts)
-
-    def prepare_publish(self) -> None:
-        self.targets = self.assignment.whole().long()
-        if self.history is not None:
-            self.history.gather()
-
     def publish(self, out: Path) -> None:
         """Write the backbone and the last assignment; images left out count as cluster 0."""
         super().publish(out)
         Assignments(self.targets.clamp(min=0).numpy(), max(int(self.used), 1)).save(out)
-        if self.history is not None:
-            self.history.save(out)
 
 
 def renumber_clusters(

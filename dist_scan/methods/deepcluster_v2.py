@@ -23,22 +23,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_scan.data.assignments import Assignments
-from dist_scan.data.batch import Batch, HeldOut
+from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.losses import at_least_fp32
 from dist_scan.methods._clustering import (
     KMEANS_STREAM,
-    AssignmentHistory,
+    ClusteringMethod,
     empty_folder,
     hashed_seed,
-    known_values,
 )
 from dist_scan.methods.base import (
     Embed,
     MethodConfig,
     MethodInputs,
     NetworkConfig,
-    NetworkMethod,
     Step,
 )
 from dist_scan.models.batch_norm import convert_batch_norm
@@ -52,8 +50,6 @@ from dist_scan.world.world import current
 
 NUM_REMEMBERED_VIEWS = 2
 """Views whose projections are remembered: the large crops."""
-STATISTICS = ("nmi_previous", "empty_clusters", "split_clusters")
-"""Logged facts about the clusterings, in the order of the buffer ``facts``."""
 
 
 class DeepClusterV2Config(NetworkConfig):
@@ -77,7 +73,7 @@ class DeepClusterV2Config(NetworkConfig):
     for evaluation."""
 
 
-class DeepClusterV2Method(NetworkMethod):
+class DeepClusterV2Method(ClusteringMethod):
     """Memory banks: projections of two views [N, 2, D], and assignments of H heads [N, H].
 
     Before the first epoch, one pass over centre crops fills the projections (released code: over
@@ -89,12 +85,12 @@ class DeepClusterV2Method(NetworkMethod):
     recipes = ("dcv2", "dcv2")
     needs = ("images",)
     publishes = ("backbone", "clusters")
+    statistics = ("nmi_previous", "empty_clusters", "split_clusters")
     config: DeepClusterV2Config
     projector: nn.Module
-    facts: Tensor
 
     def __init__(self, config: DeepClusterV2Config, inputs: MethodInputs) -> None:
-        super().__init__(config, inputs)
+        super().__init__(config, inputs, config.num_heads)
         projector = Projector(
             inputs.feature_dim, config.projection_dim, hidden_dim=config.hidden_dim, batch_norm=True
         )
@@ -103,24 +99,17 @@ class DeepClusterV2Method(NetworkMethod):
             torch.zeros(config.num_heads, config.num_clusters, config.projection_dim),
             requires_grad=False,
         )
-        self.register_buffer("facts", torch.full((len(STATISTICS),), torch.nan).double())
-        num_images = inputs.num_images
-        self.projections = MemoryBank(num_images, (NUM_REMEMBERED_VIEWS, config.projection_dim))
-        self.assignment = MemoryBank(num_images, (config.num_heads,), torch.int32, fill=-1)
-        self.history = AssignmentHistory(num_images, inputs.epochs) if config.track else None
-        # Targets [N, H] of all images, on every rank; read from the bank before each epoch.
-        self.targets = torch.full((num_images, config.num_heads), -1)
+        self.projections = MemoryBank(
+            inputs.num_images, (NUM_REMEMBERED_VIEWS, config.projection_dim)
+        )
+        self.memory_banks["projections"] = self.projections
+        if config.track:
+            self.track_history()
 
     @classmethod
     def recipes_for(cls, config: MethodConfig) -> tuple[str, ...]:
         assert isinstance(config, DeepClusterV2Config)
         return cls.recipes + cls.recipes[:1] * config.small_crops
-
-    def memory_banks(self) -> dict[str, MemoryBank]:
-        banks = {"projections": self.projections, "assignment": self.assignment}
-        if self.history is not None:
-            banks["history"] = self.history
-        return banks
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
         if epoch == 0:
@@ -189,9 +178,6 @@ class DeepClusterV2Method(NetworkMethod):
         barrier()
         return FeatureTable.open(folder)
 
-    def epoch_rows(self, epoch: int, rows: np.ndarray) -> None:
-        self.targets = self.assignment.whole().long()
-
     def forward(self, batch: Batch) -> Step:
         # Project all views onto the unit sphere, views of one size in one pass.
         z = torch.cat(
@@ -218,20 +204,10 @@ class DeepClusterV2Method(NetworkMethod):
     def end_step(self, batch: Batch, step: Step) -> None:
         self.projections.write(batch.index, step.for_end_step["projections"])
 
-    def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        return known_values(STATISTICS, self.facts)
-
-    def prepare_publish(self) -> None:
-        self.targets = self.assignment.whole().long()
-        if self.history is not None:
-            self.history.gather()
-
     def publish(self, out: Path) -> None:
         """Write backbone, projector and the last assignment of the first head."""
         super().publish(out)
         Assignments(self.targets[:, 0].numpy(), self.config.num_clusters).save(out)
-        if self.history is not None:
-            self.history.save(out)
 
 
 class ProjectionNetwork(nn.Module):

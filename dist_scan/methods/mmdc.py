@@ -154,12 +154,14 @@ class MMDCMethod(Method):
             self.rotation_head = small_linear(inputs.feature_dim, NUM_ROTATIONS)
         self.target_id = MemoryBank(inputs.num_images, dtype=torch.int64)
         self.target_id.fill(torch.arange(inputs.num_images))
+        self.memory_banks["target_id"] = self.target_id
         self.history: AssignmentHistory | None = None
         if config.track:
             epochs_per_round = 2 if config.rotation else 1
             self.history = AssignmentHistory(
                 inputs.num_images, inputs.epochs, epochs_per_round, int(config.rotation_first)
             )
+            self.memory_banks["history"] = self.history
         # All target ids [N], on every rank after prepare_publish.
         self.last_ids = torch.arange(inputs.num_images)
 
@@ -281,12 +283,6 @@ class MMDCMethod(Method):
             if self.history is not None:
                 column = self.history.column(batch.epoch)
                 self.history.write(batch.index, step.for_end_step["nearest"], column)
-
-    def memory_banks(self) -> dict[str, MemoryBank]:
-        banks = {"target_id": self.target_id}
-        if self.history is not None:
-            banks["history"] = self.history
-        return banks
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """No weight decay on biases and batch norm, as in the released code."""

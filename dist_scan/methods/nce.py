@@ -51,12 +51,10 @@ class NCEMethod(NetworkMethod):
         super().__init__(config, inputs)
         self.projector = Projector(inputs.feature_dim, config.projection_dim, mlp=False)
         self.memory = MemoryBank(inputs.num_images, (config.projection_dim,))
+        self.memory_banks["memory"] = self.memory
         for shard, rows in self.memory.shards.items():
             generator = torch.Generator().manual_seed(inputs.seed * 4099 + shard)
             rows.copy_(F.normalize(torch.randn(rows.shape, generator=generator), dim=1))
-
-    def memory_banks(self) -> dict[str, MemoryBank]:
-        return {"memory": self.memory}
 
     def forward(self, batch: Batch) -> Step:
         # Project the images onto the unit sphere.

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.autograd import scan_heads_loss
-from dist_scan.heads.features import BestNetwork, HeadFeatures, publish_heads, select_epoch
-from dist_scan.heads.linear import ClusterHeads, NumClusters, head_sizes
-from dist_scan.heads.selection import HeadSelection
+from dist_scan.heads.features import BestNetwork
+from dist_scan.heads.linear import NumClusters, head_sizes
 from dist_scan.heads.split_clusters import scan_clusters_loss
 from dist_scan.losses import ScanTerms
-from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
-from dist_scan.models.batch_norm import convert_batch_norm
+from dist_scan.methods._heads import HeadsMethod
+from dist_scan.methods.base import MethodInputs, NetworkConfig, Step
 from dist_scan.models.layers import Normalise
 from dist_scan.world.world import current
 
@@ -54,54 +53,38 @@ class ScanConfig(NetworkConfig):
         return head_sizes(self.num_clusters, self.num_heads)
 
 
-class ScanMethod(Method):
-    """Trains several linear heads at once on features of images and their neighbours.
+class ScanMethod(HeadsMethod):
+    """Linear heads on features of a frozen network or of one that is trained with them.
 
-    For each number of clusters, the head and epoch with the lowest held-out loss are published;
-    without held-out rows the first head of the last epoch.
+    A trained network is published as it was at the selected epoch.
     """
 
     Config = ScanConfig
-    recipes = ("simclr", "simclr")
-    publishes = ("model",)
-    uses_neighbours = True
     config: ScanConfig
 
     def __init__(self, config: ScanConfig, inputs: MethodInputs) -> None:
-        super().__init__(config, inputs)
-        is_trained = config.train_backbone and not inputs.on_features
-        if is_trained and not isinstance(config.num_clusters, int):
+        trains_backbone = config.train_backbone and not inputs.on_features
+        if trains_backbone and not isinstance(config.num_clusters, int):
             raise ValueError(
                 f"num_clusters: {list(config.num_clusters)} with a trained network: each number "
                 "would select its own epoch; give one number, or set train_backbone: false"
             )
-        backbone = None if inputs.on_features else inputs.backbone
-        self.features = HeadFeatures(
-            backbone,
-            inputs.feature_dim,
+        super().__init__(
+            config,
+            inputs,
+            config.num_clusters,
+            config.num_heads,
             config.normalise,
-            inputs.feature_mean,
-            inputs.feature_std,
-            is_trained,
+            trains_backbone,
         )
-        self.heads = ClusterHeads(
-            inputs.feature_dim, config.num_clusters, config.num_heads, inputs.head_partition
-        )
-        self.choice = HeadSelection(self.heads)
-        self.best = None
-        if is_trained:
-            assert backbone is not None, "a stage that gives images gives a backbone"
-            convert_batch_norm(backbone, config.bn_groups)
-            self.best = BestNetwork(backbone)
+        self.best = BestNetwork(inputs.network(config)) if trains_backbone else None
         if self.heads.row_sharding is not None:
             self.sharded_state = dict.fromkeys(SHARDED_STATE, self.heads.row_sharding)
-        # Features of the last step, for the divergence check after the epoch; not saved.
-        self._last_features: Tensor | None = None
 
     def forward(self, batch: Batch) -> Step:
         # Features of the images and of one random neighbour of each.
         anchors, neighbours = self.features.pair(batch.views[0], batch.views[-1])
-        self._last_features = self._local_rows(anchors.detach())
+        self.last_features = self._local_rows(anchors.detach())
         # Eq. 2 for every head; heads are independent, so their losses are summed.
         terms = self._loss_terms(anchors, neighbours)
         loss = terms.total.sum()
@@ -150,13 +133,10 @@ class ScanMethod(Method):
     @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         # Select head and epoch by the held-out loss; keep the network of the best epoch.
-        metrics, is_best = select_epoch(
-            epoch, self.heads, self.choice, self.features, held_out, self._last_features
-        )
+        metrics, is_best = self.select(epoch, self.heads, held_out)
         if is_best and self.best is not None:
             assert self.features.backbone is not None
             self.best.save(self.features.backbone)
-        self._last_features = None
         return metrics
 
     def prepare_publish(self) -> None:
@@ -166,6 +146,4 @@ class ScanMethod(Method):
         if self.best is not None:
             assert self.features.backbone is not None
             self.best.restore(self.features.backbone)
-        publish_heads(
-            out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config
-        )
+        super().publish(out)

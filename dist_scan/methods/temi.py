@@ -11,7 +11,6 @@ linear and their losses are summed, as for SCAN.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.heads.autograd import TemiObjective, mean_probabilities, temi_heads_loss
-from dist_scan.heads.features import HeadFeatures, publish_heads, select_epoch
 from dist_scan.heads.linear import ClusterHeads, NumClusters
 from dist_scan.heads.products import concatenate_views
-from dist_scan.heads.selection import HeadSelection
-from dist_scan.methods.base import Method, MethodConfig, MethodInputs, ParameterGroup, Step
+from dist_scan.methods._heads import HeadsMethod
+from dist_scan.methods.base import MethodConfig, MethodInputs, ParameterGroup, Step
 from dist_scan.models.layers import MomentumCopy, Normalise
 
 
@@ -49,38 +47,23 @@ class TemiConfig(MethodConfig):
     """Normalisation of the features."""
 
 
-class TemiMethod(Method):
+class TemiMethod(HeadsMethod):
     """The teacher's heads are selected by SCAN's held-out loss (entropy weight 1) and published."""
 
     Config = TemiConfig
-    recipes = ("simclr", "simclr")
-    publishes = ("model",)
-    uses_neighbours = True
     config: TemiConfig
     marginal: Tensor
 
     def __init__(self, config: TemiConfig, inputs: MethodInputs) -> None:
-        super().__init__(config, inputs)
-        self.features = HeadFeatures(
-            None if inputs.on_features else inputs.backbone,
-            inputs.feature_dim,
-            config.normalise,
-            inputs.feature_mean,
-            inputs.feature_std,
-            trained=False,
-        )
-        self.heads = ClusterHeads(inputs.feature_dim, config.num_clusters, config.num_heads)
+        super().__init__(config, inputs, config.num_clusters, config.num_heads, config.normalise)
         self.teacher = MomentumCopy(self.heads, config.momentum)
         uniform = [torch.full((size,), 1 / size) for size in self.heads.sizes]
         self.register_buffer("marginal", torch.cat(uniform))
-        self.choice = HeadSelection(self.heads)
-        # Features of the last step, for the divergence check after the epoch; not saved.
-        self._last_features: Tensor | None = None
 
     def forward(self, batch: Batch) -> Step:
         # Features of the images and of one random neighbour of each.
         first, second = self.features.pair(batch.views[0], batch.views[-1])
-        self._last_features = first.detach()
+        self.last_features = first.detach()
         # The teacher sees both views, without gradient.
         teacher_log_p, marginal = self._teacher(concatenate_views(first, second))
         # Weighted pointwise mutual information per head; losses are summed.
@@ -124,13 +107,5 @@ class TemiMethod(Method):
         assert isinstance(heads, ClusterHeads)
         for tensor in heads.parameters():
             tensor.div_(self.config.temperature)
-        metrics, _ = select_epoch(
-            epoch, heads, self.choice, self.features, held_out, self._last_features
-        )
-        self._last_features = None
+        metrics, _ = self.select(epoch, heads, held_out)
         return metrics
-
-    def publish(self, out: Path) -> None:
-        publish_heads(
-            out, self.choice, self.features, self.inputs.backbone, self.inputs.backbone_config
-        )

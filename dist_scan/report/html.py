@@ -56,13 +56,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Anchor:
-    """An image with its nearest neighbours, nearest first, and their similarities."""
+    """An image with its nearest neighbours, nearest first. A label is None if it is not known."""
 
     image: np.ndarray
     neighbours: Sequence[np.ndarray]
-    scores: Sequence[float] = ()
-    label: str | None = None
-    neighbour_labels: Sequence[str | None] = ()
+    scores: Sequence[float]
+    """Similarity of each neighbour."""
+    label: str | None
+    neighbour_labels: Sequence[str | None]
 
 
 @dataclass(frozen=True)
@@ -219,18 +220,14 @@ def _cluster(cluster: Cluster, budget: ThumbnailBudget) -> dict[str, Any]:
 
 
 def _anchor(anchor: Anchor, budget: ThumbnailBudget) -> dict[str, Any]:
-    """Thumbnails of an anchor and its neighbours.
-
-    ``has_other_label`` is False where one of the two labels is unknown.
-    """
+    """Thumbnails of an anchor and its neighbours, and which of these have another label."""
     neighbours = []
-    for i, image in enumerate(anchor.neighbours):
-        label = anchor.neighbour_labels[i] if i < len(anchor.neighbour_labels) else None
+    for image, score, label in zip(anchor.neighbours, anchor.scores, anchor.neighbour_labels):
         both_known = label is not None and anchor.label is not None
         neighbours.append(
             {
                 "uri": budget.thumbnail(image),
-                "score": anchor.scores[i] if i < len(anchor.scores) else None,
+                "score": score,
                 "label": label,
                 "has_other_label": both_known and label != anchor.label,
             }

@@ -233,7 +233,7 @@ def test_v2_publishes_the_history_of_its_first_head(tmp_path: Path) -> None:
 
     method = make(V2 | {"track": True}, tmp_path)
     assert "clusters" in method.publishes
-    assert "history" in method.memory_banks()
+    assert "history" in method.memory_banks
     expected = []
     for epoch in range(2):
         method.begin_epoch(epoch, EmbedImages(tmp_path))

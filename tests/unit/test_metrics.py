@@ -43,32 +43,28 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("average", ["arithmetic", "geometric", "min", "max"])
-def test_scores_equal_scikit_learn(name: str, average: m.Average) -> None:
+def test_scores_equal_scikit_learn(name: str) -> None:
     cluster, label = CASES[name]
     table = m.contingency(cluster, label, int(cluster.max()) + 3, int(label.max()) + 2)
-    one_group = name.startswith("one c")
-    # With one cluster or class, these means are 0: see the test below.
-    if not (one_group and average in ("geometric", "min")):
-        assert m.nmi(table, average) == pytest.approx(
-            sk.normalized_mutual_info_score(label, cluster, average_method=average), abs=1e-12
-        )
-    # 0/0 in these cases: scikit-learn's answer depends on rounding.
-    if not one_group and (name, average) != ("singletons against pairs", "min"):
-        assert m.ami(table, average) == pytest.approx(
-            sk.adjusted_mutual_info_score(label, cluster, average_method=average), abs=1e-12
-        )
-    assert adjusted_rand_index(table) == pytest.approx(
-        sk.adjusted_rand_score(label, cluster), abs=1e-12
-    )
+    for average in ("arithmetic", "geometric"):
+        # With one cluster or class the geometric mean is 0: see the test below.
+        if average == "geometric" and name.startswith("one c"):
+            continue
+        expected = sk.normalized_mutual_info_score(label, cluster, average_method=average)
+        assert m.nmi(table, average) == pytest.approx(expected, abs=1e-12)
+    # 0/0 with one cluster or class: scikit-learn's answer depends on rounding.
+    if not name.startswith("one c"):
+        expected = sk.adjusted_mutual_info_score(label, cluster)
+        assert m.ami(table) == pytest.approx(expected, abs=1e-12)
+    expected = sk.adjusted_rand_score(label, cluster)
+    assert adjusted_rand_index(table) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["one cluster", "one class"])
 def test_one_cluster_or_one_class_scores_zero(name: str) -> None:
     cluster, label = CASES[name]
     table = m.contingency(cluster, label, 5, 5)
-    for average in ("arithmetic", "geometric", "min", "max"):
-        assert m.nmi(table, average) == 0.0
+    assert m.nmi(table, "arithmetic") == m.nmi(table, "geometric") == 0.0
     assert adjusted_rand_index(table) == 0.0
     assert abs(m.ami(table)) < 1e-12
 
@@ -157,15 +153,12 @@ def test_invalid_ids_are_named_in_the_error(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         m.contingency(np.array(cluster), np.array(label), 4, 3)
-    with pytest.raises(ValueError, match="arithmetic"):
-        m.nmi(np.ones((2, 2), int), "median")
 
 
 def test_nmi_variants_differ_for_unbalanced_classes() -> None:
     label = np.repeat([0, 1], [950, 50])
     table = m.contingency(np.arange(1000) // 25, label, 40, 2)
-    found = [m.nmi(table, average) for average in ("max", "arithmetic", "geometric", "min")]
-    assert (np.diff(found) > 0.04).all(), found
+    assert m.nmi(table, "geometric") > m.nmi(table, "arithmetic") + 0.04
 
 
 def test_cluster_health_shows_a_collapse() -> None:

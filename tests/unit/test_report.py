@@ -200,7 +200,7 @@ def test_without_labels_no_score_is_shown(tmp_path: Path) -> None:
         "t",
         {"scan": row},
         clusters=[Cluster(0, 3, [random_image()])],
-        neighbours=[Anchor(random_image(), [random_image()])],
+        neighbours=[Anchor(random_image(), [random_image()], [0.5], None, [None])],
     )
     _, page = write_and_parse(report, tmp_path)
     for absent in ("ACC", "NMI"):
