@@ -23,9 +23,9 @@ from dist_scan.evaluate.prototypes import find_prototypes, low_confidence
 from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.profile import TIMING_FILE
 from dist_scan.report.html import Anchor, Cluster, Report
+from dist_scan.stages._report_config import ReportConfig
 from dist_scan.stages.base import Context
 from dist_scan.stages.evaluate import EvaluateConfig
-from dist_scan.stages.report import ReportConfig
 from dist_scan.storage.artifacts import MANIFEST
 
 MAX_CLUSTERS = 100

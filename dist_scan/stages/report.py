@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from dist_scan.config.stage import Images, Ref, StageConfig, Stages
 from dist_scan.data.assignments import Assignments
+from dist_scan.stages._report_config import ReportConfig
 from dist_scan.stages.base import Stage
-from dist_scan.stages.evaluate import EvaluateConfig
 from dist_scan.storage.atomic import write_atomic, write_json, write_text
 from dist_scan.world.collectives import barrier
-
-
-class ReportConfig(StageConfig):
-    """Settings of the report."""
-
-    kind: Literal["report"] = "report"
-    images: Images = "train"
-    evaluate: Ref
-    best: str
-    """The subject of `evaluate` whose clusters are shown and exported."""
-    features: Ref | None = None
-    """Features for the prototypes of clusters (default: no clusters are shown)."""
-    neighbours: Ref | None = None
-    """Show sample images with these neighbours."""
-    seed_images: int = Field(default=0, ge=0)
-    """Seed of the choice of sample images."""
-
-    def check(self, name: str, earlier: Stages) -> None:
-        """`best` is one of the evaluated subjects."""
-        source = earlier[self.evaluate]
-        subjects = source.subjects if isinstance(source, EvaluateConfig) else {}
-        if self.best not in subjects:
-            raise ValueError(
-                f"stages.{name}.best: '{self.best}' is not a subject of '{self.evaluate}'; "
-                f"allowed: {', '.join(subjects)}"
-            )
 
 
 class ReportStage(Stage[ReportConfig]):
