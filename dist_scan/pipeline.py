@@ -56,7 +56,7 @@ class Pipeline:
         """
         run = self.run_config
         fingerprints = on_rank_0(lambda: preflight.fingerprints(run, preflight.check_data(run)))
-        for text in preflight.warnings(run):
+        for text in preflight.data_warnings(run):
             self.log(f"warning: {text}")
         for name, config in preflight.all_stages(run).items():
             self.stop.raise_if_requested()

@@ -51,7 +51,7 @@ def check_data(run: RunConfig) -> dict[str, str]:
     return data_fingerprints
 
 
-def warnings(run: RunConfig) -> list[str]:
+def data_warnings(run: RunConfig) -> list[str]:
     """Warnings of all stages about this data; the first stage of those with the same one."""
     found: dict[str, str] = {}
     for name, stage in run.stages.items():

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dist_scan.config import ConfigError, dump, override, read_yaml, validate_settings
 from dist_scan.methods.base import method_class
-from dist_scan.preflight import warnings
+from dist_scan.preflight import data_warnings
 from dist_scan.run_config import CompleteRunConfig, load_config
 from tests.support.launches import ROOT
 
@@ -179,11 +179,11 @@ def test_shipped_configs_survive_a_round_trip(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_have_no_warnings(path: Path) -> None:
-    assert warnings(load_config(path)) == []
+    assert data_warnings(load_config(path)) == []
 
 
 def test_a_warning_names_the_first_stage_that_it_concerns() -> None:
-    found = warnings(load_config(QUICKSTART, ["data.resolution=256"]))
+    found = data_warnings(load_config(QUICKSTART, ["data.resolution=256"]))
     stages = [text.partition(":")[0] for text in found]
     assert stages == ["stages.pretext", "stages.pixels", "stages.selflabelling"]
     assert all("2% of a square image" in text for text in found)
