@@ -409,11 +409,13 @@ def test_complete_shards_survive_a_kill_and_are_kept_by_other_ranks(
 ) -> None:
     features, out = tmp_path / "features", tmp_path / "neighbours"
     write_table(random_rows(1200), features, shards=24)
-    arguments = mine_in_rounds, 2, free_port(), (features, out, slow_poll), CONTEXT.Queue()
-    work, world_size, port, work_arguments, results = arguments
+    port, results = free_port(), CONTEXT.Queue()
+    work_arguments = features, out, slow_poll
     ranks = [
-        CONTEXT.Process(target=run_rank, args=(work, rank, world_size, port, work_arguments, results))
-        for rank in range(world_size)
+        CONTEXT.Process(
+            target=run_rank, args=(mine_in_rounds, rank, 2, port, work_arguments, results)
+        )
+        for rank in range(2)
     ]
     for process in ranks:
         process.start()
