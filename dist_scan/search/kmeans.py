@@ -8,6 +8,8 @@ Centroids and assignments are bitwise equal for any number of ranks:
   to 2^27 rows, as 4 * 2^27 * 2^24 = 2^53. Ranks may therefore add up in any order, and an iteration
   only adds and subtracts the rows that changed their cluster.
 
+An empty cluster is refilled by splitting a large one (`LloydRun._update_centroids`).
+
 Memory per rank in bytes: 4 D + 20 per row, 40 k D for centroids, sums and the message of an
 iteration, and 4 MB per thread.
 """
@@ -35,7 +37,7 @@ from dist_scan.storage.arrays import write_npy
 from dist_scan.world.collectives import all_sum, gather_rows
 
 CENTROID_GRID = 2.0**22  # values below 4 then have at most 24 bits, which float32 holds
-SPLIT_NUDGE = 1 / 1024  # relative distance between the halves of a split cluster (as in faiss)
+SPLIT_NUDGE = 1 / 1024  # the halves of a split cluster are its mean times 1 +- this, as in faiss
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,7 @@ def kmeans(
             nearest = NearestCentroid(local.values, local.max_norm)
             local_assignment = nearest.assign(best_centroids, pool)
     checkpoint.remove()
-    assignment = np.empty(table.num_rows, np.int32)
-    ids = gather_rows(torch.from_numpy(local.ids)).numpy()
-    assignment[ids] = gather_rows(torch.from_numpy(local_assignment)).numpy()
+    assignment = _gather_assignment(local, local_assignment)
     return KMeansResult(
         centroids=best_centroids / np.float32(rows.scale),
         assignment=assignment,
@@ -134,6 +134,14 @@ def kmeans(
         sizes=np.bincount(assignment, minlength=num_clusters),
         num_splits=best["num_empty"],
     )
+
+
+def _gather_assignment(rows: LocalRows, assignment: np.ndarray) -> np.ndarray:
+    """Clusters [N] int32 of all ranks' rows, from those of this rank's. Collective."""
+    ids = gather_rows(torch.from_numpy(rows.ids)).numpy()
+    of_all = np.empty(rows.num_rows, np.int32)
+    of_all[ids] = gather_rows(torch.from_numpy(assignment)).numpy()
+    return of_all
 
 
 def _check_start(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
@@ -224,15 +232,15 @@ class LloydRun:
         self._update_centroids()
 
     def _assign(self) -> int:
-        """Assign every row to its nearest centroid; the number of rows that moved, of all ranks.
+        """Assign every row to its nearest centroid, and update the clusters' sums and counts.
 
-        Sums and counts change by the rows that moved, in one all-reduce of k D + k + 1 numbers.
+        One all-reduce of k D + k + 1 numbers. Returns how many rows of all ranks changed cluster.
         """
         new = self.nearest.assign(self.centroids, self.pool)
         moved = np.flatnonzero(new != self.assignment)
         old = self.assignment[moved]
 
-        # All changes go into one message.
+        # Changes of the sums and counts, in one message.
         message = np.zeros(self.k * self.dim + self.k + 1)
         changes, count_changes, num_moved = self._parts(message)
         self._add_changes_of_sums(moved, old, new[moved], changes)
