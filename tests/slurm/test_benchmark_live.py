@@ -1,16 +1,16 @@
-"""`launch/slurm.py --nodes 1,2 --benchmark` on a real Slurm: the jobs follow one another, and the last leaves one page of both."""
+"""`launch/slurm.py --nodes 1,2 --benchmark` on a real Slurm: two jobs in order, one page."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from dist_scan.run_config import load_config
+from tests.slurm.cluster import Cluster, wait_until
 from tests.support.launches import ROOT, SMALL, environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -22,12 +22,11 @@ ONE_TRAINING = [
 ]
 
 
-def launch(cluster, *words: str) -> subprocess.CompletedProcess:
-    """launch/slurm.py's output and exit code."""
-    env = environment() | {"SLURM_CONF": str(cluster.conf)}
+def launch(cluster: Cluster, *words: str) -> subprocess.CompletedProcess[str]:
+    """Exit code and output of launch/slurm.py."""
     return subprocess.run(
         [sys.executable, str(ROOT / "launch" / "slurm.py"), *words],
-        env=env,
+        env=environment(SLURM_CONF=str(cluster.config)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,58 +34,46 @@ def launch(cluster, *words: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_one_page_from_two_jobs(cluster, tmp_path: Path) -> None:
+def test_one_page_from_two_jobs(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "bench"
-    words = [
-        "--nodes",
-        "1,2",
-        "--benchmark",
-        "run,allreduce",
-        "--steps",
-        "6",
-        str(QUICK),
-        f"runtime.run_dir={folder}",
-        *(word for word in SMALL if word.startswith(("data.", "stages.pretext."))),
-        *ONE_TRAINING,
-    ]
-    sent = launch(cluster, *words)
-    assert sent.returncode == 0, sent.stdout
+    small = [word for word in SMALL if word.startswith(("data.", "stages.pretext."))]
+    words = ["--nodes", "1,2", "--benchmark", "run,allreduce", "--steps", "6"]
+    words += [str(QUICK), f"runtime.run_dir={folder}", *small, *ONE_TRAINING]
+    submitted = launch(cluster, *words)
+    assert submitted.returncode == 0, submitted.stdout
+    run_dirs = [folder / f"nodes-{nodes}" for nodes in (1, 2)]
     jobs = [
-        json.loads((folder / f"nodes-{n}" / "slurm" / "job.json").read_text())["job_id"]
-        for n in (1, 2)
+        json.loads((run_dir / "slurm" / "job.json").read_text())["job_id"] for run_dir in run_dirs
     ]
-    assert f"afterany:{jobs[0]}" in cluster.call("scontrol", "show", "job", jobs[1]).replace(
-        "(unfulfilled)", ""
-    )
-    deadline, page = time.monotonic() + 300, folder / "scaling.html"
-    while cluster.call("squeue", "-h", "-t", "PD,R,CG", "-j", ",".join(jobs), check=False).strip():
-        assert time.monotonic() < deadline, [
-            p.read_text()[-2000:] for p in folder.glob("nodes-*/slurm/*.out")
-        ]
-        time.sleep(0.3)
-    logs = "".join(p.read_text() for p in folder.glob("nodes-*/slurm/*.out"))
-    facts = json.loads((folder / "scaling.json").read_text())
-    assert facts["missing"] == {}, logs
-    curves = {(c["benchmark"], c["label"]): c for c in facts["curves"]}
-    pretext = curves["trainings", "pretext"]
-    assert [p["nodes"] for p in pretext["points"]] == [1, 2] and pretext["points"][0][
-        "efficiency"
-    ] == 1.0
-    rows = [p["row"] for p in pretext["points"]]
-    assert [r["world_size"] for r in rows] == [1, 2] and all(
-        r["steps"] == 7 and r["peak_host_mib"] > 0 and r["verdict"] for r in rows
-    )
-    assert (rows[1]["worst_rank"], rows[1]["worst_host"]) in ((0, "n1"), (1, "n2")) and sum(
-        rows[1]["sections"].values()
-    ) == pytest.approx(1.0, abs=1e-3)
-    assert all(
-        p["nodes"] == 2
-        for (name, _), c in curves.items()
-        if name == "allreduce"
-        for p in c["points"]
-    ), "alone nothing is sent"
-    text = page.read_text()
-    assert "2 nodes give" in text and "2 nodes: " in text and "http" not in text
+    second = cluster.call("scontrol", "show", "job", jobs[1])
+    assert f"afterany:{jobs[0]}" in second.replace("(unfulfilled)", "")
+    squeue = ("squeue", "-h", "-t", "PD,R,CG", "-j", ",".join(jobs))
+    wait_until(lambda: not cluster.call(*squeue, check=False).strip(), 300, "the end of both jobs")
+
+    logs = "".join(path.read_text() for path in folder.glob("nodes-*/slurm/*.out"))
+    figures = json.loads((folder / "scaling.json").read_text())
+    assert figures["missing"] == {}, logs
+    curves = {(curve["benchmark"], curve["label"]): curve for curve in figures["curves"]}
+    one, two = curves["trainings", "pretext"]["points"]
+    assert (one["nodes"], two["nodes"]) == (1, 2)
+    assert one["efficiency"] == 1.0
+    assert (one["row"]["world_size"], two["row"]["world_size"]) == (1, 2)
+    for point in (one, two):
+        assert point["row"]["steps"] == 7
+        assert point["row"]["peak_host_mib"] > 0
+        assert point["row"]["verdict"]
+    slowest = (two["row"]["worst_rank"], two["row"]["worst_host"])
+    assert slowest in ((0, "n1"), (1, "n2"))
+    assert sum(two["row"]["sections"].values()) == pytest.approx(1.0, abs=1e-3)
+    for (benchmark, _), curve in curves.items():
+        if benchmark == "allreduce":  # a single rank sends nothing
+            assert [point["nodes"] for point in curve["points"]] == [2]
+
+    page = (folder / "scaling.html").read_text()
+    assert "2 nodes give" in page
+    assert "2 nodes: " in page
+    assert "http" not in page
     again = launch(cluster, *words)
-    assert again.returncode == 0 and again.stdout.count("measured before") == 2, again.stdout
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count("measured before") == 2
     assert "done at" in launch(cluster, "status", str(folder)).stdout

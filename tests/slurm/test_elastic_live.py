@@ -1,4 +1,4 @@
-"""Rows 6, 18 and 19 of RELIABILITY.md's catalogue on the real Slurm: what one start leaves, and the next one finds."""
+"""What one start leaves and the next one finds: other numbers of nodes, damaged checkpoints, edits."""
 
 from __future__ import annotations
 
@@ -7,99 +7,101 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import losses, rows
-from tests.slurm.tiny import Tiny, local
+from tests.slurm.jobs import losses, step_rows
+from tests.slurm.tiny import LocalRun, TinyJob
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-EXACT = (
-    "stages.pretext.precision=fp64",
-    "runtime.keep_checkpoints=4",
-)  # in fp64 nothing hides a difference
-LEAVE = {"kind": "signal", "signal": "SIGTERM", "rank": 0}
+# In fp64, so that rounding hides no difference.
+EXACT = ("stages.pretext.precision=fp64", "runtime.keep_checkpoints=4")
+# A TERM to a rank ends the job, because none may be relaunched.
+NO_RELAUNCH = (*EXACT, "runtime.relaunches=0")
+STOP = {"kind": "signal", "signal": "SIGTERM", "rank": 0}
 
 
 def test_four_nodes_then_two_then_three_are_one_run_and_bad_checkpoints_cost_their_steps(
-    cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path
 ) -> None:
-    """The same images at each step on any number of ranks. A TERM to a rank ends the job where none may be relaunched."""
-    folder, once = tmp_path / "nodes", "runtime.relaunches=0"
-    Tiny(cluster, folder, 4, *EXACT, once, faults=({**LEAVE, "step": 6},)).stopped()
-    bad = [flipped(saved(folder)[-1])]
-    Tiny(cluster, folder, 2, *EXACT, once, faults=({**LEAVE, "step": 13},)).stopped()
-    bad += [without(saved(folder)[-2]), truncated(saved(folder)[-1])]
-    job = Tiny(cluster, folder, 3, *EXACT, once, faults=({**LEAVE, "at": "shard"},))
-    job.stopped()
+    """Every step has the same images on any number of ranks."""
+    local = LocalRun(tmp_path / "one", *EXACT, processes=1)
+    folder = tmp_path / "nodes"
+    stop_at_6, stop_at_13 = ({**STOP, "step": step} for step in (6, 13))
+    TinyJob(cluster, folder, 4, *NO_RELAUNCH, armed_faults=(stop_at_6,)).submit_until_stopped()
+    flipped = checkpoints(folder)[-1]
+    flip_bit(flipped)
+    TinyJob(cluster, folder, 2, *NO_RELAUNCH, armed_faults=(stop_at_13,)).submit_until_stopped()
+    deleted, truncated = checkpoints(folder)[-2:]
+    (deleted / "state.pt").unlink()
+    truncate(truncated)
+    stop_in_embed = {**STOP, "at": "shard"}
+    job = TinyJob(cluster, folder, 3, *NO_RELAUNCH, armed_faults=(stop_in_embed,))
+    job.submit_until_stopped()
     assert "3 ranks" in job.log()
-    said = (job.run_dir / "logs" / "run.log").read_text()
-    for path, why in zip(
-        bad, ("state.pt does not match its sha256", "No such file", "bytes instead of")
-    ):
-        assert [
-            line
-            for line in said.splitlines()
-            if f"{path} is damaged" in line and why in line and f"bad-{path.name}" in line
-        ], said
-    expected, trained = losses(local(tmp_path / "one", *EXACT, processes=1)), rows(job.run_dir)
-    assert len(trained) == 20 + 1 + 2 and {row["step"] for row in trained} == set(expected), (
-        "a step for each bad one, none was left out"
-    )
-    assert all(abs(expected[row["step"]] - row["loss"]) < 1e-5 for row in trained)
-    kept = shards(job)
-    job = Tiny(cluster, folder, 2, *EXACT).submit()
+
+    # Every damaged checkpoint is named and set aside, and costs the step that it would have saved.
+    assert_set_aside(job, flipped, "state.pt does not match its sha256")
+    assert_set_aside(job, deleted, "No such file")
+    assert_set_aside(job, truncated, "bytes instead of")
+    expected = losses(local.finish())
+    rows = step_rows(job.run_dir)
+    assert len(rows) == 20 + 1 + 2
+    assert {row["step"] for row in rows} == set(expected)
+    assert all(abs(expected[row["step"]] - row["loss"]) < 1e-5 for row in rows)
+
+    # Two ranks use the shards that three had finished.
+    shards_of_three = finished_shards(job)
+    job = TinyJob(cluster, folder, 2, *EXACT).submit()
     job.finish()
-    assert kept and kept.items() < shards(job).items(), (
-        "the shards that three ranks had finished are used by two"
-    )
-    started_again(cluster, folder)
+    assert shards_of_three
+    assert shards_of_three.items() < finished_shards(job).items()
+    start_again(cluster, folder)
 
 
-def started_again(cluster: Cluster, folder: Path) -> None:
-    """After the end: as it is, after a runtime edit, after an edit of a stage's meaning."""
-    everything = ["beton_train", "features", "kmeans", "neighbours", "pretext"]
-    for edit, skipped in (
-        ((), everything),
-        (("runtime.log_every=2",), everything),
-        (("stages.features.num_shards=5",), ["beton_train", "pretext"]),
+def start_again(cluster: Cluster, folder: Path) -> None:
+    """After the end: unchanged, with a runtime setting changed, with a stage's setting changed."""
+    every_stage = {"beton_train", "features", "kmeans", "neighbours", "pretext"}
+    log = folder / "run" / "logs" / "run.log"
+    for edits, skipped in (
+        ((), every_stage),
+        (("runtime.log_every=2",), every_stage),
+        (("stages.features.num_shards=5",), {"beton_train", "pretext"}),
     ):
-        before = (folder / "run" / "logs" / "run.log").read_text()
-        Tiny(cluster, folder, 1, *EXACT, *edit).submit().finish()
-        added = (folder / "run" / "logs" / "run.log").read_text().removeprefix(before)
-        stages = {
-            name: [line.split()[1][:-1] for line in added.splitlines() if f": {name} " in line]
-            for name in ("already done", "starts")
-        }
-        assert sorted(stages["already done"]) == skipped and sorted(stages["starts"]) == sorted(
-            set(everything) - set(skipped)
-        ), (edit, added)
+        before = log.read_text()
+        TinyJob(cluster, folder, 1, *EXACT, *edits).submit().finish()
+        added = log.read_text().removeprefix(before)
+        assert stages_in(added, "done before") == sorted(skipped), added
+        assert stages_in(added, "starts") == sorted(every_stage - skipped), added
 
 
-def saved(folder: Path) -> list[Path]:
+def stages_in(log: str, event: str) -> list[str]:
+    """The stages with such a line in the log."""
+    lines = [line for line in log.splitlines() if f": {event} " in line]
+    return sorted(line.split()[1].removesuffix(":") for line in lines)
+
+
+def checkpoints(folder: Path) -> list[Path]:
     """The pretext's checkpoints, oldest first."""
     return sorted(folder.glob("run/stages/pretext/*/work/checkpoints/step-*"))
 
 
-def flipped(checkpoint: Path) -> Path:
-    """One bit of it."""
+def flip_bit(checkpoint: Path) -> None:
     data = bytearray((checkpoint / "state.pt").read_bytes())
     data[len(data) // 2] ^= 16
     (checkpoint / "state.pt").write_bytes(data)
-    return checkpoint
 
 
-def truncated(checkpoint: Path) -> Path:
-    """Five bytes less of it."""
-    (checkpoint / "state.pt").write_bytes((checkpoint / "state.pt").read_bytes()[:-5])
-    return checkpoint
+def truncate(checkpoint: Path) -> None:
+    file = checkpoint / "state.pt"
+    file.write_bytes(file.read_bytes()[:-5])
 
 
-def without(checkpoint: Path) -> Path:
-    """A file of it gone."""
-    (checkpoint / "state.pt").unlink()
-    return checkpoint
+def assert_set_aside(job: TinyJob, checkpoint: Path, reason: str) -> None:
+    """Fail unless the log names the checkpoint, the reason, and its new name."""
+    log = (job.run_dir / "logs" / "run.log").read_text()
+    lines = [line for line in log.splitlines() if f"{checkpoint} is bad" in line]
+    assert any(reason in line and f"bad-{checkpoint.name}" in line for line in lines), log
 
 
-def shards(job: Tiny) -> dict[str, int]:
-    """The embed stage's finished shards, each with the moment it was written."""
-    return {
-        p.name: p.stat().st_mtime_ns for p in job.run_dir.glob("stages/features/*/*-[0-9]*.npy")
-    }
+def finished_shards(job: TinyJob) -> dict[str, int]:
+    """The embed stage's finished shards with the time when each was written."""
+    shards = job.run_dir.glob("stages/features/*/*-[0-9]*.npy")
+    return {path.name: path.stat().st_mtime_ns for path in shards}

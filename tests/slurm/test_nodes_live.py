@@ -1,7 +1,8 @@
-"""The cluster itself fails under a run: its controller, a node, its user's patience."""
+"""Faults of the cluster during a run: its controller, a node; and a cancelled job."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,66 +11,67 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import LONG, Job
+from tests.slurm.conftest import UndisturbedRun
+from tests.slurm.jobs import GONE, LONG, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 
 
 def test_one_job_without_a_controller_without_a_node_and_cancelled_gives_the_undisturbed_result(
-    cluster, undisturbed, tmp_path: Path
+    cluster: Cluster, undisturbed: UndisturbedRun, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path / "run", 2, *LONG).submit()
 
+    # A controller that dies and returns does not affect the job.
     job.wait_training()
     cluster.stop("slurmctld", signal.SIGKILL)
-    job.wait_training()  # nobody is there
+    job.wait_training()
     cluster.start_controller()
     saved = job.wait_training()
-    assert job.restarts() == 0 and job.log().count(": start ") == 1 and job.again() == [], (
-        "the job is undisturbed"
-    )
+    assert job.restarts() == 0
+    assert job.log().count(": start ") == 1
+    assert job.repeated_steps() == []
 
-    node = cluster.call(
-        "scontrol",
-        "show",
-        "hostnames",
-        cluster.call("squeue", "-h", "-j", job.id, "-o", "%N").strip(),
-    ).split()[-1]
+    # A node that dies: requeued; steps after the last save are repeated.
+    nodes = cluster.call("squeue", "-h", "-j", job.id, "-o", "%N").strip()
+    node = cluster.call("scontrol", "show", "hostnames", nodes).split()[-1]
     kill_node(cluster, job, node)
     job.wait(lambda: job.restarts() == 1, 90, "the requeue")
     cluster.start_node(int(node[1:]))
     job.wait_training()
-    assert all(step > saved for step in job.again()), "a dead node: steps after the last save"
-    lost = job.again()
+    assert all(step > saved for step in job.repeated_steps())
+    lost = job.repeated_steps()
 
+    # scancel: the job saves, ends, and does not return.
     cluster.call("scancel", job.id)
-    job.wait(lambda: job.state() in ("GONE", "CANCELLED"), 40, "the end of the job")
+    job.wait(lambda: job.state() in (GONE, "CANCELLED"), 40, "the end of the job")
     job.wait(lambda: not job.ranks(), 20, "the ranks' end")
     assert not (job.run_dir / "DONE").exists()
     time.sleep(3)
-    assert job.state() in ("GONE", "CANCELLED"), "it does not come back"
+    assert job.state() in (GONE, "CANCELLED")
+
     job.submit().finish()
-    assert job.again() == lost, "cancelled: saved first"
-    job.same(undisturbed)
+    assert job.repeated_steps() == lost, "the cancelled job had saved"
+    job.assert_equals(undisturbed.finish())
 
 
 def kill_node(cluster: Cluster, job: Job, node: str) -> None:
-    """slurmd, its step daemons and its tasks at once, by pid."""
-    steps = [
+    """Kill a node's slurmd, step daemons and tasks at once."""
+    step_daemons = [
         int(process.name)
         for process in Path("/proc").glob("[0-9]*")
-        if _is_stepd(process, job.id, node)
+        if is_step_daemon(process, job.id, node)
     ]
-    for pid in [cluster.pid(f"slurmd-{node}"), *steps, *job.ranks(node).values()]:
-        try:
+    daemon = cluster.pid(f"slurmd-{node}")
+    assert daemon is not None
+    for pid in (daemon, *step_daemons, *job.ranks(node).values()):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
-def _is_stepd(process: Path, job_id: str, node: str) -> bool:
+def is_step_daemon(process: Path, job_id: str, node: str) -> bool:
     try:
-        line = (process / "cmdline").read_text()
+        command = (process / "cmdline").read_text()
     except OSError:
         return False
-    return line.startswith(f"slurmstepd: [{job_id}.") and node in line
+    return command.startswith(f"slurmstepd: [{job_id}.") and node in command

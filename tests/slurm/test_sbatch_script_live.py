@@ -1,6 +1,7 @@
-"""The batch text on a real Slurm, with ranks that only obey signals: what the text owes a run when the ranks cannot help it.
+"""The batch script on a real Slurm, with ranks that only react to signals.
 
-The ranks' program stands where dist_scan/run.py would; everything else (script, recovery.py, Slurm, signals) is the real thing.
+Shows what the script does for a run if the ranks cannot. The ranks' program takes the place of
+dist_scan/run.py; the script, recovery.py, Slurm and the signals are real.
 """
 
 from __future__ import annotations
@@ -11,223 +12,220 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
 from dist_scan.config import SlurmConfig
 from launch.sbatch_script import BatchJob, script
 from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import SlurmJob, block_all_nodes
+from tests.support.launches import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
-ROOT = Path(__file__).resolve().parents[2]
-
+FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+# The beginning of the ranks' program: the first start of a rank runs the lines that follow, a later
+# one is done at once.
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
+
 run, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-def standing():  # what dist_scan.run's StopFlag does
-    for n in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(n, lambda n, frame: told.append(n))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, told_by)
-def leave(): (run / "STOPPED").write_text(json.dumps({"signal": int(min(told))})); sys.exit(0)  # USR2 before TERM
-def wait():
-    while not told: time.sleep(0.05)
-    leave()
-told, told_by = [], (signal.SIGUSR2, signal.SIGTERM)
-starts = len(list(run.glob(f"start-*-{rank}")))  # its own: the other rank may be a moment ahead
-(run / f"start-{starts if rank == 0 else time.time()}-{rank}").write_text(json.dumps({**os.environ, "PID": os.getpid()}))
-if starts > 0 and rank == 0: (run / "DONE").write_text("now")
-if starts > 0 or list(run.glob("DONE")): sys.exit(0)
+received, notices = [], (signal.SIGUSR2, signal.SIGTERM)
+
+def install_handlers():  # as dist_scan.run does
+    for number in notices:
+        signal.signal(number, lambda number, frame: received.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, notices)
+
+def wait_for_signal():
+    while not received:
+        time.sleep(0.05)
+    stop = {"signal": int(min(received))}  # USR2 before TERM
+    (run / "STOPPED").write_text(json.dumps(stop))
+    sys.exit(0)
+
+starts = len(list(run.glob(f"start-*-{rank}")))  # its own: another rank may be a moment ahead
+name = starts if rank == 0 else time.time()
+(run / f"start-{name}-{rank}").write_text(json.dumps({**os.environ, "PID": os.getpid()}))
+if starts > 0 and rank == 0:
+    (run / "DONE").write_text("now")
+if starts > 0 or (run / "DONE").exists():
+    sys.exit(0)
 """
+WAIT = "install_handlers(); wait_for_signal()"
 
 
-class Toy:
-    """A job of the real batch script whose ranks run a few lines; at their second start they are done."""
+class ToyJob(SlurmJob):
+    """A job of the real batch script whose ranks run a few lines."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, body: str, nodes: int = 2, **options
+        self, cluster: Cluster, folder: Path, program: str, nodes: int = 2, **options: Any
     ) -> None:
-        self.cluster, self.run_dir = cluster, folder / "a run"
-        root = folder / "code"
-        (root / "dist_scan").mkdir(parents=True)
-        (root / "launch").symlink_to(ROOT / "launch")
-        (root / "dist_scan" / "__init__.py").write_text("")
-        (root / "dist_scan" / "run.py").write_text(RANK + body)
+        super().__init__(cluster, folder / "a run")
+        checkout = folder / "code"
+        package = checkout / "dist_scan"
+        package.mkdir(parents=True)
+        (checkout / "launch").symlink_to(ROOT / "launch")
+        (package / "__init__.py").write_text("")
+        (package / "run.py").write_text(RANK + program)
         (self.run_dir / "slurm").mkdir(parents=True)
-        job = BatchJob(SlurmConfig(nodes=nodes, **options), self.run_dir, "toy", 3, checkout=root)
-        self.text = script(job)
+        settings = SlurmConfig(nodes=nodes, **options)
+        self.script = script(BatchJob(settings, self.run_dir, "toy", 3, checkout=checkout))
 
-    def submit(self) -> Toy:
+    def submit(self) -> Self:
+        """Submit the script with sbatch."""
         path = self.run_dir / "slurm" / "script.sh"
-        path.write_text(self.text)
+        path.write_text(self.script)
         self.id = self.cluster.call("sbatch", "--parsable", str(path)).strip()
         return self
 
-    def log(self) -> str:
-        path = self.run_dir / "slurm" / f"{self.id}.out"
-        return path.read_text() if path.exists() else ""
-
-    def wait(self, until, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not until():
-            assert time.monotonic() < deadline, (
-                self.cluster.call("scontrol", "show", "job", self.id, check=False) + self.log()
-            )
-            time.sleep(0.1)
+    def rank_environments(self) -> list[dict[str, Any]]:
+        """Environment variables of every start of a rank, with its PID."""
+        return [json.loads(path.read_text()) for path in self.run_dir.glob("start-*")]
 
     def wait_ranks(self) -> None:
-        self.wait(lambda: len(list(self.run_dir.glob("start-*"))) >= 2)
-        time.sleep(0.3)  # the handlers stand
+        """Wait until both ranks have started and installed their handlers."""
+        self.wait(lambda: len(list(self.run_dir.glob("start-*"))) >= 2, 60, "the ranks")
+        time.sleep(0.3)
 
-    def facts(self) -> dict[str, str]:
-        """What scontrol says of the job."""
-        words = self.cluster.call("scontrol", "show", "job", "-o", self.id).split()
-        return {key: value for key, _, value in (word.partition("=") for word in words)}
+    def signal_ranks(self, number: int) -> None:
+        """Send a signal to the ranks' processes."""
+        for variables in self.rank_environments():
+            os.kill(variables["PID"], number)
 
-    def ended(self, seconds: float = 90) -> dict[str, str]:
-        """Wait until the job is over; its last facts."""
-        self.wait(
-            lambda: self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"),
-            seconds,
-        )
-        return self.facts()
+    def finish(self, seconds: float = 90) -> str:
+        """Wait until the job has ended; returns its final state."""
+        self.wait(lambda: self.info()["JobState"] in FINAL_STATES, seconds, "the job's end")
+        return self.info()["JobState"]
 
-
-def test_a_preemption_told_by_term_alone_comes_back(cluster, tmp_path: Path) -> None:
-    """Without --signal, or preempt_send_user_signal, Slurm sends TERM at the start of the grace time: as scancel does."""
-    toy = Toy(cluster, tmp_path, "standing(); wait()", partition="low")
-    toy.text = toy.text.replace("#SBATCH --signal=USR2@120\n", "")
-    assert "--signal" not in toy.text
-    toy.submit().wait_ranks()
-    cluster.call(
-        "sbatch", "-p", "high", "-N", "4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
-    )
-    facts = toy.ended()
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
-        toy.run_dir / "DONE"
-    ).exists()
-    assert "requeue: SIGTERM" in toy.log()
+    def assert_requeued_and_done(self, seconds: float = 90) -> None:
+        """Fail unless the job is requeued once and the run is then complete."""
+        assert self.finish(seconds) == "COMPLETED", self.log()
+        assert self.restarts() == 1, self.log()
+        assert (self.run_dir / "DONE").exists(), self.log()
 
 
-def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(cluster, tmp_path: Path) -> None:
-    """Stuck ranks, or a notice that came while none ran: the script asks for the requeue when Slurm ends the job."""
-    toy = Toy(cluster, tmp_path, "time.sleep(600)", time="1", notice_s=5).submit()
-    facts = toy.ended(180)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
-        toy.run_dir / "DONE"
-    ).exists()
-    assert "requeue: Slurm ends the job before the ranks have stopped" in toy.log()
+def test_a_preemption_told_by_term_alone_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    """Without --signal Slurm sends TERM at the start of the grace time, as scancel does."""
+    job = ToyJob(cluster, tmp_path, WAIT, partition="low")
+    job.script = job.script.replace("#SBATCH --signal=USR2@120\n", "")
+    assert "--signal" not in job.script
+    job.submit().wait_ranks()
+    block_all_nodes(cluster, seconds=1)
+    job.assert_requeued_and_done()
+    assert "requeue: SIGTERM" in job.log()
+
+
+def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Stuck ranks: the script requeues the job when Slurm ends it."""
+    job = ToyJob(cluster, tmp_path, "time.sleep(600)", time="5", notice_s=5).submit()
+    job.wait_ranks()
+    job.end_at(2)
+    job.assert_requeued_and_done(180)
+    assert "requeue: Slurm ends the job before the ranks have stopped" in job.log()
 
 
 @pytest.mark.parametrize("old_env", [False, True])
-def test_a_notice_before_the_handlers_stand_is_kept(cluster, tmp_path: Path, old_env) -> None:
-    """While a rank imports: kept by env, or where env is too old by a line of Python."""
-    toy = Toy(
-        cluster,
-        tmp_path,
-        "time.sleep(3); standing(); wait()",
-        setup=("env() { return 125; }",) if old_env else (),
-    )
-    toy.submit().wait_ranks()
-    cluster.call("scancel", "--signal=USR2", toy.id)
-    facts = toy.ended()
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), toy.log()
-    assert "requeue: SIGUSR2" in toy.log() and toy.log().count(": start 0") == 2
+def test_a_notice_before_the_handlers_stand_is_kept(
+    cluster: Cluster, tmp_path: Path, old_env: bool
+) -> None:
+    """While a rank imports, env keeps the signals blocked; an old env, a line of Python."""
+    setup = ("env() { return 125; }",) if old_env else ()
+    job = ToyJob(cluster, tmp_path, f"time.sleep(3); {WAIT}", setup=setup)
+    job.submit().wait_ranks()
+    cluster.call("scancel", "--signal=USR2", job.id)
+    job.assert_requeued_and_done()
+    assert "requeue: SIGUSR2" in job.log()
+    assert job.log().count(": start 0") == 2
 
 
-def test_the_requeue_waits_for_a_controller_that_is_away(cluster, tmp_path: Path) -> None:
-    toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
-    toy.wait_ranks()
+def test_the_requeue_waits_for_a_controller_that_is_away(cluster: Cluster, tmp_path: Path) -> None:
+    job = ToyJob(cluster, tmp_path, WAIT).submit()
+    job.wait_ranks()
     cluster.stop("slurmctld")  # in good order: killed, it would forget a job this young
-    for path in toy.run_dir.glob("start-*"):
-        os.kill(json.loads(path.read_text())["PID"], signal.SIGUSR2)
-    toy.wait(lambda: "requeue: SIGUSR2" in toy.log())
+    job.signal_ranks(signal.SIGUSR2)
+    job.wait(lambda: "requeue: SIGUSR2" in job.log(), 60, "the requeue")
     time.sleep(4)
     cluster.start_controller()
-    facts = toy.ended(240)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1") and (
-        toy.run_dir / "DONE"
-    ).exists(), toy.log()
+    job.assert_requeued_and_done(240)
 
 
-def test_scancel_stays_away(cluster, tmp_path: Path) -> None:
-    toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
-    toy.wait_ranks()
-    cluster.call("scancel", toy.id)
-    assert toy.ended()["JobState"] == "CANCELLED"
+def test_scancel_stays_away(cluster: Cluster, tmp_path: Path) -> None:
+    job = ToyJob(cluster, tmp_path, WAIT).submit()
+    job.wait_ranks()
+    cluster.call("scancel", job.id)
+    assert job.finish() == "CANCELLED"
     time.sleep(2)
-    assert (
-        toy.facts()["Restarts"] == "0"
-        and not (toy.run_dir / "DONE").exists()
-        and "requeue" not in toy.log()
-        and "relaunch" not in toy.log()
-    )
+    assert job.restarts() == 0
+    assert not (job.run_dir / "DONE").exists()
+    assert "requeue" not in job.log()
+    assert "relaunch" not in job.log()
 
 
-def test_a_term_that_slurm_did_not_mean_is_no_end(cluster, tmp_path: Path) -> None:
-    """slurmctld tells a node that was away the end of an older step of the same number: to one rank, while the job runs on."""
-    toy = Toy(cluster, tmp_path, "standing(); wait()").submit()
-    toy.wait_ranks()
-    for path in toy.run_dir.glob("start-*"):
-        os.kill(json.loads(path.read_text())["PID"], signal.SIGTERM)
-    facts = toy.ended()
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0") and (
-        toy.run_dir / "DONE"
-    ).exists(), toy.log()
-    assert "relaunch: SIGTERM" in toy.log() and "Slurm has not ended this job" in toy.log()
+def test_a_term_that_slurm_did_not_mean_is_no_end(cluster: Cluster, tmp_path: Path) -> None:
+    """Sent to one rank about an older step of the same number, while the job continues."""
+    job = ToyJob(cluster, tmp_path, WAIT).submit()
+    job.wait_ranks()
+    job.signal_ranks(signal.SIGTERM)
+    assert job.finish() == "COMPLETED", job.log()
+    assert job.restarts() == 0
+    assert (job.run_dir / "DONE").exists(), job.log()
+    assert "relaunch: SIGTERM" in job.log()
+    assert "Slurm has not ended this job" in job.log()
 
 
-def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster, tmp_path: Path) -> None:
-    toy = Toy(cluster, tmp_path, "standing(); wait()")
-    with open(toy.run_dir / "lock", "w") as lock:
+def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster: Cluster, tmp_path: Path) -> None:
+    job = ToyJob(cluster, tmp_path, WAIT)
+    with open(job.run_dir / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         print("process 123 on elsewhere", file=lock, flush=True)
-        assert toy.submit().ended()["JobState"] == "FAILED"
-    assert "in use by process 123 on elsewhere; this job ends" in toy.log() and not list(
-        toy.run_dir.glob("start-*")
-    )
+        assert job.submit().finish() == "FAILED"
+    assert "in use by process 123 on elsewhere; this job ends" in job.log()
+    assert job.rank_environments() == []
 
 
-def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(cluster, tmp_path: Path) -> None:
-    """A file server frees a dead client's lock after a minute or two: the requeued job must not leave because of itself."""
-    toy = Toy(cluster, tmp_path, "(run / 'DONE').write_text('now')", nodes=1)
-    with open(toy.run_dir / "lock", "w") as lock:
+def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """A file server frees a dead node's lock late: the requeued job must not end because of it."""
+    job = ToyJob(cluster, tmp_path, "(run / 'DONE').write_text('now')", nodes=1)
+    with open(job.run_dir / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        toy.text = toy.text.replace(
-            "exec 9>>", 'echo -n "job $SLURM_JOB_ID on gone" >"$RUN/lock"\nexec 9>>'
-        )  # it was this job
-        toy.submit()
-        toy.wait(lambda: "earlier start of this job still holds" in toy.log())
+        own_lock = 'echo -n "job $SLURM_JOB_ID on gone" >"$RUN/lock"\nexec 9>>'
+        job.script = job.script.replace("exec 9>>", own_lock)
+        job.submit()
+        message = "earlier start of this job still holds"
+        job.wait(lambda: message in job.log(), 60, "the message")
         time.sleep(1)
-        assert not list(toy.run_dir.glob("start-*"))
-    assert toy.ended()["JobState"] == "COMPLETED" and "done: " in toy.log()
+        assert job.rank_environments() == []
+    assert job.finish() == "COMPLETED"
+    assert "done: " in job.log()
 
 
-def test_every_rank_gets_its_cores_and_its_place(cluster, tmp_path: Path) -> None:
-    body = """
+def test_every_rank_gets_its_cores_and_its_place(cluster: Cluster, tmp_path: Path) -> None:
+    program = """
 import subprocess
-words = subprocess.run(["scontrol", "show", "step", "-o", os.environ["SLURM_JOB_ID"] + ".0"], capture_output=True, text=True).stdout
-if rank == 0: (run / "step").write_text(words); (run / "DONE").write_text("now")
+if rank == 0:
+    step = os.environ["SLURM_JOB_ID"] + ".0"
+    command = ["scontrol", "show", "step", "-o", step]
+    (run / "step").write_text(subprocess.run(command, capture_output=True, text=True).stdout)
+    (run / "DONE").write_text("now")
 """
-    toy = Toy(cluster, tmp_path, body, processes_per_node=2, cpus_per_task=2)
-    toy.submit().ended()
-    assert "CPUs=8 " in (toy.run_dir / "step").read_text(), (
-        "2 nodes x 2 ranks x 2 cores; srun alone would take 4"
-    )
-    places = [json.loads(p.read_text()) for p in toy.run_dir.glob("start-*")]
-    threads = os.environ.get("OMP_NUM_THREADS", "2")  # whoever sets it at submission is obeyed
-    got = sorted(
-        (
-            e["RANK"],
-            e["LOCAL_RANK"],
-            e["LOCAL_WORLD_SIZE"],
-            e["WORLD_SIZE"],
-            e["MASTER_ADDR"],
-            e["OMP_NUM_THREADS"],
-        )
-        for e in places
-    )
-    assert (
-        got == [(str(r), str(r % 2), "2", "4", "127.0.0.1", threads) for r in range(4)]
-        and len({e["MASTER_PORT"] for e in places}) == 1
-    )
+    job = ToyJob(cluster, tmp_path, program, processes_per_node=2, cpus_per_task=2)
+    job.submit().finish()
+    # 2 nodes x 2 ranks x 2 cores; srun would take 4 cores by default.
+    assert "CPUs=8 " in (job.run_dir / "step").read_text()
+    threads = os.environ.get("OMP_NUM_THREADS", "2")  # a value set at submission is kept
+    ranks = sorted(job.rank_environments(), key=lambda variables: int(variables["RANK"]))
+    for rank, variables in enumerate(ranks):
+        assert variables["RANK"] == str(rank)
+        assert variables["LOCAL_RANK"] == str(rank % 2)
+        assert variables["LOCAL_WORLD_SIZE"] == "2"
+        assert variables["WORLD_SIZE"] == "4"
+        assert variables["MASTER_ADDR"] == "127.0.0.1"
+        assert variables["OMP_NUM_THREADS"] == threads
+    assert len(ranks) == 4
+    assert len({variables["MASTER_PORT"] for variables in ranks}) == 1

@@ -1,28 +1,33 @@
-"""A tiny run with faults armed in its ranks, on the test cluster and on this machine."""
+"""A tiny run with faults armed in its ranks, on the test cluster; and the same without, locally."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import Job
+from tests.slurm.jobs import GONE, Job
+from tests.support import faults
 from tests.support.faulted_run import LONG, PRETEXT, TINY
-from tests.support.faults import environment as faults_environment
-from tests.support.launches import LOCAL, ROOT, environment
+from tests.support.launches import LOCAL, ROOT, RunningLauncher, environment
 
 EVERY_STEP = "runtime.checkpoint_s=1e-9"
 STAGES = PRETEXT + LONG
-# The batch script's first look for a port finds one that somebody takes at that moment; all else is launch/slurm.py.
-TAKEN = (
-    "import sys; from launch import slurm; real = slurm.script; slurm.script = lambda job: real(job).replace("
-    "'$(recovery port)', '$([ $num_steps = 0 ] && echo {port} || recovery port)'); sys.exit(slurm.main())"
-)
+# launch/slurm.py, except that the batch script's first choice of a port is one that is in use.
+SUBMIT_WITH_PORT = """
+import sys
+from launch import slurm
+original = slurm.script
+replacement = "$([ $num_steps = 0 ] && echo {port} || recovery port)"
+slurm.script = lambda job: original(job).replace("$(recovery port)", replacement)
+sys.exit(slurm.main())
+"""
 
 
-def config(folder: Path, stages: str) -> Path:
+def write_config(folder: Path, stages: str) -> Path:
     """A run of 20 steps, six shards, k-means and neighbours, in folder/run."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
@@ -30,29 +35,22 @@ def config(folder: Path, stages: str) -> Path:
     return path
 
 
-def local(folder: Path, *overrides: str, processes: int, stages: str = STAGES) -> Path:
-    """The undisturbed run on this machine: its folder."""
-    done = subprocess.run(
-        [
-            *LOCAL,
-            str(config(folder, stages)),
-            "--processes",
-            str(processes),
-            EVERY_STEP,
-            *overrides,
-        ],
-        env=environment(),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout
-    return folder / "run"
+class LocalRun:
+    """The undisturbed run on this machine; starts at once, in the background."""
+
+    def __init__(self, folder: Path, *overrides: str, processes: int, stages: str = STAGES) -> None:
+        self.run_dir = folder / "run"
+        words = [*LOCAL, str(write_config(folder, stages)), "--processes", str(processes)]
+        self.launcher = RunningLauncher([*words, EVERY_STEP, *overrides], folder)
+
+    def finish(self) -> Path:
+        """Wait for its end; returns its run folder."""
+        done = self.launcher.wait()
+        assert done.returncode == 0, done.stdout
+        return self.run_dir
 
 
-class Tiny(Job):
+class TinyJob(Job):
     """The same run on the cluster, with faults armed for its ranks."""
 
     def __init__(
@@ -61,50 +59,38 @@ class Tiny(Job):
         folder: Path,
         nodes: int,
         *overrides: str,
-        faults: tuple[dict, ...] = (),
+        armed_faults: tuple[dict[str, Any], ...] = (),
         stages: str = STAGES,
         taken_port: int | None = None,
     ) -> None:
         super().__init__(cluster, folder / "run", nodes)
+        program = [str(ROOT / "launch" / "slurm.py")]
+        if taken_port is not None:
+            program = ["-c", SUBMIT_WITH_PORT.format(port=taken_port)]
+        self.command = [sys.executable, *program, "--nodes", str(nodes)]
+        self.command += [str(write_config(folder, stages)), EVERY_STEP, *overrides]
+        self.finished_shards: set[tuple[str, int]] = set()
+        """(path, modification time in ns) of every finished shard that was seen."""
         self.faults_path = folder / "fault.json"
-        start = (
-            [str(ROOT / "launch" / "slurm.py")]
-            if taken_port is None
-            else ["-c", TAKEN.format(port=taken_port)]
-        )
-        self.command = [
-            sys.executable,
-            *start,
-            "--nodes",
-            str(nodes),
-            str(config(folder, stages)),
-            EVERY_STEP,
-            *overrides,
-        ]
-        self.seen: set[tuple[str, int]] = set()
         self.faults_path.unlink(missing_ok=True)
-        if faults:
-            self.faults_path.write_text(json.dumps(faults))
+        if armed_faults:
+            self.faults_path.write_text(json.dumps(armed_faults))
 
-    def try_submit(self) -> subprocess.CompletedProcess:
-        env = environment(PYTHONPATH=str(ROOT), SLURM_CONF=str(self.cluster.conf))
-        env |= faults_environment(self.faults_path)
-        return subprocess.run(
-            self.command,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.run_dir.parent,
-            timeout=120,
-        )
+    def environment(self) -> dict[str, str]:
+        """Environment of the submission, with the faults."""
+        variables = faults.environment(self.faults_path)
+        return environment(PYTHONPATH=str(ROOT), SLURM_CONF=str(self.cluster.config), **variables)
 
-    def wait(self, until, seconds: float, what: str) -> None:
-        """As a job waits; meanwhile every shard that is finished is remembered with the moment of its writing."""
-        super().wait(lambda: self.look() or until(), seconds, what)
+    def wait(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
+        """Wait as a job does, and record every shard as it is finished."""
 
-    def look(self) -> None:
-        """Remember what is finished."""
+        def record_and_check() -> Any:
+            self._record_shards()
+            return condition()
+
+        super().wait(record_and_check, seconds, what)
+
+    def _record_shards(self) -> None:
         for pattern in (
             "features/*/*-[0-9]*.npy",
             "neighbours/*/*-[0-9]*.npy",
@@ -112,39 +98,38 @@ class Tiny(Job):
         ):
             for path in self.run_dir.glob(f"stages/{pattern}"):
                 try:
-                    self.seen.add((str(path.relative_to(self.run_dir)), path.stat().st_mtime_ns))
-                except OSError:  # moved at this moment
+                    shard = (str(path.relative_to(self.run_dir)), path.stat().st_mtime_ns)
+                except OSError:  # renamed at this moment
                     continue
+                self.finished_shards.add(shard)
 
-    def shards_twice(self) -> list[str]:
-        """Finished shards that were made again."""
-        names = [name for name, _ in self.seen]
+    def repeated_shards(self) -> list[str]:
+        """Finished shards that were computed again."""
+        names = [name for name, _ in self.finished_shards]
         return sorted({name for name in names if names.count(name) > 1})
 
-    def stopped(self) -> None:
-        """Submit, and wait until its ranks have left as the fault tells them."""
+    def submit_until_stopped(self) -> None:
+        """Submit, and wait until the ranks have stopped because of an armed SIGTERM."""
         self.submit().wait(
-            lambda: "stopped: SIGTERM" in self.log() and self.state() in ("GONE", "COMPLETED"),
+            lambda: "stopped: SIGTERM" in self.log() and self.state() in (GONE, "COMPLETED"),
             120,
             "the stop",
         )
 
     def fired(self) -> list[tuple[str, str]]:
-        """The faults that have fired, in order: what and where."""
-        rows = map(json.loads, Path(f"{self.faults_path}.fired").read_text().splitlines())
+        """(kind, place) of the faults that have happened, in order."""
+        lines = Path(f"{self.faults_path}.fired").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
         return [(row["kind"], row["at"]) for row in rows]
 
 
-def results(run_dir: Path) -> dict[str, bytes]:
+def published_files(run_dir: Path) -> dict[str, bytes]:
     """Weights, features, clusters and neighbours, byte for byte, by stage and name."""
-    found = {}
-    for folder in run_dir.glob("stages/*/*"):
-        found |= {
-            f"{folder.parent.name}/{p.relative_to(folder)}": p.read_bytes()
-            for p in folder.rglob("*")
-            if p.suffix in (".npy", ".safetensors")
-        }
-    assert {"pretext", "features", "kmeans", "neighbours"} <= {
-        name.split("/")[0] for name in found
-    }, sorted(found)
-    return found
+    files = {}
+    for path in run_dir.glob("stages/*/*/**/*"):
+        if path.suffix in (".npy", ".safetensors"):
+            stage, _, *name = path.relative_to(run_dir / "stages").parts
+            files["/".join([stage, *name])] = path.read_bytes()
+    stages = {name.split("/")[0] for name in files}
+    assert {"pretext", "features", "kmeans", "neighbours"} <= stages, sorted(files)
+    return files
