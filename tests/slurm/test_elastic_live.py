@@ -1,4 +1,4 @@
-"""What one start leaves and the next one finds: other numbers of nodes, damaged checkpoints, edits."""
+"""What the next start finds: another number of nodes, damaged checkpoints, changed settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_RELAUNCH = (*EXACT, "runtime.relaunches=0")
 STOP = {"kind": "signal", "signal": "SIGTERM", "rank": 0}
 
 
-def test_four_nodes_then_two_then_three_are_one_run_and_bad_checkpoints_cost_their_steps(
+def test_other_numbers_of_nodes_and_damaged_checkpoints_continue_one_run(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """Every step has the same images on any number of ranks."""

@@ -57,7 +57,7 @@ def assert_equals(job: TinyJob, run_dir: Path) -> None:
     assert losses(job.run_dir) == losses(run_dir)
 
 
-def test_one_job_through_a_taken_port_and_eleven_faults_gives_the_undisturbed_result(
+def test_a_taken_port_and_eleven_faults_do_not_change_the_result(
     cluster: Cluster, undisturbed: LocalRun, tmp_path: Path
 ) -> None:
     with socket.socket() as listener:
@@ -89,7 +89,7 @@ def test_one_job_through_a_taken_port_and_eleven_faults_gives_the_undisturbed_re
     assert_equals(job, undisturbed.finish())
 
 
-def test_a_stopped_rank_and_a_stuck_loader_are_noticed_and_the_job_goes_on(
+def test_the_watchdog_ends_a_stopped_rank_and_a_stuck_loader(
     cluster: Cluster, undisturbed: LocalRun, tmp_path: Path
 ) -> None:
     """The watchdog of the rank that waits ends it; srun ends the other, which leaves its stacks."""

@@ -40,7 +40,7 @@ def test_four_nodes_equal_four_local_processes_bit_for_bit(
     job.assert_equals(tmp_path / "local")
 
 
-def test_one_job_killed_told_preempted_and_queued_again_gives_the_undisturbed_result(
+def test_a_killed_signalled_preempted_and_requeued_job_equals_the_undisturbed_run(
     cluster: Cluster, undisturbed: UndisturbedRun, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path / "run", 2, *LONG, flags=("--partition", "low")).submit()

@@ -17,7 +17,7 @@ from tests.slurm.jobs import GONE, LONG, Job
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(500)]
 
 
-def test_one_job_without_a_controller_without_a_node_and_cancelled_gives_the_undisturbed_result(
+def test_a_job_that_loses_controller_and_node_and_is_cancelled_equals_the_undisturbed_run(
     cluster: Cluster, undisturbed: UndisturbedRun, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path / "run", 2, *LONG).submit()

@@ -106,7 +106,7 @@ class ToyJob(SlurmJob):
         assert (self.run_dir / "DONE").exists(), self.log()
 
 
-def test_a_preemption_told_by_term_alone_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_preemption_with_only_term_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """Without --signal Slurm sends TERM at the start of the grace time, as scancel does."""
     job = ToyJob(cluster, tmp_path, WAIT, partition="low")
     job.script = job.script.replace("#SBATCH --signal=USR2@120\n", "")
@@ -117,9 +117,7 @@ def test_a_preemption_told_by_term_alone_comes_back(cluster: Cluster, tmp_path: 
     assert "requeue: SIGTERM" in job.log()
 
 
-def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_time_limit_that_the_ranks_ignore_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """Stuck ranks: the script requeues the job when Slurm ends it."""
     job = ToyJob(cluster, tmp_path, "time.sleep(600)", time="5", notice_s=5).submit()
     job.wait_ranks()
@@ -129,7 +127,7 @@ def test_a_time_limit_that_the_ranks_do_not_follow_comes_back(
 
 
 @pytest.mark.parametrize("old_env", [False, True])
-def test_a_notice_before_the_handlers_stand_is_kept(
+def test_a_notice_before_the_handlers_are_installed_is_kept(
     cluster: Cluster, tmp_path: Path, old_env: bool
 ) -> None:
     """While a rank imports, env keeps the signals blocked; an old env, a line of Python."""
@@ -142,7 +140,7 @@ def test_a_notice_before_the_handlers_stand_is_kept(
     assert job.log().count(": start 0") == 2
 
 
-def test_the_requeue_waits_for_a_controller_that_is_away(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_requeue_waits_for_a_controller_that_is_down(cluster: Cluster, tmp_path: Path) -> None:
     job = ToyJob(cluster, tmp_path, WAIT).submit()
     job.wait_ranks()
     cluster.stop("slurmctld")  # in good order: killed, it would forget a job this young
@@ -153,7 +151,7 @@ def test_the_requeue_waits_for_a_controller_that_is_away(cluster: Cluster, tmp_p
     job.assert_requeued_and_done(240)
 
 
-def test_scancel_stays_away(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_does_not_return(cluster: Cluster, tmp_path: Path) -> None:
     job = ToyJob(cluster, tmp_path, WAIT).submit()
     job.wait_ranks()
     cluster.call("scancel", job.id)
@@ -165,7 +163,7 @@ def test_scancel_stays_away(cluster: Cluster, tmp_path: Path) -> None:
     assert "relaunch" not in job.log()
 
 
-def test_a_term_that_slurm_did_not_mean_is_no_end(cluster: Cluster, tmp_path: Path) -> None:
+def test_term_to_the_ranks_alone_does_not_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
     """Sent to one rank about an older step of the same number, while the job continues."""
     job = ToyJob(cluster, tmp_path, WAIT).submit()
     job.wait_ranks()
@@ -177,7 +175,9 @@ def test_a_term_that_slurm_did_not_mean_is_no_end(cluster: Cluster, tmp_path: Pa
     assert "Slurm has not ended this job" in job.log()
 
 
-def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_folder_in_use_ends_the_job_and_names_the_holder(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     job = ToyJob(cluster, tmp_path, WAIT)
     with open(job.run_dir / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -187,9 +187,7 @@ def test_a_run_folder_in_use_is_left_and_the_holder_named(cluster: Cluster, tmp_
     assert job.rank_environments() == []
 
 
-def test_a_lock_left_by_the_jobs_own_dead_node_is_waited_for(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_the_job_waits_for_the_lock_of_its_own_dead_node(cluster: Cluster, tmp_path: Path) -> None:
     """A file server frees a dead node's lock late: the requeued job must not end because of it."""
     job = ToyJob(cluster, tmp_path, "(run / 'DONE').write_text('now')", nodes=1)
     with open(job.run_dir / "lock", "w") as lock:
