@@ -196,13 +196,7 @@ class TrainInputs:
         loader, recipes = context.open_images((RecipeConfig(name="center"),), EVAL_BATCH, role)
         return held_out_images(loader, recipes[0], anchors, ids, context.world)
 
-    def embed(
-        self,
-        network: nn.Module,
-        recipe: str | int = "center",
-        num_shards: int = 16,
-        name: str = "embed",
-    ) -> FeatureTable:
+    def embed(self, network: nn.Module, recipe: str | int = "center") -> FeatureTable:
         """Embed all images with a network in training; see `methods.base.Embed`. Collective.
 
         recipe: a name, or the number of one of the stage's recipes. The features are computed anew
@@ -214,10 +208,10 @@ class TrainInputs:
             recipe_config = RecipeConfig(name=recipe)
         else:
             recipe_config = config.view_recipes()[recipe]
-        folder = context.out / WORK / name
+        folder = context.out / WORK / "embed"
         if context.world.rank == 0:
             recipe_settings = recipe_config.model_dump(mode="json")
-            origin = fingerprint(recipe_settings, num_shards, weights_digest(network))
+            origin = fingerprint(recipe_settings, weights_digest(network))
             origin_file = folder / "made_of"
             if not origin_file.exists() or origin_file.read_text() != origin:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -227,9 +221,8 @@ class TrainInputs:
         loader, recipes = context.open_images((recipe_config,), EVAL_BATCH)
         options = EmbedOptions(
             dim=cast(int, network.num_features),
-            num_shards=num_shards,
             seed=context.run.seed,
             precision=config.precision,
-            name=f"{context.name}: {name}",
+            name=f"{context.name}: embed",
         )
         return embed_images(network, loader, recipes, folder, options, context.stop)

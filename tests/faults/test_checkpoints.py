@@ -21,6 +21,7 @@ from dist_scan.engine.checkpoint_files import FileInfo
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.storage.artifacts import sha256_of
 from dist_scan.world.world import current
+from tests.support.fault_checks import flip_a_bit
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -61,12 +62,6 @@ def loaded_step(store: CheckpointStore) -> int | None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def flip_a_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def test_the_newest_is_loaded_and_old_ones_are_removed(

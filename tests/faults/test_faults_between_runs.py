@@ -1,101 +1,100 @@
-"""Rows 12, 17 and 18 of docs/reliability.md: stop requests inside long work, steps without
-confident images, and another number of ranks at every start.
-"""
+"""Stop requests in long work, no confident image, and another number of ranks in every start."""
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from dist_scan.data.batch import Batch
+from dist_scan.world.collectives import all_mean, gather_rows
+from dist_scan.world.world import wrap_ddp
 from tests.distributed.test_methods_over_ranks import GLOBAL_BATCH, make
+from tests.support.fault_checks import assert_equal_runs, finished_shards
 from tests.support.faulted_run import LONG, PRETEXT, LaunchResult, TinyRun
 from tests.support.methods import assert_close, gradients, local_slice, write_cluster_model
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
-STOPPED = 128 + signal.SIGUSR2
+REQUEUED = 128 + signal.SIGUSR2
 STAGES = PRETEXT + LONG
+SAVE_EVERY_STEP = "runtime.checkpoint_s=1e-9"
+FLOAT64 = "stages.pretext.precision=fp64"
 
 
-def shards(run: TinyRun, stage: str, subfolder: str = ".") -> dict[str, int]:
-    """Finished shards of a stage's table, with the time at which each was written."""
-    return {
-        path.name: path.stat().st_mtime_ns
-        for path in run.folder.glob(f"stages/{stage}/*/{subfolder}/*-[0-9]*.npy")
-        if not path.name.startswith(".tmp")
-    }
+def stage_shards(run: TinyRun, stage: str, inside: str = ".") -> dict[str, int]:
+    """The finished shards of a stage's table; see `finished_shards`."""
+    folder = next(run.folder.glob(f"stages/{stage}/*"))
+    return finished_shards(folder / inside)
 
 
-def tables(done: LaunchResult) -> dict[str, bytes]:
-    """Content of the files of the stages after the training."""
-    contents = {}
+def tables(result: LaunchResult) -> dict[str, bytes]:
+    """The content of all features, neighbours, clusters and centroids."""
+    found = {}
     for stage in ("features", "neighbours", "kmeans"):
-        for path in sorted(done.folder.glob(f"stages/{stage}/*/*.np[yz]")):
-            contents[path.name] = path.read_bytes()
-            if path.suffix == ".npz":  # holds the time at which it was written
+        for path in sorted(result.folder.glob(f"stages/{stage}/*/*.np[yz]")):
+            if path.suffix == ".npy":
+                found[path.name] = path.read_bytes()
+            else:  # the time of writing is part of an archive
                 with np.load(path) as arrays:
-                    contents[path.name] = b"".join(arrays[k].tobytes() for k in sorted(arrays))
-    return contents
+                    found[path.name] = b"".join(arrays[k].tobytes() for k in sorted(arrays))
+    return found
 
 
-def test_row_12_stop_requests_inside_begin_epoch_embed_and_kmeans(tmp_path: Path) -> None:
-    # With a checkpoint after every step it is known what is repeated after each stop.
-    save_every_step = "runtime.checkpoint_s=1e-9"
-    undisturbed = TinyRun(tmp_path / "undisturbed", STAGES)(save_every_step, refreshes=True)
-    assert undisturbed.code == 0, undisturbed.output
-    assert len(undisturbed.losses()) == 20
-
+def test_stop_requests_inside_begin_epoch_embed_and_kmeans(tmp_path: Path) -> None:
+    expected = TinyRun(tmp_path / "undisturbed", STAGES)(SAVE_EVERY_STEP, refreshes=True)
+    assert expected.code == 0, expected.output
+    assert len(expected.losses()) == 20
     run = TinyRun(tmp_path / "stopped", STAGES)
 
-    def run_with_signal(**fault: Any) -> None:
-        done = run(save_every_step, refreshes=True, faults=[{"kind": "signal", **fault}])
-        assert done.code == STOPPED, done.output
+    def stopped_run(**fault: str | int) -> None:
+        result = run(SAVE_EVERY_STEP, refreshes=True, faults=[{"kind": "signal", **fault}])
+        assert result.code == REQUEUED, result.output
 
-    # In begin_epoch of the second epoch: the current round of shards is finished.
-    run_with_signal(rank=1, at="shard", step=4)
-    assert len(shards(run, "pretext", "work/embed")) == 4
-    # One shard later is the embed stage; with fewer shards begin_epoch would have repeated some.
-    run_with_signal(rank=1, at="shard", step=2)
-    embedded = shards(run, "features")
-    assert len(embedded) == 4
-    run_with_signal(rank=0, at="iteration", step=1)
+    # The first epoch's begin_epoch writes 8 shards on each rank; the stop is in the second's.
+    stopped_run(rank=1, at="shard", step=9)
+    shards = stage_shards(run, "pretext", "work/embed")
+    assert len(shards) == 4, "of 16: the round of the request is finished"
+    # 6 shards on each rank are missing there; then follow those of the embed stage.
+    stopped_run(rank=1, at="shard", step=7)
+    embedded = stage_shards(run, "features")
+    assert len(embedded) == 4, "of 6; fewer, if shards of begin_epoch had been written again"
+    stopped_run(rank=0, at="iteration", step=1)
     assert list(run.folder.glob("stages/kmeans/*/work/kmeans.npz"))
-    assert embedded.items() <= shards(run, "features").items(), "a finished shard was repeated"
-    done = run(save_every_step, refreshes=True)
-    assert done.code == 0, done.output
-    assert done.losses() == undisturbed.losses()
-    assert done.weights() == undisturbed.weights()
-    assert tables(done) == tables(undisturbed)
+    assert embedded.items() <= stage_shards(run, "features").items()
+
+    result = run(SAVE_EVERY_STEP, refreshes=True)
+    assert_equal_runs(result, expected)
+    assert tables(result) == tables(expected)
 
 
-def test_row_18_four_ranks_then_two_then_three(tmp_path: Path) -> None:
-    """In float64 the losses are those of a run on one rank: every step has the same images."""
-    fp64 = "stages.pretext.precision=fp64"
-    undisturbed = TinyRun(tmp_path / "undisturbed", PRETEXT)(fp64, processes=1)
-    assert undisturbed.code == 0, undisturbed.output
+def test_four_ranks_then_two_then_three(tmp_path: Path) -> None:
+    """In float64, the losses are those of one rank: every step has the same images."""
+    expected = TinyRun(tmp_path / "undisturbed", PRETEXT)(FLOAT64, processes=1)
+    assert expected.code == 0, expected.output
     run = TinyRun(tmp_path / "elastic", STAGES)
-    for processes, fault in (
+    stops = (
         (4, {"rank": 3, "step": 5}),
         (2, {"rank": 1, "step": 12}),
         (3, {"rank": 2, "at": "shard"}),
-    ):
-        stopped = run(fp64, processes=processes, faults=[{"kind": "signal", **fault}])
-        assert stopped.code == STOPPED, stopped.output
-    expected = undisturbed.losses()
-    losses = stopped.losses()
-    assert list(losses) == list(expected)
+    )
+    for processes, fault in stops:
+        result = run(FLOAT64, processes=processes, faults=[{"kind": "signal", **fault}])
+        assert result.code == REQUEUED, result.output
+    losses, expected_losses = result.losses(), expected.losses()
+    assert list(losses) == list(expected_losses)
     assert len({round(loss, 3) for loss in losses.values()}) > 10
-    assert max(abs(losses[step] - expected[step]) for step in losses) < 1e-5
-    before = shards(run, "features")
-    done = run(fp64, processes=2)
-    assert done.code == 0, done.output
-    # Finished shards are not written again, the missing ones are.
-    assert before
-    assert before.items() < shards(run, "features").items()
+    assert max(abs(losses[step] - expected_losses[step]) for step in losses) < 1e-5
+
+    shards = stage_shards(run, "features")
+    result = run(FLOAT64, processes=2)
+    assert result.code == 0, result.output
+    assert shards
+    assert shards.items() < stage_shards(run, "features").items()
 
 
 def step_with_few_confident(
@@ -106,14 +105,6 @@ def step_with_few_confident(
     Returns the loss, whether the step is skipped, the gradients, and whether this rank has none of
     the confident images.
     """
-    import copy
-
-    import torch
-
-    from dist_scan.data.batch import Batch
-    from dist_scan.world.collectives import all_mean, gather_rows
-    from dist_scan.world.world import wrap_ddp
-
     method = make(name, model_folder).train()
     generator = torch.Generator().manual_seed(2)
     shape = (GLOBAL_BATCH, 3, 8, 8)
@@ -139,9 +130,7 @@ def step_with_few_confident(
 
 
 @pytest.mark.parametrize("name", ["selflabel", "selflabel-teacher"])
-def test_row_17_no_confident_image_on_some_ranks_and_on_all(name: str, tmp_path: Path) -> None:
-    import torch
-
+def test_no_confident_image_on_some_ranks_and_on_all(name: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     folder = write_cluster_model(tmp_path)
     loss, is_skipped, expected, _ = step_with_few_confident(name, folder, 5)

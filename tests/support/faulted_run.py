@@ -118,7 +118,7 @@ def _refresh_in_simclr() -> None:
     from dist_scan.methods.simclr import SimCLRMethod
 
     def begin_epoch(self: SimCLRMethod, epoch: int, embed: Any) -> tuple[()]:
-        table = embed(self.backbone, num_shards=6)
+        table = embed(self.backbone)
         mean = float(table.rows(np.arange(table.num_rows), 0).astype(np.float64).mean())
         with torch.no_grad():
             self.backbone.bn1.bias.add_(0.1 * mean)
