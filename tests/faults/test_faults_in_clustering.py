@@ -1,4 +1,4 @@
-"""A method that clusters before each epoch does not cluster again when it is resumed in the epoch."""
+"""A method that clusters before each epoch: resumed in the epoch, it does not cluster again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults in a training as it is started by a user: a launcher and two ranks, a fault in one of them."""
+"""Faults in a training started as by a user: a launcher and two ranks, a fault in one of them."""
 
 from __future__ import annotations
 
