@@ -25,9 +25,7 @@ ROWS = 64
 """Pairs of a chunk."""
 
 ANY_ORDER = {"reassoc", "nsz", "contract"}
-"""Optimisations of the compiler for loops that sum: any order, but no assumption that NaN is
-absent.
-"""
+"""Optimisations that the compiler may do in loops that sum: any order, but NaN stays NaN."""
 
 ZERO, ONE = np.float32(0), np.float32(1)
 MIN_MEAN = np.float32(MIN_PROBABILITY)
@@ -47,9 +45,13 @@ E5 = np.float32(0.008290270044410422)
 
 
 # --- kernels ---------------------------------------------------------------------------------
+#
+# Functions that kernels call are inlined by the compiler. Otherwise a process that has compiled
+# them would run another version, with sums in another order, than one that loads them from the
+# cache.
 
 
-@compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"}, forceinline=True)
 def _exponential(logit: np.float32, bias: np.float32, maximum: np.float32) -> np.float32:
     """exp(logit + bias - maximum) of a sum of at most 0, to 2 units in the last place.
 
@@ -67,7 +69,7 @@ def _exponential(logit: np.float32, bias: np.float32, maximum: np.float32) -> np
     return y * np.int32(np.float32(rounded).view(np.int32) << 23).view(np.float32)
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled(fastmath=ANY_ORDER, forceinline=True)
 def exponentials(row: np.ndarray, bias: np.ndarray, maximum: np.float32) -> np.float32:
     """Replace row by exp(row + bias - maximum), all at most 1. Returns their sum."""
     wide_vectors()
@@ -79,7 +81,7 @@ def exponentials(row: np.ndarray, bias: np.ndarray, maximum: np.float32) -> np.f
     return total
 
 
-@compiled()
+@compiled(forceinline=True)
 def _row_maximum(row: np.ndarray, bias: np.ndarray) -> np.float32:
     """The largest row + bias.
 
@@ -93,7 +95,7 @@ def _row_maximum(row: np.ndarray, bias: np.ndarray) -> np.float32:
     return np.int32(maximum ^ ((maximum >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
-@compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"}, forceinline=True)
 def _add_scaled(row: np.ndarray, scale: np.float32, sums: np.ndarray) -> None:
     wide_vectors()
     for c in range(len(row)):
@@ -126,7 +128,7 @@ def exponentiate(
             _add_scaled(logits[i], inverse_sums[i], sums[chunk])
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled(fastmath=ANY_ORDER, forceinline=True)
 def _inner_products(
     e: np.ndarray, f: np.ndarray, entropy_gradient: np.ndarray
 ) -> tuple[np.float32, np.float32]:
@@ -139,7 +141,7 @@ def _inner_products(
     return inner_product, expected_gradient
 
 
-@compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"}, forceinline=True)
 def _pair_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
     e: np.ndarray,
     f: np.ndarray,
@@ -210,7 +212,7 @@ def to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one 
                 )
 
 
-@compiled()
+@compiled(forceinline=True)
 def column_sums(sums: np.ndarray) -> np.ndarray:
     """Sum [C] over the rows of sums [chunks, C], in order."""
     total = np.zeros(sums.shape[1], np.float32)

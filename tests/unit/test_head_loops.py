@@ -195,8 +195,22 @@ def test_one_head_of_logits_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPat
     assert products.LOGITS_BUFFER.memory.size == 0
 
 
+def run_script(script: str, cache_dir: Path) -> str:
+    """Standard output of Python code in a process with its own cache of compiled code."""
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_DIR": str(cache_dir),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_compiled_code_works_without_a_writable_cache(tmp_path: Path) -> None:
-    """In a process of its own, whose files may not grow: numba's cache cannot be written."""
+    """In a process whose files may not grow: numba's cache cannot be written."""
     script = """
 import resource, signal
 import torch
@@ -205,13 +219,19 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from dist_scan.heads.cpu_loops import column_sums
 print(column_sums(torch.ones(3, 2).numpy()))
 """
-    environment = {
-        **os.environ,
-        "NUMBA_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "[3. 3.]\n", result.stderr
+    assert run_script(script, tmp_path) == "[3. 3.]\n"
+
+
+def test_a_process_that_compiles_and_one_that_loads_the_cache_give_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    script = """
+import torch
+from dist_scan.heads.autograd import scan_heads_loss
+torch.manual_seed(0)
+views, weight = torch.randn(2, 33, 16), torch.randn(1000, 16, requires_grad=True)
+terms = scan_heads_loss(*views, weight, torch.randn(1000), (1000,), 5.0)
+terms.total.sum().backward()
+print(terms.total.item().hex(), weight.grad.double().abs().sum().item().hex())
+"""
+    assert run_script(script, tmp_path) == run_script(script, tmp_path)
