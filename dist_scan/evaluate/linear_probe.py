@@ -53,6 +53,7 @@ class LayerProbes(Method):
         for name in config.layers:
             if name != OUTPUT:
                 find_module(self.backbone, name).register_forward_hook(self._store_output_as(name))
+        # A pass over the sample shows the width of each layer.
         with torch.no_grad():
             widths = [features.shape[1] for features in self._layer_features(sample)]
         heads = [nn.Linear(width, self.num_classes) for width in widths]
@@ -158,10 +159,12 @@ def count_correct(
 
     By the mean probability over ten crops, or by the centre crop alone.
     """
+    # Views to average over.
     crops = list(ten_crops(images, size))
     if not use_ten_crops:
         # The centre without its mirror image.
         crops = crops[-2:-1]
+    # Sum of the probabilities over the views, per layer.
     sums: list[Tensor] = []
     for crop in crops:
         probabilities = [at_least_fp32(logits).softmax(1) for logits in probes.logits(crop)]

@@ -31,6 +31,7 @@ def find_prototypes(
         if c not in selected:
             continue
         best = members[:top]
+        # The prototype is the image nearest to the mean of the most confident ones.
         x = np.asarray(features(best), np.float64)
         prototype = int(((x - x.mean(axis=0)) ** 2).sum(axis=1).argmin())
         found[c] = [int(best[prototype]), *np.delete(best, prototype).tolist()]

@@ -60,13 +60,16 @@ class HeadsMethod(Method):
         Returns what to log, and whether the epoch is the best so far. Raises ValueError if the
         heads have diverged (``HeadSelection.check_divergence``).
         """
+        # Check for divergence on the features of the last step.
         metrics: dict[str, float] = {}
         if self.last_features is not None:
             metrics = self.choice.check_divergence(heads, self.last_features)
             self.last_features = None
+        # Without held-out rows the newest epoch is the best.
         if held_out is None:
             self.choice.keep_newest(epoch, heads)
             return metrics, True
+        # Features of this rank's held-out rows, and the held-out loss of all heads.
         device = heads.weight.device
         parts = [self.features(batch.views[0].to(device)) for batch in held_out.batches()]
         rows = torch.cat(parts) if parts else heads.weight.new_zeros(0, heads.weight.shape[1])

@@ -164,6 +164,7 @@ class DeepClusterMethod(ClusteringMethod):
         """Whiten the features, then cluster them by k-means or power iteration (Sec. 3.4)."""
         config = self.config
         folder = empty_folder(self.inputs.work_dir)
+        # PCA whitening, which also scales rows to unit length.
         if config.whiten_dim is not None:
             whitening = fit_whitening(table, config.whiten_dim)
             table = write_whitened_table(
@@ -171,6 +172,7 @@ class DeepClusterMethod(ClusteringMethod):
             )
         if config.clustering == "pic":
             return self._power_iteration(table, folder)
+        # k-means on unit rows (Eq. 2).
         result = kmeans(
             table,
             config.num_clusters,
@@ -190,6 +192,7 @@ class DeepClusterMethod(ClusteringMethod):
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
         """Power iteration clustering of the graph of nearest neighbours."""
         config = self.config
+        # Nearest neighbours, by a distance that suits the rows.
         graph = mine_neighbours(
             table,
             folder / "neighbours",
@@ -237,10 +240,12 @@ def renumber_clusters(
     If more than ``max_clusters`` hold images, only the largest keep them (the first of equal size).
     ``num_splits`` is the number of empty clusters that k-means filled by a split.
     """
+    # The clusters that keep their images, in the old order.
     sizes = np.bincount(assignment, minlength=num_clusters)
     non_empty = np.flatnonzero(sizes)
     largest_first = np.argsort(-sizes[non_empty], kind="stable")
     used = np.sort(non_empty[largest_first[:max_clusters]])
+    # Their new ids; the others get -1.
     new_id = np.full(num_clusters, -1, np.int32)
     new_id[used] = np.arange(len(used), dtype=np.int32)
     statistics = {

@@ -112,6 +112,7 @@ class DeepClusterV2Method(ClusteringMethod):
         return cls.recipes + cls.recipes[:1] * config.small_crops
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
+        # Fill the bank once; later epochs use the projections of the epoch before.
         if epoch == 0:
             dim = self.config.projection_dim
             self._remember(embed(ProjectionNetwork(self.backbone, self.projector, dim)))

@@ -189,6 +189,7 @@ class MMDCMethod(Method):
     def _refine(self, epoch: int, outputs: FeatureTable) -> None:
         """Cluster all outputs; targets become the means, numbered like the previous targets."""
         work_dir = self.inputs.work_dir
+        # k-means on the outputs of all images.
         result = kmeans(
             outputs,
             self.config.num_clusters,
@@ -201,8 +202,10 @@ class MMDCMethod(Method):
             show_progress=current().rank == 0,
             checkpoint_path=work_dir / "refinement.npz" if work_dir else None,
         )
+        # Give the clusters the numbers of the components that they agree with most.
         previous = self.codes.component(self.target_id.whole().numpy())
         component = relabel(result.assignment, previous, self.config.num_clusters)
+        # The target of an image is now the mean of its component.
         self.target_id.fill(self.inputs.num_images + torch.from_numpy(component))
         if self.history is not None:
             column = self.history.column(epoch)
@@ -263,7 +266,9 @@ class MMDCMethod(Method):
         """New target ids [b] of this rank: a permutation inside blocks of the global batch."""
         start = len(target_ids) * current().rank
         local = range(start, start + len(target_ids))
+        # Outputs and targets of the global batch.
         all_ids, all_outputs = gather_rows(target_ids), gather_rows(outputs)
+        # Only the blocks that hold rows of this rank are matched.
         order = match_blocks(
             all_outputs.double().cpu().numpy(),
             self.codes.codes(all_ids.numpy()),

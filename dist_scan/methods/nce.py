@@ -52,6 +52,7 @@ class NCEMethod(NetworkMethod):
         self.projector = Projector(inputs.feature_dim, config.projection_dim, mlp=False)
         self.memory = MemoryBank(inputs.num_images, (config.projection_dim,))
         self.memory_banks["memory"] = self.memory
+        # A generator per shard, so that the rows do not depend on the number of ranks.
         for shard, rows in self.memory.shards.items():
             generator = torch.Generator().manual_seed(inputs.seed * 4099 + shard)
             rows.copy_(F.normalize(torch.randn(rows.shape, generator=generator), dim=1))

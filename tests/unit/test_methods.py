@@ -72,7 +72,7 @@ def test_scan_publishes_the_best_head_of_the_best_epoch(tmp_path: Path) -> None:
     held_out = HeldOut(batches, np.arange(8)[:, None])
     with torch.no_grad():
         # Sharper predictions: head 1 agrees best with itself.
-        rows = method.heads.rows(1)
+        rows = method.heads.slices[1]
         method.heads.weight[rows] *= 20
         logged = method.end_epoch(0, held_out)
         best_weight = method.heads.weight[rows].clone()
