@@ -192,7 +192,7 @@ class DeepClusterMethod(ClusteringMethod):
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
         """Power iteration clustering of the graph of nearest neighbours."""
         config = self.config
-        # Nearest neighbours, by a distance that suits the rows.
+        # Whitened rows have unit length; the cosine metric normalises the others.
         graph = mine_neighbours(
             table,
             folder / "neighbours",
