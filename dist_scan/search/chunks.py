@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
@@ -25,62 +25,53 @@ def broadcast_chunks(
     A chunk is valid until the next one is asked for. Close the generator to leave early: pending
     broadcasts are then waited for.
     """
-    pipeline = _ChunkPipeline(rows, chunk_rows)
+    n = rows.num_rows
+    spans = [(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
+    shape = (min(chunk_rows, n), rows.table.dim)
+    buffers = [np.empty(shape, np.float16) for _ in range(NUM_BUFFERS)]
+    pending: list[Work] = []
+
+    def read(i: int) -> list[tuple[int, np.ndarray]]:
+        """Read this rank's rows of chunk i; (reader, rows) of all its segments."""
+        if i >= len(spans):
+            return []
+        return _read_segments(rows, spans[i], buffers[i % NUM_BUFFERS])
+
     with ThreadPoolExecutor(1) as thread:
-        pipeline.read(0)
-        pending = pipeline.broadcast(0)
-        reading = thread.submit(pipeline.read, 1)
+        reading = thread.submit(read, 0)
         try:
-            for i, (start, _) in enumerate(pipeline.spans):
+            for i in range(len(spans) + 1):
+                # Chunk i - 1 has arrived; start to send chunk i and to read the one after it.
                 _wait(pending)
-                pending = []
-                reading.result()
-                pending = pipeline.broadcast(i + 1)
-                reading = thread.submit(pipeline.read, i + 2)
-                yield start, pipeline.buffer(i)
+                pending = [
+                    broadcast_async(torch.from_numpy(segment.view(np.uint8)), reader)
+                    for reader, segment in reading.result()
+                ]
+                reading = thread.submit(read, i + 1)
+                if i > 0:
+                    start, stop = spans[i - 1]
+                    yield start, buffers[(i - 1) % NUM_BUFFERS][: stop - start]
         finally:
             _wait(pending)
 
 
-class _ChunkPipeline:
-    """Buffers of a few chunks; chunk i uses buffer i modulo their number."""
+def _read_segments(
+    rows: ExactRows, span: tuple[int, int], buffer: np.ndarray
+) -> list[tuple[int, np.ndarray]]:
+    """(reader, part of the buffer) of a chunk; those of which this rank is the reader are filled.
 
-    def __init__(self, rows: ExactRows, chunk_rows: int) -> None:
-        n = rows.num_rows
-        self.rows = rows
-        self.spans = [(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
-        shape = (min(chunk_rows, n), rows.table.dim)
-        count = min(NUM_BUFFERS, len(self.spans))
-        self.buffers = [np.empty(shape, np.float16) for _ in range(count)]
-
-    def buffer(self, i: int) -> np.ndarray:
-        """Rows of chunk i."""
-        start, stop = self.spans[i]
-        return self.buffers[i % NUM_BUFFERS][: stop - start]
-
-    def read(self, i: int) -> None:
-        """Read this rank's rows of chunk i from disk; no-op past the last chunk."""
-        for reader, start, out in self._segments(i):
-            if reader == current().rank:
-                self.rows.read_into(out, start)
-
-    def broadcast(self, i: int) -> list[Work]:
-        """Start to broadcast chunk i from its readers; empty past the last chunk."""
-        return [
-            broadcast_async(torch.from_numpy(out.view(np.uint8)), reader)
-            for reader, _, out in self._segments(i)
-        ]
-
-    def _segments(self, i: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(reader, first row, part of the buffer) of chunk i; adjacent shards are joined."""
-        if i >= len(self.spans):
-            return
-        chunk_start, chunk_stop = self.spans[i]
-        pieces = shard_pieces(self.rows.table, chunk_start, chunk_stop)
-        for reader, group in groupby(pieces, lambda piece: self.rows.readers.reader[piece[0]]):
-            run = list(group)
-            start, stop = run[0][1], run[-1][2]
-            yield reader, start, self.buffer(i)[start - chunk_start : stop - chunk_start]
+    Adjacent shards of one reader are one segment.
+    """
+    segments = []
+    pieces = shard_pieces(rows.table, *span)
+    for reader, group in groupby(pieces, lambda piece: rows.readers.reader[piece[0]]):
+        run = list(group)
+        start, stop = run[0][1], run[-1][2]
+        segment = buffer[start - span[0] : stop - span[0]]
+        if reader == current().rank:
+            rows.read_into(segment, start)
+        segments.append((reader, segment))
+    return segments
 
 
 def _wait(pending: list[Work]) -> None:

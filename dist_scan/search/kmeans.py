@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from dist_scan.search.shard_readers import content_digest
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.storage.arrays import write_npy
 from dist_scan.world.collectives import all_sum, gather_rows
+
+if TYPE_CHECKING:
+    from dist_scan.search.index import NearestCentroid
 
 CENTROID_GRID = 2.0**22  # values below 4 then have at most 24 bits, which float32 holds
 SPLIT_NUDGE = 1 / 1024  # the halves of a split cluster are its mean times 1 +- this, as in faiss
@@ -89,6 +93,7 @@ def kmeans(
         checkpoint_path = None
     rows = prepare_rows(table, options.normalise or options.spherical, options.view)
     local = LocalRows(rows)
+    nearest = NearestCentroid(local.values, local.max_norm)
     settings = {
         "clusters": num_clusters,
         **asdict(options),
@@ -113,7 +118,8 @@ def kmeans(
                     centroids = initial_centroids(
                         local, num_clusters, options, checkpoint.restart, pool, stop_requested
                     )
-                run = LloydRun(local, centroids, options, options.seed + checkpoint.restart, pool)
+                seed = options.seed + checkpoint.restart
+                run = LloydRun(local, nearest, centroids, options, seed, pool)
                 run.run(checkpoint, stop_requested, progress)
         except StopRequested:
             checkpoint.write()
@@ -122,7 +128,6 @@ def kmeans(
         assert best is not None and best_centroids is not None, "there is at least one restart"
         local_assignment = checkpoint.best_assignment
         if local_assignment is None:  # an earlier process computed the best restart
-            nearest = NearestCentroid(local.values, local.max_norm)
             local_assignment = nearest.assign(best_centroids, pool)
     checkpoint.remove()
     assignment = _gather_assignment(local, local_assignment)
@@ -165,18 +170,17 @@ class LloydRun:
     def __init__(
         self,
         rows: LocalRows,
+        nearest: NearestCentroid,
         centroids: np.ndarray,
         options: KMeansOptions,
         seed: int,
         pool: ThreadPoolExecutor,
     ) -> None:
-        from dist_scan.search.index import NearestCentroid
-
         self.rows = rows
         self.options = options
         self.random = np.random.default_rng(seed)
         self.pool = pool
-        self.nearest = NearestCentroid(rows.values, rows.max_norm)
+        self.nearest = nearest
         self.k, self.dim = centroids.shape
         self.centroids = self._to_grid(np.asarray(centroids, np.float64))
         self.assignment = np.full(len(rows.values), -1, np.int32)

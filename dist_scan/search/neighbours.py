@@ -9,8 +9,8 @@ their readers broadcast (chunks.py). For each chunk
 
 1. faiss proposes K + 16 candidates per query from float32 scores;
 2. candidates that may enter the top K are scored again in float64, which is exact (exact_rows.py);
-3. queries for which float32 scores leave a doubt (`_error_bound`) are compared with every row of
-   the chunk in float64.
+3. queries for which float32 scores leave a doubt (`RunningSearch._error_bound`) are compared with
+   every row of the chunk in float64.
 
 Memory per rank in bytes:
 queries * (4 D + 16 K + 32) + (10 chunk_rows + 24 * 8192) * D + threads * 1024 * (12 K + 4200),
@@ -54,6 +54,8 @@ from dist_scan.world.world import current
 EXTRA_CANDIDATES = 16  # candidates beyond K: fewer queries then need the dense search
 QUERY_BLOCK = 1024  # queries that a thread searches at a time
 DENSE_QUERIES = BLOCK_ROWS // 8  # queries of the dense search at a time
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+"""`index.FlatIndex.search`."""
 
 
 def mine_neighbours(
@@ -183,19 +185,80 @@ class RunningSearch:
         self.is_l2 = is_l2
         no_bound = np.zeros(len(ids))  # set for each chunk
         self.queries = QueryBlock(values, ids, squared_norms(values), no_bound)
-        self.norms = np.sqrt(self.queries.squared_norms)
         shape = len(ids), k
         self.top = TopK(np.full(shape, num_rows, np.int64), np.full(shape, -np.inf))
         self.blocks = list(_query_blocks(len(ids), torch.get_num_threads()))
 
     def add_chunk(self, rows: np.ndarray, start: int, pool: ThreadPoolExecutor) -> None:
         """Search the rows start, start + 1, ..., [m, D] float16."""
-        chunk = DatabaseChunk(rows, start, self.is_l2)
-        error_bound = _error_bound(rows.shape[1], self.norms, chunk.max_norm, self.is_l2)
-        queries = self.queries._replace(error_bound=error_bound)
-        is_uncertain = pool.map(partial(chunk.search, queries, self.top), self.blocks)
-        uncertain = np.flatnonzero(np.concatenate(list(is_uncertain)))
-        chunk.search_densely(queries, self.top, uncertain)
+        from dist_scan.search.index import FlatIndex  # importing faiss takes long
+
+        values = rows.astype(np.float32)
+        database = DatabaseRows(values, squared_norms(values), start)
+        index = FlatIndex(values, "l2" if self.is_l2 else "inner_product")
+        self.queries = self.queries._replace(error_bound=self._error_bound(database))
+        is_uncertain = pool.map(partial(self.search_block, database, index.search), self.blocks)
+        self._search_densely(database, np.flatnonzero(np.concatenate(list(is_uncertain))))
+
+    def _error_bound(self, database: DatabaseRows) -> np.ndarray:
+        """Largest difference [n] between a query's float32 and exact scores with rows of a chunk.
+
+        With u = 2^-24, a float32 inner product of D terms differs from the exact one by at most
+        g |q| |r|, g = D u / (1 - D u), whatever the order of summation (Higham, Accuracy and
+        Stability of Numerical Algorithms, section 3.1). For l2 faiss computes
+        |q|^2 + |r|^2 - 2 q.r: rounding in the three sums adds up to at most g (|q| + |r|)^2, and
+        two additions of them to 3 u of that. (D + 8) u covers both terms up to D = 9,000.
+        """
+        norms = np.sqrt(self.queries.squared_norms)
+        largest = float(np.sqrt(database.squared_norms.max()))
+        size = (norms + largest) ** 2 if self.is_l2 else norms * largest
+        return (database.values.shape[1] + 8) * 2.0**-24 * size
+
+    def search_block(self, database: DatabaseRows, search: Search, block: slice) -> np.ndarray:
+        """Add a chunk's candidates to the top K of a block of queries.
+
+        Returns [n] bool: queries of which other rows of the chunk may belong to the top K.
+        """
+        from dist_scan.search.kernels import add_candidates
+
+        queries = QueryBlock(*(part[block] for part in self.queries))
+        top = TopK(*(part[block] for part in self.top))
+        is_uncertain = np.zeros(len(queries.ids), bool)
+        if len(is_uncertain):
+            count = min(top.ids.shape[1] + EXTRA_CANDIDATES, len(database.values))
+            scores, candidates = search(queries.values, count)
+            add_candidates(queries, database, scores, candidates, self.is_l2, top, is_uncertain)
+        return is_uncertain
+
+    def _search_densely(self, database: DatabaseRows, selected: np.ndarray) -> None:
+        """Compare the selected queries with every row of a chunk in float64."""
+        from dist_scan.search.kernels import add_dense
+
+        self._remove_chunk(database, selected)
+        for b in range(0, len(selected), DENSE_QUERIES):
+            part = selected[b : b + DENSE_QUERIES]
+            queries = torch.from_numpy(self.queries.values[part]).double()
+            for r in range(0, len(database.values), BLOCK_ROWS):
+                block = torch.from_numpy(database.values[r : r + BLOCK_ROWS]).double()
+                scores = (queries @ block.T).numpy()
+                if self.is_l2:
+                    scores = (
+                        2 * scores
+                        - self.queries.squared_norms[part][:, None]
+                        - database.squared_norms[None, r : r + BLOCK_ROWS]
+                    )
+                add_dense(scores, part, self.queries.ids, database.start + r, self.top)
+
+    def _remove_chunk(self, database: DatabaseRows, selected: np.ndarray) -> None:
+        """Take a chunk's rows out of the top K, so that none is inserted twice."""
+        ids, scores = self.top.ids[selected], self.top.scores[selected]
+        stop = database.start + len(database.values)
+        is_of_chunk = (ids >= database.start) & (ids < stop)
+        scores[is_of_chunk] = -np.inf
+        ids[is_of_chunk] = np.iinfo(np.int64).max
+        order = np.lexsort((ids, -scores), axis=1)
+        self.top.scores[selected] = np.take_along_axis(scores, order, 1)
+        self.top.ids[selected] = np.take_along_axis(ids, order, 1)
 
 
 def _query_blocks(n: int, threads: int) -> Iterator[slice]:
@@ -203,78 +266,3 @@ def _query_blocks(n: int, threads: int) -> Iterator[slice]:
     count = max(1, -(-n // QUERY_BLOCK))
     count = -(-count // threads) * threads
     return (slice(i * n // count, (i + 1) * n // count) for i in range(count))
-
-
-def _error_bound(dim: int, query_norms: np.ndarray, max_norm: float, is_l2: bool) -> np.ndarray:
-    """Largest difference [n] between a query's float32 and exact scores with rows of a chunk.
-
-    With u = 2^-24, a float32 inner product of D terms differs from the exact one by at most
-    g |q| |r|, g = D u / (1 - D u), whatever the order of summation (Higham, Accuracy and Stability
-    of Numerical Algorithms, section 3.1). For l2 faiss computes |q|^2 + |r|^2 - 2 q.r: rounding in
-    the three sums adds up to at most g (|q| + |r|)^2, and two additions of them to 3 u of that.
-    (D + 8) u covers both terms up to D = 9,000.
-    """
-    size = (query_norms + max_norm) ** 2 if is_l2 else query_norms * max_norm
-    return (dim + 8) * 2.0**-24 * size
-
-
-class DatabaseChunk:
-    """Rows start, start + 1, ... to search in, [m, D] float16."""
-
-    def __init__(self, values: np.ndarray, start: int, is_l2: bool) -> None:
-        from dist_scan.search.index import FlatIndex  # importing faiss takes long
-
-        wide = values.astype(np.float32)
-        self.is_l2 = is_l2
-        self.rows = DatabaseRows(wide, squared_norms(wide), start)
-        self.max_norm = float(np.sqrt(self.rows.squared_norms.max()))
-        self.index = FlatIndex(wide, "l2" if is_l2 else "inner_product")
-
-    def search(self, queries: QueryBlock, top: TopK, block: slice) -> np.ndarray:
-        """Add this chunk's candidates to the top K of a block of queries.
-
-        Returns [n] bool: queries of which other rows of the chunk may belong to the top K.
-        """
-        from dist_scan.search.kernels import add_candidates
-
-        block_queries = QueryBlock(*(part[block] for part in queries))
-        block_top = TopK(*(part[block] for part in top))
-        is_uncertain = np.zeros(len(block_queries.ids), bool)
-        if len(is_uncertain):
-            count = min(top.ids.shape[1] + EXTRA_CANDIDATES, len(self.rows.values))
-            scores, candidates = self.index.search(block_queries.values, count)
-            add_candidates(
-                block_queries, self.rows, scores, candidates, self.is_l2, block_top, is_uncertain
-            )
-        return is_uncertain
-
-    def search_densely(self, queries: QueryBlock, top: TopK, selected: np.ndarray) -> None:
-        """Compare the selected queries with every row of the chunk in float64."""
-        from dist_scan.search.kernels import add_dense
-
-        self._remove_own_rows(top, selected)
-        database = self.rows
-        for b in range(0, len(selected), DENSE_QUERIES):
-            part = selected[b : b + DENSE_QUERIES]
-            q = torch.from_numpy(queries.values[part]).double()
-            for r in range(0, len(database.values), BLOCK_ROWS):
-                block = torch.from_numpy(database.values[r : r + BLOCK_ROWS]).double()
-                scores = (q @ block.T).numpy()
-                if self.is_l2:
-                    scores = (
-                        2 * scores
-                        - queries.squared_norms[part][:, None]
-                        - database.squared_norms[None, r : r + BLOCK_ROWS]
-                    )
-                add_dense(scores, part, queries.ids, database.start + r, top)
-
-    def _remove_own_rows(self, top: TopK, selected: np.ndarray) -> None:
-        """Take this chunk's rows out of the top K, so that none is inserted twice."""
-        ids, scores = top.ids[selected], top.scores[selected]
-        start = self.rows.start
-        is_own = (ids >= start) & (ids < start + len(self.rows.values))
-        scores[is_own] = -np.inf
-        ids[is_own] = np.iinfo(np.int64).max
-        order = np.lexsort((ids, -scores), axis=1)
-        top.scores[selected] = np.take_along_axis(scores, order, 1)
-        top.ids[selected] = np.take_along_axis(ids, order, 1)

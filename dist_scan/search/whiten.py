@@ -30,7 +30,7 @@ from torch import Tensor
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.exact_rows import BLOCK_ROWS, MAX_LISTED, ExactRows, prepare_rows
 from dist_scan.search.output_table import open_or_create
-from dist_scan.search.shard_readers import check_view, content_digest, find_shard_readers
+from dist_scan.search.shard_readers import content_digest, find_shard_readers
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.world.collectives import (
     all_sum,
@@ -58,9 +58,9 @@ class Whitening:
     eigenvalues: np.ndarray
     scale: float
 
-    def fingerprint(self, view: int, unit_length: bool) -> str:
-        """16 hex digits that identify a table written with `write_whitened_table`."""
-        digest = hashlib.sha256(f"{view} {unit_length}".encode())
+    def fingerprint(self) -> str:
+        """16 hex digits that identify a whitening in the metadata of a table."""
+        digest = hashlib.sha256(b"0 True")  # view 0, rows of unit length
         for array in (self.mean, self.components, self.eigenvalues):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
@@ -97,8 +97,8 @@ class Whitening:
         return np.concatenate(parts).astype(np.float32)
 
 
-def fit_whitening(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
-    """The whitening of a view of a table to `dim` dimensions. Collective.
+def fit_whitening(table: FeatureTable, dim: int) -> Whitening:
+    """The whitening of view 0 of a table to `dim` dimensions. Collective.
 
     Raises ValueError on all ranks for rows that are not finite, and for too few rows or too few
     directions of variance for `dim`.
@@ -110,7 +110,7 @@ def fit_whitening(table: FeatureTable, dim: int, view: int = 0) -> Whitening:
             f"{table.num_rows} rows cannot be whitened to {dim} dimensions; allowed: at most "
             f"{table.num_rows - 1}. Lower the dimension, or give more rows"
         )
-    rows = prepare_rows(table, normalise=False, view=view)
+    rows = prepare_rows(table, normalise=False)
     total, products = _sums(rows)
     mean = total / table.num_rows
     covariance = products / table.num_rows - torch.outer(mean, mean)
@@ -132,20 +132,17 @@ def write_whitened_table(
     table: FeatureTable,
     whitening: Whitening,
     out: Path,
-    view: int = 0,
-    unit_length: bool = True,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> FeatureTable:
-    """Write a table [N, 1, dim] of a view's whitened rows to `out` and return it. Collective.
+    """Write the whitened rows of view 0, scaled to unit length, to `out`. Collective.
 
-    Rows are scaled to unit length if `unit_length`. Shards that an earlier call has finished are
-    kept. Raises ValueError when `out` was made from other rows or by another whitening, and
-    StopRequested between shards.
+    Returns the table [N, 1, dim]. Shards that an earlier call has finished are kept. Raises
+    ValueError when `out` was made from other rows or by another whitening, and StopRequested
+    between shards.
     """
-    view = check_view(table, view)
     source: dict[str, Any] = {
-        "whitening": whitening.fingerprint(view, unit_length),
-        "of": content_digest(table, find_shard_readers(table), view),
+        "whitening": whitening.fingerprint(),
+        "of": content_digest(table, find_shard_readers(table), view=0),
     }
     size = {"num_rows": table.num_rows, "num_shards": table.num_shards}
     dim = len(whitening.eigenvalues)
@@ -159,11 +156,9 @@ def write_whitened_table(
     for first in range(0, len(missing), world.world_size):
         raise_if_stopped(stop_requested)
         for shard in missing[first : first + world.world_size][world.rank : world.rank + 1]:
-            rows = whitening.apply(table.shard(shard)[:, view]).astype(np.float64)
-            if unit_length:
-                norms = np.sqrt((rows**2).sum(1, keepdims=True))
-                rows = rows / np.maximum(norms, 1e-30)
-            result.write_shard(shard, rows[:, None])
+            rows = whitening.apply(table.shard(shard)[:, 0]).astype(np.float64)
+            norms = np.sqrt((rows**2).sum(1, keepdims=True))
+            result.write_shard(shard, (rows / np.maximum(norms, 1e-30))[:, None])
     barrier()
     return FeatureTable.open(out)
 

@@ -14,7 +14,7 @@ import pytest
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.progress import StopRequested
-from dist_scan.search.neighbours import DatabaseChunk, mine_neighbours
+from dist_scan.search.neighbours import RunningSearch, mine_neighbours
 from dist_scan.search.options import NeighbourOptions
 from dist_scan.world.world import current
 from tests.reference.neighbours import neighbours as reference_neighbours
@@ -46,7 +46,7 @@ def mine(
             os.kill(os.getpid(), signal.SIGUSR2)
 
     if current().rank == 0:
-        faults.call_before(DatabaseChunk, "search", count_chunk)
+        faults.call_before(RunningSearch, "search_block", count_chunk)
     options = NeighbourOptions(chunk_rows=40, queries_per_round=1)
     try:
         table = mine_neighbours(
