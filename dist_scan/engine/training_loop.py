@@ -166,7 +166,7 @@ class Trainer:
         return state
 
     def _batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of the current epoch, from `first_step` of the epoch on."""
+        """This rank's batches of the current epoch, from step `first_step` of the epoch on."""
         epoch = self.state.epoch
         views = self.method.epoch_views(epoch)
         return self.job.feed.batches(epoch, first_step, views, self.epoch_rows)
@@ -248,7 +248,8 @@ class Trainer:
         else:
             self._count_non_finite(batch, step)
 
-        # 6. Batch norm's running statistics have changed in the forward pass, update or not.
+        # 6. Make batch norm's running statistics equal on all ranks: the forward pass has changed
+        #    them, also if the update was skipped.
         sync_running_stats(self.method)
         self.optimizer.zero_grad(set_to_none=True)
 
