@@ -97,6 +97,7 @@ class HeadsFunction(torch.autograd.Function):
             for h, at in enumerate(ctx.slices):
                 dweight[at].mul_(grad[h])
                 dbias[at].mul_(grad[h])
+        # Gradient by the features: the weighted sum of those of all heads
         dfirst = dsecond = None
         if dx is not None:
             dfirst, dsecond = torch.tensordot(grad, dx, 1).to(ctx.feature_dtype).chunk(2)
@@ -122,6 +123,7 @@ class ScanHeadsFunction(HeadsFunction):
             whole_batch = whole_batch or current().world_size == 1
             x = FeaturePair(anchors, neighbours, weight.dtype, max(sizes))
             gradients = HeadGradients(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
+            # Make losses and gradients, head by head.
             if whole_batch and uses_cpu_loops(weight):
                 from dist_scan.heads.cpu_loops import scan_heads_in_loops
 

@@ -92,6 +92,7 @@ class HeadSelection(nn.Module):
         has put almost all images into one cluster. Returns what to log: the largest logit, and the
         largest cluster's share of the mean probability in the head where that is smallest.
         """
+        # Largest logit, and the largest cluster's share, of every head over the global batch
         device = features_BD.device
         largest = torch.zeros((), device=device)
         shares = []
@@ -108,6 +109,7 @@ class HeadSelection(nn.Module):
                 f"the heads diverged: the largest logit is {largest_logit:.3g} "
                 f"(allowed: {MAX_LOGIT:.0e}). {REMEDY}"
             )
+        # Heads may collapse for an epoch or two and recover.
         if share > MAX_CLUSTER_SHARE:
             self.collapsed += 1
         else:
@@ -139,6 +141,7 @@ class HeadSelection(nn.Module):
         Returns (what to log, whether the first group improved). Raises ValueError if every loss is
         NaN.
         """
+        # Held-out loss and assignment of every head, on all ranks
         neighbours = torch.from_numpy(neighbours_AK).to(rows_MD.device).long()
         losses = []
         assignments = []
@@ -153,6 +156,7 @@ class HeadSelection(nn.Module):
                 f"selected ({len(neighbours)} held-out images). Check the held-out features for "
                 "NaN, or hold out more images (held_out_share)"
             )
+        # Every group selects its own head and epoch.
         improved = [
             self._update_group(group, epoch, heads, losses_H, assignments)
             for group in range(len(self.cluster_counts))
@@ -184,6 +188,7 @@ class HeadSelection(nn.Module):
         self.best_loss[group] = losses_H[best]
         self.best_head[group] = best
         self.best_epoch[group] = epoch
+        # Heads of the group: loss, agreement with the others, match with the best, weights
         stabilities = stability([assignments[h] for h in members], num_clusters)
         for h, value in zip(members, stabilities):
             self.losses[h] = losses_H[h]

@@ -67,7 +67,9 @@ class BackboneConfig(StrictModel):
         if not timm.is_model(name):
             known = [*IN_HOUSE, *RESNETS]
             hint = suggest(name, [*known, *timm.list_models()])
-            raise ValueError(f"no backbone '{name}'; allowed: {', '.join(known)}, or a timm name{hint}")
+            raise ValueError(
+                f"no backbone '{name}'; allowed: {', '.join(known)}, or a timm name{hint}"
+            )
         return name
 
 

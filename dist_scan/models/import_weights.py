@@ -73,6 +73,7 @@ def _numpy_number_types() -> list[Callable[..., Any] | tuple[Callable[..., Any],
 
 def _state_dict(content: Any, path: str | Path) -> dict[str, Tensor]:
     """All tensors of a file by name, without `module.`. Raises ValueError if there are none."""
+    # MoCo and SCAN wrap the state dict in a training checkpoint.
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -149,6 +150,7 @@ def load_into(backbone: nn.Module, path: str | Path, kind: CheckpointKind = "aut
     """
     state = _state_dict(read_file(path), path)
     weights, expected = backbone_weights(state, kind), backbone.state_dict()
+    # num_batches_tracked is missing in old files and has no effect.
     missing = [
         name
         for name in expected

@@ -99,6 +99,7 @@ class MemoryBank:
 
         Every rank passes its own rows, which may be none. Of equal indices the last one wins.
         """
+        # Every rank sees all rows and stores those of its shards.
         index = gather_rows(index.cpu().long())
         rows = gather_rows(rows.detach().to(self.device, self.dtype))
         shard_of = self._shard_of(index)
@@ -116,6 +117,7 @@ class MemoryBank:
     def read(self, index: Tensor) -> Tensor:
         """Rows [b, *shape] at index [b], from any rank. Collective; b may differ between ranks."""
         index = index.cpu().long()
+        # Every rank fills in the rows that it has; the sum over ranks completes them.
         counts = gather_rows(torch.tensor([len(index)])).tolist()
         all_index = gather_rows(index)
         shard_of = self._shard_of(all_index)
@@ -124,6 +126,7 @@ class MemoryBank:
             positions = (shard_of == shard).nonzero()[:, 0]
             local_rows = all_index[positions] - self.starts[shard]
             found[positions.to(self.device)] = stored[local_rows.to(self.device)]
+        # Keep the rows that this rank asked for.
         start = sum(counts[: current().rank])
         return all_sum(found)[start : start + len(index)]
 
@@ -139,6 +142,7 @@ class MemoryBank:
 
         For narrow rows such as ids, not for features.
         """
+        # Every row is on one rank: the sum over ranks puts the bank together.
         rows = torch.zeros((self.num_rows, *self.shape), dtype=self.dtype)
         for shard, stored in self.shards.items():
             rows.split(self.sizes)[shard].copy_(stored)
