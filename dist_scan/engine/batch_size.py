@@ -16,8 +16,8 @@ decoded, and other processes."""
 def bytes_per_image(network: nn.Module, sample: Tensor) -> int:
     """Estimated bytes that one image of sample [B, 3, S, S] needs inside a network.
 
-    Twice the input and output of the largest layer: in a residual block, the block's input is held
-    meanwhile.
+    Twice the input and output of the largest layer: inside a residual block, the input of the block
+    stays in memory too.
     """
     largest = 0
 

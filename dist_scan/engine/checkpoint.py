@@ -15,7 +15,7 @@ What happens when a rank dies:
 1. A rank raises, hangs or is killed. `dist_scan.run` writes an exception to
    RUN/logs/error-rank*.json and ends the process at once; `monitoring.watchdog` ends a process that
    makes no progress; after kill -9 nothing is written.
-2. The other ranks wait for it in a collective. Their connection breaks, or their own watchdog ends
+2. The other ranks wait for it in a collective. Their connection breaks, or their watchdogs end
    them; after a few seconds the launcher (launch/local.py, or srun) kills those that remain.
 3. `launch.recovery.decide` finds no marker of an orderly end (DONE, STOPPED, MISTAKE) in RUN. It
    starts all ranks again, unless several starts in a row finished no checkpoint, shard or stage.
@@ -58,7 +58,7 @@ from dist_scan.world.world import current
 
 T = TypeVar("T")
 MAX_FAILED_SAVES = 3
-"""Saves that may fail in a row before the training ends: what it does could not be kept."""
+"""Number of failed saves in a row after which the training ends."""
 CHECKPOINT_NAME = re.compile(r"step-(\d{9}|[1-9]\d{9,})(-begun)?")
 
 
@@ -67,7 +67,7 @@ class CheckpointError(NonRetryableError):
 
 
 class CheckpointStore:
-    """The checkpoints of one stage in a folder; the newest `keep` are kept. Methods are collective.
+    """The checkpoints of one stage in a folder; the newest `keep` remain. Methods are collective.
 
     log: called on every rank with lines for the user; only rank 0 should print them.
     """

@@ -18,7 +18,7 @@ from dist_scan.engine.precision import Precision, autocast
 from dist_scan.models.cluster_model import ClusterModel
 
 NUM_TOP = 5
-"""Most probable clusters that are kept for each image."""
+"""Number of most probable clusters that are recorded for each image."""
 
 
 class BatchPrediction(NamedTuple):
