@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from benchmarks.interleaved import (
 )
 from benchmarks.rows import emit
 from benchmarks.search_rows import read_rows, write_unit_rows
+
+if TYPE_CHECKING:
+    from dist_scan.search.options import KMeansOptions
 
 CLUSTER = ["--folder", "{folder}", "--rows", "{rows}", "--dim", "{dim}", "--clusters", "{clusters}"]
 QUICK = [
@@ -65,9 +68,25 @@ class Result(NamedTuple):
     """[k, D], of rank 0."""
 
 
-def initial_centroids(rows: np.ndarray, k: int) -> np.ndarray:
-    """Random rows [k, D] from which both sides start."""
-    return rows[np.random.default_rng(1).choice(len(rows), k, replace=False)]
+def options(iterations: int) -> KMeansOptions:
+    """Options of ours."""
+    from dist_scan.search.options import KMeansOptions
+
+    return KMeansOptions(iterations=iterations, init="random")
+
+
+def random_rows(path: Path, k: int) -> np.ndarray:
+    """The rows [k, D] from which ours starts, for the peer."""
+    from dist_scan.data.feature_table import FeatureTable
+    from dist_scan.search.exact_rows import LocalRows, prepare_rows
+    from dist_scan.search.index import thread_pool
+    from dist_scan.search.kmeans_init import initial_centroids
+    from dist_scan.search.stopping import never_stop
+
+    rows = prepare_rows(FeatureTable.open(path), normalise=False)
+    with thread_pool() as pool:
+        start = initial_centroids(LocalRows(rows), k, options(1), 0, pool, never_stop)
+    return (start / rows.scale).astype(np.float32)
 
 
 def objective(rows: np.ndarray, centroids: np.ndarray) -> float:
@@ -87,15 +106,13 @@ def make_ours(path: Path, k: int, iterations: int) -> Callable[[], Result]:
     """The work of a rank."""
     from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.kmeans import kmeans
-    from dist_scan.search.options import KMeansOptions
     from dist_scan.world.world import current
 
     table = FeatureTable.open(path)
-    start = initial_centroids(read_rows(path), k)
-    kmeans(table, 2, KMeansOptions(iterations=1), start=start[:2])  # compile, and import
+    kmeans(table, 2, options(1))  # compile, and import what takes long
 
     def work() -> Result:
-        result = kmeans(table, k, KMeansOptions(iterations=iterations + 1), start=start)
+        result = kmeans(table, k, options(iterations + 1))
         centroids = result.centroids if current().rank == 0 else None
         return Result(result.iterations, result.num_splits, centroids)
 
@@ -107,7 +124,7 @@ def make_faiss(path: Path, k: int, iterations: int) -> Callable[[], Result]:
     import faiss
 
     rows = read_rows(path)
-    start = initial_centroids(rows, k)
+    start = random_rows(path, k)
     faiss.omp_set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
     def work() -> Result:

@@ -115,8 +115,7 @@ class NearestCentroid:
     the rounding of (least + margin) itself. Centroids within `margin` of the least cost are
     compared by |c_j|^2 - 2 x.c_j in float64. That is exact: centroids are multiples of 2^-22 and
     rows of 2^-24, both with norms of about 4 or less, so all partial sums are multiples of 2^-46
-    below 2^6. (A longer centroid can only come from `start` of `kmeans`: ties of the first
-    iteration may then be decided by rounding.)
+    below 2^6.
     """
 
     def __init__(self, rows: np.ndarray, max_norm: float) -> None:

@@ -71,26 +71,21 @@ def kmeans(
     num_clusters: int,
     options: KMeansOptions = KMEANS_DEFAULTS,
     *,
-    start: np.ndarray | None = None,
     stop_requested: Callable[[], bool] = never_stop,
     show_progress: bool = False,
     checkpoint_path: Path | None = None,
 ) -> KMeansResult:
     """Cluster the rows of a table; the restart with the lowest objective. Collective.
 
-    start: initial centroids [k, D] on the scale of the result's, instead of `options.init`.
     checkpoint_path: file for the state of an unfinished call; an equal call continues from it, with
-    any number of ranks. Not used together with `start`.
+    any number of ranks.
 
-    Raises ValueError for more clusters than rows or a `start` of another shape, and StopRequested
-    between iterations, after the checkpoint is written.
+    Raises ValueError for more clusters than rows, and StopRequested between iterations, after the
+    checkpoint is written.
     """
     from dist_scan.search.index import NearestCentroid, thread_pool
 
     check_num_clusters(num_clusters, table.num_rows)
-    if start is not None:
-        start = _check_start(start, num_clusters, table.dim)
-        checkpoint_path = None
     rows = prepare_rows(table, options.normalise or options.spherical, options.view)
     local = LocalRows(rows)
     nearest = NearestCentroid(local.values, local.max_norm)
@@ -110,11 +105,8 @@ def kmeans(
     ):
         try:
             while checkpoint.restart < options.restarts:
-                if start is not None:
-                    centroids = start * rows.scale
-                elif checkpoint.centroids is not None:
-                    centroids = checkpoint.centroids
-                else:
+                centroids = checkpoint.centroids
+                if centroids is None:
                     centroids = initial_centroids(
                         local, num_clusters, options, checkpoint.restart, pool, stop_requested
                     )
@@ -147,17 +139,6 @@ def _gather_assignment(rows: LocalRows, assignment: np.ndarray) -> np.ndarray:
     of_all = np.empty(rows.num_rows, np.int32)
     of_all[ids] = gather_rows(torch.from_numpy(assignment)).numpy()
     return of_all
-
-
-def _check_start(start: np.ndarray, num_clusters: int, dim: int) -> np.ndarray:
-    start = np.asarray(start, np.float64)
-    num_bad = int((~np.isfinite(start)).sum())
-    if start.shape != (num_clusters, dim) or num_bad:
-        raise ValueError(
-            f"start: centroids of shape {list(start.shape)} with {num_bad} values NaN or Inf; "
-            f"allowed: [{num_clusters}, {dim}], all finite"
-        )
-    return start
 
 
 class LloydRun:
