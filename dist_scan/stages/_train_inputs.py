@@ -101,7 +101,9 @@ class TrainInputs:
             context.run.runtime.heads,
         )
         if world_size > 1:
-            context.log(f"{context.name}: {partition} split over {world_size} ranks ({reason})")
+            context.log(
+                f"{context.name}: splitting the {partition} over {world_size} ranks ({reason})"
+            )
         return partition
 
     def build_feed(self) -> ImageFeed | FeatureFeed:

@@ -390,5 +390,5 @@ def test_the_stage_publishes_all_heads_for_any_partition(tmp_path: Path) -> None
     assert np.any(expected["alignment"] >= 0)
     folders = {setting: tmp_path / setting for setting in ("heads", "clusters")}
     for setting, (log, found) in run_ranks(run_pipelines, 2, config, folders)[0].items():
-        assert f"heads: {setting} split over 2 ranks (set by runtime.heads)" in log
+        assert f"heads: splitting the {setting} over 2 ranks (set by runtime.heads)" in log
         assert_close(found, expected, 1e-6)
