@@ -68,7 +68,7 @@ def start_again(cluster: Cluster, folder: Path) -> None:
         before = log.read_text()
         TinyJob(cluster, folder, 1, *EXACT, *edits).submit().finish()
         added = log.read_text().removeprefix(before)
-        assert stages_in(added, "done before") == sorted(skipped), added
+        assert stages_in(added, "already done") == sorted(skipped), added
         assert stages_in(added, "starts") == sorted(every_stage - skipped), added
 
 
@@ -97,7 +97,7 @@ def truncate(checkpoint: Path) -> None:
 def assert_set_aside(job: TinyJob, checkpoint: Path, reason: str) -> None:
     """Fail unless the log names the checkpoint, the reason, and its new name."""
     log = (job.run_dir / "logs" / "run.log").read_text()
-    lines = [line for line in log.splitlines() if f"{checkpoint} is bad" in line]
+    lines = [line for line in log.splitlines() if f"{checkpoint} is damaged" in line]
     assert any(reason in line and f"bad-{checkpoint.name}" in line for line in lines), log
 
 
