@@ -187,6 +187,7 @@ def _to_grouped(old: nn.BatchNorm1d | nn.BatchNorm2d, groups: int) -> GroupedBat
     new = GroupedBatchNorm(
         old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, groups=groups
     )
+    # The same tensors under the same names
     new._parameters = old._parameters
     new._buffers = old._buffers
     new.training = old.training

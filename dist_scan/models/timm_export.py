@@ -36,6 +36,7 @@ def to_timm_network(model: ClusterModel) -> Any:
     config = _backbone_config(model)
     network = _timm_network(config, model.num_clusters)
     classifier = _classifier_name(network, model)
+    # The backbone's weights, and the head as the classifier
     weight, bias = fold_normalisation(model)
     assert model.backbone is not None, "a model with a backbone_config has a backbone"
     state = {
