@@ -114,6 +114,7 @@ def prepare_rows(
     view = check_view(table, view)
     readers = find_shard_readers(table)
     gathered = gather_objects(_local_norms(table, readers, view))
+    # Statistics of all ranks' rows.
     non_finite, zero, norms = (sorted(chain.from_iterable(lists)) for lists in zip(*gathered))
     if non_finite:
         raise ValueError(
@@ -125,6 +126,7 @@ def prepare_rows(
             f"features of rows {zero[:MAX_LISTED]} are all zero and have no direction; "
             "use another metric (l2, inner_product), or look at these images"
         )
+    # The power of two that brings the largest norm just below the maximum.
     scale = 1.0
     if not normalise:
         longest = max([FLOAT16_SPACING, *norms])
@@ -150,6 +152,7 @@ def _local_norms(
         is_finite = np.isfinite(squares)
         non_finite += (np.flatnonzero(~is_finite)[:MAX_LISTED] + first).tolist()
         zero += (np.flatnonzero(squares == 0)[:MAX_LISTED] + first).tolist()
+        # The shortest and the longest row with a direction.
         positive = np.sqrt(squares[is_finite & (squares > 0)])
         if len(positive):
             norms += [float(positive.min()), float(positive.max())]

@@ -140,6 +140,7 @@ class NearestCentroid:
 
     def _prepare(self, centroids: np.ndarray) -> Centroids:
         """The centroids with their half norms h_j and the margin."""
+        # Exact: centroids are multiples of 2^-22.
         squared_norms = (centroids.astype(np.float64) ** 2).sum(1)
         largest_product = self.max_norm * float(np.sqrt(squared_norms.max()))
         half_norms = (squared_norms / 2 + 1.01 * largest_product + 1e-6).astype(np.float32)
@@ -159,24 +160,27 @@ class NearestCentroid:
             costs=np.empty((n, MAX_NEAR), np.int32),
             counts=np.zeros(n, np.int32),
         )
+        # Float32: keep the centroids within the margin of the least cost so far.
         for first in range(0, k, BLOCK_CENTROIDS):
             part = on_device[first : first + BLOCK_CENTROIDS]
             products = buffer[: n * len(part)].view(n, len(part))
             torch.mm(self.on_device[block], part.T, out=products)
             collect_near(products.numpy(), centroids, first, near)
+        # Float64: decide between them.
         choose_nearest(self.rows[block], centroids, near, out)
 
     def _assign_on_device(
         self, block: slice, centroids: Centroids, on_device: torch.Tensor, out: np.ndarray
     ) -> None:
         """Assign a block of rows on a GPU; those with several near centroids on the CPU."""
+        # Float32: the least cost, and how many centroids are within the margin of it.
         half_norms = torch.from_numpy(centroids.half_norms).to(self.device)
         costs = torch.addmm(half_norms, self.on_device[block], on_device.T, alpha=-1)
         least, nearest = costs.min(1)
         num_near = (costs <= (least + float(centroids.margin))[:, None]).sum(1)
         out[:] = nearest.cpu().numpy()
 
-        # Compare ambiguous rows with all centroids, as if there were too many candidates.
+        # Float64: compare ambiguous rows with all centroids, as if too many were near.
         ambiguous = np.flatnonzero(num_near.cpu().numpy() > 1)
         n = len(ambiguous)
         unused = np.empty((n, MAX_NEAR), np.int32)

@@ -38,6 +38,7 @@ def insert(ids: np.ndarray, scores: np.ndarray, row_id: int, score: float) -> No
     at = len(ids) - 1
     if score < scores[at] or (score == scores[at] and row_id > ids[at]):
         return
+    # Move worse entries down by one.
     while at > 0 and (scores[at - 1] < score or (scores[at - 1] == score and ids[at - 1] > row_id)):
         ids[at], scores[at] = ids[at - 1], scores[at - 1]
         at -= 1
@@ -71,6 +72,7 @@ def add_candidates(
             if estimate + queries.error_bound[i] < top.scores[i, -1]:
                 is_uncertain[i] = False
                 break
+            # A row is not its own neighbour.
             row = candidates[i, c]
             if database.start + row != queries.ids[i]:
                 score = dot(queries.values[i], database.values[row])
@@ -145,6 +147,7 @@ def collect_near(
 def append_near(near: NearCentroids, i: int, centroid: int, cost: np.int32, most: np.int32) -> None:
     """Append a candidate of row i. When full, drop candidates whose cost is above `most` first."""
     ids, costs, counts = near.ids[i], near.costs[i], near.counts
+    # Drop candidates that the least cost has left behind.
     if counts[i] == MAX_NEAR:
         left = 0
         for c in range(MAX_NEAR):
@@ -152,6 +155,7 @@ def append_near(near: NearCentroids, i: int, centroid: int, cost: np.int32, most
                 ids[left], costs[left] = ids[c], costs[c]
                 left += 1
         counts[i] = left
+    # Append, or note that there are too many.
     if counts[i] < MAX_NEAR:
         ids[counts[i]], costs[counts[i]] = centroid, cost
         counts[i] += 1
@@ -170,11 +174,13 @@ def choose_nearest(
     for i in range(len(rows)):
         most = add_margin(near.least[i], centroids.margin)
         has_too_many = near.counts[i] > MAX_NEAR
+        # Candidates that are still within the margin; a single one is the nearest.
         count, nearest, least = 0, -1, np.inf
         if not has_too_many:
             for c in range(near.counts[i]):
                 if near.costs[i, c] <= most:
                     count, nearest = count + 1, near.ids[i, c]
+        # Otherwise compare them, or all centroids, in float64.
         if has_too_many or count > 1:
             for c in range(len(centroids.values) if has_too_many else near.counts[i]):
                 centroid = c if has_too_many else near.ids[i, c]

@@ -86,9 +86,11 @@ def kmeans(
     from dist_scan.search.index import NearestCentroid, thread_pool
 
     check_num_clusters(num_clusters, table.num_rows)
+    # This rank's rows, exact and in memory.
     rows = prepare_rows(table, options.normalise or options.spherical, options.view)
     local = LocalRows(rows)
     nearest = NearestCentroid(local.values, local.max_norm)
+    # The state of an earlier, unfinished call with the same settings and features.
     settings = {
         "clusters": num_clusters,
         **asdict(options),
@@ -105,6 +107,7 @@ def kmeans(
     ):
         try:
             while checkpoint.restart < options.restarts:
+                # Start, or continue from the last complete iteration.
                 centroids = checkpoint.centroids
                 if centroids is None:
                     centroids = initial_centroids(
@@ -116,6 +119,7 @@ def kmeans(
         except StopRequested:
             checkpoint.write()
             raise
+        # The clusters of the best restart.
         best, best_centroids = checkpoint.best, checkpoint.best_centroids
         assert best is not None and best_centroids is not None, "there is at least one restart"
         local_assignment = checkpoint.best_assignment
@@ -173,6 +177,7 @@ class LloydRun:
         """Centroids [k, D] float64 on the grid, as float32; scaled to unit length if spherical."""
         if self.options.spherical:
             norms = np.sqrt((centroids**2).sum(1, keepdims=True))
+            # A mean can be zero; it stays where it is.
             centroids = centroids / np.maximum(norms, 1e-30)
         return (np.rint(centroids * CENTROID_GRID) / CENTROID_GRID).astype(np.float32)
 
@@ -188,12 +193,16 @@ class LloydRun:
         iterations, tolerance = self.options.iterations, self.options.tolerance
         for iteration in range(checkpoint.iteration + 1, iterations + 1):
             raise_if_stopped(stop_requested)
+            # Assignment step.
             num_moved = self._assign()
             objective = self._objective()
             progress.advance(1, f"objective {objective:.6g}")
+            # Converged: no assignment changed, or the objective hardly fell.
             gain = checkpoint.objective - objective
             if num_moved == 0 or gain < tolerance * checkpoint.objective:
                 break
+            # Update step. The checkpoint has the centroids that were assigned to, since the
+            # assignment follows from them.
             if iteration < iterations:
                 random = self.random.bit_generator.state
                 checkpoint.after_iteration(objective, self.centroids, random, self.num_splits)
@@ -221,6 +230,7 @@ class LloydRun:
 
         One all-reduce of k D + k + 1 numbers. Returns how many rows of all ranks changed cluster.
         """
+        # Nearest centroids, and the rows whose cluster changed.
         new = self.nearest.assign(self.centroids, self.pool)
         moved = np.flatnonzero(new != self.assignment)
         old = self.assignment[moved]
@@ -233,6 +243,7 @@ class LloydRun:
         count_changes -= np.bincount(old[old >= 0], minlength=self.k)
         num_moved += len(moved)
 
+        # Their sums over all ranks.
         changes, count_changes, num_moved = self._parts(all_sum(torch.from_numpy(message)).numpy())
         self.sums += changes
         self.counts += count_changes
@@ -274,7 +285,9 @@ class LloydRun:
         An empty cluster takes half of a large one, as in faiss: both get its mean, moved apart by a
         factor of 1 +- 1/1024 whose sign alternates over the dimensions, and half of its rows.
         """
+        # Means of the clusters; the sums of an empty cluster are zero.
         means = self.sums / np.maximum(self.counts, 1)[:, None]
+        # Refill each empty cluster by splitting a large one.
         counts = self.counts.copy()
         nudge = np.where(np.arange(self.dim) % 2 == 0, 1 + SPLIT_NUDGE, 1 - SPLIT_NUDGE)
         for empty in np.flatnonzero(counts == 0):
@@ -288,6 +301,7 @@ class LloydRun:
 
     def _cluster_to_split(self, counts: np.ndarray) -> int:
         """A cluster drawn with probability proportional to its size minus 1 (faiss's rule)."""
+        # A cluster of one row cannot be split, unless there are no others.
         weight = np.maximum(counts - 1, 0)
         if weight.sum() == 0:
             weight = counts

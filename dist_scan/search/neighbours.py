@@ -74,12 +74,14 @@ def mine_neighbours(
     neighbours of the latter. Raises ValueError for K >= N or an `out` with another table, and
     StopRequested between chunks.
     """
+    # Rows whose scores are exact, and the table to fill.
     num_neighbours = operator.index(num_neighbours)
     check_num_neighbours(num_neighbours, features.num_rows)
     is_l2 = options.metric == "l2"
     max_norm = MAX_NORM_L2 if is_l2 else MAX_NORM
     rows = prepare_rows(features, options.metric == "cosine", options.view, max_norm)
     table = _open_table(Path(out), rows, num_neighbours, options.metric)
+    # Shards that no rank has finished, in rounds.
     missing = sorted(set.intersection(*gather_objects(set(table.missing_shards()))))
     rounds = _plan_rounds(table, missing, rows.readers.readable_shards, options.queries_per_round)
     num_chunks = -(-rows.num_rows // options.chunk_rows)
@@ -92,11 +94,13 @@ def mine_neighbours(
             progress.advance()
 
         for shards_by_rank in rounds:
+            # Search for this rank's shards of the round together.
             shards = shards_by_rank[current().rank]
             spans = [table.shard_range(shard) for shard in shards]
             top = find_neighbours(
                 rows, spans, num_neighbours, is_l2, options.chunk_rows, before_chunk
             )
+            # Write them one by one, with scores of the table's own rows.
             ends = np.cumsum([stop - start for start, stop in spans])[:-1]
             ids, scores = np.split(top.ids, ends), np.split(top.scores, ends)
             for i, shard in enumerate(shards):
@@ -137,9 +141,11 @@ def _plan_rounds(
     round_rows = [0] * world_size
     for shard in missing:
         start, stop = table.shard_range(shard)
+        # The rank with the fewest rows of those that can read the shard.
         readers = [rank for rank in range(world_size) if shard in readable_shards[rank]]
         rank = min(readers, key=total_rows.__getitem__)
         rounds = rounds_by_rank[rank]
+        # A new round if the shard does not fit into the last one.
         if not rounds or round_rows[rank] + stop - start > max_rows:
             rounds.append([])
             round_rows[rank] = 0
@@ -193,10 +199,12 @@ class RunningSearch:
         """Search the rows start, start + 1, ..., [m, D] float16."""
         from dist_scan.search.index import FlatIndex  # importing faiss takes long
 
+        # Prepare the chunk.
         values = rows.astype(np.float32)
         database = DatabaseRows(values, squared_norms(values), start)
         index = FlatIndex(values, "l2" if self.is_l2 else "inner_product")
         self.queries = self.queries._replace(error_bound=self._error_bound(database))
+        # Candidates by float32, scored exactly; then every row, for uncertain queries.
         is_uncertain = pool.map(partial(self.search_block, database, index.search), self.blocks)
         self._search_densely(database, np.flatnonzero(np.concatenate(list(is_uncertain))))
 
@@ -221,6 +229,7 @@ class RunningSearch:
         """
         from dist_scan.search.kernels import add_candidates
 
+        # Views of the block: top is changed in place.
         queries = QueryBlock(*(part[block] for part in self.queries))
         top = TopK(*(part[block] for part in self.top))
         is_uncertain = np.zeros(len(queries.ids), bool)
@@ -256,6 +265,7 @@ class RunningSearch:
         is_of_chunk = (ids >= database.start) & (ids < stop)
         scores[is_of_chunk] = -np.inf
         ids[is_of_chunk] = np.iinfo(np.int64).max
+        # Free places go to the end.
         order = np.lexsort((ids, -scores), axis=1)
         self.top.scores[selected] = np.take_along_axis(scores, order, 1)
         self.top.ids[selected] = np.take_along_axis(ids, order, 1)

@@ -115,11 +115,13 @@ def _symmetric_graph(
         squared_distances = -scores if table.metadata["metric"] == "l2" else 2 - 2 * scores
         weight = np.exp(-squared_distances / sigma**2)
         sources = np.broadcast_to(index[:, None], ids.shape)
+        # Edges i -> j of A, and j -> i of A^T.
         for row, column in ((sources, ids), (ids, sources)):
             is_local = (row >= start) & (row < stop)
             rows.append(row[is_local] - start)
             columns.append(column[is_local])
             weights.append(weight[is_local])
+    # Edges in both directions are added up.
     places = np.concatenate(rows), np.concatenate(columns)
     shape = (stop - start, table.num_rows)
     graph = sparse.coo_matrix((np.concatenate(weights), places), shape=shape).tocsr()
@@ -162,12 +164,15 @@ def _join_single_rows(table: NeighbourTable, clusters: np.ndarray) -> PicResult:
 
     Sizes are those before any cluster is joined.
     """
+    # The clusters of the neighbours of single rows.
     sizes = np.bincount(clusters)
     single = np.flatnonzero(sizes[clusters] == 1)
     neighbour_clusters = clusters[table.rows(single)[0]]
     is_larger = sizes[neighbour_clusters] > 1
     joins = is_larger.any(1)
+    # The first neighbour in a larger cluster, if there is one.
     joined = clusters.copy()
     joined[single[joins]] = neighbour_clusters[joins, is_larger[joins].argmax(1)]
+    # Numbers without gaps.
     assignment = np.unique(joined, return_inverse=True)[1].astype(np.int32)
     return PicResult(assignment, int(assignment.max()) + 1, int(joins.sum()))

@@ -90,6 +90,7 @@ class Whitening:
         offset = (axes * (self.mean * self.scale)).sum(1)
         factor = 1 / (2 * self.scale * np.sqrt(self.eigenvalues))
         projection = torch.from_numpy(axes.T).to(current().device)
+        # y = (axes x - axes mean) / (2 scale sqrt(eigenvalue)), in exact products.
         parts = [np.zeros((0, len(factor)))]
         for block in _blocks_of(rows):
             projected = torch.mm(_on_grid(block, self.scale), projection).cpu().numpy()
@@ -110,10 +111,12 @@ def fit_whitening(table: FeatureTable, dim: int) -> Whitening:
             f"{table.num_rows} rows cannot be whitened to {dim} dimensions; allowed: at most "
             f"{table.num_rows - 1}. Lower the dimension, or give more rows"
         )
+    # Covariance, from exact sums.
     rows = prepare_rows(table, normalise=False)
     total, products = _sums(rows)
     mean = total / table.num_rows
     covariance = products / table.num_rows - torch.outer(mean, mean)
+    # Its largest eigenvalues, which must be more than rounding errors.
     eigenvalues, components = _largest_eigenpairs(covariance, dim)
     # What rounding leaves as the eigenvalue of a direction in which the rows do not vary.
     noise = table.dim * 2.0**-50 * float(eigenvalues[0])
@@ -151,6 +154,7 @@ def write_whitened_table(
         FeatureTable.create(out, table.num_rows, 1, dim, table.num_shards, **source)
 
     result = open_or_create(FeatureTable, Path(out), source | size, create)
+    # A shard per rank at a time.
     missing = broadcast_object(result.missing_shards())
     world = current()
     for first in range(0, len(missing), world.world_size):
@@ -194,14 +198,17 @@ def _sums(rows: ExactRows) -> tuple[Tensor, Tensor]:
     for shard in rows.readers.local_shards():
         for block in _blocks_of(rows.table.shard(shard)[:, rows.view]):
             x = _on_grid(block, rows.scale)
+            # Coarse and fine part of the products, each exact in float64.
             coarse = (x * COARSE_GRID).round_().div_(COARSE_GRID)
             coarse_products = torch.mm(x.T, coarse).mul_(GRID * COARSE_GRID).long()
             fine = coarse.neg_().add_(x)
             fine_products = torch.mm(x.T, fine).mul_(GRID * GRID).long()
+            # Add them up as integers.
             upper += coarse_products >> 20
             lower += ((coarse_products & (2**20 - 1)) << 12) + fine_products
             _carry(upper, lower)
             total += (x * GRID).sum(0).long()
+    # Over all ranks, rounded once.
     total, upper, lower = (all_sum(part).cpu() for part in (total, upper, lower))
     _carry(upper, lower)
     return total.double() / GRID, upper.double() * 2.0**-16 + lower.double() * 2.0**-48
@@ -224,6 +231,7 @@ def _largest_eigenpairs(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         ascending, columns = torch.linalg.eigh(covariance.to(current().device))
         values = ascending.flip(0)[:dim].cpu()
         vectors = columns.T.flip(0)[:dim].cpu()
+        # Fix the signs, which are arbitrary.
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
     return broadcast(values.contiguous()), broadcast(vectors.contiguous())
