@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ RUN = "run"
 """Among the names of benchmarks: the config's own stages."""
 MAX_ROWS = 200_000
 """Rows of the random features on which neighbours and kmeans are timed, at most."""
-HARDWARE = (
-    "gpus_per_node",
-    "processes_per_node",
-    "cpus_per_task",
-    "partition",
-    "constraint",
+EQUAL_FIELDS = (
+    "data",
+    "stages",
+    "seed",
+    "slurm.gpus_per_node",
+    "slurm.processes_per_node",
+    "slurm.cpus_per_task",
+    "slurm.partition",
+    "slurm.constraint",
 )
-"""Fields of `slurm:` that must be equal on one page, besides the number of nodes."""
+"""Settings that must be equal on one page."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
     base = load_config(args.config, args.overrides)
     num_images = command_line.stated_image_counts(args)
     if num_images is None:
-        num_images = {} if args.no_data_check else count_images(base)
+        with command_line.explain_data_errors():
+            num_images = {} if args.no_data_check else image_counts(base)
     runs = load_runs(args, base, node_counts, num_images)
     suite = Suite(runs[0].run_dir.parent, RUN in names, benchmark_commands(names, runs, num_images))
     for run in runs:
@@ -116,17 +121,6 @@ def main(args: argparse.Namespace) -> int:
     code = watch.follow_all(watch.run_dirs(suite.folder))
     print(f"page: {page}")
     return code
-
-
-def count_images(run: RunConfig) -> dict[str, int]:
-    """Images of each split. Raises ConfigError with the remedy if this machine cannot read them."""
-    try:
-        return image_counts(run)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}\nIf only the nodes can read the images, state their number: "
-            "--images 1281167,50000"
-        ) from None
 
 
 def parse_names(text: str) -> list[str]:
@@ -336,14 +330,7 @@ def has_all_figures(run: RunConfig, names: Sequence[str]) -> bool:
     if (run.run_dir / "config.yaml").is_file():
         before = load_config(run.run_dir / "config.yaml")
         changed = [
-            field
-            for field in ("data", "stages", "seed")
-            if getattr(before, field) != getattr(run, field)
-        ]
-        changed += [
-            f"slurm.{field}"
-            for field in HARDWARE
-            if getattr(before.slurm, field) != getattr(run.slurm, field)
+            field for field in EQUAL_FIELDS if attrgetter(field)(before) != attrgetter(field)(run)
         ]
         if changed:
             raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dist_scan.config import ConfigError, RunConfig, SlurmConfig
@@ -170,14 +172,21 @@ def load_slurm_run(args: argparse.Namespace) -> RunConfig:
     if checks_data(args):
         from dist_scan.preflight import check_data  # seconds of imports
 
-        try:
+        with explain_data_errors():
             check_data(run)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{error}\nIf only the nodes can read the images: --no-data-check, and for the "
-                "plan their number, for example --images 1281167,50000"
-            ) from None
     return run
+
+
+@contextmanager
+def explain_data_errors() -> Iterator[None]:
+    """Add to a ConfigError what to do if this machine cannot read the images."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nIf only the nodes can read the images: --no-data-check, and for the plan "
+            "their number, for example --images 1281167,50000"
+        ) from None
 
 
 def _slurm_overrides(args: argparse.Namespace) -> list[str]:

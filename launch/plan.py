@@ -22,7 +22,7 @@ PARAMETER_BYTES = {"sgd": 12, "adam": 16, "adamw": 16}
 """Weight, gradient and optimizer state per parameter."""
 NUMBER_BYTES = {"bf16": 2, "fp64": 8}
 """Bytes of an activation; 4 for any other precision."""
-HEADER = ("stage", "images", "work", "disk", "memory", "time")
+HEADER = ["stage", "images", "work", "disk", "memory", "time"]
 
 
 class NetworkCost(NamedTuple):
@@ -52,6 +52,8 @@ def plan(run: RunConfig, tflops: float | None, counts: dict[str, int] | None = N
     tflops: sustained TFLOP/s of one process (None: assumed). counts: images of train and val (None:
     counted in the sources).
     """
+    from dist_scan.report.page import pad_columns
+
     num_images = counts or image_counts(run)
     assumed = GPU_TFLOPS if _has_gpu(run) else CPU_TFLOPS
     flops_per_s = (tflops or assumed) * 1e12 * run.slurm.world_size
@@ -63,8 +65,7 @@ def plan(run: RunConfig, tflops: float | None, counts: dict[str, int] | None = N
         size = count * _stored_bytes_per_image(run)
         disk += size
         work = f"stored as {run.data.stored}"
-        rows.append((f"beton_{split}", f"{count:,}", work, _format_bytes(size), "-", "-"))
-    rows.reverse()
+        rows.append([f"beton_{split}", f"{count:,}", work, _format_bytes(size), "-", "-"])
     networks = _networks(run)
     for name, stage in run.stages.items():
         count = num_images.get(stage.images_split(run.stages) or "", 0)
@@ -73,12 +74,13 @@ def plan(run: RunConfig, tflops: float | None, counts: dict[str, int] | None = N
         disk += cost.disk
         seconds += stage_s
         memory = max(memory, cost.memory)
-        sizes = (_format_bytes(cost.disk), _format_bytes(cost.memory), _format_hours(stage_s))
-        rows.append((name, f"{count:,}", cost.work, *sizes))
+        sizes = [_format_bytes(cost.disk), _format_bytes(cost.memory)]
+        rows.append([name, f"{count:,}", cost.work, *sizes, _format_hours(stage_s)])
 
+    table = "\n".join("  ".join(cells) for cells in pad_columns([HEADER, *rows]))
     return (
         f"plan: {run.slurm.nodes} nodes x {run.slurm.tasks_per_node} processes\n"
-        f"{_format_table([HEADER, *rows])}\n"
+        f"{table}\n"
         f"in all: {_format_bytes(disk)} on disk, at most {_format_bytes(memory)} per process, "
         f"about {_format_hours(seconds)} of arithmetic\n"
         f"{_assumptions(run, tflops)}"
@@ -213,28 +215,9 @@ def _assumptions(run: RunConfig, tflops: float | None) -> str:
     )
 
 
-def _format_table(rows: list[tuple[str, ...]]) -> str:
-    """Columns aligned: names and work to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = []
-        for column, (cell, width) in enumerate(zip(row, widths)):
-            is_text = HEADER[column] in ("stage", "work")
-            cells.append(cell.ljust(width) if is_text else cell.rjust(width))
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
 def _format_bytes(size: float) -> str:
     """`1.28 GB`; `-` for 0."""
-    if not size:
-        return "-"
-    units = ["B", "KB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
+    return f"{size / 1e9:.3g} GB" if size else "-"
 
 
 def _format_hours(seconds: float) -> str:

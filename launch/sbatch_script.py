@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dist_scan.config import SlurmConfig
 
+Settings = Mapping[str, str | int | bool | None]
 SBATCH_FIELDS = (
     "nodes",
     "gpus_per_node",
@@ -64,20 +65,20 @@ def sbatch_lines(options: SlurmConfig, run_dir: Path, name: str) -> list[str]:
     --signal without "B:" notifies the ranks, not the script; the script learns of it from the run
     marker STOPPED.
     """
-    settings: dict[str, str | int | bool | None] = {
+    settings: Settings = {
         "job-name": name,
         "ntasks-per-node": options.tasks_per_node,
         "signal": f"USR2@{options.notice_s}",
         "requeue": True,
         "open-mode": "append",
         "output": f"{run_dir}/slurm/".replace("%", "%%") + "%j.out",
+        **{field.replace("_", "-"): getattr(options, field) for field in SBATCH_FIELDS},
+        **options.sbatch,
     }
-    settings |= {field.replace("_", "-"): getattr(options, field) for field in SBATCH_FIELDS}
-    settings |= options.sbatch
     return [f"#SBATCH {flag}" for flag in to_flags(settings)]
 
 
-def to_flags(settings: Mapping[str, str | int | bool | None]) -> list[str]:
+def to_flags(settings: Settings) -> list[str]:
     """Command line options of sbatch and srun: --key=value, or --key for True.
 
     None and False give no option. 0 is a value (mem=0: all memory of a node).
@@ -92,15 +93,15 @@ def to_flags(settings: Mapping[str, str | int | bool | None]) -> list[str]:
 
 def srun_command(options: SlurmConfig, **step_options: str | int | bool) -> str:
     """srun and its options for one job step; in names of `step_options` write _ for -."""
-    settings: dict[str, str | int | bool | None] = {"kill-on-bad-exit": 1}
-    settings |= {key.replace("_", "-"): value for key, value in step_options.items()}
-    settings |= {
+    settings: Settings = {
+        "kill-on-bad-exit": 1,
+        **{key.replace("_", "-"): value for key, value in step_options.items()},
         # Since Slurm 22.05 srun does not inherit it from sbatch: every rank would get one core.
         "cpus-per-task": options.cpus_per_task,
         "container-image": options.container,
         "container-mounts": options.container_mounts,
+        **options.srun,
     }
-    settings |= options.srun
     return " ".join(["srun", *to_flags(settings)])
 
 

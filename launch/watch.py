@@ -71,14 +71,14 @@ def status(run_dir: Path) -> str:
     if submitted:
         lines.append(f"job      {_job_line(run_dir, submitted, job, queue_error)}")
     lines.append(f"state    {'not known' if queue_error else _state(run_dir, job)}")
-    progress = [line for line in _read_lines(run_dir / "logs" / "run.log") if _is_progress(line)]
+    run_log = records.read_text(run_dir / "logs" / "run.log").splitlines()
+    progress = [line for line in run_log if _is_progress(line)]
     if progress:
         clock, text = progress[-1][:8], progress[-1][9:]
         lines.append(f"progress {text} (at {clock})")
-    job_log = _read_lines(run_dir / "slurm" / f"{job_id}.out")
-    starts = [line for line in job_log if ": start " in line]
+    starts = records.read_text(run_dir / "slurm" / f"{job_id}.out").count(": start ")
     faults = records.read_objects(run_dir / "logs" / "faults.jsonl")
-    lines.append(f"restarts {max(len(starts) - 1, 0)}, faults {len(faults)}")
+    lines.append(f"restarts {max(starts - 1, 0)}, faults {len(faults)}")
     if faults:
         when = faults[-1].get("time", "unknown time")
         lines.append(f"last     {when} {faults[-1].get('fault', 'unknown fault')}")
@@ -121,10 +121,6 @@ def _state(run_dir: Path, job: QueuedJob | None) -> str:
 def _is_progress(line: str) -> bool:
     """Whether a line of run.log tells a rate, or the start of a stage."""
     return any(text in line for text in ("/s, ", ": starts", ": resumes"))
-
-
-def _read_lines(path: Path) -> list[str]:
-    return records.read_text(path).splitlines()
 
 
 def follow(run_dir: Path) -> int:
