@@ -119,14 +119,18 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str:
     """The checkout's commit, with + if files were changed; '' outside a checkout."""
-    git = ["git", "-C", str(ROOT)]
-    options = {"capture_output": True, "text": True, "check": True}
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **options)
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
+        head = _git("rev-parse", "--short", "HEAD")
+        is_changed = _git("status", "--porcelain", "-uno") != ""
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+    return f"{head}+" if is_changed else head
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in the checkout."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def spread(ratios: Sequence[float], name: str) -> dict[str, float | list[float]]:
