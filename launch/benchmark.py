@@ -91,36 +91,40 @@ def main(args: argparse.Namespace) -> int:
     suite = Suite(runs[0].run_dir.parent, RUN in names, benchmark_commands(names, runs, num_images))
     for run in runs:
         submission.check(run.run_dir, suite.script(run), run.slurm.setup)
-    if args.dry_run:
-        for run in runs:
+        if args.dry_run:
             print(suite.script(run))
+    if args.dry_run:
         return 0
 
-    # Submit what has not been measured yet; each job waits for the one before it.
     submission.require_slurm()
     is_measured = [has_all_figures(run, names) for run in runs]
     write_description(suite.folder, args, names, node_counts)
     previous = None
     for run, skip in zip(runs, is_measured):
-        nodes = f"{run.slurm.nodes} node{'s' if run.slurm.nodes > 1 else ''}"
         if skip:
-            print(f"{nodes}: measured before, {run.run_dir}")
-            continue
-        if previous and not args.at_once:
-            slurm = run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})
-            run = run.model_copy(update={"slurm": slurm})
-        # The planned memory, to be compared with what each training took.
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run.run_dir / "plan.json", training_memory(run))
-        previous = submission.submit(run, suite.script(run))
-        print(f"{nodes}: job {previous}, {run.run_dir}")
-    page = f"{suite.folder / 'scaling.html'}"
+            print(f"{_format_nodes(run)}: measured before, {run.run_dir}")
+        else:
+            previous = submit(suite, run, None if args.at_once else previous)
+    page = suite.folder / "scaling.html"
     print(f"page, drawn again as each job ends: {page}")
-    if not args.follow:
-        return 0
-    code = watch.follow_all(watch.run_dirs(suite.folder))
-    print(f"page: {page}")
-    return code
+    return watch.follow_all(watch.run_dirs(suite.folder)) if args.follow else 0
+
+
+def submit(suite: Suite, run: RunConfig, previous: str | None) -> str:
+    """Submit the job of one number of nodes, to start after the job `previous`; returns its id."""
+    if previous:
+        slurm = run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})
+        run = run.model_copy(update={"slurm": slurm})
+    # The planned memory, to be compared with what each training took.
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run.run_dir / "plan.json", training_memory(run))
+    job_id = submission.submit(run, suite.script(run))
+    print(f"{_format_nodes(run)}: job {job_id}, {run.run_dir}")
+    return job_id
+
+
+def _format_nodes(run: RunConfig) -> str:
+    return f"{run.slurm.nodes} node{'s' if run.slurm.nodes > 1 else ''}"
 
 
 def parse_names(text: str) -> list[str]:
