@@ -6,14 +6,15 @@ The whole way, from the fault to the next step of the training:
    `RUN/logs/error-rank*.json` and ends the process with code 1. A rank without progress is ended
    by `dist_scan.monitoring.watchdog.Watchdog`, which writes the same file and the stacks of all
    threads. A rank that is killed (`kill -9`, out of memory, a dead node) leaves nothing.
-2. **The other ranks end.** A collective fails when the connection to the dead rank closes, or
-   their own watchdog ends them. What remains is ended by `srun --kill-on-bad-exit`, or by
-   `launch.local.run_ranks`.
+2. **The other ranks end.** They wait for it in a collective, which fails when the connection to
+   the dead rank closes, or their own watchdog ends them. What remains is ended by
+   `srun --kill-on-bad-exit` or by `dist_scan.world.processes.wait_for_ranks`.
 3. **Run markers say how the start ended.** Exit codes do not survive srun, so the ranks leave a
    file in RUN: DONE; STOPPED with the number of the signal that they followed; MISTAKE for an
-   error that a relaunch cannot help (invalid settings); PORT_TAKEN if the rendezvous port was in
-   use. No marker means a fault. `dist_scan.storage.run_markers` writes them, on a full disk too.
-4. **The launcher decides.** The batch script (`launch.sbatch_script`) and
+   error that a relaunch cannot help (invalid settings, a diverged training); PORT_TAKEN if the
+   rendezvous port was in use. No marker means a fault.
+   `dist_scan.storage.run_markers.RunMarkers` writes them, on a full disk too.
+4. **The launcher decides.** The batch script (`launch.sbatch_script.script`) and
    `launch.local.run_until_done` both call `decide`, which returns a `LaunchDecision`.
 5. **Relaunch in place, or requeue.** To relaunch, the launcher calls `prepare_start`, which
    removes the old markers, and starts all ranks again in the same job. To requeue, the batch
@@ -22,8 +23,9 @@ The whole way, from the fault to the next step of the training:
    too, and after the death of a node Slurm does.
 6. **The new start resumes.** `dist_scan.pipeline.Pipeline` skips finished stages.
    `dist_scan.engine.checkpoint.CheckpointStore.load` verifies the newest checkpoint against its
-   sha256, sets a damaged one aside and takes the one before it. Training continues with the next
-   step; its result equals that of an undisturbed run bit for bit (docs/reliability.md).
+   sha256, sets a damaged one aside and takes the one before it. At most the steps since that
+   checkpoint are repeated. Random draws, the order of images and the learning rate are functions of
+   (seed, epoch, step), so the result equals that of an undisturbed run bit for bit.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ succession may be bad luck, three have a cause."""
 FINISHED_FILES = ("*/*/manifest.json", "*/*/work/**/manifest.json", "*/*/**/*.npy")
 """Below RUN/stages: manifests of stages, manifests of checkpoints, shards."""
 
-Action = Literal["done", "stopped", "requeue", "fatal_error", "relaunch", "give_up"]
+Action = Literal["done", "stopped", "requeue", "user_error", "relaunch", "give_up"]
 
 
 class LaunchDecision(NamedTuple):
@@ -121,7 +123,7 @@ def decide(
     # A relaunch cannot help.
     if (run_dir / "MISTAKE").is_file():
         text = records.read_text(run_dir / "MISTAKE")
-        return LaunchDecision("fatal_error", text or "cause unknown (MISTAKE is empty)")
+        return LaunchDecision("user_error", text or "cause unknown (MISTAKE is empty)")
 
     # Another program took the port between its choice and the start.
     if (run_dir / "PORT_TAKEN").is_file() and start < PORT_RETRIES:

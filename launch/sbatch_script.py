@@ -213,7 +213,7 @@ setup_failed() {
   local line=${setup_lines[$3 - setup_from]:-$2}
   local error="slurm.setup: the line '$line' failed with code $1, and no rank was started;"
   error+=" fix it, or append || true if it may fail"
-  echo "$(date +%FT%T) job $SLURM_JOB_ID: fatal_error: $error" >&2
+  echo "$(date +%FT%T) job $SLURM_JOB_ID: user_error: $error" >&2
   # Only under the lock: the run folder may belong to another job.
   (exec 9>>"$RUN/lock" && { flock -n 9; [ $? != 1 ]; } && echo "$error" >"$RUN/MISTAKE")
   exit 1

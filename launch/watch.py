@@ -112,7 +112,7 @@ def _state(run_dir: Path, job: QueuedJob | None) -> str:
     if holder := local_holder(run_dir):
         return f"running on this machine: {holder}"
     if (run_dir / "MISTAKE").is_file():
-        return "ended by a fatal error, named in MISTAKE and in the log"
+        return "ended by an error of the user, named in MISTAKE and in the log"
     if (run_dir / "STOPPED").is_file():
         return "stopped; the same command resumes the run"
     return "not running; the same command resumes the run from the last checkpoint"

@@ -1,4 +1,4 @@
-"""Verified checkpoints, and how a run survives the loss of a rank.
+"""Verified checkpoints: launch/recovery.py says how a run uses them when a rank dies.
 
 A checkpoint is a folder ``step-000000123`` with
 
@@ -9,20 +9,6 @@ A checkpoint is a folder ``step-000000123`` with
 A save writes a temporary folder, reads it back against the intended sha256, and renames it. So a
 rank may be killed at any point of a save: the older checkpoints stay valid. A load takes the newest
 checkpoint that verifies; damaged ones are renamed to bad-*.
-
-What happens when a rank dies:
-
-1. A rank raises, hangs or is killed. `dist_scan.run` writes an exception to
-   RUN/logs/error-rank*.json and ends the process at once; `monitoring.watchdog` ends a process that
-   makes no progress; after kill -9 nothing is written.
-2. The other ranks wait for it in a collective. Their connection breaks, or their watchdogs end
-   them; after a few seconds the launcher (launch/local.py, or srun) kills those that remain.
-3. `launch.recovery.decide` finds no marker of an orderly end (DONE, STOPPED, MISTAKE) in RUN. It
-   starts all ranks again, unless several starts in a row finished no checkpoint, shard or stage.
-4. The new ranks skip the finished stages (`dist_scan.pipeline`) and start the training anew with
-   the newest valid checkpoint. At most the steps since that checkpoint are repeated. Random draws,
-   the order of images and the learning rate are functions of (seed, epoch, step), hence the run
-   continues bit for bit as if nothing had happened.
 
 A stop signal (engine/stop.py) takes the other way: all ranks agree on it at the end of a step, save
 a checkpoint, and end with the marker STOPPED; after SIGUSR2 the job is requeued.

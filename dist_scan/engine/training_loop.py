@@ -1,7 +1,7 @@
 """Method-agnostic training loop: logging, checkpoints, graceful stop.
 
 `Trainer.run` has the loop over epochs and steps, `Trainer._step` is one optimizer step from top to
-bottom. engine/checkpoint.py describes what happens when a rank dies.
+bottom. launch/recovery.py describes what happens when a rank dies.
 """
 
 from __future__ import annotations

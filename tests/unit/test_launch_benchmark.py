@@ -313,7 +313,7 @@ def test_page_and_json_hold_all_figures_and_name_the_missing_ones(benchmark_fold
         "data wait",
         "8,192 MiB",
         "9,216 MiB",
-        "ended by a fatal error: no such &lt;images&gt;",
+        "ended by an error of the user: no such &lt;images&gt;",
         "8 nodes: not submitted",
         "MemoryError",
         "--nodes 1,2,4,8 --benchmark run,step",

@@ -49,7 +49,7 @@ def test_run_markers_determine_the_action(tmp_path: Path) -> None:
     assert not (tmp_path / "STOPPED").exists()
     write_markers(tmp_path, MISTAKE="data.train: no such folder\n")
     decision = recovery.decide(tmp_path, digest, 0, 5)
-    assert decision[:2] == ("fatal_error", "data.train: no such folder")
+    assert decision[:2] == ("user_error", "data.train: no such folder")
 
 
 def test_a_fault_is_relaunched_while_relaunches_are_left(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_setup_line_that_fails_ends_the_job(
 ) -> None:
     done = run_script(tmp_path, commands, *lines)
     assert done.returncode == 1, done
-    assert f"fatal_error: slurm.setup: the line {error}" in done.stderr
+    assert f"user_error: slurm.setup: the line {error}" in done.stderr
     assert "|| true" in done.stderr
     assert error in (tmp_path / "a run" / "MISTAKE").read_text()
     assert not (tmp_path / "sruns").exists()

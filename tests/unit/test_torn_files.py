@@ -105,7 +105,7 @@ def test_requeues_without_progress_end_although_their_count_was_unreadable(tmp_p
 def test_the_error_marker_may_hold_any_bytes(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "MISTAKE").write_bytes(content)
     decision = recovery.decide(tmp_path, "", 0, 5)
-    assert decision.action == "fatal_error"
+    assert decision.action == "user_error"
     assert text in decision.reason
 
 
