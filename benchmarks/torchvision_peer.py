@@ -24,10 +24,10 @@ Transform = Callable[[Any], Any]
 
 def stored_jpegs(path: Path) -> list[bytes]:
     """The JPEGs that are stored in a .beton."""
-    tables = check_beton(path)
+    images = check_beton(path)
     data = path.read_bytes()
-    starts = tables.rows["f0"]["data_ptr"].tolist()
-    return [data[start : start + size] for start, size in zip(starts, tables.sizes.tolist())]
+    starts = images["start"].tolist()
+    return [data[start : start + size] for start, size in zip(starts, images["size"].tolist())]
 
 
 class Views(torch.utils.data.Dataset):

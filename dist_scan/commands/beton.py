@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     if args.out.suffix != ".beton":
         raise ConfigError(f"the output '{args.out}' must end in .beton")
     if args.check:
-        num_images = len(check_beton(args.out, verify_images=True).rows)
+        num_images = len(check_beton(args.out, verify_images=True))
         print(f"{args.out}: {num_images} images, all checksums match")
         return 0
     settings = {name: getattr(args, name) for name in SETTINGS}

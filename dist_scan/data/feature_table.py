@@ -70,12 +70,11 @@ class FeatureTable(ShardedTable):
             rows = np.asarray(array[start:stop])
             largest = np.abs(rows).max(2)
             is_tiny = ((largest > 0) & (largest < SMALLEST_NORMAL)).any(1)
-            if is_tiny.any():
-                bad_rows = (np.flatnonzero(is_tiny)[:8] + start).tolist()
-                raise ValueError(
-                    f"'{npy}': all features of rows {bad_rows} are below float16's smallest normal "
-                    f"number, {SMALLEST_NORMAL:.2g}; scale them up"
-                )
+            table._refuse_rows(
+                shard,
+                is_tiny,
+                f"below float16's smallest normal number, {SMALLEST_NORMAL:.2g}; scale them up",
+            )
             table.write_shard(shard, rows)
         return table
 
@@ -150,21 +149,22 @@ class FeatureTable(ShardedTable):
             raise ValueError(
                 f"{self.path}: rows are [{self.num_views}, {self.dim}], got {list(rows.shape[1:])}"
             )
-        start = self.shard_range(shard)[0]
         flat = rows.reshape(len(rows), -1)
-        bad = np.flatnonzero(~np.isfinite(flat).all(1))
-        if len(bad):
-            raise ValueError(
-                f"features of rows {(bad[:8] + start).tolist()} ({len(bad)} in shard {shard}) are "
-                "NaN or Inf; look at these images, or at what made the features"
-            )
-        large = np.flatnonzero(np.abs(flat).max(1, initial=0) > LARGEST)
-        if len(large):
-            raise ValueError(
-                f"features of rows {(large[:8] + start).tolist()} are larger than float16's "
-                f"largest number, {LARGEST:.0f}; scale them down"
-            )
+        remedy = "look at these images, or at what made the features"
+        self._refuse_rows(shard, ~np.isfinite(flat).all(1), f"NaN or Inf; {remedy}")
+        self._refuse_rows(
+            shard,
+            np.abs(flat).max(1, initial=0) > LARGEST,
+            f"larger than float16's largest number, {LARGEST:.0f}; scale them down",
+        )
         self._write(shard, features=rows)
+
+    def _refuse_rows(self, shard: int, is_bad: np.ndarray, problem: str) -> None:
+        """Raise ValueError if a row of the shard is bad [n]; names the first ones."""
+        bad = np.flatnonzero(is_bad)
+        if len(bad):
+            rows = (bad[:8] + self.shard_range(shard)[0]).tolist()
+            raise ValueError(f"features of rows {rows} ({len(bad)} in shard {shard}) are {problem}")
 
     def shard(self, shard: int) -> np.ndarray:
         """[n, V, D] float16, memory-mapped."""

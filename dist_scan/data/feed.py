@@ -54,34 +54,34 @@ class NeighbourSampler:
         return np.where(column < 0, index, neighbour)
 
 
+@dataclass(frozen=True)
 class EpochPlan:
     """Rows of each step on this rank, and their neighbours.
 
     Raises ValueError if the rows do not fill one global batch, or it does not divide over ranks.
     """
 
-    def __init__(
-        self,
-        rows: np.ndarray,
-        global_batch: int,
-        seed: int,
-        world: World,
-        steps_per_epoch: int | None = None,
-        neighbours: NeighbourSampler | None = None,
-    ) -> None:
-        self.rows = rows
-        self.global_batch = global_batch
-        self.seed = seed
-        self.world = world
-        self.neighbours = neighbours
-        batch_per_rank(global_batch, world.world_size)  # raises if it is not divisible
-        full_steps = len(rows) // global_batch
-        if full_steps == 0:
+    rows: np.ndarray
+    """[n] dataset rows to train on."""
+    global_batch: int
+    seed: int
+    world: World
+    max_steps: int | None = None
+    """Of an epoch; None: as many as the rows give."""
+    neighbours: NeighbourSampler | None = None
+
+    def __post_init__(self) -> None:
+        batch_per_rank(self.global_batch, self.world.world_size)  # raises if it is not divisible
+        if len(self.rows) < self.global_batch:
             raise ValueError(
-                f"global_batch: {global_batch} is larger than the number of images to train on; "
-                f"allowed: at most {len(rows)}. Lower it"
+                f"global_batch: {self.global_batch} is larger than the number of images to train "
+                f"on; allowed: at most {len(self.rows)}. Lower it"
             )
-        self.steps_per_epoch = min(full_steps, steps_per_epoch or full_steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full_steps = len(self.rows) // self.global_batch
+        return min(full_steps, self.max_steps or full_steps)
 
     def batch_rows(
         self, epoch: int, first_step: int, order: np.ndarray | None = None
@@ -114,7 +114,6 @@ class Feed(ABC):
         self.device = device
         self.steps_per_epoch = plan.steps_per_epoch
         self.rows = plan.rows
-        """[n] dataset rows to train on."""
 
     def batches(
         self,

@@ -385,7 +385,7 @@ def test_a_table_refuses_values_that_float16_cannot_hold(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"rows \[17\]"):
         table.write_shard(0, shard)
     shard[17, 0, 3] = 1e6
-    with pytest.raises(ValueError, match=r"rows \[17\] are larger than float16"):
+    with pytest.raises(ValueError, match=r"rows \[17\] \(1 in shard 0\) are larger than float16"):
         table.write_shard(0, shard)
 
 

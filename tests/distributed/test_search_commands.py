@@ -145,9 +145,9 @@ def test_an_error_on_several_ranks_is_one_line(tmp_path: Path) -> None:
     [
         ((17, 3), np.nan, "rows [17] (1 in shard 0) are NaN or Inf"),
         ((399, 3), -np.inf, "rows [399]"),
-        ((17, 3), 1e5, "rows [17] are larger than float16's largest number, 65504"),
+        ((17, 3), 1e5, "rows [17] (1 in shard 0) are larger than float16's largest number, 65504"),
         (33, 0, "rows [33] are all zero"),
-        (33, 1e-8, "features of rows [33] are below float16's smallest"),
+        (33, 1e-8, "features of rows [33] (1 in shard 1) are below float16's smallest"),
     ],
 )
 def test_unusable_rows_are_named_before_any_work(
@@ -352,7 +352,7 @@ def test_a_view_too_small_for_float16_is_named(
     views[33, 1] = 1e-8
     npy = save_rows(tmp_path / "rows.npy", views)
     assert run_here("neighbours", npy, tmp_path / "out") == 2
-    assert "rows [33] are below float16" in capsys.readouterr().err
+    assert "rows [33] (1 in shard 1) are below float16" in capsys.readouterr().err
 
 
 def test_fewer_rows_than_ranks(tmp_path: Path) -> None:

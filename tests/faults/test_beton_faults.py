@@ -97,7 +97,7 @@ def test_unreadable_images_are_left_out_and_listed_with_the_reason(tmp_path: Pat
         listed = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(file)}
     assert set(listed) == set(unreadable)
     assert all(listed.values())
-    assert len(check_beton(path, verify_images=True).rows) == len(read_names(path)) == 7
+    assert len(check_beton(path, verify_images=True)) == len(read_names(path)) == 7
     with pytest.raises(ConfigError, match="max_bad_share"):
         build_beton(root, tmp_path / "y.beton")
     assert not (tmp_path / "y.beton").exists()
@@ -174,12 +174,11 @@ def test_sidecars_of_another_build_are_refused(good: Path, tmp_path: Path) -> No
 
 
 def test_every_damaged_image_raises_with_its_row_and_name(good: Path, tmp_path: Path) -> None:
-    tables = check_beton(good)
-    starts = tables.rows["f0"]["data_ptr"].tolist()
+    images = check_beton(good)
     rng = np.random.default_rng(0)
 
     def flip_a_bit_of_each(data: bytearray) -> None:
-        for start, size in zip(starts, tables.sizes.tolist()):
+        for start, size in images[["start", "size"]].tolist():
             data[start + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
 
     loader = make_loader(changed_copy(good, tmp_path, flip_a_bit_of_each), num_threads=2)

@@ -193,10 +193,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def stored_image(path: Path, row: int) -> Image.Image:
     """A stored image, decoded by Pillow."""
-    tables = check_beton(path)
-    image = tables.rows["f0"][row]
-    start = int(image["data_ptr"])
-    data = path.read_bytes()[start : start + int(tables.sizes[row])]
+    image = check_beton(path)[row]
+    data = path.read_bytes()[image["start"] : image["start"] + image["size"]]
     if image["mode"] == JPEG:
         return Image.open(io.BytesIO(data))
     shape = (image["height"], image["width"], 3)
@@ -223,7 +221,7 @@ def test_random_crops_are_close_to_those_of_pillow(photos: dict[str, Path]) -> N
     spec = CropSpec("random_resized", 224, flip=0.5)
     rows = np.arange(20)
     crops = read_views(make_loader(path, (spec,)), rows, epoch=3)[0].numpy().astype(int)
-    sizes = check_beton(path).rows["f0"][rows]
+    sizes = check_beton(path)[rows]
     boxes, flips = crop_boxes(spec, sizes["height"], sizes["width"], 1, 3, rows, 0)
     differences = []
     for row, (top, left, height, width) in enumerate(boxes.tolist()):

@@ -164,24 +164,19 @@ class RecipeConfig(StrictModel):
         return self
 
 
+@dataclass(frozen=True)
 class Recipe:
     """Augments crops uint8 [B, S, S, 3] and returns float32 [B, 3, S, S], normalised."""
 
-    def __init__(
-        self,
-        spec: RecipeSpec,
-        crop: CropSpec,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        fused: bool,
-        max_cutout: int,
-    ) -> None:
-        self.spec = spec
-        self.crop = crop
-        self.fused = fused
-        self.max_cutout = max_cutout
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+    spec: RecipeSpec
+    crop: CropSpec
+    mean: Tensor
+    """[1, 3, 1, 1], like std."""
+    std: Tensor
+    fused: bool
+    """Approximate colour jitter; see colour.jitter_fused."""
+    max_cutout: int
+    """Largest side of RandAugment's cutout in pixels."""
 
     def __call__(
         self, images: Tensor, index: np.ndarray, *, seed: int, epoch: int, view: int
@@ -278,7 +273,8 @@ def build_recipe(
     if max_cutout is None:
         max_cutout = int(np.interp(size, (32, 96, 224), (16, 32, 75)))
     crop = CropSpec(spec.crop, size, scale=spec.scale, resize=resize, flip=spec.flip)
-    return Recipe(spec, crop, mean, std, config.colour == "fused", max_cutout)
+    per_channel = torch.tensor([mean, std], dtype=torch.float32).view(2, 1, 3, 1, 1)
+    return Recipe(spec, crop, per_channel[0], per_channel[1], config.colour == "fused", max_cutout)
 
 
 def resolution_warnings(recipes: Iterable[RecipeConfig], data: DataConfig) -> list[str]:

@@ -12,6 +12,7 @@ from numba import types
 
 from dist_scan.compiled import compiled
 from dist_scan.data.beton.ffcv_library import SYMBOL_PREFIX, register_symbols
+from dist_scan.data.encode import JPEG
 
 READ_FAILED, WRONG_CHECKSUM, DECODE_FAILED = 1, 2, 3
 PROBLEMS = {
@@ -63,44 +64,52 @@ def flip_columns(view: np.ndarray) -> None:
 
 
 @compiled()
-def crop_views(  # noqa: PLR0913  numba compiles functions of arrays, not of objects
+def crop_views(
     file: int,
-    starts: np.ndarray,
-    sizes: np.ndarray,
-    sums: np.ndarray,
-    modes: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
+    images: np.ndarray,
     boxes: np.ndarray,
     flips: np.ndarray,
     stored: np.ndarray,
-    scratch: np.ndarray,
+    decoded: np.ndarray,
     outs: tuple[np.ndarray, ...],
 ) -> tuple[int, int]:
     """Write V views of n stored images to `outs`; each image is read and decoded once.
 
     file: a file descriptor. A memory-mapped file that is truncated, or on a disk that fails, would
     kill the process.
-    starts, sizes, sums, modes, heights, widths: [n], where the images are and what they are.
+    images: [n] format.STORED_IMAGE.
     boxes [n, V, 4], flips [n, V]: see crops.crop_boxes.
-    stored, scratch: buffers for the largest stored and the largest decoded image.
+    stored, decoded: buffers for the largest stored and the largest decoded image.
     outs: V arrays uint8 [n, S_v, S_v, 3].
 
     Returns (-1, 0), or the first image that failed and its problem (a key of PROBLEMS).
     """
-    for i in range(len(starts)):
+    for i in range(len(images)):
         # Read and verify
-        height, width = heights[i], widths[i]
-        if pread(file, stored.ctypes.data, sizes[i], starts[i]) != sizes[i]:
+        image = images[i]
+        height, width = image.height, image.width
+        if pread(file, stored.ctypes.data, image.size, image.start) != image.size:
             return i, READ_FAILED
-        if checksum(stored, sizes[i]) != sums[i]:
+        if checksum(stored, image.size) != image.checksum:
             return i, WRONG_CHECKSUM
         # Decode a JPEG; raw pixels are used where they are
         source = stored.ctypes.data
-        if modes[i] == 0:
-            source = scratch.ctypes.data
+        if image.mode == JPEG:
+            source = decoded.ctypes.data
             failed = imdecode(
-                stored.ctypes.data, sizes[i], height, width, source, height, width, 0, 0, 1, 1, 0, 0
+                stored.ctypes.data,
+                image.size,
+                height,
+                width,
+                source,
+                height,
+                width,
+                0,
+                0,
+                1,
+                1,
+                0,
+                0,
             )
             if failed != 0:
                 return i, DECODE_FAILED

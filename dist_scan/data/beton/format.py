@@ -14,7 +14,7 @@ import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -39,6 +39,18 @@ ROW = np.dtype([("f0", IMAGE), ("f1", "<i8"), ("f2", "<i8")], align=True)
 ALLOC = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE_FIELD, INT_FIELD = 2, 1
 FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD), ("index", INT_FIELD))
+STORED_IMAGE = np.dtype(
+    [
+        ("start", np.int64),
+        ("size", np.int64),
+        ("checksum", np.uint64),
+        ("mode", np.int64),
+        ("height", np.int64),
+        ("width", np.int64),
+        ("label", np.int64),
+    ]
+)
+"""What is known of an image: its bytes in the file, height and width in pixels, its class."""
 ROWS_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
@@ -50,17 +62,6 @@ class InvalidBetonError(ValueError):
             f"{path}: {reason}; remove it (in a run: the folder it is in) "
             "and start the same command again"
         )
-
-
-class Tables(NamedTuple):
-    """Verified tables of a file with N images."""
-
-    rows: np.ndarray
-    """[N] of ROW: image, label, index."""
-    sizes: np.ndarray
-    """[N] stored bytes of each image."""
-    sums: np.ndarray
-    """[N] checksum of each image."""
 
 
 def sidecar(path: str | Path, ending: str) -> Path:
@@ -147,8 +148,8 @@ def write_file(path: Path, before: bytes, after: bytes, images: Iterator[bytes])
     write_atomic(path, write)
 
 
-def check_beton(path: str | Path, verify_images: bool = False) -> Tables:
-    """The tables of a file, verified against its metadata; before native code reads the file.
+def check_beton(path: str | Path, verify_images: bool = False) -> np.ndarray:
+    """[N] STORED_IMAGE: the images of a file, after its tables are verified.
 
     verify_images: also read every image and verify its checksum.
     Raises InvalidBetonError if the file is unfinished, truncated, inconsistent, damaged or not of
@@ -162,27 +163,34 @@ def check_beton(path: str | Path, verify_images: bool = False) -> Tables:
     # Read the tables, bounded by the size of the file
     num_images, table_start = _check_header(path)
     rows = np.fromfile(path, ROW, num_images, offset=ROWS_START)
-    sizes = np.fromfile(path, ALLOC, num_images, offset=table_start)["size"].copy()
-    _check_images(path, rows, sizes)
+    table = np.fromfile(path, ALLOC, num_images, offset=table_start)
+    if num_images == 0 or len(rows) != num_images:
+        raise InvalidBetonError(path, "has no images, or fewer rows than its header says")
+    images = np.zeros(num_images, STORED_IMAGE)
+    images["start"] = rows["f0"]["data_ptr"]
+    images["size"] = table["size"]
+    images["label"] = rows["f1"]
+    for name in ("mode", "height", "width"):
+        images[name] = rows["f0"][name]
+    _check_sizes(path, images)
     # They must equal the tables of these images as we write them
-    before, after = build_tables(
-        rows["f0"]["mode"], rows["f0"]["height"], rows["f0"]["width"], rows["f1"], sizes
-    )
+    names = ("mode", "height", "width", "label", "size")
+    before, after = build_tables(*(images[name] for name in names))
     with open(path, "rb") as file:
         found = file.read(len(before))
         file.seek(table_start)
         if found != before or file.read() != after:
             raise InvalidBetonError(path, "its tables are not consistent")
     # And those that were written at the build
-    sums = _check_sums(path, before + after, num_images)
+    images["checksum"] = _read_checksums(path, before + after, num_images)
     if verify_images:
         data = np.memmap(path, np.uint8, "r")
-        starts = rows["f0"]["data_ptr"].tolist()
-        for i, (start, size) in enumerate(zip(starts, sizes.tolist())):
-            if checksum(data[start : start + size].tobytes()) != int(sums[i]):
+        for i, image in enumerate(images):
+            stored = data[image["start"] : image["start"] + image["size"]].tobytes()
+            if checksum(stored) != image["checksum"]:
                 name = read_names(path)[i]
                 raise InvalidBetonError(path, f"image {i} ({name}) does not match its checksum")
-    return Tables(rows, sizes, sums)
+    return images
 
 
 def _check_header(path: Path) -> tuple[int, int]:
@@ -202,20 +210,18 @@ def _check_header(path: Path) -> tuple[int, int]:
     return num_images, table_start
 
 
-def _check_images(path: Path, rows: np.ndarray, sizes: np.ndarray) -> None:
-    """Check that there are images, and that each has a plausible mode and size."""
-    if len(sizes) == 0 or len(rows) != len(sizes):
-        raise InvalidBetonError(path, "has no images, or fewer rows than its header says")
-    mode = rows["f0"]["mode"]
-    pixels = rows["f0"]["height"].astype(np.int64) * rows["f0"]["width"] * 3
-    stored = sizes.astype(np.int64)
-    is_raw = mode == 1
-    is_valid = (mode <= 1) & (pixels > 0) & (stored > 0) & (sizes <= PAGE)
-    if not is_valid.all() or not np.array_equal(pixels[is_raw], stored[is_raw]):
+def _check_sizes(path: Path, images: np.ndarray) -> None:
+    """Check that the mode and the sizes of each image are plausible."""
+    size = images["size"]
+    pixels = images["height"] * images["width"] * 3
+    is_valid = (pixels > 0) & (size > 0) & (size <= PAGE)
+    # A JPEG has mode 0, raw pixels have mode 1.
+    is_valid &= (images["mode"] == 0) | ((images["mode"] == 1) & (size == pixels))
+    if not is_valid.all():
         raise InvalidBetonError(path, "has an image whose size does not fit its bytes")
 
 
-def _check_sums(path: Path, tables: bytes, num_images: int) -> np.ndarray:
+def _read_checksums(path: Path, tables: bytes, num_images: int) -> np.ndarray:
     """The images' checksums [N], if they and the tables are those that were written.
 
     This finds a flipped label or width, and sidecar files of another build.
@@ -237,7 +243,7 @@ def _check_sums(path: Path, tables: bytes, num_images: int) -> np.ndarray:
 
 def read_labels(path: str | Path) -> np.ndarray:
     """[N] int64 class of each image; -1 if unknown."""
-    return check_beton(path).rows["f1"].astype(np.int64)
+    return check_beton(path)["label"]
 
 
 def read_names(path: str | Path) -> list[str]:

@@ -24,17 +24,6 @@ Views = tuple[Tensor, ...]
 """One uint8 tensor [b, S_v, S_v, 3] per view."""
 
 
-class _Images(NamedTuple):
-    """Where stored images are and what they are: arguments of crop_views, one value per image."""
-
-    starts: np.ndarray
-    sizes: np.ndarray
-    sums: np.ndarray
-    modes: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
-
-
 class _Pending(NamedTuple):
     """A batch that is being decoded."""
 
@@ -78,19 +67,16 @@ class BetonLoader:
         self.seed = seed
         self.batch_size = batch_size
         self.num_threads = num_threads
-        tables = check_beton(self.path)
-        image = tables.rows["f0"]
-        columns = (image["data_ptr"], tables.sizes, image["mode"], image["height"], image["width"])
-        starts, sizes, modes, heights, widths = (column.astype(np.int64) for column in columns)
-        self.images = _Images(starts, sizes, tables.sums, modes, heights, widths)
-        self.num_images = len(starts)
+        self.images = check_beton(self.path)
+        self.num_images = len(self.images)
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  open as long as the loader
         self._crop_views = crop_views
         self._problems = PROBLEMS
         # Buffers of each thread: for the largest stored and the largest decoded image
         self._buffers = local()
-        self._stored_bytes = -(-int(sizes.max()) // 8) * 8
-        self._decoded_bytes = int((heights * widths)[modes == JPEG].max(initial=1)) * 3
+        jpegs = self.images[self.images["mode"] == JPEG]
+        self._stored_bytes = -(-int(self.images["size"].max()) // 8) * 8
+        self._decoded_bytes = 3 * int((jpegs["height"] * jpegs["width"]).max(initial=1))
 
     def batches(
         self, rows: np.ndarray, epoch: int, views: tuple[int, ...] | None = None
@@ -154,9 +140,9 @@ class BetonLoader:
     ) -> None:
         """Decode the rows [n] of one thread into outs, one [n, S_v, S_v, 3] per view."""
         # Where the images are, and which boxes are cut
-        images = _Images(*(column[rows] for column in self.images))
+        images = self.images[rows]
         boxes_and_flips = [
-            crop_boxes(spec, images.heights, images.widths, self.seed, epoch, rows, v)
+            crop_boxes(spec, images["height"], images["width"], self.seed, epoch, rows, v)
             for v, spec in enumerate(specs)
         ]
         boxes, flips = (np.stack(arrays, 1) for arrays in zip(*boxes_and_flips))
@@ -166,7 +152,7 @@ class BetonLoader:
             buffers.stored = np.empty(self._stored_bytes, np.uint8)
             buffers.decoded = np.empty(self._decoded_bytes, np.uint8)
         failed, problem = self._crop_views(
-            self._file.fileno(), *images, boxes, flips, buffers.stored, buffers.decoded, outs
+            self._file.fileno(), images, boxes, flips, buffers.stored, buffers.decoded, outs
         )
         if failed >= 0:
             row = int(rows[failed])
