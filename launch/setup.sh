@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one place that sets up a machine: system packages, .venv, the project. `make` calls it once; a second run finds
-# .venv/.ready newer than pyproject.toml and does nothing.
+# Sets up a machine: system packages, .venv, the project. `make` calls it unless .venv/.ready is newer
+# than pyproject.toml and this file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -9,37 +9,55 @@ python=${PYTHON:-python3}
 import sys
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     found = ".".join(map(str, sys.version_info[:3]))
-    sys.exit(f"setup: python3 is {found}; dist_scan runs on 3.11 to 3.13. Install one and call: make PYTHON=python3.12 ...")
+    sys.exit(f"setup: python3 is {found}, but dist_scan needs 3.11 to 3.13. "
+             "Install one and call: make PYTHON=python3.12 ...")
 PY
 
-# What ffcv's build needs, found by what it looks for (not by package name): a machine with its own OpenCV keeps it.
+# What the build of ffcv needs. The check is for what the build looks for, not for package names: a
+# machine with an OpenCV of its own keeps it.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 if ! pkg-config --exists opencv4 2>/dev/null; then missing+=(libopencv-dev); fi
 if ! pkg-config --exists libturbojpeg 2>/dev/null; then missing+=(libturbojpeg0-dev); fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-"$python" -c 'import sysconfig, pathlib, sys; sys.exit(not (pathlib.Path(sysconfig.get_paths()["include"]) / "Python.h").exists())' || missing+=(python3-dev)
-# A Slurm for the tests, where it is asked for (CI): tests/slurm/cluster.py starts it in a folder of its own.
+"$python" - <<'PY' || missing+=(python3-dev)
+import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
+PY
+# Slurm for the live tests (CI); tests/slurm/cluster.py starts it in a folder of its own.
 if [ "${DIST_SCAN_TEST_SLURM:-}" = 1 ]; then
-    command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v srun >/dev/null || missing+=(slurm-wlm)
+    for command in slurmctld slurmd srun; do
+        command -v "$command" >/dev/null || { missing+=(slurm-wlm); break; }
+    done
     command -v munged >/dev/null || missing+=(munge)
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then
-    if [ "$(id -u)" = 0 ]; then sudo=""; elif sudo -n true 2>/dev/null; then sudo="sudo -n"; else sudo=none; fi
+    if [ "$(id -u)" = 0 ]; then
+        sudo=""
+    elif sudo -n true 2>/dev/null; then
+        sudo="sudo -n"
+    else
+        sudo=none
+    fi
     if [ "$sudo" = none ] || ! command -v apt-get >/dev/null; then
-        echo "setup: missing system packages: ${missing[*]}. Ask an administrator for: apt-get install ${missing[*]}" >&2
+        echo "setup: missing system packages: ${missing[*]}." \
+            "Ask an administrator for: apt-get install ${missing[*]}" >&2
         exit 2
     fi
     echo "setup: installing ${missing[*]} through apt"
     $sudo apt-get update -qq
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    $sudo env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-[ -x .venv/bin/python ] || { echo "setup: making .venv, and fetching uv, which installs the rest"; "$python" -m venv .venv; }
+if [ ! -x .venv/bin/python ]; then
+    echo "setup: creating .venv and installing uv, which installs the rest"
+    "$python" -m venv .venv
+fi
 .venv/bin/python -m pip install -q --disable-pip-version-check uv
-echo "setup: installing dist_scan and what it needs into .venv (8 GB of disk the first time)"
+echo "setup: installing dist_scan and its dependencies into .venv (8 GB of disk)"
 VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q -e '.[dev]'
 touch .venv/.ready
 echo "setup: done"
