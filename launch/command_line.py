@@ -18,7 +18,7 @@ and are added separately)."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what both front doors accept: the config, overrides and --profile."""
+    """Add what both programs accept: the config, overrides and --profile."""
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", help="dotted.path=value, applied before validation")
     parser.add_argument(
@@ -47,7 +47,7 @@ def check_world_size(run: RunConfig, world_size: int, note: str = "") -> None:
 
 
 def parse_slurm_arguments(argv: list[str], description: str) -> argparse.Namespace:
-    """The command line of launch/slurm.py. Raises ConfigError for an empty or impossible value."""
+    """The command line of launch/slurm.py. Raises ConfigError for an impossible --tflops."""
     parser = argparse.ArgumentParser(
         prog="launch/slurm.py",
         description=description,
@@ -61,13 +61,6 @@ def parse_slurm_arguments(argv: list[str], description: str) -> argparse.Namespa
         "--follow", action="store_true", help="show the run's progress until it ends"
     )
     args = parser.parse_intermixed_args(insert_benchmark_name(argv))
-
-    # A shell variable that is not set gives an empty value.
-    for name in SLURM_FLAGS:
-        value = getattr(args, name)
-        if value is not None and not value.strip():
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} '': the value is empty; give one, or leave the flag out")
     if args.tflops is not None and not 0 < args.tflops < float("inf"):
         raise ConfigError(f"--tflops {args.tflops:g}: allowed: a number above 0")
     return args
@@ -195,10 +188,14 @@ def _slurm_overrides(args: argparse.Namespace) -> list[str]:
     overrides = []
     for name in SLURM_FLAGS:
         value = getattr(args, name)
-        if value is not None:
-            # Integers stay integers (nodes); what sbatch reads as text stays text (--time 30).
-            literal = value if _is_integer(name) else json.dumps(value)
-            overrides.append(f"slurm.{name}={literal}")
+        if value is None:
+            continue
+        if not value.strip():  # for example a shell variable that is not set
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} '': the value is empty; give one, or leave the flag out")
+        # Integers stay integers (nodes); what sbatch reads as text stays text (--time 30).
+        literal = value if _is_integer(name) else json.dumps(value)
+        overrides.append(f"slurm.{name}={literal}")
     if args.setup:
         overrides.append(f"slurm.setup={json.dumps(args.setup)}")
     for option in args.sbatch:

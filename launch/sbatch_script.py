@@ -50,8 +50,6 @@ class BatchJob:
     name: str
     relaunches: int
     """Starts of the ranks after the first one, at most."""
-    python: str = sys.executable
-    """Interpreter of the batch script; also of the ranks, unless the options name another."""
     checkout: Path = CHECKOUT
     before_start: str = ""
     """Shell lines between taking the lock of the run folder and the first start."""
@@ -153,8 +151,9 @@ def script(job: BatchJob) -> str:
     options = job.options
     run_dir = shlex.quote(str(job.run_dir))
     checkout = shlex.quote(str(job.checkout))
-    rank_python = shlex.quote(options.python or job.python)
-    recovery = shlex.join([job.python, str(job.checkout / "launch" / "recovery.py")])
+    # The interpreter that submits runs the ranks too, unless the options name another.
+    rank_python = shlex.quote(options.python or sys.executable)
+    recovery = shlex.join([sys.executable, str(job.checkout / "launch" / "recovery.py")])
     sections = [
         "#!/bin/bash",
         *sbatch_lines(options, job.run_dir, job.name),

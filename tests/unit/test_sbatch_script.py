@@ -26,7 +26,7 @@ def sbatch_lines(**options: Any) -> list[str]:
 
 
 def script(**options: Any) -> str:
-    job = BatchJob(SlurmConfig(**options), RUN_DIR, "a", 7, "/venv/bin/python", Path("/code dir"))
+    job = BatchJob(SlurmConfig(**options), RUN_DIR, "a", 7, Path("/code dir"))
     return sbatch_script.script(job)
 
 
