@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import shlex
 import sys
 import time
@@ -152,14 +151,13 @@ def node_benchmarks() -> dict[str, list[str]]:
 
 def parse_node_counts(text: str | None) -> list[int]:
     """`1,2,4` as [1, 2, 4], ascending. Raises ConfigError."""
-    parts = (text or "").split(",")
-    are_positive = all(re.fullmatch("[0-9]{1,9}", part) and int(part) for part in parts)
-    if not are_positive or len(set(map(int, parts))) < len(parts):
+    counts = command_line.parse_counts(text or "")
+    if not counts or len(set(counts)) < len(counts):
         raise ConfigError(
             f"--nodes {text}: --benchmark needs numbers of nodes, each once, with commas between "
             "them: --nodes 1,2,4"
         )
-    return sorted(map(int, parts))
+    return sorted(counts)
 
 
 def check_arguments(args: argparse.Namespace, node_counts: Sequence[int]) -> None:

@@ -212,10 +212,17 @@ def stated_image_counts(args: argparse.Namespace) -> dict[str, int] | None:
     """--images 1281167,50000 as {train, val}; None without the flag. Raises ConfigError."""
     if args.images is None:
         return None
-    parts = args.images.split(",")
-    are_positive = all(re.fullmatch("[0-9]{1,18}", part) and int(part) for part in parts)
-    if len(parts) > 2 or not are_positive:
+    counts = parse_counts(args.images)
+    if len(counts) not in (1, 2):
         raise ConfigError(
             f"--images: '{args.images}'; allowed: one or two positive integers, as in 1281167,50000"
         )
-    return dict(zip(("train", "val"), map(int, parts)))
+    return dict(zip(("train", "val"), counts))
+
+
+def parse_counts(text: str) -> list[int]:
+    """`4,1,2` as [4, 1, 2]; [] if a part is not a positive integer."""
+    parts = text.split(",")
+    if not all(re.fullmatch("[0-9]{1,18}", part) and int(part) for part in parts):
+        return []
+    return [int(part) for part in parts]

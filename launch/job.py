@@ -55,19 +55,11 @@ def queued_job(run_dir: Path) -> QueuedJob | None:
         return None
     fields = result.stdout.strip().splitlines()[0].split("|", 3)
     state, nodes, reason, script = (fields + [""])[:4]
-    if state in ENDED_STATES or _is_other_job(script, submitted.get("run_dir")):
+    # Slurm reuses job ids, and another cluster may have a job of the same id.
+    is_other = script.startswith("/") and not script.startswith(f"{submitted['run_dir']}/slurm/")
+    if state in ENDED_STATES or is_other:
         return None
     return QueuedJob(job_id, state, int(nodes) if nodes.isdigit() else 0, reason)
-
-
-def _is_other_job(script: str, run_dir: object) -> bool:
-    """Whether the job that runs `script` was not submitted from `run_dir`.
-
-    Slurm reuses job ids, and another cluster may have a job of the same id.
-    """
-    if not isinstance(run_dir, str) or not script.startswith("/"):
-        return False
-    return not script.startswith(f"{run_dir}/slurm/")
 
 
 def original_run_dir(run_dir: Path) -> Path | None:
@@ -75,8 +67,8 @@ def original_run_dir(run_dir: Path) -> Path | None:
 
     A copy has the original's job.json, which names the original's path.
     """
-    submitted = submitted_job(run_dir) or {}
-    if not isinstance(submitted.get("run_dir"), str):  # written by an older version
+    submitted = submitted_job(run_dir)
+    if submitted is None:
         return None
     original = Path(submitted["run_dir"])
     try:
@@ -92,6 +84,6 @@ def submitted_job(run_dir: Path) -> dict[str, Any] | None:
     """RUN/slurm/job.json with its job_id as text; None if there is no valid one."""
     content = records.read_object(run_dir / "slurm" / "job.json") or {}
     job_id = str(content.get("job_id"))
-    if not re.fullmatch("[0-9]{1,12}", job_id):
+    if not re.fullmatch("[0-9]{1,12}", job_id) or not isinstance(content.get("run_dir"), str):
         return None
     return {**content, "job_id": job_id}

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from functools import partial
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
 
@@ -131,7 +131,7 @@ def run_ranks(run_dir: Path, processes: int) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def fork_ranks(run_dir: Path, processes: int, port: int) -> list[BaseProcess]:
+def fork_ranks(run_dir: Path, processes: int, port: int) -> list[ForkProcess]:
     """Fork the ranks from this process, which has imported everything that they need.
 
     A start or a relaunch so costs no imports (8 s on two cores). It is safe because this process

@@ -93,8 +93,10 @@ def training_memory(run: RunConfig) -> dict[str, int]:
     memory = {}
     for name, stage in run.stages.items():
         if stage.kind == "train":
-            memory[name] = int(_training_cost(run, stage, 0, networks[name]).memory)
-    return {name: size for name, size in memory.items() if size}
+            size = int(_training_cost(run, stage, 0, networks[name]).memory)
+            if size:
+                memory[name] = size
+    return memory
 
 
 def image_counts(run: RunConfig) -> dict[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,29 +48,27 @@ def search_on_ranks(
 
     `search` returns a summary on rank 0. A .npy is converted to a table of `num_shards` shards.
     """
-    return run_on_ranks(partial(_search, args, search, num_shards), args.processes)
 
+    def work() -> int:
+        from dist_scan.engine.stop import StopFlag
+        from dist_scan.monitoring.progress import StopRequested
+        from dist_scan.world.collectives import barrier
+        from dist_scan.world.world import close_world, open_world
 
-def _search(
-    args: argparse.Namespace, search: Callable[[FeatureTable, StopFlag], str], num_shards: int
-) -> int:
-    from dist_scan.engine.stop import StopFlag
-    from dist_scan.monitoring.progress import StopRequested
-    from dist_scan.world.collectives import barrier
-    from dist_scan.world.world import close_world, open_world
-
-    stop = StopFlag()
-    stop.install()
-    world = open_world(args.device)
-    try:
-        table = FeatureTable.open_or_convert(args.features, args.out / "features", num_shards)
-        summary = search(table, stop)
-    except StopRequested:
+        stop = StopFlag()
+        stop.install()
+        world = open_world(args.device)
+        try:
+            table = FeatureTable.open_or_convert(args.features, args.out / "features", num_shards)
+            summary = search(table, stop)
+        except StopRequested:
+            if world.rank == 0:
+                print(f"stopped; the same command continues from what is finished in {args.out}")
+            return 128 + (stop.signal or signal.SIGTERM)
         if world.rank == 0:
-            print(f"stopped; the same command continues from what is finished in {args.out}")
-        return 128 + (stop.signal or signal.SIGTERM)
-    if world.rank == 0:
-        print(f"{args.out}: {summary}")
-    barrier()
-    close_world()
-    return 0
+            print(f"{args.out}: {summary}")
+        barrier()
+        close_world()
+        return 0
+
+    return run_on_ranks(work, args.processes)

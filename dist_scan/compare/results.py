@@ -38,7 +38,7 @@ def write_results(comparison: ComparisonConfig, runs: Runs, out: Path) -> str:
             "name": comparison.name,
             "num_images": num_images,
             "baseline": comparison.baseline,
-            "rows": {r.name: {str(s): v for s, v in r.scores.items()} for r in rows},
+            "rows": {row.name: row.scores for row in rows},
         },
     )
     write_text(out / "compare.md", text)

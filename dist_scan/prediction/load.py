@@ -92,9 +92,9 @@ def _fitting_batch(predictor: Predictor, size: int, wanted: int, num_images: int
     per_image = bytes_per_image(predictor.model, sample)
     if predictor.embedder is not None:
         per_image += bytes_per_image(predictor.embedder.network, sample)
-    useful = min(wanted, max(num_images, 1))
+    useful = min(wanted, num_images)
     batch = fitting_batch(useful, per_image, free_memory(predictor.device))
-    if batch < min(wanted, num_images):
+    if batch < useful:
         print(
             f"memory: batches of {batch} images instead of {wanted} "
             f"({per_image / 2**20:.1f} MiB per image)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,7 +55,7 @@ def write_table(
     out: Path,
     predictor: Predictor,
     images: StoredImages,
-    novelty: Callable[[np.ndarray], dict[str, np.ndarray]] | None,
+    novelty: NoveltyColumns | None,
     source: str,
 ) -> None:
     """Predict all images and write `out` atomically; `source` goes into its metadata."""
@@ -68,8 +68,7 @@ def write_table(
             block = slice(start, start + len(predicted.top))
             columns = _columns(names[block], images.index[block], predicted)
             if novelty is not None and predicted.features is not None:
-                found = novelty(predicted.features)
-                columns |= {name: pa.array(values) for name, values in found.items()}
+                columns |= novelty(predicted.features)
             table = pa.table(columns)
             if writer is None:
                 schema = table.schema.with_metadata({"dist_scan": source})
@@ -85,15 +84,18 @@ def write_table(
 def _blocks(predictor: Predictor, rows: np.ndarray) -> Iterator[BatchPrediction]:
     """Predictions of all rows, BLOCK or a few more at a time."""
     parts: list[BatchPrediction] = []
-    num_pending = num_done = 0
+    num_pending = 0
     with Progress("predict", len(rows), "images") as progress:
         for part in predictor(rows):
             parts.append(part)
             num_pending += len(part.top)
             progress.advance(len(part.top))
-            if num_pending >= BLOCK or num_done + num_pending == len(rows):
+            if num_pending >= BLOCK:
                 yield _concatenate(parts)
-                parts, num_done, num_pending = [], num_done + num_pending, 0
+                parts = []
+                num_pending = 0
+        if parts:
+            yield _concatenate(parts)
 
 
 def _concatenate(parts: list[BatchPrediction]) -> BatchPrediction:
@@ -109,14 +111,14 @@ def _concatenate(parts: list[BatchPrediction]) -> BatchPrediction:
 
 def _columns(
     names: list[str], index: np.ndarray, predicted: BatchPrediction
-) -> dict[str, pa.Array]:
+) -> dict[str, Sequence[str] | np.ndarray | pa.Array]:
     """The columns of the model: name, place in the source, clusters and their probabilities."""
     top, probability = predicted.top, predicted.probability
     return {
-        "name": pa.array(names, pa.string()),
-        "index": pa.array(index),
-        "cluster": pa.array(top[:, 0]),
-        "probability": pa.array(probability[:, 0]),
+        "name": names,
+        "index": index,
+        "cluster": top[:, 0],
+        "probability": probability[:, 0],
         "top_clusters": _list_column(top),
         "top_probabilities": _list_column(probability),
     }

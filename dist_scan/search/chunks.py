@@ -29,7 +29,7 @@ def broadcast_chunks(
     spans = [(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
     shape = (min(chunk_rows, n), rows.table.dim)
     buffers = [np.empty(shape, np.float16) for _ in range(NUM_BUFFERS)]
-    pending: list[Work] = []
+    pending: list[Work | None] = []
 
     def read(i: int) -> list[tuple[int, np.ndarray]]:
         """Read this rank's rows of chunk i; (reader, rows) of all its segments."""
@@ -74,6 +74,7 @@ def _read_segments(
     return segments
 
 
-def _wait(pending: list[Work]) -> None:
+def _wait(pending: list[Work | None]) -> None:
     for work in pending:
-        work.wait()
+        if work is not None:
+            work.wait()

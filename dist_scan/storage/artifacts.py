@@ -50,7 +50,7 @@ class ArtifactStore:
     """The stage folders of one run. Used by rank 0 only."""
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+        self.root = root
 
     def folder(self, name: str, fingerprint: str) -> Path:
         """Folder in which a stage with this fingerprint works and publishes its files."""
@@ -98,8 +98,7 @@ class ArtifactStore:
 
     def is_started(self, name: str, fingerprint: str) -> bool:
         """Whether an earlier attempt left files to resume from."""
-        path = self.folder(name, fingerprint)
-        return path.is_dir() and any(path.iterdir())
+        return any(self.folder(name, fingerprint).glob("*"))
 
     def publish(self, name: str, fingerprint: str, metadata: Mapping[str, Any]) -> Artifact:
         """Mark a stage as finished: remove its work folder, then write the manifest.

@@ -6,12 +6,13 @@ Shapes: W ranks, b rows per rank. Collective functions are called by all ranks i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.distributed import Work
 
 from dist_scan.config import ConfigError
 from dist_scan.monitoring.step_timer import section
@@ -22,32 +23,26 @@ COMMUNICATION = section("all_reduce")
 T = TypeVar("T")
 
 
-class Work(Protocol):
-    """A communication in progress."""
-
-    def wait(self) -> object: ...
-
-
 def _is_single() -> bool:
     return current().world_size == 1
 
 
-def all_sum(x: Tensor) -> Tensor:
-    """Sum over ranks as a new tensor of the same shape and type; no gradient."""
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     x = x.detach().clone()
     if not _is_single():
         with COMMUNICATION:
-            dist.all_reduce(x)
+            dist.all_reduce(x, op)
     return x
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over ranks as a new tensor of the same shape and type; no gradient."""
+    return _all_reduce(x, dist.ReduceOp.SUM)
 
 
 def all_max(x: Tensor) -> Tensor:
     """Elementwise maximum over ranks as a new tensor; no gradient."""
-    x = x.detach().clone()
-    if not _is_single():
-        with COMMUNICATION:
-            dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    return _all_reduce(x, dist.ReduceOp.MAX)
 
 
 def all_mean(x: Tensor) -> Tensor:
@@ -62,13 +57,18 @@ def all_mean(x: Tensor) -> Tensor:
     return x + (all_sum(x) / current().world_size - x).detach()
 
 
+def _gather(x: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, which have the same shape, in rank order."""
+    out = [torch.empty_like(x) for _ in range(current().world_size)]
+    with COMMUNICATION:
+        dist.all_gather(out, x)
+    return out
+
+
 class _AllRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        out = [torch.empty_like(x) for _ in range(current().world_size)]
-        with COMMUNICATION:
-            dist.all_gather(out, x.contiguous())
-        return torch.cat(out)
+        return torch.cat(_gather(x.contiguous()))
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
@@ -88,18 +88,10 @@ def gather_rows(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order; ranks may hold different numbers of rows; no gradient."""
     if _is_single():
         return x
-    sizes = [
-        torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(current().world_size)
-    ]
-    with COMMUNICATION:
-        dist.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
-    counts = [int(size) for size in sizes]
+    counts = [int(size) for size in _gather(torch.tensor([len(x)], device=x.device))]
     padded = x.new_zeros((max(counts), *x.shape[1:]))
-    padded[: x.shape[0]] = x.detach()
-    out = [torch.empty_like(padded) for _ in counts]
-    with COMMUNICATION:
-        dist.all_gather(out, padded)
-    return torch.cat([rows[:count] for rows, count in zip(out, counts)])
+    padded[: len(x)] = x.detach()
+    return torch.cat([rows[:count] for rows, count in zip(_gather(padded), counts)])
 
 
 def broadcast(x: Tensor, source: int = 0) -> Tensor:
@@ -110,15 +102,12 @@ def broadcast(x: Tensor, source: int = 0) -> Tensor:
     return x
 
 
-class _Done:
-    def wait(self) -> None:
-        pass
+def broadcast_async(x: Tensor, source: int) -> Work | None:
+    """Start a broadcast in place; call `.wait()` on the result before x is read.
 
-
-def broadcast_async(x: Tensor, source: int) -> Work:
-    """Start a broadcast in place; call `.wait()` on the result before x is read."""
-    work = None if _is_single() else dist.broadcast(x, source, async_op=True)
-    return _Done() if work is None else work
+    Returns None on a single rank.
+    """
+    return None if _is_single() else dist.broadcast(x, source, async_op=True)
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

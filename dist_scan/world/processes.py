@@ -10,12 +10,12 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkContext, SpawnContext
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkProcess
 
+CONTEXT = multiprocessing.get_context("fork")
+"""Forked ranks need no imports."""
 LOOPBACK = "127.0.0.1"
 GRACE_S = 4.0
 """Seconds that ranks may take to end once one has failed, before they are killed."""
@@ -46,20 +46,13 @@ def free_port(address: str = LOOPBACK) -> int:
         return listener.getsockname()[1]
 
 
-def context() -> ForkContext | SpawnContext:
-    """Fork on Linux, where a rank then needs no imports; elsewhere forking is not safe."""
-    if sys.platform == "linux":
-        return multiprocessing.get_context("fork")
-    return multiprocessing.get_context("spawn")
-
-
-def start_ranks(main: Callable[[int], None], processes: int, port: int) -> list[BaseProcess]:
+def start_ranks(main: Callable[[int], None], processes: int, port: int) -> list[ForkProcess]:
     """Start ``main(rank)`` in ``processes`` processes, whose rendezvous is at ``port``.
 
-    A rank is killed with this process. Where ranks are spawned, ``main`` must be picklable.
+    A rank is killed with this process.
     """
-    ranks: list[BaseProcess] = [
-        context().Process(target=_run_rank, args=(main, rank, processes, port, os.getpid()))
+    ranks = [
+        CONTEXT.Process(target=_run_rank, args=(main, rank, processes, port, os.getpid()))
         for rank in range(processes)
     ]
     for process in ranks:
@@ -70,7 +63,10 @@ def start_ranks(main: Callable[[int], None], processes: int, port: int) -> list[
 def _run_rank(
     main: Callable[[int], None], rank: int, processes: int, port: int, parent: int
 ) -> None:
-    _end_with(parent)
+    # Ask the kernel to kill this process when its parent ends.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # The parent ended before the call above.
+        os._exit(1)
     set_rank_environment(rank, processes, port)
     main(rank)
 
@@ -87,22 +83,14 @@ def set_rank_environment(rank: int, processes: int, port: int) -> None:
     )
 
 
-def _end_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # The parent ended before the call above.
-            os._exit(1)
-
-
-def send_signal(ranks: Sequence[BaseProcess], number: int) -> None:
+def send_signal(ranks: Sequence[ForkProcess], number: int) -> None:
     """Send a signal to all ranks that are still running."""
     for process in ranks:
         if process.exitcode is None and process.pid is not None:
             os.kill(process.pid, number)
 
 
-def wait_for_ranks(ranks: Sequence[BaseProcess]) -> int:
+def wait_for_ranks(ranks: Sequence[ForkProcess]) -> int:
     """Wait until all ranks have ended.
 
     Returns 0 if all succeeded, else the exit code of the first that failed (128 + n if signal n
@@ -120,13 +108,12 @@ def wait_for_ranks(ranks: Sequence[BaseProcess]) -> int:
         time.sleep(POLL_S)
 
 
-def _end_ranks(ranks: Sequence[BaseProcess]) -> None:
+def _end_ranks(ranks: Sequence[ForkProcess]) -> None:
     # A stopped rank continues, so that it can write its stacks and end by itself.
     send_signal(ranks, signal.SIGCONT)
     deadline = time.monotonic() + GRACE_S
-    while any(process.exitcode is None for process in ranks) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
     for process in ranks:
-        if process.exitcode is None:
-            process.kill()
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in ranks:
+        process.kill()
         process.join()

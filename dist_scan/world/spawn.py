@@ -17,7 +17,7 @@ from types import FrameType
 
 from dist_scan.config import USER_ERROR, ConfigError
 from dist_scan.world.processes import (
-    context,
+    CONTEXT,
     free_port,
     limit_threads,
     send_signal,
@@ -82,7 +82,7 @@ def first_host(nodes: str) -> str:
 
 
 def _fork(work: Callable[[], int], processes: int) -> int:
-    errors = context().SimpleQueue()
+    errors = CONTEXT.SimpleQueue()
     ranks = start_ranks(partial(_run_rank, work, errors), processes, free_port())
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -75,12 +74,13 @@ def open_world(device: str = "auto", timeout_s: float = 1800.0) -> World:
     """
     global _current
     env = os.environ
+    local_rank = int(env.get("LOCAL_RANK", 0))
     world = World(
         rank=int(env.get("RANK", 0)),
         world_size=int(env.get("WORLD_SIZE", 1)),
-        local_rank=int(env.get("LOCAL_RANK", 0)),
+        local_rank=local_rank,
         local_world_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-        device=device_for(device, int(env.get("LOCAL_RANK", 0))),
+        device=device_for(device, local_rank),
     )
     if world.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
@@ -100,17 +100,12 @@ def _local_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
     PyTorch's own store listens on all addresses. gloo too is limited to the loopback interface.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     port = int(os.environ["MASTER_PORT"])
-    if rank > 0:
-        return dist.TCPStore(LOOPBACK, port, world_size, False, timeout)
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((LOOPBACK, port))
-    listener.listen(LISTEN_BACKLOG)
-    return dist.TCPStore(
-        LOOPBACK, port, world_size, True, timeout, master_listen_fd=listener.detach()
-    )
+    listener = None
+    if rank == 0:
+        listener = socket.create_server((LOOPBACK, port), backlog=LISTEN_BACKLOG).detach()
+    return dist.TCPStore(LOOPBACK, port, world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 def close_world() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
@@ -68,15 +67,6 @@ def test_a_job_id_that_slurm_has_reused_is_another_job(folder: Path) -> None:
     (folder / "queue").write_text("RUNNING|4|n[1-4]|/home/other/train.sh\n")
     assert queued_job(folder / "a") is None
     submission.require_unused(folder / "a")
-
-    # A job.json written by an older version has no run_dir, so only the id is compared.
-    path = folder / "a" / "slurm" / "job.json"
-    content = json.loads(path.read_text())
-    del content["run_dir"]
-    path.write_text(json.dumps(content))
-    job = queued_job(folder / "a")
-    assert job is not None
-    assert job.nodes == 4
 
 
 def test_a_cancel_that_slurm_refuses_is_reported_in_one_line(folder: Path, capsys: Capture) -> None:
