@@ -127,17 +127,12 @@ def _read_config(file: Path) -> RunConfig:
 
 
 def _read_artifacts(folder: Path) -> dict[str, Artifact]:
-    """The artifacts that stages.json lists; without that file the newest one of every stage.
+    """The artifacts that stages.json lists.
 
     .beton files may be missing: they lie in a cache, or were removed.
     """
-    if (folder / STAGES).is_file():
-        fingerprints = json.loads((folder / STAGES).read_text())
-        paths = {name: folder / "stages" / name / fp for name, fp in fingerprints.items()}
-    else:
-        manifests = (folder / "stages").glob(f"*/*/{MANIFEST}")
-        newest_last = sorted(manifests, key=lambda file: file.stat().st_mtime)
-        paths = {file.parent.parent.name: file.parent for file in newest_last}
+    fingerprints = json.loads((folder / STAGES).read_text())
+    paths = {name: folder / "stages" / name / fp for name, fp in fingerprints.items()}
     found = {
         name: Artifact(path, json.loads((path / MANIFEST).read_text()))
         for name, path in paths.items()

@@ -7,8 +7,7 @@ the settings of a whole run and what all of them are made of.
 from dist_scan.config.base import USER_ERROR, ConfigError, StrictModel, suggest
 from dist_scan.config.data import DataConfig, SplitConfig
 from dist_scan.config.errors import validate_settings
-from dist_scan.config.run import RunConfig
-from dist_scan.config.runtime import RuntimeConfig
+from dist_scan.config.run import RunConfig, RuntimeConfig
 from dist_scan.config.slurm import SlurmConfig
 from dist_scan.config.stage import StageConfig
 from dist_scan.config.yaml import dump, override, read_settings, read_yaml

@@ -20,8 +20,6 @@ def validate_settings(model: type[Model], tree: Any, name: str = "config") -> Mo
 
     Raises ConfigError that lists every error on a line of its own; `name` says where they are from.
     """
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: expected a block of settings, got {type(tree).__name__}")
     tree = _lists_to_tuples(tree)
     try:
         return model.model_validate(tree)

@@ -8,7 +8,8 @@ A checkpoint is a folder ``step-000000123`` with
 
 A save writes a temporary folder, reads it back against the intended sha256, and renames it. So a
 rank may be killed at any point of a save: the older checkpoints stay valid. A load takes the newest
-checkpoint that verifies; damaged ones are renamed to bad-*.
+checkpoint that verifies; damaged ones are renamed to bad-*. torch.load does not notice a flipped
+bit; the sha256 in the manifest does.
 
 A stop signal (engine/stop.py) takes the other way: all ranks agree on it at the end of a step, save
 a checkpoint, and end with the marker STOPPED; after SIGUSR2 the job is requeued.
@@ -16,33 +17,28 @@ a checkpoint, and end with the marker STOPPED; after SIGUSR2 the job is requeued
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, BinaryIO, TypedDict, TypeVar, cast
 
 import torch
 
-from dist_scan.engine.checkpoint_files import (
-    STATE_FILE,
-    FileInfo,
-    bank_file,
-    find_problem,
-    save_file,
-    verify_files,
-)
 from dist_scan.engine.stop import NonRetryableError
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.monitoring.watchdog import watched
-from dist_scan.storage.artifacts import MANIFEST
+from dist_scan.storage.artifacts import MANIFEST, sha256_of
 from dist_scan.storage.atomic import fsync_dir, write_json
 from dist_scan.world.collectives import barrier, broadcast_object, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
 T = TypeVar("T")
+STATE_FILE = "state.pt"
 MAX_FAILED_SAVES = 3
 """Number of failed saves in a row after which the training ends."""
 CHECKPOINT_NAME = re.compile(r"step-(\d{9}|[1-9]\d{9,})(-begun)?")
@@ -50,6 +46,13 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{9}|[1-9]\d{9,})(-begun)?")
 
 class CheckpointError(NonRetryableError):
     """No checkpoint can be loaded, or none can be saved."""
+
+
+class FileInfo(TypedDict):
+    """Size in bytes and sha256 of a file, as its writer meant it."""
+
+    sha256: str
+    size: int
 
 
 class CheckpointStore:
@@ -134,7 +137,7 @@ class CheckpointStore:
             self._set_aside(final, problem, "saving it again")
         os.replace(temporary, final)
         fsync_dir(self.folder)
-        for old in self._newest_first()[self.keep :]:
+        for _, old in self._newest_first()[self.keep :]:
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
@@ -170,14 +173,14 @@ class CheckpointStore:
                 "free some space there (or make it writable) and start the same command again"
             )
 
-    def _newest_first(self) -> list[Path]:
-        """The folders whose name is that of a checkpoint."""
+    def _newest_first(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every folder whose name is that of a checkpoint."""
         found = []
         for path in self.folder.glob("step-*"):
             match = CHECKPOINT_NAME.fullmatch(path.name)
             if match and path.is_dir():
                 found.append((int(match[1]), bool(match[2]), path))
-        return [path for _, _, path in sorted(found, reverse=True)]
+        return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
     @watched("load a checkpoint")
     def load(self, device: torch.device) -> tuple[dict[str, Any], Path] | None:
@@ -186,8 +189,7 @@ class CheckpointStore:
         Damaged checkpoints are renamed to bad-*. If there are only damaged ones, CheckpointError
         is raised: a training that has begun never starts at step 0 again by itself.
         """
-        choice = self._choose() if current().rank == 0 else (None, "")
-        chosen, problem = broadcast_object(choice)
+        chosen, problem = broadcast_object(self._choose() if current().rank == 0 else (None, ""))
         if problem:
             raise CheckpointError(problem)
         if chosen is None:
@@ -205,8 +207,8 @@ class CheckpointStore:
                     f"checkpoint: ignoring {path}: the name of a checkpoint is step-NNNNNNNNN "
                     "or step-NNNNNNNNN-begun"
                 )
-        for path in self._newest_first():
-            problem = find_problem(path, _step_of(path), load_files=True)
+        for step, path in self._newest_first():
+            problem = find_problem(path, step, load_files=True)
             if not problem:
                 return path, ""
             damaged.append(self._set_aside(path, problem, "trying the one before"))
@@ -217,12 +219,6 @@ class CheckpointStore:
                 "remove the folder to train this stage from its beginning"
             )
         return None, ""
-
-
-def _step_of(path: Path) -> int:
-    match = CHECKPOINT_NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
 
 
 def _on_every_rank(action: Callable[[], T]) -> T:
@@ -245,3 +241,106 @@ def _unlink(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def save_file(path: Path, value: object) -> FileInfo:
+    """Write a value with torch.save and flush it to disk."""
+    with open(path, "wb") as file:
+        hashing = _HashingWriter(file)
+        torch.save(value, cast("IO[bytes]", hashing))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": hashing.sha256.hexdigest(), "size": hashing.size}
+
+
+class _HashingWriter:
+    """A binary file that hashes what is written to it.
+
+    The hash is of the intended bytes, so that reading the file back shows what the disk made of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        """Write and hash data; returns the number of bytes written."""
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Flush the file's buffer (torch.save requires this method)."""
+        self.file.flush()
+
+
+def bank_file(name: str, rank: int) -> str:
+    """Name of the file with one rank's rows of a memory bank."""
+    return f"bank-{name}-{rank:05d}.pt"
+
+
+def load_bank_files(folder: Path, name: str) -> list[dict[str, Any]]:
+    """All parts of a memory bank in a checkpoint, whichever ranks wrote them."""
+    files = sorted(folder.glob(f"bank-{name}-*.pt"))
+    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+
+
+def find_problem(folder: Path, step: int, load_files: bool = False) -> str:
+    """What is wrong with a checkpoint folder of this step; "" if nothing is.
+
+    load_files: also check that torch can load every file (without executing anything in it).
+    """
+    try:
+        files = verify_files(folder, step)
+        if load_files:
+            for name in files:
+                value = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name} contains no dict")
+    except MemoryError:
+        raise  # The machine's problem, not the checkpoint's.
+    except Exception as error:  # A damaged file may make its reader raise anything.
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def verify_files(folder: Path, step: int) -> Mapping[str, FileInfo]:
+    """Check the size and sha256 of every file in the manifest; returns the manifest's files.
+
+    Raises ValueError or OSError that names the first difference.
+    """
+    files = _manifest_files(json.loads((folder / MANIFEST).read_text()), step)
+    for name, info in files.items():
+        size = (folder / name).stat().st_size
+        if size != info["size"]:
+            raise ValueError(f"{name} has {size} bytes instead of {info['size']}")
+        if sha256_of(folder / name) != info["sha256"]:
+            raise ValueError(f"{name} does not match its sha256")
+    unlisted = {file.name for file in folder.glob("bank-*.pt")} - set(files)
+    if unlisted:
+        raise ValueError(f"{min(unlisted)} is not in {MANIFEST}")
+    return files
+
+
+def _manifest_files(manifest: Any, step: int) -> Mapping[str, FileInfo]:
+    """The files in a manifest of this step. Raises ValueError if it has another shape."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{MANIFEST} lists no files")
+    if manifest.get("step") != step:
+        raise ValueError(f"{MANIFEST} is of step {manifest.get('step')!r}, not of {step}")
+    files = manifest["files"]
+    if STATE_FILE not in files:
+        raise ValueError(f"{MANIFEST} lists no {STATE_FILE}")
+    for name, info in files.items():
+        if "/" in name or not _is_file_info(info):
+            raise ValueError(f"{MANIFEST}: the size and sha256 of {name} are {info!r}")
+    return files
+
+
+def _is_file_info(info: object) -> bool:
+    return (
+        isinstance(info, dict)
+        and isinstance(info.get("size"), int)
+        and isinstance(info.get("sha256"), str)
+    )

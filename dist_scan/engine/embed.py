@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +18,6 @@ from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.progress import Progress
 from dist_scan.world.collectives import any_rank, barrier, broadcast_object
 from dist_scan.world.world import current
-
-N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,8 @@ def _embed_rows(
     return np.concatenate(batches)
 
 
-def require_finite_weights(network: N) -> N:
-    """Return the network. Raises ValueError on all ranks if a weight is not finite. Collective.
+def require_finite_weights(network: nn.Module) -> None:
+    """Raise ValueError on all ranks if a weight is not finite. Collective.
 
     A diverged network would turn all images into NaN.
     """
@@ -116,7 +113,6 @@ def require_finite_weights(network: N) -> N:
             f"the network has weights that are not finite ({', '.join(bad[:3])}); "
             "train it again with a lower learning rate"
         )
-    return network
 
 
 def weights_digest(network: nn.Module) -> str:

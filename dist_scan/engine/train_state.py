@@ -1,21 +1,24 @@
 """Position of a training, and when it is saved.
 
 Random generators, the learning rate and the order of images are functions of the position, so they
-are not saved.
+are not saved. Parameters that are sharded over ranks are saved as one rank without sharding would
+save them, so that a run may be resumed with another number of ranks or another sharding.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dist_scan.engine.checkpoint import CheckpointStore
-from dist_scan.engine.checkpoint_files import load_bank_files
-from dist_scan.engine.sharded_state import gather_state, load_state
+from dist_scan.engine.checkpoint import CheckpointStore, load_bank_files
 from dist_scan.methods.base import Method
+from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
 
 MTBF_S = 4 * 3600.0
@@ -43,12 +46,6 @@ class TrainState:
     """Updates skipped because the loss or a gradient was not finite."""
     refused_in_a_row: int = 0
     warnings: list[str] = field(default_factory=list)
-
-    def advance_epoch(self) -> None:
-        """Move to the start of the next epoch."""
-        self.epoch += 1
-        self.step_in_epoch = 0
-        self.begun = False
 
 
 class Checkpointer:
@@ -94,3 +91,55 @@ class Checkpointer:
             bank.load(load_bank_files(folder, name))
         self.last_save = time.monotonic()
         return TrainState(**content["position"])
+
+
+def gather_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """State dicts {method, optimizer}, complete on rank 0. Collective.
+
+    On other ranks the sharded tensors are None.
+    """
+    method_state = method.state_dict()
+    optimizer_state = optimizer.state_dict()
+    for name, sharding in method.sharded_state.items():
+        method_state[name] = sharding.gather(method_state[name])
+    slots = optimizer_state["state"]
+    for number, parameter, sharding in _sharded_parameters(method, optimizer):
+        if number in slots:
+            slots[number] = _map_tensors(slots[number], parameter.shape, sharding.gather)
+    return {"method": method_state, "optimizer": optimizer_state}
+
+
+def load_state(saved: dict[str, Any], method: Method, optimizer: torch.optim.Optimizer) -> None:
+    """Load the complete state dicts that `gather_state` returned on rank 0."""
+    method_state = dict(saved["method"])
+    for name, sharding in method.sharded_state.items():
+        method_state[name] = sharding.local_rows(method_state[name])
+    slots = dict(saved["optimizer"]["state"])
+    for number, parameter, sharding in _sharded_parameters(method, optimizer):
+        if number in slots:
+            complete_shape = torch.Size((sharding.num_rows, *parameter.shape[1:]))
+            slots[number] = _map_tensors(slots[number], complete_shape, sharding.local_rows)
+    method.load_state_dict(method_state)
+    optimizer.load_state_dict({**saved["optimizer"], "state": slots})
+
+
+def _sharded_parameters(
+    method: Method, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[int, Tensor, RowSharding]]:
+    """(number in the optimizer's state dict, parameter, its sharding)."""
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        sharding = method.sharded_state.get(names.get(id(parameter), ""))
+        if sharding is not None:
+            yield number, parameter, sharding
+
+
+def _map_tensors(
+    slots: dict[str, Any], shape: torch.Size, function: Callable[[Tensor], Tensor | None]
+) -> dict[str, Any]:
+    """The optimizer's values of a parameter, with `function` applied to those of this shape."""
+    return {
+        name: function(value) if isinstance(value, Tensor) and value.shape == shape else value
+        for name, value in slots.items()
+    }

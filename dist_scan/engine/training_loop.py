@@ -335,4 +335,6 @@ class Trainer:
             epochs = self.job.settings.epochs
             self.job.log(f"{name}: ended after epoch {state.epoch + 1} of {epochs}: {reason}")
             state.finished = True
-        state.advance_epoch()
+        state.epoch += 1
+        state.step_in_epoch = 0
+        state.begun = False

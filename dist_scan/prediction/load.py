@@ -62,7 +62,8 @@ def load_predictor(
     world = open_world(options.device)
     settings = run.settings(choice.assign) if choice.assign else {}
     model = load_cluster_model(run.artifacts[choice.stage].path)
-    move_to_device(require_finite_weights(model), world.device).eval()
+    require_finite_weights(model)
+    move_to_device(model, world.device).eval()
     embedder = None if features is None else _load_embedder(run, features, world.device)
     runtime = run.config.runtime.model_copy(update={"workers": options.workers})
     config = run.config.model_copy(update={"runtime": runtime})

@@ -69,7 +69,7 @@ class EmbedStage(Stage[EmbedConfig]):
             network = build_backbone(BackboneConfig(name="pixels"))
         else:
             network = load_embedder(context.inputs["backbone"], config.projection)
-            network = require_finite_weights(network)
+            require_finite_weights(network)
         loader, recipes = context.open_images((config.recipe,) * config.views, config.batch)
         dim = _feature_dim(network, recipes[0])
         gib = loader.num_images * config.views * dim * 2 / 2**30

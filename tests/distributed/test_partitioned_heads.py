@@ -20,8 +20,8 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.optimizer import OptimizerConfig
-from dist_scan.engine.sharded_state import gather_state
 from dist_scan.engine.stop import StopFlag
+from dist_scan.engine.train_state import gather_state
 from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
 from dist_scan.heads.partition import HeadPartition
 from dist_scan.heads.selection import PublishedHeads

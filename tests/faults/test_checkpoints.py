@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from dist_scan.engine import checkpoint
-from dist_scan.engine.checkpoint import CheckpointError, CheckpointStore
-from dist_scan.engine.checkpoint_files import FileInfo
+from dist_scan.engine.checkpoint import CheckpointError, CheckpointStore, FileInfo
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.storage.artifacts import sha256_of
 from dist_scan.world.world import current

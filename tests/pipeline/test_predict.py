@@ -407,12 +407,11 @@ def test_errors_are_one_line_before_images_are_encoded(
     assert (tmp_path / "there.parquet").read_bytes() == b"unchanged"
 
 
-def test_a_moved_run_without_stages_json_and_betons_still_predicts(
+def test_a_moved_run_without_betons_still_predicts(
     tiny_run: Path, prediction: Path, images: Path, tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "elsewhere", tmp_path / "out.parquet"
     shutil.copytree(tiny_run, folder)
-    (folder / "stages.json").unlink()
     shutil.rmtree(folder / "stages" / "beton_train")
     assert predict(folder, images, out) == 0
     assert pq.read_table(out).equals(pq.read_table(prediction))

@@ -116,16 +116,3 @@ def test_fractions_and_table() -> None:
         "max_ms": 2000.0,
         "max_rank": 1,
     }
-
-
-@pytest.mark.parametrize(
-    ("invalid", "steps"),
-    [
-        (np.zeros((1, len(SECTIONS))), 3),
-        (np.ones((1, 3)), 3),
-        (np.ones((1, len(SECTIONS))), 0),
-    ],
-)
-def test_no_steps_or_no_times_are_an_error(invalid: np.ndarray, steps: int) -> None:
-    with pytest.raises(ValueError, match="finding a bottleneck needs"):
-        find_bottleneck(invalid, steps, SETUP)
