@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     terminal.survive_hangup()
-    limit_threads(args.processes)
-    wait_passively()
     try:
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes}; allowed: 1 or more")
+        limit_threads(args.processes)
+        wait_passively()
         run = command_line.load_run(args)
         command_line.check_world_size(run, args.processes)
         lock = acquire_lock(run.run_dir)

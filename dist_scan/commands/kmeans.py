@@ -72,7 +72,6 @@ def _cluster(
         args.k,
         options,
         stop_requested=lambda: stop.requested,
-        show_progress=current().rank == 0,
         checkpoint_path=args.out / WORK / "kmeans.npz",
     )
     if current().rank != 0:

@@ -58,7 +58,6 @@ def _search_neighbours(args: argparse.Namespace, table: FeatureTable, stop: Stop
         args.k,
         NeighbourOptions(metric=args.metric, view=args.view),
         stop_requested=lambda: stop.requested,
-        show_progress=current().rank == 0,
     )
     if current().rank != 0:
         return ""

@@ -42,7 +42,6 @@ from dist_scan.search.neighbours import mine_neighbours
 from dist_scan.search.options import KMeansOptions, NeighbourOptions
 from dist_scan.search.pic import pic
 from dist_scan.search.whiten import fit_whitening, write_whitened_table
-from dist_scan.world.world import current
 
 SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
     "uniform": uniform_over_labels,
@@ -183,7 +182,6 @@ class DeepClusterMethod(ClusteringMethod):
                 seed=hashed_seed(self.inputs.seed, KMEANS_STREAM, epoch),
             ),
             stop_requested=self.inputs.stop_requested,
-            show_progress=current().rank == 0,
         )
         return renumber_clusters(
             result.assignment, config.num_clusters, config.num_clusters, result.num_splits
@@ -199,7 +197,6 @@ class DeepClusterMethod(ClusteringMethod):
             config.pic_neighbours,
             NeighbourOptions(metric="cosine" if config.whiten_dim is None else "l2"),
             stop_requested=self.inputs.stop_requested,
-            show_progress=current().rank == 0,
         )
         result = pic(
             graph,
@@ -208,7 +205,6 @@ class DeepClusterMethod(ClusteringMethod):
             iterations=config.pic_iterations,
             teleport=config.pic_teleport,
             stop_requested=self.inputs.stop_requested,
-            show_progress=current().rank == 0,
         )
         return renumber_clusters(result.assignment, result.num_clusters, config.num_clusters, 0)
 

@@ -151,7 +151,6 @@ class DeepClusterV2Method(ClusteringMethod):
             self.config.num_clusters,
             options,
             stop_requested=self.inputs.stop_requested,
-            show_progress=current().rank == 0,
         )
 
     def _remember(self, table: FeatureTable) -> None:

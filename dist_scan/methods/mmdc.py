@@ -199,7 +199,6 @@ class MMDCMethod(Method):
                 seed=self.inputs.seed + 1000 * epoch,
             ),
             stop_requested=self.inputs.stop_requested,
-            show_progress=current().rank == 0,
             checkpoint_path=work_dir / "refinement.npz" if work_dir else None,
         )
         # Give the clusters the numbers of the components that they agree with most.

@@ -36,6 +36,7 @@ from dist_scan.search.shard_readers import content_digest
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.storage.arrays import write_npy
 from dist_scan.world.collectives import all_sum, gather_rows
+from dist_scan.world.world import current
 
 if TYPE_CHECKING:
     from dist_scan.search.index import NearestCentroid
@@ -72,7 +73,6 @@ def kmeans(
     options: KMeansOptions = KMEANS_DEFAULTS,
     *,
     stop_requested: Callable[[], bool] = never_stop,
-    show_progress: bool = False,
     checkpoint_path: Path | None = None,
 ) -> KMeansResult:
     """Cluster the rows of a table; the restart with the lowest objective. Collective.
@@ -101,7 +101,7 @@ def kmeans(
     done = checkpoint.restart * options.iterations - checkpoint.spared + checkpoint.iteration
     with (
         Progress(
-            "k-means", most_iterations, "iterations", done=done, enabled=show_progress
+            "k-means", most_iterations, "iterations", done=done, enabled=current().rank == 0
         ) as progress,
         thread_pool() as pool,
     ):

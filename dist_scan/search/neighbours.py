@@ -65,7 +65,6 @@ def mine_neighbours(
     options: NeighbourOptions = NEIGHBOUR_DEFAULTS,
     *,
     stop_requested: Callable[[], bool] = never_stop,
-    show_progress: bool = False,
 ) -> NeighbourTable:
     """Write the table of nearest neighbours to `out` and return it. Collective.
 
@@ -86,7 +85,7 @@ def mine_neighbours(
     rounds = _plan_rounds(table, missing, rows.readers.readable_shards, options.queries_per_round)
     num_chunks = -(-rows.num_rows // options.chunk_rows)
     with Progress(
-        "neighbours", len(rounds) * num_chunks, "chunks", enabled=show_progress
+        "neighbours", len(rounds) * num_chunks, "chunks", enabled=current().rank == 0
     ) as progress:
 
         def before_chunk() -> None:

@@ -30,6 +30,7 @@ from dist_scan.search.options import check_option
 from dist_scan.search.shard_readers import rank_range
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.world.collectives import all_max, gather_rows
+from dist_scan.world.world import current
 
 BLOCK_ROWS = 65_536  # rows of the neighbour table read at a time
 
@@ -53,7 +54,6 @@ def pic(
     iterations: int = 200,
     teleport: Literal["paper", "released"] = "paper",
     stop_requested: Callable[[], bool] = never_stop,
-    show_progress: bool = False,
 ) -> PicResult:
     """Cluster the rows of a neighbour table mined with l2 or cosine. Collective.
 
@@ -77,7 +77,9 @@ def pic(
 
     # Power iteration.
     v = np.full(n, 1 / n)
-    with Progress("power iteration", iterations, "iterations", enabled=show_progress) as progress:
+    with Progress(
+        "power iteration", iterations, "iterations", enabled=current().rank == 0
+    ) as progress:
         for _ in range(iterations):
             raise_if_stopped(stop_requested)
             teleported = v[start:stop] if teleport == "paper" else 1 / n

@@ -65,7 +65,6 @@ class KMeansStage(Stage[KMeansConfig]):
     def run(self) -> None:
         """Cluster, from the last saved iteration if there is one. Collective."""
         context, config = self.context, self.config
-        is_rank_0 = context.world.rank == 0
         work = context.out / WORK
         table = FeatureTable.open(context.inputs["features"])
         if config.whiten_dim is not None:
@@ -89,9 +88,8 @@ class KMeansStage(Stage[KMeansConfig]):
             config.num_clusters,
             options,
             stop_requested=lambda: context.stop.requested,
-            show_progress=is_rank_0,
             checkpoint_path=work / "kmeans.npz",
         )
-        if is_rank_0:
+        if context.world.rank == 0:
             result.save(context.out)
         barrier()

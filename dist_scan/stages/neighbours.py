@@ -50,5 +50,4 @@ class NeighboursStage(Stage[NeighboursConfig]):
             config.num_neighbours,
             NeighbourOptions(metric=config.metric),
             stop_requested=lambda: context.stop.requested,
-            show_progress=context.world.rank == 0,
         )

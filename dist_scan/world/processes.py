@@ -35,8 +35,8 @@ def available_cores() -> int:
 
 def limit_threads(processes: int) -> None:
     """Divide the cores among the processes: two oversubscribed ranks were 17 times slower."""
-    threads = available_cores() // max(1, processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    threads = max(1, available_cores() // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def free_port(address: str = LOOPBACK) -> int:
