@@ -63,7 +63,6 @@ def _cluster(
     args: argparse.Namespace, options: KMeansOptions, table: FeatureTable, stop: StopFlag
 ) -> str:
     from dist_scan.search.kmeans import kmeans
-    from dist_scan.search.summary import describe_kmeans
     from dist_scan.storage.artifacts import WORK
     from dist_scan.world.world import current
 
@@ -78,4 +77,4 @@ def _cluster(
         return ""
     result.save(args.out)
     shutil.rmtree(args.out / WORK, ignore_errors=True)
-    return describe_kmeans(result)
+    return result.describe()

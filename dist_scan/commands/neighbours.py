@@ -48,8 +48,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _search_neighbours(args: argparse.Namespace, table: FeatureTable, stop: StopFlag) -> str:
-    from dist_scan.search.neighbours import mine_neighbours
-    from dist_scan.search.summary import describe_neighbours
+    from dist_scan.search.neighbours import describe_neighbours, mine_neighbours
     from dist_scan.world.world import current
 
     neighbours = mine_neighbours(

@@ -243,7 +243,7 @@ class Trainer:
             state.refused_in_a_row = 0
             with section("optimizer"):
                 self.optimizer.step()
-            with section("end_step"):
+            with section("end_step"), torch.no_grad():
                 self.method.end_step(batch, step)
         else:
             self._count_non_finite(batch, step)
@@ -322,7 +322,8 @@ class Trainer:
         state, name = self.state, self.job.name
         self.method.eval()
         started = time.monotonic()
-        metrics = self.method.end_epoch(state.epoch, self.job.held_out)
+        with torch.no_grad():
+            metrics = self.method.end_epoch(state.epoch, self.job.held_out)
         if metrics:
             metrics = {**metrics, "choosing_s": time.monotonic() - started}
             self.metrics_log.write_row(state.step, metrics)

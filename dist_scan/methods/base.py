@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -190,11 +189,12 @@ class Method(nn.Module, Kind, ABC):
         """
         return None
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
-        """Update moving averages, queues and memory banks after the optimizer's update."""
+        """Update moving averages, queues and memory banks after the optimizer's update.
 
-    @torch.no_grad()
+        Called without gradients, as ``end_epoch`` is.
+        """
+
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         """Select by held-out rows after an epoch; returns what to log, equal on all ranks.
 
@@ -225,6 +225,7 @@ class Method(nn.Module, Kind, ABC):
 class NetworkMethod(Method):
     """A method that trains the stage's backbone and publishes it, with its projector if any."""
 
+    needs = ("images",)
     config: NetworkConfig
     backbone: nn.Module
     projector: nn.Module | None

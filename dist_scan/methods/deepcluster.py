@@ -97,7 +97,6 @@ class DeepClusterMethod(ClusteringMethod):
 
     Config = DeepClusterConfig
     recipes = ("deepcluster",)
-    needs = ("images",)
     publishes = ("backbone", "clusters")
     statistics = (
         "clusters",

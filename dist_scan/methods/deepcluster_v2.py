@@ -83,7 +83,6 @@ class DeepClusterV2Method(ClusteringMethod):
 
     Config = DeepClusterV2Config
     recipes = ("dcv2", "dcv2")
-    needs = ("images",)
     publishes = ("backbone", "clusters")
     statistics = ("nmi_previous", "empty_clusters", "split_clusters")
     config: DeepClusterV2Config
@@ -200,7 +199,6 @@ class DeepClusterV2Method(ClusteringMethod):
         large = z.detach()[: NUM_REMEMBERED_VIEWS * b].view(NUM_REMEMBERED_VIEWS, b, -1)
         return Step(loss, {"pseudo_accuracy": accuracy}, {"projections": large.transpose(0, 1)})
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         self.projections.write(batch.index, step.for_end_step["projections"])
 

@@ -40,7 +40,7 @@ from dist_scan.models.layers import FeatureNorm
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.models.sphere_codes import SphereCodes
 from dist_scan.search.kmeans import kmeans
-from dist_scan.search.matching import match_blocks, relabel
+from dist_scan.search.matching import match_blocks, match_clusters
 from dist_scan.search.options import KMeansOptions
 from dist_scan.world.collectives import gather_rows
 from dist_scan.world.world import current
@@ -203,9 +203,9 @@ class MMDCMethod(Method):
         )
         # Give the clusters the numbers of the components that they agree with most.
         previous = self.codes.component(self.target_id.whole().numpy())
-        component = relabel(result.assignment, previous, self.config.num_clusters)
+        mapping = match_clusters(previous, result.assignment, self.config.num_clusters)
         # The target of an image is now the mean of its component.
-        self.target_id.fill(self.inputs.num_images + torch.from_numpy(component))
+        self.target_id.fill(self.inputs.num_images + torch.from_numpy(mapping[result.assignment]))
         if self.history is not None:
             column = self.history.column(epoch)
             for shard, rows in self.history.shards.items():
@@ -279,7 +279,6 @@ class MMDCMethod(Method):
     def _component(self, target_ids: Tensor) -> np.ndarray:
         return self.codes.component(target_ids.numpy())
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         # Targets move only if the update was made.
         if step.for_end_step:

@@ -58,7 +58,6 @@ class MoCoMethod(NetworkMethod):
 
     Config = MoCoConfig
     recipes = ("moco_v2", "moco_v2")
-    needs = ("images",)
     config: MoCoConfig
     projector: Projector
 
@@ -104,7 +103,6 @@ class MoCoMethod(NetworkMethod):
         # Undo the shuffle: every key returns to the rank of its image.
         return all_rows(shuffled_keys)[order.argsort()[start : start + b]]
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         # Eq. 2: key = m * key + (1 - m) * query, parameters only.
         self.key.update(nn.ModuleList([self.backbone, self.projector]))

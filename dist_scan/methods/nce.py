@@ -43,7 +43,6 @@ class NCEMethod(NetworkMethod):
 
     Config = NCEConfig
     recipes = ("moco_v1",)
-    needs = ("images",)
     config: NCEConfig
     projector: Projector
 
@@ -71,7 +70,6 @@ class NCEMethod(NetworkMethod):
         shards = list(self.memory.shards.values())
         return torch.cat(shards).to(like) if shards else like.new_zeros((0, like.shape[1]))
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         # Move the rows of the batch towards the new projections.
         m = self.config.momentum

@@ -29,7 +29,6 @@ class RotNetMethod(NetworkMethod):
 
     Config = RotNetConfig
     recipes = ("standard",)
-    needs = ("images",)
 
     def __init__(self, config: RotNetConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)

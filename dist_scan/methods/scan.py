@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -130,7 +129,6 @@ class ScanMethod(HeadsMethod):
             whole_batch=heads.partition == "heads",
         )
 
-    @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         # Select head and epoch by the held-out loss; keep the network of the best epoch.
         metrics, is_best = self.select(epoch, self.heads, held_out)

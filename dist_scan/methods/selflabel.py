@@ -102,7 +102,6 @@ class SelfLabelMethod(Method):
         }
         return Step(result.loss, metrics, skip=not bool(result.num_confident > 0))
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         if self.teacher is not None:
             self.teacher.update(self.model)
@@ -111,7 +110,6 @@ class SelfLabelMethod(Method):
             self.shadow.update(self.model)
             self.model.load_state_dict(self.shadow.module.state_dict())
 
-    @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         # Move this epoch's counts to last_*.
         self.last_confident.copy_(self.confident)

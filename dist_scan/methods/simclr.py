@@ -34,7 +34,6 @@ class SimCLRMethod(NetworkMethod):
 
     Config = SimCLRConfig
     recipes = ("simclr", "simclr")
-    needs = ("images",)
     config: SimCLRConfig
     projector: Projector
 

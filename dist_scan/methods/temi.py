@@ -91,7 +91,6 @@ class TemiMethod(HeadsMethod):
         means, _ = mean_probabilities(sums, len(features_XD))
         return log_p, torch.lerp(torch.cat(means), self.marginal, self.config.marginal_momentum)
 
-    @torch.no_grad()
     def end_step(self, batch: Batch, step: Step) -> None:
         self.marginal.copy_(step.for_end_step["marginal"])
         # teacher = momentum * teacher + (1 - momentum) * student
@@ -100,7 +99,6 @@ class TemiMethod(HeadsMethod):
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup(list(self.heads.parameters()))]
 
-    @torch.no_grad()
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         # Published heads have no temperature: it is folded into their weights.
         heads = copy.deepcopy(self.teacher.module)

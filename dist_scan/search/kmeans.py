@@ -66,6 +66,18 @@ class KMeansResult:
         Assignments(self.assignment, len(self.sizes)).save(folder)
         write_npy(folder / "centroids.npy", self.centroids)
 
+    def describe(self) -> str:
+        """Objective, iterations and cluster sizes, in one line."""
+        smallest, median, largest = np.percentile(self.sizes, [0, 50, 100]).astype(int)
+        n = len(self.assignment)
+        return (
+            f"{len(self.sizes)} clusters of {n} rows; "
+            f"objective {self.objective:.8g} ({self.objective / n:.6g} per row) "
+            f"after {self.iterations} iterations; "
+            f"sizes {smallest} to {largest}, median {median}; "
+            f"{int((self.sizes == 0).sum())} empty, {self.num_splits} refilled by splitting"
+        )
+
 
 def kmeans(
     table: FeatureTable,
@@ -126,7 +138,10 @@ def kmeans(
         if local_assignment is None:  # an earlier process computed the best restart
             local_assignment = nearest.assign(best_centroids, pool)
     checkpoint.remove()
-    assignment = _gather_assignment(local, local_assignment)
+    # The clusters of all ranks' rows.
+    ids = gather_rows(torch.from_numpy(local.ids)).numpy()
+    assignment = np.empty(table.num_rows, np.int32)
+    assignment[ids] = gather_rows(torch.from_numpy(local_assignment)).numpy()
     return KMeansResult(
         centroids=best_centroids / np.float32(rows.scale),
         assignment=assignment,
@@ -135,14 +150,6 @@ def kmeans(
         sizes=np.bincount(assignment, minlength=num_clusters),
         num_splits=best["num_empty"],
     )
-
-
-def _gather_assignment(rows: LocalRows, assignment: np.ndarray) -> np.ndarray:
-    """Clusters [N] int32 of all ranks' rows, from those of this rank's. Collective."""
-    ids = gather_rows(torch.from_numpy(rows.ids)).numpy()
-    of_all = np.empty(rows.num_rows, np.int32)
-    of_all[ids] = gather_rows(torch.from_numpy(assignment)).numpy()
-    return of_all
 
 
 class LloydRun:

@@ -47,8 +47,3 @@ def match_clusters(reference: np.ndarray, other: np.ndarray, num_clusters: int) 
     """
     table = contingency_table(other, reference, num_clusters, num_clusters)
     return linear_sum_assignment(table, maximize=True)[1].astype(np.int64)
-
-
-def relabel(labels: np.ndarray, previous: np.ndarray, num_clusters: int) -> np.ndarray:
-    """labels [n], renumbered so that as many as possible equal `previous` [n]."""
-    return match_clusters(previous, labels, num_clusters)[labels]

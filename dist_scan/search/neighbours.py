@@ -108,6 +108,25 @@ def mine_neighbours(
     return NeighbourTable.open(out)
 
 
+def describe_neighbours(table: NeighbourTable) -> str:
+    """Mean scores, and how unevenly rows are neighbours of others, in one line. Reads it once."""
+    n, k = table.num_rows, table.num_neighbours
+    first = last = total = 0.0
+    num_neighbour_of = np.zeros(n, np.int64)
+    for shard in range(table.num_shards):
+        ids, scores = table.rows(np.arange(*table.shard_range(shard)))
+        first += scores[:, 0].sum()
+        last += scores[:, -1].sum()
+        total += scores.sum()
+        num_neighbour_of += np.bincount(ids.reshape(-1), minlength=n)
+    return (
+        f"{k} neighbours of {n} rows by {table.metadata['metric']}; "
+        f"mean score {total / (n * k):.4f} (first {first / n:.4f}, last {last / n:.4f}); "
+        f"the most frequent neighbour is one of {num_neighbour_of.max()} rows, "
+        f"{(num_neighbour_of == 0).sum()} rows are a neighbour of none"
+    )
+
+
 def _open_table(out: Path, rows: ExactRows, num_neighbours: int, metric: str) -> NeighbourTable:
     """The table in `out`, or a new one with as many shards as the features."""
     size = {"num_rows": rows.num_rows, "num_neighbours": num_neighbours}

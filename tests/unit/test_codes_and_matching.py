@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dist_scan.models.sphere_codes import SphereCodes
-from dist_scan.search.matching import match_blocks, relabel
+from dist_scan.search.matching import match_blocks, match_clusters
 
 
 def normalise(rows: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def test_relabelled_clusters_have_the_numbers_of_the_previous_ones() -> None:
     renamed = np.array([4, 2, 0, 5, 1, 3])[previous]
     changed = rng.choice(300, 40, replace=False)
     renamed[changed] = rng.integers(0, 6, 40)
-    found = relabel(renamed, previous, 6)
+    found = match_clusters(previous, renamed, 6)[renamed]
     unchanged = np.setdiff1d(np.arange(300), changed)
     assert np.array_equal(found[unchanged], previous[unchanged])
     pairs = np.unique(np.stack([renamed, found]), axis=1)
