@@ -78,6 +78,34 @@ class ShardedTable(ABC):
         return cls(path, metadata)
 
     @classmethod
+    def open_or_create(cls, out: Path, metadata: dict[str, Any]) -> Self:
+        """The table in `out`; it is made on every disk that has none. Collective.
+
+        Raises ValueError on all ranks when `out` holds a table with other metadata.
+        """
+        from dist_scan.world.collectives import on_every_rank
+        from dist_scan.world.world import current
+
+        def create_if_missing() -> None:
+            if not (out / METADATA_FILE).exists():
+                cls._create(out, metadata)
+
+        def check_metadata() -> None:
+            found = {name: table.metadata.get(name) for name in metadata}
+            if found != metadata:
+                raise ValueError(
+                    f"{out} holds a table made from other features or with other settings: {found} "
+                    f"instead of {metadata}; give another folder, or remove it"
+                )
+
+        # Rank 0 first: on a shared file system the other ranks then find its table.
+        on_every_rank(lambda: create_if_missing() if current().rank == 0 else None)
+        on_every_rank(create_if_missing)
+        table = on_every_rank(lambda: cls.open(out))
+        on_every_rank(check_metadata)
+        return table
+
+    @classmethod
     def open(cls, path: str | Path) -> Self:
         """The table in a folder, or in the only folder inside it that has one (a stage's folder).
 

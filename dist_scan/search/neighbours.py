@@ -26,7 +26,6 @@ from contextlib import closing
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,6 @@ from dist_scan.search.exact_rows import (
 )
 from dist_scan.search.kernel_types import DatabaseRows, QueryBlock, TopK
 from dist_scan.search.options import NEIGHBOUR_DEFAULTS, NeighbourOptions, check_num_neighbours
-from dist_scan.search.output_table import open_or_create
 from dist_scan.search.shard_readers import content_digest
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.world.collectives import barrier, gather_objects
@@ -129,17 +127,15 @@ def describe_neighbours(table: NeighbourTable) -> str:
 
 def _open_table(out: Path, rows: ExactRows, num_neighbours: int, metric: str) -> NeighbourTable:
     """The table in `out`, or a new one with as many shards as the features."""
-    size = {"num_rows": rows.num_rows, "num_neighbours": num_neighbours}
-    source: dict[str, Any] = {
+    metadata = {
+        "num_rows": rows.num_rows,
+        "num_neighbours": num_neighbours,
+        "num_shards": rows.table.num_shards,
         "metric": metric,
         "view": rows.view,
         "features": content_digest(rows.table, rows.readers, rows.view),
     }
-
-    def create() -> None:
-        NeighbourTable.create(out, rows.num_rows, num_neighbours, rows.table.num_shards, **source)
-
-    return open_or_create(NeighbourTable, out, size | source, create)
+    return NeighbourTable.open_or_create(out, metadata)
 
 
 def _plan_rounds(

@@ -21,7 +21,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from torch import Tensor
 
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.search.exact_rows import BLOCK_ROWS, MAX_LISTED, ExactRows, prepare_rows
-from dist_scan.search.output_table import open_or_create
 from dist_scan.search.shard_readers import content_digest, find_shard_readers
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.world.collectives import (
@@ -143,17 +141,15 @@ def write_whitened_table(
     ValueError when `out` was made from other rows or by another whitening, and StopRequested
     between shards.
     """
-    source: dict[str, Any] = {
+    metadata = {
+        "num_rows": table.num_rows,
+        "num_views": 1,
+        "dim": len(whitening.eigenvalues),
+        "num_shards": table.num_shards,
         "whitening": whitening.fingerprint(),
         "of": content_digest(table, find_shard_readers(table), view=0),
     }
-    size = {"num_rows": table.num_rows, "num_shards": table.num_shards}
-    dim = len(whitening.eigenvalues)
-
-    def create() -> None:
-        FeatureTable.create(out, table.num_rows, 1, dim, table.num_shards, **source)
-
-    result = open_or_create(FeatureTable, Path(out), source | size, create)
+    result = FeatureTable.open_or_create(Path(out), metadata)
     # A shard per rank at a time.
     missing = broadcast_object(result.missing_shards())
     world = current()
