@@ -35,6 +35,11 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def on_unit_sphere(x_BD: Tensor) -> Tensor:
+    """Rows of unit length, in float32 or better."""
+    return F.normalize(at_least_fp32(x_BD), dim=1)
+
+
 # --- contrastive learning --------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.losses import at_least_fp32
+from dist_scan.losses import on_unit_sphere
 from dist_scan.methods._clustering import (
     KMEANS_STREAM,
     ClusteringMethod,
@@ -181,7 +181,7 @@ class DeepClusterV2Method(ClusteringMethod):
         # Project all views onto the unit sphere, views of one size in one pass.
         z = torch.cat(
             [
-                F.normalize(at_least_fp32(self.projector(self.backbone(images))), dim=1)
+                on_unit_sphere(self.projector(self.backbone(images)))
                 for images in concatenate_by_size(batch.views)
             ]
         )

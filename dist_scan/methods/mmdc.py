@@ -16,14 +16,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.losses import at_least_fp32, classification_loss, mmdc_loss
+from dist_scan.losses import classification_loss, mmdc_loss, on_unit_sphere
 from dist_scan.methods._clustering import AssignmentHistory
 from dist_scan.methods.base import (
     Embed,
@@ -117,7 +116,7 @@ class CodeNetwork(nn.Module):
         self.num_features = dim
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(at_least_fp32(self.head(self.backbone(images))), dim=1)
+        return on_unit_sphere(self.head(self.backbone(images)))
 
 
 class MMDCMethod(Method):

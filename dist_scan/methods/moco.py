@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
-from dist_scan.losses import at_least_fp32, info_nce
+from dist_scan.losses import info_nce, on_unit_sphere
 from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
 from dist_scan.models.layers import MomentumCopy, Projector
 from dist_scan.models.memory_bank import Queue, check_queue
@@ -83,7 +82,7 @@ class MoCoMethod(NetworkMethod):
     ) -> tuple[Tensor, Tensor]:
         """Loss of one direction and this rank's keys [b, d]; ``shuffle`` selects a permutation."""
         # Queries from the trained encoder.
-        queries = F.normalize(at_least_fp32(self.projector(self.backbone(query_view))), dim=1)
+        queries = on_unit_sphere(self.projector(self.backbone(query_view)))
         # Keys from the key encoder, without gradient.
         keys = self._encode_keys(key_view, shuffle)
         # Eq. 1: the own key is the positive, the queue holds the negatives.
@@ -93,13 +92,13 @@ class MoCoMethod(NetworkMethod):
     def _encode_keys(self, images: Tensor, shuffle: int) -> Tensor:
         """Keys [b, d] of this rank's images, with shuffled batch norm (Sec. 3.3)."""
         if self.config.bn_groups == 1:
-            return F.normalize(at_least_fp32(self.key(images)), dim=1)
+            return on_unit_sphere(self.key(images))
         b = len(images)
         start = current().rank * b
         # Shuffle: this rank encodes a random part of the global batch.
         order = permutation(b * current().world_size, self.inputs.seed, shuffle).to(images.device)
         shuffled_images = all_rows(images)[order[start : start + b]]
-        shuffled_keys = F.normalize(at_least_fp32(self.key(shuffled_images)), dim=1)
+        shuffled_keys = on_unit_sphere(self.key(shuffled_images))
         # Undo the shuffle: every key returns to the rank of its image.
         return all_rows(shuffled_keys)[order.argsort()[start : start + b]]
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from dist_scan.data.batch import Batch
-from dist_scan.losses import at_least_fp32
+from dist_scan.losses import on_unit_sphere
 from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
 from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
@@ -54,11 +53,11 @@ class NCEMethod(NetworkMethod):
         # A generator per shard, so that the rows do not depend on the number of ranks.
         for shard, rows in self.memory.shards.items():
             generator = torch.Generator().manual_seed(inputs.seed * 4099 + shard)
-            rows.copy_(F.normalize(torch.randn(rows.shape, generator=generator), dim=1))
+            rows.copy_(on_unit_sphere(torch.randn(rows.shape, generator=generator)))
 
     def forward(self, batch: Batch) -> Step:
         # Project the images onto the unit sphere.
-        z = F.normalize(at_least_fp32(self.projector(self.backbone(batch.views[0]))), dim=1)
+        z = on_unit_sphere(self.projector(self.backbone(batch.views[0])))
         # Read each image's own row, and the shards of the memory that this rank holds.
         own_rows = self.memory.read(batch.index).to(z)
         # Eq. 2: softmax over all images.
@@ -74,7 +73,7 @@ class NCEMethod(NetworkMethod):
         # Move the rows of the batch towards the new projections.
         m = self.config.momentum
         rows, projections = step.for_end_step["rows"], step.for_end_step["projections"]
-        self.memory.write(batch.index, F.normalize(m * rows + (1 - m) * projections, dim=1))
+        self.memory.write(batch.index, on_unit_sphere(m * rows + (1 - m) * projections))
 
 
 def instance_loss(z_BD: Tensor, own_BD: Tensor, memory_MD: Tensor, temperature: float) -> Tensor:

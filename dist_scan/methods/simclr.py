@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from dist_scan.data.batch import Batch
-from dist_scan.losses import at_least_fp32, nt_xent
+from dist_scan.losses import nt_xent, on_unit_sphere
 from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
 from dist_scan.models.layers import Projector
 
@@ -45,7 +44,7 @@ class SimCLRMethod(NetworkMethod):
         # Interleave the views: rows 2i and 2i + 1 show image i.
         images = torch.stack(batch.views, 1).flatten(0, 1)
         # Project onto the unit sphere.
-        z = F.normalize(at_least_fp32(self.projector(self.backbone(images))), dim=1)
+        z = on_unit_sphere(self.projector(self.backbone(images)))
         # Eq. 1: the positive of a view is the other view of its image.
         first, second = z[0::2], z[1::2]
         return Step(nt_xent(first, second, self.config.temperature, self.config.symmetric))

@@ -167,7 +167,7 @@ def _name_classes(axes: Axes, row_names: Sequence[str], column_names: Sequence[s
     axes.set_yticks(range(len(row_names)), row_names)
 
 
-def dots(rows: Sequence[tuple[str, Sequence[float]]], name: str, baseline: str = "") -> str:
+def dots(rows: Sequence[tuple[str, Sequence[float]]], name: str, baseline: str) -> str:
     """A line per row: a dot per seed, a bar at their mean, a dashed line at the baseline's mean."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(5.4, 0.55 + 0.34 * len(rows))
@@ -188,8 +188,8 @@ def dots(rows: Sequence[tuple[str, Sequence[float]]], name: str, baseline: str =
         return _svg(figure, f"dots-{name}")
 
 
-def thumbnail(image: np.ndarray, side: int = 96) -> str:
-    """Data URI of an image, uint8 [H, W, 3] or [H, W], its longer side at most ``side`` pixels.
+def thumbnail(image: np.ndarray) -> str:
+    """Data URI of an image, uint8 [H, W, 3] or [H, W], its longer side at most 96 pixels.
 
     PNG or JPEG, whichever is smaller.
     """
@@ -199,7 +199,7 @@ def thumbnail(image: np.ndarray, side: int = 96) -> str:
             "give uint8 [H, W, 3] or [H, W]"
         )
     picture = Image.fromarray(image).convert("RGB")
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    picture.thumbnail((96, 96), Image.Resampling.LANCZOS)
     png = _encode(picture, "png", optimize=False)
     jpeg = _encode(picture, "jpeg", quality=82)
     # Tiny images are shown enlarged, where blocks of JPEG would be visible.

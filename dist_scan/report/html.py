@@ -30,8 +30,6 @@ SCORES = {
     "many_to_one": "Many-to-one",
 }
 """Columns of the summary, in order."""
-MAX_CLUSTERS = 100
-MAX_ANCHORS = 24
 MAX_CURVES = 9
 MAX_IMAGE_BYTES = 14_000_000
 """Limits of a page, which says what they leave out. With 1000 clusters of 96-pixel images it stays
@@ -122,8 +120,8 @@ def summary_table(subjects: Mapping[str, Mapping[str, Any]]) -> str:
 class ThumbnailBudget:
     """Makes thumbnails until the page's bytes are used up; ``left_out`` counts the others."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.bytes_left = max_bytes
+    def __init__(self) -> None:
+        self.bytes_left = MAX_IMAGE_BYTES
         self.left_out = 0
 
     def thumbnail(self, image: np.ndarray) -> str | None:
@@ -143,9 +141,9 @@ class ThumbnailBudget:
 
 def _template_values(report: Report) -> dict[str, Any]:
     """Values, SVG and data URIs for report.html.j2."""
-    budget = ThumbnailBudget(MAX_IMAGE_BYTES)
-    anchors = [_anchor(anchor, budget) for anchor in report.neighbours[:MAX_ANCHORS]]
-    clusters = [_cluster(cluster, budget) for cluster in report.clusters[:MAX_CLUSTERS]]
+    budget = ThumbnailBudget()
+    anchors = [_anchor(anchor, budget) for anchor in report.neighbours]
+    clusters = [_cluster(cluster, budget) for cluster in report.clusters]
     last_subject = list(report.summary)[-1] if report.summary else ""
     best_subject = report.best or last_subject
     highest = _highest_scores(report)
@@ -290,7 +288,6 @@ def _confusion(report: Report) -> str | None:
     if len(report.label_names) == num_classes:
         names = list(report.label_names)
     # The last column holds clusters without a class; it is left out if there are none.
-    if counts.shape[1] == num_classes + 1 and not counts[:, -1].any():
-        counts = counts[:, :-1]
-    without_class = ["none"] * (counts.shape[1] - num_classes)
-    return figures.confusion(counts, names, [*names[: counts.shape[1]], *without_class])
+    if not counts[:, -1].any():
+        return figures.confusion(counts[:, :-1], names, names)
+    return figures.confusion(counts, names, [*names, "none"])
