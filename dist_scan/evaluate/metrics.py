@@ -37,7 +37,6 @@ def contingency(
     Rows with label -1 (unknown) are left out; there are ``n - table.sum()`` of them. Raises
     ValueError if an id is out of range.
     """
-    cluster, label = np.asarray(cluster), np.asarray(label)
     if cluster.shape != label.shape or cluster.ndim != 1:
         raise ValueError(
             f"cluster has shape {cluster.shape}, label has shape {label.shape}; "
@@ -97,15 +96,11 @@ def top_k_accuracy(
     ``top_clusters`` [n, k] holds cluster ids, -1 for none. ``mapping`` is the matching of the top-1
     table, as in SCAN, Table 5.
     """
-    hits = known = 0
-    for start in range(0, len(label), CHUNK):
-        labels = np.asarray(label[start : start + CHUNK])
-        clusters = np.asarray(top_clusters[start : start + CHUNK])
-        clusters, labels = clusters[labels >= 0], labels[labels >= 0]
-        classes = np.where(clusters >= 0, mapping[clusters], -1)
-        hits += int((classes == labels[:, None]).any(axis=1).sum())
-        known += len(labels)
-    return hits / known if known else None
+    known = label >= 0
+    clusters, labels = top_clusters[known], label[known]
+    classes = np.where(clusters >= 0, mapping[clusters], -1)
+    hits = int((classes == labels[:, None]).any(axis=1).sum())
+    return hits / len(labels) if len(labels) else None
 
 
 def purity(table: np.ndarray) -> float | None:
@@ -214,12 +209,11 @@ def evaluate_assignment(
 
     With ``top`` [n, k], the most probable clusters of each image, ``top5`` is added.
     """
-    label = np.asarray(label)
     num_classes = int(label.max(initial=-1)) + 1
     table = contingency(cluster, label, num_clusters, max(num_classes, 1))
     mapping = hungarian(table)
     found = scores(table, mapping)
-    if top is not None and np.ndim(top) == 2:
+    if top is not None:
         found["top5"] = top_k_accuracy(top[:, :5], label, mapping)
     return found
 
@@ -231,7 +225,6 @@ def cluster_health(counts: np.ndarray) -> dict[str, float]:
     largest cluster. entropy: of the cluster sizes, in nats. balance: that entropy divided by
     log(num_clusters), so 1 if all clusters have the same size.
     """
-    counts = np.asarray(counts)
     total = int(counts.sum())
     if not total:
         return {"used_share": 0.0, "largest_share": 0.0, "entropy": 0.0, "balance": 0.0}

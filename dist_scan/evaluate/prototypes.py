@@ -27,7 +27,7 @@ def find_prototypes(
     """
     selected = range(num_clusters) if only is None else {int(c) for c in only}
     found = {}
-    for c, members in _sorted_members(cluster, -np.asarray(probability, np.float64), num_clusters):
+    for c, members in _sorted_members(cluster, -probability, num_clusters):
         if c not in selected:
             continue
         best = members[:top]
@@ -43,7 +43,7 @@ def low_confidence(
 ) -> dict[int, list[int]]:
     """Rows of the ``count`` least confident images of each non-empty cluster, least first."""
     num_clusters = int(np.max(cluster, initial=-1)) + 1
-    members = _sorted_members(cluster, np.asarray(probability), num_clusters)
+    members = _sorted_members(cluster, probability, num_clusters)
     return {c: rows[:count].tolist() for c, rows in members}
 
 
@@ -51,7 +51,6 @@ def _sorted_members(
     cluster: np.ndarray, key: np.ndarray, num_clusters: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Each non-empty cluster and its rows by ascending key, ties by row. Sorts only once."""
-    cluster = np.asarray(cluster)
     order = np.lexsort((key, cluster))
     bounds = np.searchsorted(cluster[order], np.arange(num_clusters + 1))
     for c in range(num_clusters):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -172,10 +173,15 @@ def _warn_if_digits_are_lost(
         )
 
 
+def blocks_of(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive blocks of at most BLOCK_ROWS rows."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        yield rows[start : start + BLOCK_ROWS]
+
+
 def squared_norms(rows: np.ndarray) -> np.ndarray:
     """Squared norms [n] float64 of float16 or float32 rows, computed a block of rows at a time."""
-    blocks = range(0, len(rows), BLOCK_ROWS)
-    parts = [(rows[b : b + BLOCK_ROWS].astype(np.float64) ** 2).sum(1) for b in blocks]
+    parts = [(block.astype(np.float64) ** 2).sum(1) for block in blocks_of(rows)]
     return np.concatenate([*parts, np.zeros(0)])
 
 

@@ -18,7 +18,7 @@ all-reduce of 16 D^2 bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.search.exact_rows import BLOCK_ROWS, MAX_LISTED, ExactRows, prepare_rows
+from dist_scan.search.exact_rows import MAX_LISTED, ExactRows, blocks_of, prepare_rows
 from dist_scan.search.shard_readers import content_digest, find_shard_readers
 from dist_scan.search.stopping import never_stop, raise_if_stopped
 from dist_scan.world.collectives import (
@@ -90,7 +90,7 @@ class Whitening:
         projection = torch.from_numpy(axes.T).to(current().device)
         # y = (axes x - axes mean) / (2 scale sqrt(eigenvalue)), in exact products.
         parts = [np.zeros((0, len(factor)))]
-        for block in _blocks_of(rows):
+        for block in blocks_of(rows):
             projected = torch.mm(_on_grid(block, self.scale), projection).cpu().numpy()
             parts.append((projected - offset) * factor)
         return np.concatenate(parts).astype(np.float32)
@@ -163,11 +163,6 @@ def write_whitened_table(
     return FeatureTable.open(out)
 
 
-def _blocks_of(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), BLOCK_ROWS):
-        yield rows[start : start + BLOCK_ROWS]
-
-
 def _on_grid(rows: np.ndarray, scale: float) -> Tensor:
     """Rows [n, D] float64 on the device, scaled and rounded to multiples of 2^-24."""
     values = torch.from_numpy(np.asarray(rows, np.float64)).to(current().device)
@@ -192,7 +187,7 @@ def _sums(rows: ExactRows) -> tuple[Tensor, Tensor]:
     upper = torch.zeros(dim, dim, dtype=torch.int64, device=device)
     lower = torch.zeros(dim, dim, dtype=torch.int64, device=device)
     for shard in rows.readers.local_shards():
-        for block in _blocks_of(rows.table.shard(shard)[:, rows.view]):
+        for block in blocks_of(rows.table.shard(shard)[:, rows.view]):
             x = _on_grid(block, rows.scale)
             # Coarse and fine part of the products, each exact in float64.
             coarse = (x * COARSE_GRID).round_().div_(COARSE_GRID)
