@@ -38,7 +38,6 @@ from dist_scan.heads.linear import ClusterHeads
 from dist_scan.heads.products import release_buffers
 from dist_scan.heads.torch_head import entropy_and_gradient
 from dist_scan.losses import scan_loss_released
-from dist_scan.monitoring.memory import peak_gpu_memory
 
 CLUSTER = ["--clusters", "{clusters}", "--dim", "{dim}"]
 QUICK = ["--compare", "--rounds", "3"]
@@ -262,7 +261,7 @@ def imagenet(rounds: int, device: torch.device) -> None:
             **hours,
             "products_pflop": round(flop * num_steps / 1e15, 2),
             "gflop_per_s": round(flop / scale / 1e9 / products_s, 1),
-            "peak_gpu_mib": round(peak_gpu_memory() / 2**20),
+            "peak_gpu_mib": round(torch.cuda.max_memory_allocated() / 2**20),
         }
     )
 

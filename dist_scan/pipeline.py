@@ -64,8 +64,7 @@ class Pipeline:
             self.finished[name] = artifact
             self._copy_results(config, artifact)
         if self.world.rank == 0:
-            current = {name: fingerprints[name] for name in self.finished}
-            write_json(run.run_dir / STAGES, current)
+            write_json(run.run_dir / STAGES, fingerprints)
         return {name: artifact.path for name, artifact in self.finished.items()}
 
     def _finished_stage(self, name: str, config: StageConfig, fingerprint: str) -> Artifact:

@@ -62,7 +62,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print) -> None:
-        self.folder = Path(folder)
+        self.folder = folder
         self.keep = keep
         self.log = log
         self.failed_saves = 0

@@ -55,7 +55,7 @@ class JsonLinesFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = path
         self.file: BinaryIO | None = None
         self.outage = _Outage(str(path))
 
@@ -134,7 +134,7 @@ class StageLog:
 
     def __init__(self, run_dir: Path, stage: str) -> None:
         self.enabled = current().rank == 0
-        self.run_dir = Path(run_dir)
+        self.run_dir = run_dir
         self.stage = stage
         self.path = self.run_dir / "logs" / f"{stage}.metrics.jsonl"
         self.rows = JsonLinesFile(self.path)
@@ -202,9 +202,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if not Path(path).exists():
+    if not path.exists():
         return
-    for line in Path(path).read_bytes().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -57,14 +57,11 @@ def peak_memory() -> dict[str, int]:
 
     Collective. Does not count the worker processes that build a .beton file.
     """
-    local = torch.tensor([_peak_host_memory(), peak_gpu_memory()], dtype=torch.float64)
+    # Without a GPU max_memory_allocated() is 0.
+    peaks = [_peak_host_memory(), torch.cuda.max_memory_allocated()]
+    local = torch.tensor(peaks, dtype=torch.float64)
     host, gpu = all_max(local).tolist()
     return {"peak_host_bytes": int(host), "peak_gpu_bytes": int(gpu)}
-
-
-def peak_gpu_memory() -> int:
-    """Peak GPU memory of this process since `reset_peak_memory`; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def _peak_host_memory() -> int:

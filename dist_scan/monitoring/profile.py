@@ -179,9 +179,8 @@ class TrainingProfile:
         """Print the bottleneck and the time of each section."""
         self.bottleneck = find_bottleneck(self.total, self.counted, self.setup)
         rows = section_table(self.total, self.counted)
-        headline = (
-            f"{self.metrics_log.stage}: profile of {self.counted} steps: {self.bottleneck.text}"
-        )
+        stage = self.metrics_log.stage
+        headline = f"{stage}: profile of {self.counted} steps: {self.bottleneck.text}"
         self.log("\n".join([headline, *map(format_section, rows)]))
 
     def _finish(self) -> None:

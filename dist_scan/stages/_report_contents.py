@@ -15,7 +15,7 @@ import torch
 from dist_scan.config import dump
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.augment.recipes import RecipeConfig
-from dist_scan.data.beton.format import read_labels, read_metadata, read_names
+from dist_scan.data.beton.format import read_labels, read_metadata
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.evaluate.metrics import confusion, contingency, hungarian
@@ -72,11 +72,6 @@ class ReportContents:
         """Name of each class; its number if the source has no names."""
         names = read_metadata(self.beton).get("class_names")
         return list(names) if names else [str(c) for c in range(self.evaluation["num_classes"])]
-
-    @property
-    def image_names(self) -> list[str]:
-        """Name of each image [N]."""
-        return read_names(self.beton)
 
     def summary(self) -> dict[str, Any]:
         """The content of report.json."""

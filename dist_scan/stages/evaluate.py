@@ -81,12 +81,9 @@ class EvaluateStage(Stage[EvaluateConfig]):
             results["heads"] = self._heads(labels)
         return results
 
-    def _subject_folder(self, name: str) -> Path:
-        return self.context.inputs[f"subjects.{name}"]
-
     def _subject(self, name: str, labels: np.ndarray) -> dict[str, Any]:
         """Scores of one assignment [N] against labels [N], and what needs no labels."""
-        folder = self._subject_folder(name)
+        folder = self.context.inputs[f"subjects.{name}"]
         assignments = Assignments.load(folder)
         if len(assignments.cluster) != len(labels):
             raise ValueError(
@@ -122,7 +119,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
             return None
         table = json.loads((folder / "heads.json").read_text())
         for name in self.config.subjects:
-            subject = self._subject_folder(name)
+            subject = self.context.inputs[f"subjects.{name}"]
             if not _is_consensus_of(subject, folder):
                 continue
             with np.load(subject / "heads.npz") as arrays:
@@ -180,7 +177,7 @@ def total_seconds(folder: Path) -> float:
         for other in manifest["inputs"].values():
             visit((path / other).resolve())
 
-    visit(Path(folder).resolve())
+    visit(folder.resolve())
     return sum(seconds.values())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_scan.data.assignments import Assignments
+from dist_scan.data.beton.format import read_names
 from dist_scan.stages._report_config import ReportConfig
 from dist_scan.stages.base import Stage
 from dist_scan.storage.atomic import write_atomic, write_json, write_text
@@ -36,7 +37,7 @@ class ReportStage(Stage[ReportConfig]):
         write_json(out / "report.json", contents.summary())
         write_text(out / "summary.txt", summary_table(contents.evaluation["subjects"]) + "\n")
         export_assignments(
-            out / "assignments.parquet", contents.best, contents.image_names, contents.labels
+            out / "assignments.parquet", contents.best, read_names(contents.beton), contents.labels
         )
 
 
