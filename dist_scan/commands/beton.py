@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from dist_scan.commands import _arguments
 from dist_scan.config import ConfigError, DataConfig, validate_settings
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}",
             type=type(field.default),
             default=field.default,
+            choices=get_args(field.annotation) or None,
             help=f"{field.description} (default {field.default})",
         )
     parser.add_argument("--limit", type=int, help="only so many images, evenly spaced")
@@ -39,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from dist_scan.data.beton.write import write_beton
     from dist_scan.data.sources.open import open_source
 
+    _arguments.check_at_least(args, limit=1)
     if args.out.suffix != ".beton":
         raise ConfigError(f"the output '{args.out}' must end in .beton")
     if args.check:

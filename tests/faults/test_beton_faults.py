@@ -361,3 +361,21 @@ def test_invalid_arguments_are_one_line_and_exit_code_2(
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (("--stored", "webp"), "invalid choice: 'webp' (choose from 'raw', 'jpeg', 'original')"),
+        (("--limit", "0"), "error: --limit: 0; allowed: 1 or more"),
+    ],
+)
+def test_an_invalid_option_of_the_command_is_named_as_it_was_given(
+    option: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "dist_scan", "beton", "sklearn:digits"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "x.beton"), *option], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
