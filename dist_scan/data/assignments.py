@@ -34,12 +34,12 @@ class Assignments:
             arrays["probability"] = self.probability.astype(np.float32)
         if self.top is not None:
             arrays["top"] = self.top.astype(np.int32)
-        write_npz(Path(path) / FILE, arrays)
+        write_npz(path / FILE, arrays)
 
     @classmethod
     def load(cls, path: Path) -> Assignments:
         """Read from a folder. Raises ValueError if it has none."""
-        file = Path(path) / FILE
+        file = path / FILE
         if not file.is_file():
             raise ValueError(f"{path}: no {FILE}; give the folder of a kmeans or assign stage")
         with np.load(file) as arrays:
@@ -55,4 +55,4 @@ def save_history(path: Path, epochs: np.ndarray, cluster: np.ndarray) -> None:
     cluster: [N, E], the cluster of each image at the start of each of `epochs` [E]; -1: none.
     """
     arrays = {"epoch": np.asarray(epochs), "cluster": cluster.T.astype(np.int32)}
-    write_npz(Path(path) / "history.npz", arrays, compressed=True)
+    write_npz(path / "history.npz", arrays, compressed=True)

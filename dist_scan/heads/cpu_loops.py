@@ -277,17 +277,6 @@ class LoopHead:
     def __init__(
         self, logits: Tensor, bias: Tensor, num_pairs: int, recompute_logits: RecomputeLogits
     ) -> None:
-        is_float32_on_cpu = logits.dtype == torch.float32 and logits.device.type == "cpu"
-        if not (is_float32_on_cpu and logits.is_contiguous() and len(logits) == 2 * num_pairs):
-            raise ValueError(
-                f"logits: {tuple(logits.shape)} {logits.dtype} on {logits.device.type}; allowed: "
-                f"contiguous float32 [{2 * num_pairs}, C] on the cpu; use torch_head.TorchHead"
-            )
-        if bias.dtype != torch.float32 or bias.shape != logits.shape[1:]:
-            raise ValueError(
-                f"bias: {tuple(bias.shape)} {bias.dtype}; "
-                f"allowed: float32 [{logits.shape[1]}], as the logits"
-            )
         num_chunks = -(-num_pairs // ROWS)
         self.logits = logits
         self.num_pairs = num_pairs

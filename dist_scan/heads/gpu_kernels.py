@@ -12,7 +12,6 @@ same bits each time.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,12 +118,6 @@ class KernelHead:
     dbias: Tensor | None = None
 
     def __init__(self, logits: Tensor, num_pairs: int) -> None:
-        is_contiguous_float32 = logits.dtype == torch.float32 and logits.is_contiguous()
-        if not (is_contiguous_float32 and len(logits) == 2 * num_pairs):
-            raise ValueError(
-                f"logits: {tuple(logits.shape)} {logits.dtype}; allowed: contiguous float32 "
-                f"[{2 * num_pairs}, C]; use torch_head.TorchHead"
-            )
         self.logits = logits
         self.num_pairs = num_pairs
         self.num_clusters = logits.shape[1]

@@ -45,11 +45,7 @@ class MoCoConfig(NetworkConfig):
     def check_batch(self, global_batch: int, world_size: int) -> None:
         """Raise ValueError unless the queue holds whole batches and the groups divide."""
         super().check_batch(global_batch, world_size)
-        check_queue(self.queue_size, self.keys_per_step(global_batch))
-
-    def keys_per_step(self, global_batch: int) -> int:
-        """Number of keys that a step enqueues."""
-        return 2 * global_batch if self.symmetric else global_batch
+        check_queue(self.queue_size, 2 * global_batch if self.symmetric else global_batch)
 
 
 class MoCoMethod(NetworkMethod):
@@ -64,8 +60,7 @@ class MoCoMethod(NetworkMethod):
         super().__init__(config, inputs)
         self.projector = Projector(inputs.feature_dim, config.projection_dim, config.mlp)
         self.key = MomentumCopy(nn.Sequential(self.backbone, self.projector), config.momentum)
-        keys_per_step = config.keys_per_step(inputs.global_batch)
-        self.queue = Queue(config.queue_size, config.projection_dim, keys_per_step, inputs.seed)
+        self.queue = Queue(config.queue_size, config.projection_dim, inputs.seed)
 
     def forward(self, batch: Batch) -> Step:
         first, second = batch.views

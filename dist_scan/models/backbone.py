@@ -164,7 +164,6 @@ def save_backbone(
     out_dir: Path, backbone: Any, config: BackboneConfig, projector: nn.Module | None = None
 ) -> None:
     """Write backbone.safetensors, backbone.json and, if given, projector.safetensors."""
-    out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_tensors(out_dir / "backbone.safetensors", backbone.state_dict())
     if projector is not None:
@@ -177,7 +176,7 @@ def save_backbone(
 
 def load_backbone(path: Path) -> tuple[nn.Module, BackboneConfig]:
     """The network that `save_backbone` wrote, and its config."""
-    metadata = Path(path) / "backbone.json"
+    metadata = path / "backbone.json"
     if not metadata.is_file():
         raise ValueError(
             f"{path} holds no backbone (no backbone.json); name a stage that publishes one "
@@ -185,7 +184,7 @@ def load_backbone(path: Path) -> tuple[nn.Module, BackboneConfig]:
         )
     config = BackboneConfig.model_validate(json.loads(metadata.read_text())["backbone"])
     network = build_backbone(config)
-    network.load_state_dict(load_tensors(Path(path) / "backbone.safetensors"))
+    network.load_state_dict(load_tensors(path / "backbone.safetensors"))
     return network, config
 
 
@@ -194,7 +193,7 @@ def load_projector(path: Path) -> nn.Module:
 
     Raises ValueError if the stage published none.
     """
-    file = Path(path) / "projector.safetensors"
+    file = path / "projector.safetensors"
     if not file.is_file():
         raise ValueError(
             f"{path} holds no projector; set projection: false, or name a pretext that has one "

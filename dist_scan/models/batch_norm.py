@@ -36,7 +36,6 @@ class GroupedBatchNorm(_BatchNorm):
                 x, mean, var, self.weight, self.bias, use_batch_statistics, 0.0, self.eps
             )
         else:
-            check_groups(self.groups, current().world_size)
             if self.groups >= current().world_size:
                 out = self._normalise_local_groups(x, mean, var)
             else:
@@ -58,11 +57,6 @@ class GroupedBatchNorm(_BatchNorm):
         if count == 1:
             return F.batch_norm(
                 x, running_mean, running_var, self.weight, self.bias, True, momentum, self.eps
-            )
-        if len(x) % count:
-            raise ValueError(
-                f"bn_groups: {self.groups} groups do not divide "
-                f"{len(x) * current().world_size} rows; allowed: a divisor of global_batch"
             )
         # Each group updates its own copy of the running statistics.
         means = [running_mean.clone() for _ in range(count)]
@@ -158,14 +152,14 @@ def _mean_over_groups(x: Tensor, groups: int) -> Tensor:
     return all_sum(slots) / (current().world_size // groups)
 
 
-def check_groups(groups: int, world_size: int, global_batch: int | None = None) -> None:
+def check_groups(groups: int, world_size: int, global_batch: int) -> None:
     """Raise ValueError unless groups and ranks divide one another, and groups a given batch."""
     if groups < 1 or (groups % world_size and world_size % groups):
         raise ValueError(
             f"bn_groups: {groups} and {world_size} ranks: one must divide the other; "
             f"allowed: divisors and multiples of {world_size}"
         )
-    if global_batch is not None and global_batch % groups:
+    if global_batch % groups:
         raise ValueError(
             f"bn_groups: {groups} does not divide global_batch {global_batch}; "
             "allowed: a divisor of it"

@@ -62,14 +62,9 @@ def save_cluster_model(out_dir: Path, model: ClusterModel, **metadata: Any) -> N
 
     metadata: more entries for cluster.json.
     """
-    out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     backbone_settings = None
-    if model.backbone is not None:
-        if model.backbone_config is None:
-            raise ValueError(
-                "a cluster model with a backbone needs its backbone_config, or it cannot be loaded"
-            )
+    if model.backbone_config is not None:
         backbone_settings = without_checkpoint(model.backbone_config).model_dump(mode="json")
     save_tensors(out_dir / "cluster.safetensors", model.state_dict())
     write_json(
@@ -86,7 +81,7 @@ def save_cluster_model(out_dir: Path, model: ClusterModel, **metadata: Any) -> N
 
 def add_metadata(out_dir: Path, **metadata: Any) -> None:
     """Add entries to the cluster.json of a folder; no effect if it holds no cluster model."""
-    file = Path(out_dir) / "cluster.json"
+    file = out_dir / "cluster.json"
     if file.is_file():
         write_json(file, json.loads(file.read_text()) | metadata)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_scan.data.order import check_rows
 from dist_scan.world.collectives import all_sum, gather_rows
 from dist_scan.world.world import current
 
@@ -22,9 +23,8 @@ class Queue(nn.Module):
     rows: Tensor
     pointer: Tensor
 
-    def __init__(self, size: int, dim: int, keys_per_step: int, seed: int) -> None:
+    def __init__(self, size: int, dim: int, seed: int) -> None:
         super().__init__()
-        check_queue(size, keys_per_step)
         random = torch.randn(size, dim, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("rows", F.normalize(random, dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
@@ -65,11 +65,6 @@ class MemoryBank:
         num_shards: int = 64,
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_rows < 1 or num_shards < 1:
-            raise ValueError(
-                "a memory bank needs at least one row and one shard, "
-                f"got {num_rows} rows and {num_shards} shards"
-            )
         self.num_rows = num_rows
         self.num_shards = min(num_shards, num_rows)
         self.shape = tuple(shape)
@@ -87,11 +82,7 @@ class MemoryBank:
         }
 
     def _shard_of(self, index: Tensor) -> Tensor:
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self.num_rows):
-            raise ValueError(
-                f"index {int(index.min())}..{int(index.max())} of a memory bank: "
-                f"allowed 0..{self.num_rows - 1}"
-            )
+        check_rows(index.numpy(), self.num_rows, "memory bank")
         return torch.searchsorted(self.starts, index, right=True) - 1
 
     def write(self, index: Tensor, rows: Tensor, column: int | None = None) -> None:

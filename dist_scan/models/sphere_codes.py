@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from dist_scan.data.hashing import uniform
+from dist_scan.data.order import check_rows
 
 # Streams of the hash, one per use
 COMPONENT, NOISE, MEANS = 501, 502, 503
@@ -53,9 +54,7 @@ class SphereCodes:
     def component(self, ids: np.ndarray) -> np.ndarray:
         """Mixture component [n] int64 of each id. Raises ValueError for ids out of range."""
         ids = np.asarray(ids, np.int64)
-        num_ids = self.num_drawn + self.num_components
-        if len(ids) and (ids.min() < 0 or ids.max() >= num_ids):
-            raise ValueError(f"code ids {ids.min()}..{ids.max()}: allowed 0..{num_ids - 1}")
+        check_rows(ids, self.num_drawn + self.num_components, "ids of codes")
         drawn = np.floor(uniform(self.seed, COMPONENT, ids) * self.num_components).astype(np.int64)
         return np.where(ids < self.num_drawn, drawn, ids - self.num_drawn)
 

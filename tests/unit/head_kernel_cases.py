@@ -84,9 +84,3 @@ def test_nan_gives_nan_and_no_rows_are_allowed() -> None:
     total, nll = run_head(KernelHead(torch.empty(0, 6), 0))
     assert total.tolist() == [0.0] * 6
     assert nll == 0
-
-
-def test_only_contiguous_float32_logits_of_pairs_are_accepted() -> None:
-    for bad in (random_logits(4, 6, 1).double(), torch.zeros(6, 8).T, random_logits(5, 6, 1)):
-        with pytest.raises(ValueError, match="contiguous float32"):
-            KernelHead(bad, 4)

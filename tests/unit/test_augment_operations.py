@@ -325,7 +325,7 @@ def test_digits_affine_without_change_is_the_identity() -> None:
 
 def test_rotation_is_counter_clockwise() -> None:
     x = torch.arange(25.0).view(1, 1, 5, 5)
-    rotated = warp.rotate(x, np.array([90.0]))
+    rotated = warp.warp_bilinear(x, warp.rotation(np.array([90.0])))
     torch.testing.assert_close(rotated, torch.rot90(x, 1, (2, 3)), atol=1e-4, rtol=0)
 
 

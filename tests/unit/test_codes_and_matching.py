@@ -44,7 +44,7 @@ def test_random_means_have_unit_length_in_any_dimension() -> None:
     np.testing.assert_allclose(np.linalg.norm(codes.means, axis=1), 1)
     assert codes.codes(np.arange(10)).shape == (10, 16)
     assert len(np.unique(codes.means, axis=0)) == 5
-    with pytest.raises(ValueError, match="allowed 0..14"):
+    with pytest.raises(ValueError, match="allowed: 0..14"):
         codes.codes(np.array([15]))
 
 

@@ -117,15 +117,6 @@ def test_no_rows_are_allowed() -> None:
     assert nll == 0
 
 
-def test_only_contiguous_float32_logits_of_pairs_are_accepted() -> None:
-    good, bias = logits_and_bias(4, 6, 1)
-    for bad in (good.double(), torch.zeros(6, 8).T, logits_and_bias(5, 6, 1)[0]):
-        with pytest.raises(ValueError, match="contiguous float32"):
-            LoopHead(bad, bias, 4, rows_of(bad))
-    with pytest.raises(ValueError, match="bias.*float64"):
-        LoopHead(good, bias.double(), 4, rows_of(good))
-
-
 @pytest.mark.parametrize("dtype, kind", [(torch.float32, LoopHead), (torch.float64, TorchHead)])
 def test_the_dtype_decides_the_form(dtype: torch.dtype, kind: type) -> None:
     views, weight, bias = torch.randn(2, 4, 3), torch.randn(5, 3), torch.randn(5)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_scan.models.memory_bank import MemoryBank, Queue
+from dist_scan.models.memory_bank import MemoryBank, Queue, check_queue
 
 
 def test_queue_replaces_the_oldest_keys() -> None:
-    queue = Queue(8, 2, 4, seed=0)
+    queue = Queue(8, 2, seed=0)
     random = queue.rows.clone()
     queue.enqueue(torch.ones(4, 2))
     assert (queue.rows[:4] == 1).all()
@@ -23,7 +23,7 @@ def test_queue_replaces_the_oldest_keys() -> None:
 
 def test_queue_holds_whole_steps_only() -> None:
     with pytest.raises(ValueError, match="queue_size: 10 .* 8 or 12"):
-        Queue(10, 2, 4, seed=0)
+        check_queue(10, 4)
 
 
 def test_bank_reads_what_was_written_and_the_last_of_equal_indices_wins() -> None:
@@ -36,7 +36,7 @@ def test_bank_reads_what_was_written_and_the_last_of_equal_indices_wins() -> Non
         [2, 3],
         [6, 7],
     ]
-    with pytest.raises(ValueError, match="allowed 0..10"):
+    with pytest.raises(ValueError, match="allowed: 0..10"):
         bank.read(torch.tensor([11]))
 
 

@@ -209,7 +209,8 @@ class Recipe:
             contrast = colour.per_image(0.5 + draws[:, 6], x)
             return (mean + (x - mean) * contrast).clamp_(0, 255)
         if self.spec.degrees:
-            return warp.rotate(x, self.spec.degrees * (2 * draws[:, 0] - 1))
+            angles = self.spec.degrees * (2 * draws[:, 0] - 1)
+            return warp.warp_bilinear(x, warp.rotation(angles))
         return x
 
     def _colour(self, x: Tensor, draws: Draws) -> Tensor:

@@ -59,11 +59,6 @@ def warp_bilinear(x: Tensor, maps: np.ndarray) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def rotate(x: Tensor, degrees: np.ndarray) -> Tensor:
-    """Rotate counter-clockwise about the centre by degrees [B], bilinear."""
-    return warp_bilinear(x, rotation(degrees))
-
-
 def digits_affine(x: Tensor, draws: np.ndarray) -> Tensor:
     """Random affine map for digits, uniform from draws [B, 6] in [0, 1).
 

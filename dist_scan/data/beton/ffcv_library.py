@@ -45,9 +45,6 @@ def load_library() -> ctypes.CDLL:
         ctypes.c_bool,
         ctypes.c_bool,
     ]
-    library.imdecode.restype = ctypes.c_int
-    library.resize.argtypes = [ctypes.c_int64] * 11
-    library.resize.restype = None
     return library
 
 

@@ -57,13 +57,8 @@ class BetonLoader:
         # numba takes a second to import.
         from dist_scan.data.beton.crop_kernel import PROBLEMS, crop_views
 
-        if batch_size < 1 or num_threads < 1 or not views:
-            raise ValueError(
-                "a loader needs at least one view, batch size 1 and one thread, "
-                f"got {len(views)}, {batch_size}, {num_threads}"
-            )
         self.path = Path(path)
-        self.views = tuple(views)
+        self.views = views
         self.seed = seed
         self.batch_size = batch_size
         self.num_threads = num_threads

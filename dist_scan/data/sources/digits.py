@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Iterator
-from pathlib import Path
+from importlib.metadata import distribution
 
 import numpy as np
 
-from dist_scan.config.base import ConfigError
 from dist_scan.data.sources.base import Sample, Source
 
 
@@ -17,15 +15,9 @@ class DigitsSource(Source):
     """The 1,797 digits of 8 x 8 pixels that come with scikit-learn."""
 
     def __init__(self) -> None:
-        spec = importlib.util.find_spec("sklearn")
-        if spec is None or spec.origin is None:
-            raise ConfigError(
-                "source 'sklearn:digits': scikit-learn is not installed; "
-                "pip install scikit-learn, or give images of your own"
-            )
         # The file is read without load_digits: importing scikit-learn takes two seconds.
-        file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
-        table = np.loadtxt(file, delimiter=",")
+        file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+        table = np.loadtxt(str(file), delimiter=",")
         pixels = table[:, :-1].reshape(-1, 8, 8)
         self.images = np.round(pixels * (255 / 16)).astype(np.uint8)
         self.labels = table[:, -1].astype(int)
