@@ -20,7 +20,7 @@ def write_table(
     """Write a feature table of one view; rows_of(start, stop) are the rows of a shard."""
     from dist_scan.data.feature_table import FeatureTable
 
-    table = FeatureTable.create(path, num_rows, 1, dim, NUM_SHARDS)
+    table = FeatureTable.create(path, (num_rows, 1, dim), NUM_SHARDS)
     for shard in range(table.num_shards):
         table.write_shard(shard, rows_of(*table.shard_range(shard))[:, None])
     return table

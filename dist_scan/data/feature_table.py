@@ -28,32 +28,11 @@ class FeatureTable(ShardedTable):
 
     kind = "features"
     dtypes = {"features": "float16"}
-    counts = ("num_rows", "num_shards", "num_views", "dim")
+    dims = ("num_rows", "num_views", "dim")
 
     def __init__(self, path: str | Path, metadata: dict[str, Any]) -> None:
         super().__init__(path, metadata)
-        self.num_views = int(metadata["num_views"])
-        self.dim = int(metadata["dim"])
-
-    def _row_shape(self) -> tuple[int, ...]:
-        return self.num_views, self.dim
-
-    @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        num_rows: int,
-        num_views: int,
-        dim: int,
-        num_shards: int,
-        **origin: Any,
-    ) -> FeatureTable:
-        """An empty table in a folder; at most one shard per row.
-
-        `origin` (how the features are made) is recorded in the table's metadata.
-        """
-        counts = dict(num_rows=num_rows, num_views=num_views, dim=dim, num_shards=num_shards)
-        return cls._create(path, counts | origin)
+        self.num_views, self.dim = self.shape[1:]
 
     @classmethod
     def from_npy(
@@ -64,7 +43,7 @@ class FeatureTable(ShardedTable):
         Raises ValueError for another shape or dtype, or values that float16 cannot represent.
         """
         array = _open_npy(npy)
-        table = cls.create(path, len(array), array.shape[1], array.shape[2], num_shards)
+        table = cls.create(path, array.shape, num_shards)
         for shard in table.missing_shards() if resume else range(table.num_shards):
             start, stop = table.shard_range(shard)
             rows = np.asarray(array[start:stop])
@@ -145,9 +124,9 @@ class FeatureTable(ShardedTable):
 
     def write_shard(self, shard: int, rows: np.ndarray) -> None:
         """Write rows [n, V, D]. Raises ValueError if some are not finite or overflow float16."""
-        if rows.shape[1:] != (self.num_views, self.dim):
+        if rows.shape[1:] != self.shape[1:]:
             raise ValueError(
-                f"{self.path}: rows are [{self.num_views}, {self.dim}], got {list(rows.shape[1:])}"
+                f"{self.path}: rows are {list(self.shape[1:])}, got {list(rows.shape[1:])}"
             )
         flat = rows.reshape(len(rows), -1)
         remedy = "look at these images, or at what made the features"

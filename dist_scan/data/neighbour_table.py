@@ -20,22 +20,11 @@ class NeighbourTable(ShardedTable):
 
     kind = "neighbours"
     dtypes = {"ids": "int64", "scores": "float64"}
-    counts = ("num_rows", "num_shards", "num_neighbours")
+    dims = ("num_rows", "num_neighbours")
 
     def __init__(self, path: str | Path, metadata: dict[str, Any]) -> None:
         super().__init__(path, metadata)
-        self.num_neighbours = int(metadata["num_neighbours"])
-
-    def _row_shape(self) -> tuple[int, ...]:
-        return (self.num_neighbours,)
-
-    @classmethod
-    def create(
-        cls, path: str | Path, num_rows: int, num_neighbours: int, num_shards: int, **origin: Any
-    ) -> NeighbourTable:
-        """An empty table in a folder; `origin` (how it is mined) is recorded in its metadata."""
-        counts = dict(num_rows=num_rows, num_neighbours=num_neighbours, num_shards=num_shards)
-        return cls._create(path, counts | origin)
+        self.num_neighbours = self.shape[1]
 
     def write_shard(self, shard: int, ids: np.ndarray, scores: np.ndarray) -> None:
         """ids and scores [n, K]."""
@@ -60,7 +49,7 @@ class NeighbourTable(ShardedTable):
         header = {
             "descr": np.lib.format.dtype_to_descr(np.dtype(self.dtypes[name])),
             "fortran_order": False,
-            "shape": (self.num_rows, self.num_neighbours),
+            "shape": self.shape,
         }
         np.lib.format.write_array_header_1_0(file, header)
         for shard in range(self.num_shards):

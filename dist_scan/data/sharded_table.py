@@ -8,7 +8,6 @@ it is complete when it exists. Tables are read by memory map.
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -43,30 +42,37 @@ def load_npy(file: str | Path) -> np.ndarray:
     return array
 
 
-class ShardedTable(ABC):
+class ShardedTable:
     """A folder of shards of one or more arrays with the same number of rows."""
 
     kind: ClassVar[str]
     """Recorded in table.json."""
     dtypes: ClassVar[dict[str, str]]
     """dtype of each array, by its name. The name begins the names of the shards' files."""
-    counts: ClassVar[tuple[str, ...]]
-    """Fields of table.json that must be integers from 1 on."""
+    dims: ClassVar[tuple[str, ...]]
+    """Names in table.json of the dimensions of all arrays; the first is num_rows."""
 
     def __init__(self, path: str | Path, metadata: dict[str, Any]) -> None:
         self.path = Path(path)
         self.metadata = metadata
-        self.num_rows = int(metadata["num_rows"])
-        self.num_shards = int(metadata["num_shards"])
+        self.shape: tuple[int, ...] = tuple(metadata[name] for name in self.dims)
+        self.num_rows = self.shape[0]
+        self.num_shards: int = metadata["num_shards"]
         self.shard_arrays = cache(self._open_shard)
 
-    @abstractmethod
-    def _row_shape(self) -> tuple[int, ...]:
-        """Shape of one row, the same for all arrays."""
+    @classmethod
+    def create(
+        cls, path: str | Path, shape: tuple[int, ...], num_shards: int, **origin: Any
+    ) -> Self:
+        """An empty table of this shape (see `dims`) in a folder; at most one shard per row.
+
+        `origin` (how the rows are made) is recorded in the table's metadata.
+        """
+        dims = dict(zip(cls.dims, shape, strict=True))
+        return cls._create(path, {**dims, "num_shards": num_shards, **origin})
 
     @classmethod
     def _create(cls, path: str | Path, metadata: dict[str, Any]) -> Self:
-        """An empty table with this metadata in a folder; at most one shard per row."""
         if metadata["num_rows"] < 1 or metadata["num_shards"] < 1:
             raise ValueError(
                 f"a table needs at least one row and one shard, got {metadata['num_rows']} "
@@ -131,7 +137,7 @@ class ShardedTable(ABC):
         metadata = read_json_object(file)
         if metadata.get("kind") != cls.kind:
             raise ValueError(f"{file.parent} has a table of {metadata.get('kind')}, not {cls.kind}")
-        values = {name: metadata.get(name) for name in cls.counts}
+        values = {name: metadata.get(name) for name in (*cls.dims, "num_shards")}
         invalid = {n: v for n, v in values.items() if type(v) is not int or v < 1}
         if not invalid and metadata["num_shards"] > metadata["num_rows"]:
             invalid = {name: metadata[name] for name in ("num_shards", "num_rows")}
@@ -171,7 +177,7 @@ class ShardedTable(ABC):
     def _open_shard(self, shard: int) -> tuple[np.ndarray, ...]:
         """The arrays of a shard. Raises ValueError if one is missing or damaged."""
         start, stop = self.shard_range(shard)
-        shape = (stop - start, *self._row_shape())
+        shape = (stop - start, *self.shape[1:])
         remedy = "remove it and run the stage that makes it again"
         arrays = []
         for name, dtype in self.dtypes.items():

@@ -52,7 +52,7 @@ def embed_images(
     world = current()
     if world.rank == 0 and not (folder / "table.json").exists():
         FeatureTable.create(
-            folder, loader.num_images, len(recipes), options.dim, options.num_shards
+            folder, (loader.num_images, len(recipes), options.dim), options.num_shards
         )
     barrier()
     table = FeatureTable.open(folder)

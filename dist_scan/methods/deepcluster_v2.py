@@ -165,9 +165,7 @@ class DeepClusterV2Method(ClusteringMethod):
         if current().rank == 0:
             FeatureTable.create(
                 folder,
-                self.inputs.num_images,
-                NUM_REMEMBERED_VIEWS,
-                self.config.projection_dim,
+                (self.inputs.num_images, NUM_REMEMBERED_VIEWS, self.config.projection_dim),
                 self.projections.num_shards,
             )
         barrier()

@@ -60,8 +60,7 @@ class TrueNeighboursStage(Stage[TrueNeighboursConfig]):
         source = NeighbourTable.open(context.inputs["neighbours"])
         table = NeighbourTable.create(
             context.out,
-            source.num_rows,
-            source.num_neighbours,
+            source.shape,
             config.num_shards,
             diagnostic="false neighbours removed",
         )

@@ -100,7 +100,7 @@ class EmbedImages:
         network.eval()
         barrier()
         if current().rank == 0:
-            table = FeatureTable.create(out, NUM_IMAGES, 1, network.num_features, 8)
+            table = FeatureTable.create(out, (NUM_IMAGES, 1, network.num_features), 8)
             for shard in range(8):
                 images = make_images()[slice(*table.shard_range(shard))]
                 table.write_shard(shard, network(images)[:, None].numpy())

@@ -82,7 +82,7 @@ class EmbedImages:
         self.calls += 1
         out = self.folder / f"{current().world_size}-{self.calls}"
         if current().rank == 0:
-            table = FeatureTable.create(out, NUM_IMAGES, 1, network.num_features, 1)
+            table = FeatureTable.create(out, (NUM_IMAGES, 1, network.num_features), 1)
             with torch.no_grad():
                 outputs = network.eval()(random_images(99, NUM_IMAGES))
             table.write_shard(0, outputs.float().numpy()[:, None])

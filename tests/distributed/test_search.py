@@ -379,7 +379,7 @@ def test_integers_of_numpy_are_accepted(tmp_path: Path) -> None:
 
 def test_a_table_refuses_values_that_float16_cannot_hold(tmp_path: Path) -> None:
     rows = random_rows()
-    table = FeatureTable.create(tmp_path, len(rows), 1, rows.shape[1], 2)
+    table = FeatureTable.create(tmp_path, (len(rows), 1, rows.shape[1]), 2)
     shard = rows[:200, None].astype(np.float32)
     shard[17, 0, 3] = np.nan
     with pytest.raises(ValueError, match=r"rows \[17\]"):

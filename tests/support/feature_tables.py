@@ -22,7 +22,7 @@ def random_rows(
 
 def write_table(rows: np.ndarray, path: Path, shards: int = 5) -> FeatureTable:
     """Rows [n, dim] as a feature table of one view."""
-    table = FeatureTable.create(path, len(rows), 1, rows.shape[1], shards)
+    table = FeatureTable.create(path, (len(rows), 1, rows.shape[1]), shards)
     for shard in range(table.num_shards):
         start, stop = table.shard_range(shard)
         table.write_shard(shard, rows[start:stop, None])

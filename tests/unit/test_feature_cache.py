@@ -24,7 +24,7 @@ def random_table(
     folder: Path, shape: tuple[int, int, int], num_shards: int
 ) -> tuple[FeatureTable, np.ndarray]:
     """(a table of random features, the features [N, V, D] float16)."""
-    table = FeatureTable.create(folder, *shape, num_shards)
+    table = FeatureTable.create(folder, shape, num_shards)
     features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     for shard in range(table.num_shards):
         table.write_shard(shard, features[slice(*table.shard_range(shard))])

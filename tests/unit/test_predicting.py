@@ -68,7 +68,7 @@ def test_the_nearest_row_is_that_of_float64(
 def test_the_distances_of_training_images_are_those_to_their_first_neighbour(
     tmp_path: Path,
 ) -> None:
-    neighbours = NeighbourTable.create(tmp_path / "neighbours", 4, 2, 2)
+    neighbours = NeighbourTable.create(tmp_path / "neighbours", (4, 2), 2)
     scores = np.array([[0.9, 0.5], [0.8, 0.1], [0.6, 0.6], [1.0, 0.2]])
     for shard in range(2):
         ids = np.zeros((2, 2), np.int64)

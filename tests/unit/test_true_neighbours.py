@@ -43,7 +43,7 @@ def test_neighbours_with_the_same_label_stay_in_order() -> None:
 
 
 def make_sampler(folder: Path, num_neighbours: int | None) -> NeighbourSampler:
-    table = NeighbourTable.create(folder, 7, 4, 2)
+    table = NeighbourTable.create(folder, (7, 4), 2)
     for shard in range(2):
         rows = slice(*table.shard_range(shard))
         table.write_shard(shard, IDS[rows], SCORES[rows])
