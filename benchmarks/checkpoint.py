@@ -44,7 +44,7 @@ def moco_state(name: str, queue_size: int) -> dict[str, Any]:
     return {
         "method": method,
         "optimizer": {"state": momentum, "param_groups": [{"params": list(momentum)}]},
-        "position": {"step": 1},
+        "train_state": {"step": 1},
     }
 
 

@@ -125,7 +125,7 @@ def run_case(name: str, case: Case, folder: Path, undisturbed: FaultedRun) -> di
         starts += 1
     figures = fault_figures(run, starts)
     if case.refused:
-        figures["refused"] = refused_updates(run)
+        figures["non_finite"] = refused_updates(run)
     else:
         figures["identical"] = run.equals(undisturbed)
     figures["ended"] = code
@@ -190,7 +190,7 @@ def refused_updates(run: FaultedRun) -> int:
     """Updates that all ranks skipped, as the log counts them."""
     from dist_scan.monitoring.log import read_rows
 
-    return max(row.get("refused", 0) for row in read_rows(run.metrics.path))
+    return max(row.get("non_finite", 0) for row in read_rows(run.metrics.path))
 
 
 def flip_bit(run_dir: Path) -> None:

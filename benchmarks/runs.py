@@ -68,14 +68,14 @@ def training_fields(timing: Mapping[str, Any]) -> dict[str, Any]:
         "images_per_s": timing["images_per_s"],
         "steps": timing["steps"],
         "step_ms": round(1000 * float(seconds.sum(1).mean()) / timing["steps"], 3),
-        "global_batch": timing["setting"]["global_batch"],
+        "global_batch": timing["setup"]["global_batch"],
         "first_step_s": timing["first_step_s"],
         "sections": {name: round(share, 4) for name, share in shares.items() if share > 0},
         "waits_for": timing["waits_for"],
-        "verdict": timing["verdict"],
+        "bottleneck": timing["bottleneck"],
     }
     if len(seconds) > 1:
-        fields |= slowest_rank(seconds, timing["setting"]["hosts"])
+        fields |= slowest_rank(seconds, timing["setup"]["hosts"])
     return fields
 
 
@@ -106,8 +106,8 @@ def problems(run_dir: Path) -> list[str]:
         return ["its job has not started" if was_submitted else "not submitted"]
     if (run_dir / "DONE").exists():
         return found
-    if (run_dir / "MISTAKE").is_file():
-        return [*found, f"ended by an error of the user: {_last_line(run_dir / 'MISTAKE')}"]
+    if (run_dir / "FATAL_ERROR").is_file():
+        return [*found, f"ended by an error of the user: {_last_line(run_dir / 'FATAL_ERROR')}"]
     if (run_dir / "STOPPED").is_file():
         return [*found, f"stopped before its end {_last_line(run_dir / 'STOPPED')}"]
     faults = records.read_objects(run_dir / "logs" / "faults.jsonl")

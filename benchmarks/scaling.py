@@ -385,8 +385,8 @@ def _sentences(curve: Curve) -> str:
     if slow:
         texts.append(f"The rank whose own work takes longest: {slow}.")
     for point in curve.points:
-        if point.row.get("verdict"):
-            texts.append(f"{_format_nodes(point.nodes)}: {point.row['verdict']}")
+        if point.row.get("bottleneck"):
+            texts.append(f"{_format_nodes(point.nodes)}: {point.row['bottleneck']}")
     return "".join(f'<p class="wide">{html.escape(text)}</p>' for text in texts if text)
 
 

@@ -1,8 +1,9 @@
 """One rank of a run, from start to exit code: `python -m dist_scan.run RUN_DIR`.
 
 A launcher starts it once per rank. Exit codes do not survive srun, so what the launcher must know
-is a file in RUN_DIR: DONE, STOPPED with the signal's number, MISTAKE (invalid settings; a relaunch
-cannot help) or PORT_TAKEN. storage/run_markers.py writes them, launch/recovery.py reads them.
+is a file in RUN_DIR: DONE, STOPPED with the signal's number, FATAL_ERROR (such as invalid settings;
+a relaunch cannot help) or PORT_TAKEN. storage/run_markers.py writes them, launch/recovery.py reads
+them.
 """
 
 from __future__ import annotations
@@ -136,12 +137,12 @@ def _stop_signal(stop: StopFlag) -> int | None:
 
 
 def _report_user_error(markers: RunMarkers, text: str) -> int:
-    """Report invalid settings once and leave the marker MISTAKE. Returns the exit code.
+    """Report invalid settings once and leave the marker FATAL_ERROR. Returns the exit code.
 
     Rank 0 prints the error; one that only another rank has is printed by the launcher.
     """
     folder, rank = markers.run_dir, markers.rank
-    marker = folder / "MISTAKE"
+    marker = folder / "FATAL_ERROR"
     if rank == 0 or not (folder / "config.yaml").is_file():
         print_line(f"error: {text}")
     elif folder.is_dir():
@@ -149,7 +150,7 @@ def _report_user_error(markers: RunMarkers, text: str) -> int:
         text = f"rank {rank}: {text}"
     if folder.is_dir() and (rank == 0 or not marker.exists()):
         try:
-            markers.write_marker("MISTAKE", text + "\n", short=text[:SHORT] + "\n")
+            markers.write_marker("FATAL_ERROR", text + "\n", short=text[:SHORT] + "\n")
         except OSError as error:  # The exit code still tells the launcher, unless it is srun's.
             print_line(
                 f"error: {marker} cannot be written ({error.strerror}), so the launcher may start "

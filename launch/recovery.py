@@ -10,7 +10,7 @@ The whole way, from the fault to the next step of the training:
    the dead rank closes, or their own watchdog ends them. What remains is ended by
    `srun --kill-on-bad-exit` or by `dist_scan.world.processes.wait_for_ranks`.
 3. **Run markers say how the start ended.** Exit codes do not survive srun, so the ranks leave a
-   file in RUN: DONE; STOPPED with the number of the signal that they followed; MISTAKE for an
+   file in RUN: DONE; STOPPED with the number of the signal that they followed; FATAL_ERROR for an
    error that a relaunch cannot help (invalid settings, a diverged training); PORT_TAKEN if the
    rendezvous port was in use. No marker means a fault.
    `dist_scan.storage.run_markers.RunMarkers` writes them, on a full disk too.
@@ -46,7 +46,7 @@ from dist_scan.storage.artifacts import fingerprint  # noqa: E402  needs the pat
 from dist_scan.world.processes import free_port  # noqa: E402
 from launch import records  # noqa: E402
 
-MARKERS = ("DONE", "STOPPED", "MISTAKE", "PORT_TAKEN")
+MARKERS = ("DONE", "STOPPED", "FATAL_ERROR", "PORT_TAKEN")
 PORT_RETRIES = 5
 IDLE_REQUEUE_LIMIT = 10
 """Requeues in a row without progress after which the run is given up."""
@@ -121,9 +121,9 @@ def decide(
         return _decide_after_signal(run_dir, signal_number, advanced)
 
     # A relaunch cannot help.
-    if (run_dir / "MISTAKE").is_file():
-        text = records.read_text(run_dir / "MISTAKE")
-        return LaunchDecision("user_error", text or "cause unknown (MISTAKE is empty)")
+    if (run_dir / "FATAL_ERROR").is_file():
+        text = records.read_text(run_dir / "FATAL_ERROR")
+        return LaunchDecision("user_error", text or "cause unknown (FATAL_ERROR is empty)")
 
     # Another program took the port between its choice and the start.
     if (run_dir / "PORT_TAKEN").is_file() and start < PORT_RETRIES:

@@ -214,7 +214,7 @@ setup_failed() {
   error+=" fix it, or append || true if it may fail"
   echo "$(date +%FT%T) job $SLURM_JOB_ID: user_error: $error" >&2
   # Only under the lock: the run folder may belong to another job.
-  (exec 9>>"$RUN/lock" && { flock -n 9; [ $? != 1 ]; } && echo "$error" >"$RUN/MISTAKE")
+  (exec 9>>"$RUN/lock" && { flock -n 9; [ $? != 1 ]; } && echo "$error" >"$RUN/FATAL_ERROR")
   exit 1
 }
 setup_from=$((LINENO + 2))

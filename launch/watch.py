@@ -111,8 +111,8 @@ def _state(run_dir: Path, job: QueuedJob | None) -> str:
         return names.get(job.state, job.state.lower())
     if holder := local_holder(run_dir):
         return f"running on this machine: {holder}"
-    if (run_dir / "MISTAKE").is_file():
-        return "ended by an error of the user, named in MISTAKE and in the log"
+    if (run_dir / "FATAL_ERROR").is_file():
+        return "ended by an error of the user, named in FATAL_ERROR and in the log"
     if (run_dir / "STOPPED").is_file():
         return "stopped; the same command resumes the run"
     return "not running; the same command resumes the run from the last checkpoint"

@@ -25,18 +25,18 @@ class RuntimeConfig(StrictModel):
     """Folder of .beton files, which several runs can share (default: the run's stages folder)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: this rank's GPU if there is one."""
-    workers: int = Field(default=0, ge=0)
+    loader_threads: int = Field(default=0, ge=0)
     """Loader threads per rank; 0: as many as cores this rank may use."""
     checkpoint_s: float | None = Field(default=None, gt=0)
     """Seconds between checkpoints (default: Young's formula and the measured cost of a save)."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Number of checkpoints kept of each training."""
-    bank: Literal["auto", "device", "host", "mapped"] = "auto"
+    feature_cache: Literal["auto", "device", "host", "mapped"] = "auto"
     """Where training on cached features reads its rows: GPU memory, host memory or the files.
 
     auto: the first of them that has twice the space.
     """
-    heads: Literal["auto", "batch", "heads", "clusters"] = "auto"
+    head_partition: Literal["auto", "batch", "heads", "clusters"] = "auto"
     """How training of SCAN's heads on cached features is split over ranks.
 
     batch: data parallel. heads, clusters: each rank has the whole batch and some of the heads, or
@@ -59,8 +59,6 @@ class RuntimeConfig(StrictModel):
     """
     section_limit_s: float = Field(default=1800.0, gt=0)
     """The same limit for a save, a load, a shard, an iteration, the end of an epoch."""
-    compile: bool = False
-    """torch.compile the network (GPU)."""
     relaunches: int = Field(default=20, ge=0)
     """How often a launcher restarts the ranks within one job after faults.
 

@@ -45,10 +45,11 @@ def choose_placement(
         else:
             problem = f"only {_gib(usable[wanted])} of {wanted} memory are usable per process"
         raise ValueError(
-            f"runtime.bank: '{wanted}', but the feature cache has {_gib(num_bytes)} and {problem}; "
+            f"runtime.feature_cache: '{wanted}', but the table has {_gib(num_bytes)} and "
+            f"{problem}; "
             f"allowed: {', '.join(['auto', *fitting])}"
         )
-    return wanted, "set by runtime.bank"
+    return wanted, "set by runtime.feature_cache"
 
 
 def _gib(num_bytes: float) -> str:

@@ -22,7 +22,7 @@ def open_images(
         tuple(recipe.crop for recipe in built),
         seed=run.seed,
         batch_size=batch,
-        num_threads=min(run.runtime.workers or cores, cores),
+        num_threads=min(run.runtime.loader_threads or cores, cores),
     )
     return loader, built
 

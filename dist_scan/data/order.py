@@ -12,7 +12,7 @@ import numpy as np
 from dist_scan.data.hashing import hash_keys, uniform
 
 # Streams of the hash, one per use.
-ORDER, NEIGHBOUR, VIEW, HELD_OUT, DRAW, SLOT = 101, 102, 103, 104, 105, 106
+ORDER, NEIGHBOUR, VIEW, HELD_OUT, DRAW, SLOT, REPEAT = range(101, 108)
 
 
 def check_rows(rows: np.ndarray, num_rows: int, where: object) -> None:
@@ -93,8 +93,8 @@ def uniform_over_labels(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: 
     per_label = len(rows) // num_labels + 1
     # A large group gives its first rows, a small one is drawn from with replacement
     place = np.arange(per_label)[None]
-    label_key = -1 - np.arange(num_labels)[:, None]
-    random_place = np.floor(uniform(seed, DRAW, epoch, label_key, place) * sizes).astype(np.int64)
+    label = np.arange(num_labels)[:, None]
+    random_place = np.floor(uniform(seed, REPEAT, epoch, label, place) * sizes).astype(np.int64)
     place = np.where(sizes < per_label, random_place, place)
     drawn = groups.rows[(groups.starts[:, None] + place).reshape(-1)]
     # Shuffle the labels' rows together

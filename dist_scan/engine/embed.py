@@ -19,6 +19,9 @@ from dist_scan.monitoring.progress import Progress
 from dist_scan.world.collectives import any_rank, barrier, broadcast_object
 from dist_scan.world.world import current
 
+EMBEDDING_EPOCH = -1
+"""In the place of the epoch in random draws: no training draws the same views."""
+
 
 @dataclass(frozen=True)
 class EmbedOptions:
@@ -87,9 +90,15 @@ def _embed_rows(
     """Features [n, V, D] float32 of the images `rows` [n]."""
     device = current().device
     batches = []
-    for index, views in loader.batches(rows, 0):
+    for index, views in loader.batches(rows, EMBEDDING_EPOCH):
         images = tuple(
-            recipe(view.to(device, non_blocking=True), index, seed=options.seed, epoch=0, view=v)
+            recipe(
+                view.to(device, non_blocking=True),
+                index,
+                seed=options.seed,
+                epoch=EMBEDDING_EPOCH,
+                view=v,
+            )
             for v, (recipe, view) in enumerate(zip(recipes, views))
         )
         with autocast(options.precision, device):

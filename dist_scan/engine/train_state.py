@@ -36,15 +36,15 @@ class TrainState:
     step_in_epoch: int = 0
     step: int = 0
     """Steps tried, including those without an update."""
-    begun: bool = False
+    epoch_begun: bool = False
     """`begin_epoch` of the current epoch has run."""
     finished: bool = False
     """The method ended the training before its last epoch."""
     skipped: int = 0
     """Steps that the method skipped."""
-    refused: int = 0
+    non_finite: int = 0
     """Updates skipped because the loss or a gradient was not finite."""
-    refused_in_a_row: int = 0
+    non_finite_in_a_row: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -62,8 +62,8 @@ class Checkpointer:
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write a checkpoint now. Collective."""
-        content = {**gather_state(method, optimizer), "position": asdict(state)}
-        epoch_begun = state.begun and state.step_in_epoch == 0
+        content = {**gather_state(method, optimizer), "train_state": asdict(state)}
+        epoch_begun = state.epoch_begun and state.step_in_epoch == 0
         self.store.save(state.step, content, method.memory_banks, epoch_begun)
         self.last_save = time.monotonic()
 
@@ -90,7 +90,7 @@ class Checkpointer:
         for name, bank in method.memory_banks.items():
             bank.load(load_bank_files(folder, name))
         self.last_save = time.monotonic()
-        return TrainState(**content["position"])
+        return TrainState(**content["train_state"])
 
 
 def gather_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

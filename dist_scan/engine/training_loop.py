@@ -176,7 +176,7 @@ class Trainer:
         """The method's work before an epoch; a run resumed inside the epoch does not repeat it."""
         state = self.state
         seed_step(self.job.seed, state.epoch, EPOCH_STREAM)
-        if not state.begun:
+        if not state.epoch_begun:
             try:
                 reinitialised = tuple(self.method.begin_epoch(state.epoch, self.job.embed))
             except StopRequested:
@@ -184,7 +184,7 @@ class Trainer:
                 self._save()
                 raise
             reset_optimizer_state(self.optimizer, reinitialised)
-            state.begun = True
+            state.epoch_begun = True
             if reinitialised:
                 self._save()
         self.epoch_rows = self.method.epoch_rows(state.epoch, self.job.feed.rows)
@@ -240,7 +240,7 @@ class Trainer:
         if step.skip:
             state.skipped += 1
         elif agreed.is_finite:
-            state.refused_in_a_row = 0
+            state.non_finite_in_a_row = 0
             with section("optimizer"):
                 self.optimizer.step()
             with section("end_step"), torch.no_grad():
@@ -257,7 +257,7 @@ class Trainer:
         state.step += 1
         state.step_in_epoch += 1
         if state.step % self.job.runtime.log_every == 0 or state.step <= ALWAYS_LOGGED_STEPS:
-            counts = {"skipped": state.skipped, "refused": state.refused}
+            counts = {"skipped": state.skipped, "non_finite": state.non_finite}
             self.metrics_log.write_row(state.step, {**agreed.metrics, "lr": lr, **counts})
         return agreed
 
@@ -288,9 +288,9 @@ class Trainer:
 
     def _count_non_finite(self, batch: Batch, step: Step) -> None:
         """Count a skipped update. Raises DivergedError after too many in a row. Collective then."""
-        self.state.refused += 1
-        self.state.refused_in_a_row += 1
-        if self.state.refused_in_a_row < MAX_NON_FINITE_IN_A_ROW:
+        self.state.non_finite += 1
+        self.state.non_finite_in_a_row += 1
+        if self.state.non_finite_in_a_row < MAX_NON_FINITE_IN_A_ROW:
             return
         is_finite = bool(torch.isfinite(step.loss.detach()))
         ranks = gather_objects((is_finite, batch.index[:32].tolist()))
@@ -325,7 +325,7 @@ class Trainer:
         with torch.no_grad():
             metrics = self.method.end_epoch(state.epoch, self.job.held_out)
         if metrics:
-            metrics = {**metrics, "choosing_s": time.monotonic() - started}
+            metrics = {**metrics, "selection_s": time.monotonic() - started}
             self.metrics_log.write_row(state.step, metrics)
         warning = self.method.warning()
         if warning:
@@ -338,4 +338,4 @@ class Trainer:
             state.finished = True
         state.epoch += 1
         state.step_in_epoch = 0
-        state.begun = False
+        state.epoch_begun = False

@@ -63,7 +63,7 @@ def choose_partition(
         return "batch", "the heads of this method cannot be split"
     if requested != "auto":
         _check_no_idle_rank(world_size, sizes, requested)
-        return requested, "set by runtime.heads"
+        return requested, "set by runtime.head_partition"
     if world_size == 1:
         return "batch", "one rank"
     total = sum(sizes)
@@ -101,6 +101,6 @@ def _check_no_idle_rank(world_size: int, sizes: Sequence[int], requested: HeadPa
         parts = f"{min(sizes)} clusters in the smallest head"
     allowed = ["auto", *(kind for kind, most in most_ranks.items() if world_size <= most)]
     raise ValueError(
-        f"runtime.heads: '{requested}' leaves a rank without work ({parts}, {world_size} ranks); "
+        f"runtime.head_partition: '{requested}' leaves a rank idle ({parts}, {world_size} ranks); "
         f"allowed: {', '.join(allowed)}"
     )

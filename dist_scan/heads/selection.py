@@ -49,7 +49,7 @@ class HeadSelection(nn.Module):
     - alignment [S]: the selected head's cluster that corresponds to each cluster; -1 if unknown
       (no held-out rows)
     - collapsed: epochs in a row in which all heads were collapsed
-    - kept_weight [S, D], kept_bias [S]: the heads at the best epoch; if they are partitioned, only
+    - best_weight [S, D], best_bias [S]: the heads at the best epoch; if they are partitioned, only
       this rank's rows until `gather`
     """
 
@@ -60,8 +60,8 @@ class HeadSelection(nn.Module):
     stability: Tensor
     alignment: Tensor
     collapsed: Tensor
-    kept_weight: Tensor
-    kept_bias: Tensor
+    best_weight: Tensor
+    best_bias: Tensor
 
     def __init__(self, heads: ClusterHeads) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class HeadSelection(nn.Module):
         self.register_buffer("stability", torch.full((num_heads,), math.nan, dtype=torch.float64))
         self.register_buffer("alignment", torch.full((sum(heads.sizes),), -1))
         self.register_buffer("collapsed", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("kept_weight", heads.weight.detach().clone())
-        self.register_buffer("kept_bias", heads.bias.detach().clone())
+        self.register_buffer("best_weight", heads.weight.detach().clone())
+        self.register_buffer("best_bias", heads.bias.detach().clone())
 
     def heads_of_group(self, group: int) -> list[int]:
         """Heads with this group's number of clusters."""
@@ -126,8 +126,8 @@ class HeadSelection(nn.Module):
         """Without held-out rows: store the newest heads; the first of each group is selected."""
         self.best_epoch.fill_(epoch)
         self.best_loss.fill_(math.nan)
-        self.kept_weight.copy_(heads.weight)
-        self.kept_bias.copy_(heads.bias)
+        self.best_weight.copy_(heads.weight)
+        self.best_bias.copy_(heads.bias)
 
     @torch.no_grad()
     def update(
@@ -196,8 +196,8 @@ class HeadSelection(nn.Module):
             mapping = match_clusters(assignments[best], assignments[h], num_clusters)
             self.alignment[heads.slices[h]] = torch.from_numpy(mapping).to(self.alignment.device)
             local = heads.local_slices[h]
-            self.kept_weight[local] = heads.weight[local]
-            self.kept_bias[local] = heads.bias[local]
+            self.best_weight[local] = heads.weight[local]
+            self.best_bias[local] = heads.bias[local]
         return True
 
     @torch.no_grad()
@@ -205,16 +205,16 @@ class HeadSelection(nn.Module):
         """Collect the stored heads of all ranks in rank 0's host memory, to publish. Collective."""
         if self.row_sharding is None:
             return
-        weight = self.row_sharding.gather(self.kept_weight)
-        bias = self.row_sharding.gather(self.kept_bias)
+        weight = self.row_sharding.gather(self.best_weight)
+        bias = self.row_sharding.gather(self.best_bias)
         if weight is not None and bias is not None:
-            self.kept_weight = weight
-            self.kept_bias = bias
+            self.best_weight = weight
+            self.best_bias = bias
 
     def selected_head(self, group: int = 0) -> nn.Linear:
         """The selected head of a group."""
         rows = head_slices(self.sizes)[int(self.best_head[group])]
-        weight, bias = self.kept_weight[rows], self.kept_bias[rows]
+        weight, bias = self.best_weight[rows], self.best_bias[rows]
         num_clusters, dim = weight.shape
         head = nn.Linear(dim, num_clusters, dtype=weight.dtype, device=weight.device)
         head.load_state_dict({"weight": weight, "bias": bias})
@@ -224,7 +224,7 @@ class HeadSelection(nn.Module):
         """Write heads.safetensors (weight, bias, alignment of all heads) and heads.json."""
         save_tensors(
             out / "heads.safetensors",
-            {"weight": self.kept_weight, "bias": self.kept_bias, "alignment": self.alignment},
+            {"weight": self.best_weight, "bias": self.best_bias, "alignment": self.alignment},
         )
         selected = self.best_head.tolist()
         rows = [
@@ -233,7 +233,7 @@ class HeadSelection(nn.Module):
                 "num_clusters": c,
                 "held_out_loss": number_or_none(self.losses[h]),
                 "stability": number_or_none(self.stability[h]),
-                "chosen": h in selected,
+                "selected": h in selected,
             }
             for h, c in enumerate(self.sizes)
         ]
@@ -242,7 +242,7 @@ class HeadSelection(nn.Module):
             "best_epoch": int(self.best_epoch[0]),
             "best_loss": number_or_none(self.best_loss[0]),
             "sizes": list(self.sizes),
-            "chosen": selected,
+            "selected": selected,
             "heads": rows,
         }
         write_json(out / "heads.json", table)
@@ -256,7 +256,7 @@ class PublishedHeads:
         tensors = load_tensors(folder / "heads.safetensors")
         self.folder = folder
         self.sizes = tuple(table["sizes"])
-        self.selected = tuple(table["chosen"])
+        self.selected = tuple(table["selected"])
         """The selected head of each number of clusters."""
         self.weight = tensors["weight"].to(device).split(self.sizes)
         self.bias = tensors["bias"].to(device).split(self.sizes)
@@ -282,7 +282,7 @@ class PublishedHeads:
             raise ValueError(
                 f"{self.folder}: heads that were not selected by held-out rows are not aligned, so "
                 "they have no consensus; give the heads stage held_out_share (or "
-                "held_out_neighbours), or assign with head: chosen"
+                "held_out_neighbours), or assign with head: selected"
             )
         logits = [self.logits(h, features) for h in members]
         return consensus(logits, [self.alignment[h] for h in members])

@@ -56,8 +56,8 @@ class ClusteringMethod(NetworkMethod):
     """
 
     statistics: ClassVar[tuple[str, ...]]
-    """Names of the values in the buffer ``facts``: logged facts about the last clustering."""
-    facts: Tensor
+    """Names of the values in the buffer ``last_statistics``, which are logged."""
+    last_statistics: Tensor
 
     def __init__(
         self, config: NetworkConfig, inputs: MethodInputs, num_heads: int | None = None
@@ -67,7 +67,9 @@ class ClusteringMethod(NetworkMethod):
         self.assignment = MemoryBank(inputs.num_images, shape, torch.int32, fill=-1)
         self.memory_banks["assignment"] = self.assignment
         self.history: AssignmentHistory | None = None
-        self.register_buffer("facts", torch.full((len(self.statistics),), torch.nan).double())
+        self.register_buffer(
+            "last_statistics", torch.full((len(self.statistics),), torch.nan).double()
+        )
         # Targets of all images, on every rank; read from the bank before each epoch.
         self.targets = torch.full((inputs.num_images, *shape), -1)
 
@@ -81,7 +83,7 @@ class ClusteringMethod(NetworkMethod):
         return None
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        values = zip(self.statistics, self.facts.tolist())
+        values = zip(self.statistics, self.last_statistics.tolist())
         return {name: value for name, value in values if not np.isnan(value)}
 
     def prepare_publish(self) -> None:

@@ -48,7 +48,7 @@ class HeadsMethod(Method):
         self.heads = ClusterHeads(
             inputs.feature_dim, num_clusters, num_heads, inputs.head_partition
         )
-        self.choice = HeadSelection(self.heads)
+        self.selection = HeadSelection(self.heads)
         # Features of the last step, for the divergence check after the epoch; not saved.
         self.last_features: Tensor | None = None
 
@@ -63,28 +63,28 @@ class HeadsMethod(Method):
         # Check for divergence on the features of the last step.
         metrics: dict[str, float] = {}
         if self.last_features is not None:
-            metrics = self.choice.check_divergence(heads, self.last_features)
+            metrics = self.selection.check_divergence(heads, self.last_features)
             self.last_features = None
         # Without held-out rows the newest epoch is the best.
         if held_out is None:
-            self.choice.keep_newest(epoch, heads)
+            self.selection.keep_newest(epoch, heads)
             return metrics, True
         # Features of this rank's held-out rows, and the held-out loss of all heads.
         device = heads.weight.device
         parts = [self.features(batch.views[0].to(device)) for batch in held_out.batches()]
         rows = torch.cat(parts) if parts else heads.weight.new_zeros(0, heads.weight.shape[1])
-        held_out_metrics, is_best = self.choice.update(epoch, heads, rows, held_out.neighbours)
+        held_out_metrics, is_best = self.selection.update(epoch, heads, rows, held_out.neighbours)
         return metrics | held_out_metrics, is_best
 
     def publish(self, out: Path) -> None:
         """Write the selected head of the first number of clusters as a model, and all heads."""
         backbone, config = self.inputs.backbone, self.inputs.backbone_config
-        head = self.choice.selected_head()
+        head = self.selection.selected_head()
         save_cluster_model(
             out,
             ClusterModel(backbone, self.features.norm, head, config),
-            best_head=int(self.choice.best_head[0]),
-            best_epoch=int(self.choice.best_epoch[0]),
-            held_out_loss=number_or_none(self.choice.best_loss[0]),
+            best_head=int(self.selection.best_head[0]),
+            best_epoch=int(self.selection.best_epoch[0]),
+            held_out_loss=number_or_none(self.selection.best_loss[0]),
         )
-        self.choice.publish(out)
+        self.selection.publish(out)

@@ -139,7 +139,7 @@ class DeepClusterMethod(ClusteringMethod):
         assignment, statistics = self._cluster(embed(self.backbone), epoch)
         # Compare with the clustering before (Eq. 3).
         statistics["nmi_previous"] = assignment_nmi(previous, assignment) if epoch else np.nan
-        self.facts.copy_(torch.tensor([statistics[name] for name in self.statistics]))
+        self.last_statistics.copy_(torch.tensor([statistics[name] for name in self.statistics]))
         # Make the clusters the targets.
         self.used.fill_(int(assignment.max()) + 1)
         self.assignment.fill(torch.from_numpy(assignment))

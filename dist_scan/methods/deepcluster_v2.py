@@ -133,7 +133,7 @@ class DeepClusterV2Method(ClusteringMethod):
             nmi = [assignment_nmi(old, new) for old, new in zip(previous.T, assignment.T)]
         num_empty = sum(int((result.sizes == 0).sum()) for result in results)
         num_splits = sum(result.num_splits for result in results)
-        self.facts.copy_(torch.tensor([np.mean(nmi), num_empty, num_splits]))
+        self.last_statistics.copy_(torch.tensor([np.mean(nmi), num_empty, num_splits]))
         return [self.prototypes]
 
     def _cluster(self, table: FeatureTable, epoch: int, head: int) -> KMeansResult:

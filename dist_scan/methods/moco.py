@@ -27,7 +27,7 @@ class MoCoConfig(NetworkConfig):
 
     kind: Literal["moco"] = "moco"
     temperature: float = Field(default=0.2, gt=0)
-    momentum: float = Field(default=0.999, ge=0, lt=1)
+    key_momentum: float = Field(default=0.999, ge=0, lt=1)
     """Momentum m of the key encoder (MoCo, Eq. 2)."""
     queue_size: int = Field(default=65536, ge=1)
     """Number of keys in the queue, a multiple of global_batch."""
@@ -59,7 +59,9 @@ class MoCoMethod(NetworkMethod):
     def __init__(self, config: MoCoConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs)
         self.projector = Projector(inputs.feature_dim, config.projection_dim, config.mlp)
-        self.key = MomentumCopy(nn.Sequential(self.backbone, self.projector), config.momentum)
+        self.key_encoder = MomentumCopy(
+            nn.Sequential(self.backbone, self.projector), config.key_momentum
+        )
         self.queue = Queue(config.queue_size, config.projection_dim, inputs.seed)
 
     def forward(self, batch: Batch) -> Step:
@@ -87,19 +89,19 @@ class MoCoMethod(NetworkMethod):
     def _encode_keys(self, images: Tensor, shuffle: int) -> Tensor:
         """Keys [b, d] of this rank's images, with shuffled batch norm (Sec. 3.3)."""
         if self.config.bn_groups == 1:
-            return on_unit_sphere(self.key(images))
+            return on_unit_sphere(self.key_encoder(images))
         b = len(images)
         start = current().rank * b
         # Shuffle: this rank encodes a random part of the global batch.
         order = permutation(b * current().world_size, self.inputs.seed, shuffle).to(images.device)
         shuffled_images = all_rows(images)[order[start : start + b]]
-        shuffled_keys = on_unit_sphere(self.key(shuffled_images))
+        shuffled_keys = on_unit_sphere(self.key_encoder(shuffled_images))
         # Undo the shuffle: every key returns to the rank of its image.
         return all_rows(shuffled_keys)[order.argsort()[start : start + b]]
 
     def end_step(self, batch: Batch, step: Step) -> None:
         # Eq. 2: key = m * key + (1 - m) * query, parameters only.
-        self.key.update(nn.ModuleList([self.backbone, self.projector]))
+        self.key_encoder.update(nn.ModuleList([self.backbone, self.projector]))
         # Alg. 1: the keys replace the oldest ones after the update.
         self.queue.enqueue(step.for_end_step["keys"])
 

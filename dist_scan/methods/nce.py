@@ -31,7 +31,7 @@ class NCEConfig(NetworkConfig):
 
     kind: Literal["nce"] = "nce"
     temperature: float = Field(default=0.1, gt=0)
-    momentum: float = Field(default=0.5, ge=0, lt=1)
+    memory_momentum: float = Field(default=0.5, ge=0, lt=1)
     """Momentum of the memory: a row becomes momentum * row + (1 - momentum) * projection,
     normalised to unit length."""
     projection_dim: int = Field(default=128, ge=1)
@@ -71,7 +71,7 @@ class NCEMethod(NetworkMethod):
 
     def end_step(self, batch: Batch, step: Step) -> None:
         # Move the rows of the batch towards the new projections.
-        m = self.config.momentum
+        m = self.config.memory_momentum
         rows, projections = step.for_end_step["rows"], step.for_end_step["projections"]
         self.memory.write(batch.index, on_unit_sphere(m * rows + (1 - m) * projections))
 

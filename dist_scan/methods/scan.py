@@ -25,7 +25,7 @@ from dist_scan.methods.base import MethodInputs, NetworkConfig, Step
 from dist_scan.models.layers import Normalise
 from dist_scan.world.world import current
 
-SHARDED_STATE = ("heads.weight", "heads.bias", "choice.kept_weight", "choice.kept_bias")
+SHARDED_STATE = ("heads.weight", "heads.bias", "selection.best_weight", "selection.best_bias")
 """State of which a rank holds only some rows, if heads or clusters are split over ranks."""
 
 
@@ -76,7 +76,7 @@ class ScanMethod(HeadsMethod):
             config.normalise,
             trains_backbone,
         )
-        self.best = BestNetwork(inputs.network(config)) if trains_backbone else None
+        self.best_network = BestNetwork(inputs.network(config)) if trains_backbone else None
         if self.heads.row_sharding is not None:
             self.sharded_state = dict.fromkeys(SHARDED_STATE, self.heads.row_sharding)
 
@@ -132,16 +132,16 @@ class ScanMethod(HeadsMethod):
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         # Select head and epoch by the held-out loss; keep the network of the best epoch.
         metrics, is_best = self.select(epoch, self.heads, held_out)
-        if is_best and self.best is not None:
+        if is_best and self.best_network is not None:
             assert self.features.backbone is not None
-            self.best.save(self.features.backbone)
+            self.best_network.save(self.features.backbone)
         return metrics
 
     def prepare_publish(self) -> None:
-        self.choice.gather()
+        self.selection.gather()
 
     def publish(self, out: Path) -> None:
-        if self.best is not None:
+        if self.best_network is not None:
             assert self.features.backbone is not None
-            self.best.restore(self.features.backbone)
+            self.best_network.restore(self.features.backbone)
         super().publish(out)

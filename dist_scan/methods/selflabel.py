@@ -72,11 +72,11 @@ class SelfLabelMethod(Method):
         super().__init__(config, inputs)
         self.model = load_cluster_model(inputs.input_folders["model"])
         convert_batch_norm(self.model, config.bn_groups)
-        self.teacher = self.shadow = None
+        self.teacher = self.ema_model = None
         if config.ema is not None and config.ema_meaning == "teacher":
             self.teacher = MomentumCopy(self.model, config.ema)
         if config.ema is not None and config.ema_meaning == "released":
-            self.shadow = MomentumCopy(self.model, config.ema)
+            self.ema_model = MomentumCopy(self.model, config.ema)
         for name in ("confident", "last_confident"):
             self.register_buffer(name, torch.zeros(self.model.num_clusters, dtype=torch.int64))
         for name in ("seen", "last_seen", "flat_epochs", "collapsing_epochs", "epochs"):
@@ -105,10 +105,10 @@ class SelfLabelMethod(Method):
     def end_step(self, batch: Batch, step: Step) -> None:
         if self.teacher is not None:
             self.teacher.update(self.model)
-        if self.shadow is not None:
+        if self.ema_model is not None:
             # Average the parameters, then load them and the initial buffers back into the model.
-            self.shadow.update(self.model)
-            self.model.load_state_dict(self.shadow.module.state_dict())
+            self.ema_model.update(self.model)
+            self.model.load_state_dict(self.ema_model.module.state_dict())
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
         # Move this epoch's counts to last_*.

@@ -38,7 +38,7 @@ class TemiConfig(MethodConfig):
     0.5 makes all clusters equally large."""
     temperature: float = Field(default=0.1, gt=0)
     """Temperature of student and teacher. Published heads are divided by it."""
-    momentum: float = Field(default=0.996, ge=0, lt=1)
+    teacher_momentum: float = Field(default=0.996, ge=0, lt=1)
     """Momentum of the teacher."""
     marginal_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of the running mean of the teacher's probabilities. The mean includes the current
@@ -56,7 +56,7 @@ class TemiMethod(HeadsMethod):
 
     def __init__(self, config: TemiConfig, inputs: MethodInputs) -> None:
         super().__init__(config, inputs, config.num_clusters, config.num_heads, config.normalise)
-        self.teacher = MomentumCopy(self.heads, config.momentum)
+        self.teacher = MomentumCopy(self.heads, config.teacher_momentum)
         uniform = [torch.full((size,), 1 / size) for size in self.heads.sizes]
         self.register_buffer("marginal", torch.cat(uniform))
 

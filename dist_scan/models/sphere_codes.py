@@ -14,7 +14,7 @@ from dist_scan.data.hashing import uniform
 from dist_scan.data.order import check_rows
 
 # Streams of the hash, one per use
-COMPONENT, NOISE, MEANS = 501, 502, 503
+COMPONENT, NOISE, MEANS = 511, 512, 513
 
 
 class SphereCodes:

@@ -35,13 +35,13 @@ DISPLAY_NAMES = {
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What the advice depends on. ``workers`` (loader threads) and ``cores`` are per rank."""
+    """What the advice depends on. ``loader_threads`` and ``cores`` are per rank."""
 
     global_batch: int
     world_size: int = 1
     device: str = "cpu"
     cores: int = 1
-    workers: int = 1
+    loader_threads: int = 1
     stored: str = ""
     """How images are stored (raw, jpeg, original); '' if the views are cached features."""
     resolution: int = 0
@@ -168,8 +168,8 @@ def _data_wait_remedy(step: _StepTime) -> str:
         options.append(f"store {resolution} px (data.stored: jpeg, data.resolution)")
     elif setup.stored == "jpeg":
         options.append("store pixels (data.stored: raw)")
-    if setup.workers < setup.cores:
-        options.append(f"raise runtime.workers from {setup.workers} to {setup.cores}")
+    if setup.loader_threads < setup.cores:
+        options.append(f"raise runtime.loader_threads from {setup.loader_threads} to {setup.cores}")
     else:
         missing = max(1, math.ceil(setup.cores * (step.step_s / model_s - 1)))
         options.append(f"add {missing} core{_plural(missing)} per process (slurm.cpus_per_task)")

@@ -51,7 +51,7 @@ def training_setup(
         world_size=world.world_size,
         device=world.device.type,
         cores=num_cores,
-        workers=min(run.runtime.workers or num_cores, num_cores),
+        loader_threads=min(run.runtime.loader_threads or num_cores, num_cores),
     )
     if on_features:
         return setup
@@ -199,7 +199,7 @@ class TrainingProfile:
             "steps": self.counted,
             "first_step_s": round(self.first_step_s, 3),
             "profiled": bool(self.num_profiled),
-            "setting": dataclasses.asdict(self.setup),
+            "setup": dataclasses.asdict(self.setup),
         }
         if not self.counted:
             return summary
@@ -208,7 +208,7 @@ class TrainingProfile:
         return summary | {
             "images_per_s": round(images / float(self.total.sum(1).mean()), 1),
             "waits_for": found.waits_for,
-            "verdict": found.text,
+            "bottleneck": found.text,
             "sections": section_table(self.total, self.counted),
             "seconds_by_rank": {
                 name: np.round(self.total[:, i], 4).tolist() for i, name in enumerate(SECTIONS)

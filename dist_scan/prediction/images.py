@@ -66,7 +66,7 @@ def _encode(options: PredictOptions, data: DataConfig) -> Path:
     beton = options.work_dir / "images.beton"
     config = data.model_copy(update={"max_bad_share": 1.0})
     fingerprint = storage_fingerprint(source.fingerprint(), config)
-    if beton.is_file() and read_metadata(beton)["mark"] == fingerprint:
+    if beton.is_file() and read_metadata(beton)["fingerprint"] == fingerprint:
         return beton
     beton.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -65,7 +65,7 @@ def load_predictor(
     require_finite_weights(model)
     move_to_device(model, world.device).eval()
     embedder = None if features is None else _load_embedder(run, features, world.device)
-    runtime = run.config.runtime.model_copy(update={"workers": options.workers})
+    runtime = run.config.runtime.model_copy(update={"loader_threads": options.workers})
     config = run.config.model_copy(update={"runtime": runtime})
     recipe = run.recipe(choice.assign)
     loader, recipes = open_images(images.beton, (recipe,), 1, config, world)

@@ -183,9 +183,9 @@ def _highest_scores(report: Report) -> dict[str, float]:
 def _bottlenecks(report: Report) -> list[tuple[str, str]]:
     """Stage and verdict of every profiled training."""
     return [
-        (name, timing["verdict"])
+        (name, timing["bottleneck"])
         for name, timing in report.timings.items()
-        if timing.get("profiled") and timing.get("verdict")
+        if timing.get("profiled") and timing.get("bottleneck")
     ]
 
 

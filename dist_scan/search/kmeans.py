@@ -109,8 +109,12 @@ def kmeans(
         "features": checkpoint_path and content_digest(table, rows.readers, options.view),
     }
     checkpoint = KMeansCheckpoint(checkpoint_path, settings)
-    most_iterations = options.restarts * options.iterations - checkpoint.spared
-    done = checkpoint.restart * options.iterations - checkpoint.spared + checkpoint.iteration
+    most_iterations = options.restarts * options.iterations - checkpoint.unused_iterations
+    done = (
+        checkpoint.restart * options.iterations
+        - checkpoint.unused_iterations
+        + checkpoint.iteration
+    )
     with (
         Progress(
             "k-means", most_iterations, "iterations", done=done, enabled=current().rank == 0
@@ -148,7 +152,7 @@ def kmeans(
         objective=best["objective"] * rows.scale**-2,
         iterations=best["iterations"],
         sizes=np.bincount(assignment, minlength=num_clusters),
-        num_splits=best["num_empty"],
+        num_splits=best["num_splits"],
     )
 
 
@@ -170,7 +174,7 @@ class LloydRun:
     ) -> None:
         self.rows = rows
         self.options = options
-        self.random = np.random.default_rng(seed)
+        self.random_state = np.random.default_rng(seed)
         self.pool = pool
         self.nearest = nearest
         self.k, self.dim = centroids.shape
@@ -211,24 +215,24 @@ class LloydRun:
             # Update step. The checkpoint has the centroids that were assigned to, since the
             # assignment follows from them.
             if iteration < iterations:
-                random = self.random.bit_generator.state
+                random = self.random_state.bit_generator.state
                 checkpoint.after_iteration(objective, self.centroids, random, self.num_splits)
                 self._update_centroids()
-        spared = iterations - iteration
-        progress.total -= spared
+        unused_iterations = iterations - iteration
+        progress.total -= unused_iterations
         result = {
             "objective": objective,
             "iterations": iteration,
-            "num_empty": self.num_splits,
+            "num_splits": self.num_splits,
         }
-        checkpoint.after_restart(result, self.centroids, self.assignment, spared)
+        checkpoint.after_restart(result, self.centroids, self.assignment, unused_iterations)
 
     def _resume(self, checkpoint: KMeansCheckpoint) -> None:
         """Continue after the last iteration of an earlier process: repeat its assignment."""
-        assert checkpoint.centroids is not None and checkpoint.random is not None
+        assert checkpoint.centroids is not None and checkpoint.random_state is not None
         self.centroids = checkpoint.centroids
-        self.num_splits = checkpoint.num_empty
-        self.random.bit_generator.state = checkpoint.random
+        self.num_splits = checkpoint.num_splits
+        self.random_state.bit_generator.state = checkpoint.random_state
         self._assign()
         self._update_centroids()
 
@@ -312,4 +316,4 @@ class LloydRun:
         weight = np.maximum(counts - 1, 0)
         if weight.sum() == 0:
             weight = counts
-        return int(self.random.choice(len(counts), p=weight / weight.sum()))
+        return int(self.random_state.choice(len(counts), p=weight / weight.sum()))

@@ -23,7 +23,15 @@ from dist_scan.world.world import current
 
 WRITE_EVERY_S = 60.0
 ARRAYS = ("centroids", "best_centroids")
-NUMBERS = ("restart", "iteration", "spared", "objective", "random", "num_empty", "best")
+NUMBERS = (
+    "restart",
+    "iteration",
+    "unused_iterations",
+    "objective",
+    "random_state",
+    "num_splits",
+    "best",
+)
 
 
 class KMeansCheckpoint:
@@ -32,13 +40,13 @@ class KMeansCheckpoint:
     Attributes
     ----------
     restart : restarts that are complete
-    spared : iterations that they did not need, because they converged earlier
+    unused_iterations : iterations that they did not need, because they converged earlier
     iteration : iterations of the current restart that are complete
     centroids : [k, D] float32 of the last complete iteration
     objective : of the last complete iteration
-    random : state of the random generator after it
-    num_empty : empty clusters that were refilled by splitting another, in this restart
-    best : {objective, iterations, num_empty} of the best complete restart
+    random_state : state of the random generator after it
+    num_splits : empty clusters that were refilled by splitting another, in this restart
+    best : {objective, iterations, num_splits} of the best complete restart
     best_centroids : its centroids [k, D]
     best_assignment : its clusters of this rank's rows, if this process has computed them
     """
@@ -53,7 +61,7 @@ class KMeansCheckpoint:
         self.settings = dict(settings)
         self.written_at = time.monotonic()
         self.restart = 0
-        self.spared = 0
+        self.unused_iterations = 0
         self.best: dict[str, Any] | None = None
         self.best_centroids: np.ndarray | None = None
         self.best_assignment: np.ndarray | None = None
@@ -66,8 +74,8 @@ class KMeansCheckpoint:
     def _begin_restart(self) -> None:
         self.iteration = 0
         self.objective = float("inf")
-        self.num_empty = 0
-        self.random: Mapping[str, Any] | None = None
+        self.num_splits = 0
+        self.random_state: Mapping[str, Any] | None = None
         self.centroids: np.ndarray | None = None
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -76,8 +84,8 @@ class KMeansCheckpoint:
             return {}
         try:
             with np.load(path, allow_pickle=False) as file:
-                saved = json.loads(bytes(file["facts"]))
-                settings = saved["asked"]
+                saved = json.loads(bytes(file["state"]))
+                settings = saved["settings"]
                 if settings == self.settings:
                     arrays = {name: file[name] for name in ARRAYS if name in file}
                     return {name: saved[name] for name in NUMBERS} | arrays
@@ -95,14 +103,14 @@ class KMeansCheckpoint:
         objective: float,
         centroids: np.ndarray,
         random: Mapping[str, Any],
-        num_empty: int,
+        num_splits: int,
     ) -> None:
         """Record an iteration after which another follows. Written to disk once a minute."""
         self.iteration += 1
         self.objective = objective
         self.centroids = centroids
-        self.random = random
-        self.num_empty = num_empty
+        self.random_state = random
+        self.num_splits = num_splits
         if time.monotonic() - self.written_at > WRITE_EVERY_S:
             self.write()
 
@@ -111,7 +119,7 @@ class KMeansCheckpoint:
         result: Mapping[str, Any],
         centroids: np.ndarray,
         assignment: np.ndarray,
-        spared: int,
+        unused_iterations: int,
     ) -> None:
         """Record a complete restart. The lowest objective is kept, the first of equal ones."""
         if self.best is None or result["objective"] < self.best["objective"]:
@@ -119,7 +127,7 @@ class KMeansCheckpoint:
             self.best_centroids = centroids
             self.best_assignment = assignment
         self.restart += 1
-        self.spared += spared
+        self.unused_iterations += unused_iterations
         self._begin_restart()
 
     def remove(self) -> None:
@@ -133,9 +141,9 @@ class KMeansCheckpoint:
         self.written_at = time.monotonic()
         if self.path is None or current().rank != 0:
             return
-        saved = {"asked": self.settings} | {name: getattr(self, name) for name in NUMBERS}
+        saved = {"settings": self.settings} | {name: getattr(self, name) for name in NUMBERS}
         arrays = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
-        arrays["facts"] = np.frombuffer(json.dumps(saved).encode(), np.uint8)
+        arrays["state"] = np.frombuffer(json.dumps(saved).encode(), np.uint8)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_npz(self.path, arrays)

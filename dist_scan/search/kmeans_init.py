@@ -20,7 +20,7 @@ from dist_scan.search.stopping import raise_if_stopped
 from dist_scan.world.collectives import all_sum
 from dist_scan.world.world import current
 
-STREAM = 401  # stream of the hash that belongs to this module
+SAMPLE_STREAM, FIRST_STREAM, DRAW_STREAM = 401, 402, 403  # streams of the hash
 SAMPLE_ROWS_PER_CLUSTER = 32
 MIN_SAMPLE = 16_384
 MAX_SAMPLE = 262_144  # but at least two rows per cluster
@@ -55,7 +55,7 @@ def initial_centroids(
         return sample.rows_at(np.arange(num_clusters)).astype(np.float64)
 
     # The first centroid: any row of the sample.
-    draws = uniform(seed, STREAM, restart, 0, np.arange(1))
+    draws = uniform(seed, FIRST_STREAM, restart, np.arange(1))
     candidates = sample.rows_at((draws * count).astype(np.int64))
     centroids = [candidates[sample.add_best(candidates)]]
     # The others: the best of several draws.
@@ -63,14 +63,14 @@ def initial_centroids(
     for i in range(1, num_clusters):
         if i % STOP_CHECK_EVERY == 0:
             raise_if_stopped(stop_requested)
-        candidates = sample.draw(uniform(seed, STREAM, restart, i, np.arange(trials)))
+        candidates = sample.draw(uniform(seed, DRAW_STREAM, restart, i, np.arange(trials)))
         centroids.append(candidates[sample.add_best(candidates)])
     return np.stack(centroids).astype(np.float64)
 
 
 def _draw_rows(num_rows: int, count: int, seed: int, restart: int) -> np.ndarray:
     """Ascending indices of `count` random rows: those with the smallest hashes."""
-    draws = uniform(seed, STREAM, restart, np.arange(num_rows))
+    draws = uniform(seed, SAMPLE_STREAM, restart, np.arange(num_rows))
     return np.sort(np.argpartition(draws, count - 1)[:count])
 
 

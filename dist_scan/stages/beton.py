@@ -25,6 +25,7 @@ class BetonStage(Stage[BetonConfig]):
     """Writes images.beton, its sidecar files, and the list of images that could not be read."""
 
     Config = BetonConfig
+    version = 2
 
     def run(self) -> None:
         """Rank 0 writes, with several worker processes."""
@@ -33,7 +34,7 @@ class BetonStage(Stage[BetonConfig]):
     def _write(self) -> None:
         context, config = self.context, self.config
         source = open_source(config.data.splits()[config.split])
-        workers = context.run.runtime.workers
+        workers = context.run.runtime.loader_threads
         report = write_beton(source, context.out / BETON, config.data, workers)
         if report.num_bad:
             context.log(

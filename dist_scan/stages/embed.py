@@ -61,6 +61,7 @@ class EmbedStage(Stage[EmbedConfig]):
     """Writes table.json and the shards."""
 
     Config = EmbedConfig
+    version = 2
 
     def run(self) -> None:
         """Compute the missing shards. Collective."""

@@ -60,7 +60,7 @@ class KMeansStage(Stage[KMeansConfig]):
     """Writes assignments.npz and centroids.npy."""
 
     Config = KMeansConfig
-    version = 2  # greedy k-means++
+    version = 3
 
     def run(self) -> None:
         """Cluster, from the last saved iteration if there is one. Collective."""

@@ -65,6 +65,7 @@ class ProbeStage(Stage[ProbeConfig]):
     """Writes probe.json (top-1 accuracy per layer on test_images) and the classifiers."""
 
     Config = ProbeConfig
+    version = 2
     user_files = ("probe.json",)
 
     def run(self) -> None:

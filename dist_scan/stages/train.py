@@ -102,7 +102,7 @@ class TrainInputs:
             self.config.method.partitionable_heads(),
             self.features.dim,
             self.config.global_batch,
-            context.run.runtime.heads,
+            context.run.runtime.head_partition,
         )
         if world_size > 1:
             context.log(
@@ -141,7 +141,7 @@ class TrainInputs:
             free_memory(world.device),
             free_memory(torch.device("cpu")),
             world.local_world_size,
-            context.run.runtime.bank,
+            context.run.runtime.feature_cache,
         )
         context.log(
             f"{context.name}: features of {features.num_rows:,} images x {features.num_views} "
@@ -176,7 +176,7 @@ class TrainInputs:
             input_folders=context.inputs,
             head_partition=self.partition,
             epochs=config.epochs,
-            work_dir=context.out / WORK / "moment",
+            work_dir=context.out / WORK / "clustering",
             stop_requested=lambda: context.stop.requested,
         )
         method = move_to_device(config.method_class(config.method, inputs), context.world.device)
@@ -218,7 +218,7 @@ class TrainInputs:
         if context.world.rank == 0:
             recipe_settings = recipe_config.model_dump(mode="json")
             origin = fingerprint(recipe_settings, weights_digest(network))
-            origin_file = folder / "made_of"
+            origin_file = folder / "origin"
             if not origin_file.exists() or origin_file.read_text() != origin:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -238,6 +238,7 @@ class TrainStage(Stage[TrainConfig]):
     """Writes what the method publishes: a backbone, a cluster model, heads, assignments."""
 
     Config = TrainConfig
+    version = 2
 
     def run(self) -> None:
         """Train, from the newest checkpoint if there is one, and publish. Collective."""
@@ -248,10 +249,10 @@ class TrainStage(Stage[TrainConfig]):
         method = inputs.build_method()
         held_out = inputs.build_held_out()
         state = train_in_stage(context, config, method, feed, inputs.embed, held_out)
-        if state.skipped or state.refused:
+        if state.skipped or state.non_finite:
             context.log(
                 f"{context.name}: {state.skipped} steps skipped (no image was confident), "
-                f"{state.refused} updates skipped (not finite)"
+                f"{state.non_finite} updates skipped (not finite)"
             )
         self._publish(method, state)
 

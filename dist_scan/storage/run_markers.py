@@ -71,7 +71,7 @@ class RunMarkers:
 
     def _reserved(self, kind: str) -> Path:
         """Path of the preallocated file for this kind."""
-        return self.logs / f".kept-for-{kind}-rank{self.rank:05d}"
+        return self.logs / f".reserved-for-{kind}-rank{self.rank:05d}"
 
 
 def _overwrite(path: Path, data: bytes) -> None:

@@ -33,7 +33,7 @@ GLOBAL_BATCH, STEPS = 24, 3
 SETTINGS: dict[str, dict[str, Any]] = {
     "simclr": {"temperature": 0.2, "projection_dim": 8},
     "simclr-symmetric": {"temperature": 0.2, "projection_dim": 8, "symmetric": True},
-    "moco": {"queue_size": 48, "projection_dim": 8, "bn_groups": 12, "momentum": 0.9},
+    "moco": {"queue_size": 48, "projection_dim": 8, "bn_groups": 12, "key_momentum": 0.9},
     "moco-symmetric": {
         "queue_size": 48,
         "projection_dim": 8,
@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_heads": 2,
         "normalise": "standardise",
     },
-    "temi-features": {"num_clusters": (4, 6), "num_heads": 2, "momentum": 0.9},
+    "temi-features": {"num_clusters": (4, 6), "num_heads": 2, "teacher_momentum": 0.9},
     "selflabel": {"threshold": 0.4, "ema": None},
     "selflabel-teacher": {"threshold": 0.4, "ema": 0.9, "class_balance": False},
     "selflabel-released": {"threshold": 0.4, "ema": 0.9, "ema_meaning": "released"},

@@ -129,7 +129,7 @@ def train(partition: HeadPartition, scale: float, folder: Path) -> TrainResult:
         published = PublishedHeads(folder)
         for h in range(4):
             state[f"published {h}"] = published.logits(h, held_out).detach().numpy()
-        state["selected"] = method.choice.selected_head()(held_out).detach().numpy()
+        state["selected"] = method.selection.selected_head()(held_out).detach().numpy()
     return TrainResult(metrics, gradients, state, epoch_metrics, len(method.heads.weight))
 
 
@@ -275,7 +275,7 @@ def new_folder(tables: Path, tmp_path: Path) -> Callable[[str], Path]:
 def assert_checkpoint_is_complete(folder: Path, stopped: Arrays) -> None:
     """The checkpoint has the shapes that one rank would have written, and the ranks' values."""
     state = torch.load(next(folder.glob("work/checkpoints/step-*")) / "state.pt", weights_only=True)
-    assert state["position"]["step"] == 3
+    assert state["train_state"]["step"] == 3
     expected = make_method("batch").state_dict()
     shapes = {name: tuple(x.shape) for name, x in state["method"].items()}
     assert shapes == {name: tuple(x.shape) for name, x in expected.items()}
@@ -369,12 +369,14 @@ stages:
 
 
 def run_pipelines(config: Path, folders: dict[str, Path]) -> dict[str, tuple[str, Arrays]]:
-    """By value of runtime.heads: (log, published heads) of a run in that folder."""
+    """By value of runtime.head_partition: (log, published heads) of a run in that folder."""
     results = {}
     for setting, folder in folders.items():
         lines: list[str] = []
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        run = load_config(config, [f"runtime.run_dir={folder}", f"runtime.heads={setting}"])
+        run = load_config(
+            config, [f"runtime.run_dir={folder}", f"runtime.head_partition={setting}"]
+        )
         published = Pipeline(run, current(), StopFlag(), lines.append).run()["heads"]
         tensors = load_tensors(published / "heads.safetensors")
         arrays = {name: x.numpy().copy() for name, x in tensors.items()}
@@ -390,5 +392,5 @@ def test_the_stage_publishes_all_heads_for_any_partition(tmp_path: Path) -> None
     assert np.any(expected["alignment"] >= 0)
     folders = {setting: tmp_path / setting for setting in ("heads", "clusters")}
     for setting, (log, found) in run_ranks(run_pipelines, 2, config, folders)[0].items():
-        assert f"heads: splitting the {setting} over 2 ranks (set by runtime.heads)" in log
+        assert f"heads: splitting the {setting} over 2 ranks (set by runtime.head_partition)" in log
         assert_close(found, expected, 1e-6)

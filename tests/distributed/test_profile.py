@@ -144,7 +144,7 @@ def test_the_slow_part_is_named_as_the_bottleneck(
 ) -> None:
     messages = run_ranks(train_profiled, world_size, slow_part, beton, tmp_path)[0]
     timing = json.loads((tmp_path / "timing.json").read_text())
-    text = timing["verdict"]
+    text = timing["bottleneck"]
     assert timing["waits_for"] == slow_part, text
     assert text.startswith("rank 1") == (slow_part == "rank")
     assert any(f"profile of {STEPS} steps: {text}" in message for message in messages)

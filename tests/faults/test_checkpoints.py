@@ -45,7 +45,7 @@ def store(folder: Path, log: list[str]) -> CheckpointStore:
 
 
 def state(step: int) -> dict[str, Any]:
-    return {"method": {"w": torch.full((64,), float(step))}, "position": {"step": step}}
+    return {"method": {"w": torch.full((64,), float(step))}, "train_state": {"step": step}}
 
 
 def save(store: CheckpointStore, *steps: int) -> None:
@@ -56,7 +56,7 @@ def save(store: CheckpointStore, *steps: int) -> None:
 
 def loaded_step(store: CheckpointStore) -> int | None:
     found = store.load(CPU)
-    return None if found is None else found[0]["position"]["step"]
+    return None if found is None else found[0]["train_state"]["step"]
 
 
 def names(folder: Path) -> list[str]:
@@ -108,7 +108,7 @@ KILLED_IN_A_SAVE = textwrap.dedent("""
     folder, place = sys.argv[1], sys.argv[2]
     def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
     store = checkpoint.CheckpointStore(folder, 2)
-    def save(step): store.save(step, {"position": {"step": step}, "w": torch.ones(1000)}, {})
+    def save(step): store.save(step, {"train_state": {"step": step}, "w": torch.ones(1000)}, {})
     save(1)
     save(2)
     if place == "data": checkpoint.save_file = die

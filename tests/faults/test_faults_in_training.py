@@ -204,7 +204,7 @@ def test_a_non_finite_loss_or_gradient_skips_the_update_on_all_ranks(tmp_path: P
     assert "Traceback" not in result.output
     # Rows and checkpoints count steps from 1.
     rows = {r["step"]: r for r in read_rows(result.folder / "logs" / "pretext.metrics.jsonl")}
-    assert [rows[n]["refused"] for n in (3, 4, 5, 6, 7)] == [0, 1, 2, 2, 3]
+    assert [rows[n]["non_finite"] for n in (3, 4, 5, 6, 7)] == [0, 1, 2, 2, 3]
     assert math.isfinite(rows[5]["loss"])
     assert math.isfinite(rows[6]["loss"])
     states = {

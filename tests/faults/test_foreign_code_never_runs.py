@@ -29,10 +29,10 @@ class Attack:
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", 2, lambda text: None)
-    store.save(1, {"position": {"step": 1}}, {})
+    store.save(1, {"train_state": {"step": 1}}, {})
     folder = tmp_path / "checkpoints" / "step-000000001"
     file = folder / "state.pt"
-    torch.save({"position": Attack(tmp_path / "ran")}, file)
+    torch.save({"train_state": Attack(tmp_path / "ran")}, file)
     info = {"sha256": sha256_of(file), "size": file.stat().st_size}
     manifest = {"step": 1, "world_size": 1, "files": {file.name: info}}
     write_json(folder / "manifest.json", manifest)

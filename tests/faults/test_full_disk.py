@@ -123,7 +123,7 @@ def test_three_failed_saves_on_a_full_disk_end_the_run(disk: Path, start: Start)
     assert "starting again" not in done.stdout, done.stdout
     assert "Traceback" not in done.stdout, done.stdout
     assert done.stdout.count("could not save") == 3, done.stdout
-    assert "3 checkpoints in a row could not be saved" in (disk / "MISTAKE").read_text()
+    assert "3 checkpoints in a row could not be saved" in (disk / "FATAL_ERROR").read_text()
     # Only the preallocated files of the two ranks have been released.
     free = os.statvfs(disk)
     assert free.f_bavail * free.f_frsize <= 4 * run_markers.SIZE
@@ -156,7 +156,7 @@ def test_errors_are_written_into_preallocated_files(full_folder: Path) -> None:
     assert error["error"] == "ValueError: " + "\u00e4" * (run.SHORT - len("ValueError: "))
     assert error["rank"] == 1
     assert run._report_user_error(markers, "\u00e4" * 20000) == run.USER_ERROR
-    assert (full_folder / "MISTAKE").read_text().startswith("rank 1: \u00e4")
+    assert (full_folder / "FATAL_ERROR").read_text().startswith("rank 1: \u00e4")
     assert not list(full_folder.glob("logs/.kept*"))
 
 
@@ -167,10 +167,10 @@ def test_an_error_that_cannot_be_written_is_printed(
     markers.release()
     run._record_error(markers, ValueError("bad"))
     assert run._report_user_error(markers, "bad") == run.USER_ERROR
-    assert not (full_folder / "MISTAKE").exists()
+    assert not (full_folder / "FATAL_ERROR").exists()
     assert not list(full_folder.glob("logs/*"))
     output = capfd.readouterr().err
-    assert "MISTAKE cannot be written (No space left on device)" in output
+    assert "FATAL_ERROR cannot be written (No space left on device)" in output
     assert "ValueError: bad" in output
 
 

@@ -38,7 +38,7 @@ stages:
     features: pixels
     network: {name: pixels}
     neighbours: neighbours
-    method: {kind: temi, num_clusters: 10, num_heads: 3, temperature: 1.0, momentum: 0.9}
+    method: {kind: temi, num_clusters: 10, num_heads: 3, temperature: 1.0, teacher_momentum: 0.9}
     optimizer: {kind: adam, lr: 0.01}
     epochs: 12
     global_batch: 100
@@ -78,7 +78,7 @@ def test_the_report_evaluates_every_head_and_the_consensus(config: Path, tmp_pat
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     heads = report["heads"]["heads"]
     assert [head["num_clusters"] for head in heads] == [10, 10, 10, 20, 20, 20]
-    assert sum(head["chosen"] for head in heads) == 2, "one for each number of clusters"
+    assert sum(head["selected"] for head in heads) == 2, "one for each number of clusters"
     for head in heads:
         assert 0.2 < head["acc"] < 1
         assert -1 <= head["stability"] <= 1

@@ -59,7 +59,7 @@ def test_a_run_leaves_a_report_a_table_and_assignments(finished: tuple[Path, str
     assert {"beton_train", "pretext", "heads", "report"} <= found["stage_seconds"].keys()
     assert found["stage_memory"]["pretext"]["peak_host_bytes"] > 50 * 2**20
     timing = found["stage_timing"]["pretext"]
-    assert timing["verdict"]
+    assert timing["bottleneck"]
     assert len(timing["seconds_by_rank"]["forward"]) == 1
     page = (folder / "report.html").read_text()
     assert "time per step" in page

@@ -61,7 +61,7 @@ def test_one_page_from_two_jobs(cluster: Cluster, tmp_path: Path) -> None:
     for point in (one, two):
         assert point["row"]["steps"] == 7
         assert point["row"]["peak_host_mib"] > 0
-        assert point["row"]["verdict"]
+        assert point["row"]["bottleneck"]
     slowest = (two["row"]["worst_rank"], two["row"]["worst_host"])
     assert slowest in ((0, "n1"), (1, "n2"))
     assert sum(two["row"]["sections"].values()) == pytest.approx(1.0, abs=1e-3)

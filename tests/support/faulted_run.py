@@ -32,7 +32,7 @@ TINY = """
 name: tiny
 data: {{train: {{source: "sklearn:digits", limit: 240}}, size: 16, stored: raw, resolution: 16}}
 stages:{stages}
-runtime: {{run_dir: "{folder}", workers: 1, checkpoint_s: 0.3, log_every: 1, device: cpu,
+runtime: {{run_dir: "{folder}", loader_threads: 1, checkpoint_s: 0.3, log_every: 1, device: cpu,
            step_limit_s: 60, section_limit_s: 600}}
 """
 

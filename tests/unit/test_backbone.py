@@ -17,7 +17,7 @@ from torchvision.models import resnet18
 from dist_scan.models.backbone import BackboneConfig, build_backbone, load_backbone, save_backbone
 from dist_scan.models.cluster_model import load_cluster_model
 from dist_scan.models.import_weights import read_cluster_head
-from dist_scan.stages.given import GivenConfig, GivenStage
+from dist_scan.stages.pretrained import PretrainedConfig, PretrainedStage
 from dist_scan.world.world import World
 
 
@@ -283,7 +283,7 @@ def test_the_given_stage_publishes_a_scan_file_as_backbone_and_as_cluster_model(
         log=logged.append,
         run=SimpleNamespace(data=data),
     )
-    GivenStage(GivenConfig(backbone=backbone, cluster_head="best"), context).run()
+    PretrainedStage(PretrainedConfig(backbone=backbone, cluster_head="best"), context).run()
     model, images = load_cluster_model(tmp_path / "out").eval(), torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         features = network(images)
@@ -295,7 +295,7 @@ def test_the_given_stage_publishes_a_scan_file_as_backbone_and_as_cluster_model(
 
 def test_a_cluster_head_needs_a_checkpoint() -> None:
     backbone = BackboneConfig(name="resnet18", stem="cifar")
-    config = GivenConfig(backbone=backbone, cluster_head=1)
+    config = PretrainedConfig(backbone=backbone, cluster_head=1)
     with pytest.raises(ValueError, match="there is no backbone.checkpoint"):
         config.check("scan", {})
 

@@ -24,7 +24,7 @@ SETUP = TrainingSetup(
     world_size=2,
     device="cuda",
     cores=12,
-    workers=12,
+    loader_threads=12,
     stored="original",
     resolution=512,
     size=224,
@@ -52,7 +52,7 @@ def test_data_wait_is_shown_with_both_rates_and_the_missing_cores() -> None:
 @pytest.mark.parametrize(
     ("change", "advice"),
     [
-        ({"workers": 2}, "raise runtime.workers from 2 to 12"),
+        ({"loader_threads": 2}, "raise runtime.loader_threads from 2 to 12"),
         ({"stored": "jpeg", "resolution": 256}, "data.stored: raw"),
         ({"stored": ""}, "cached features"),
     ],

@@ -114,7 +114,7 @@ def test_an_error_names_path_value_and_remedy(invalid: str, parts: list[str]) ->
     [
         ("stages.pretext.recipes=[digit, digits]", "'digit'"),
         ("stages.pretext.network.name=resnet51", "'resnet51'"),
-        ("stages.given={kind: given, cluster_head: worst}", "'worst'"),
+        ("stages.pretrained={kind: pretrained, cluster_head: worst}", "'worst'"),
         ('slurm.partition="a\\nb"', r"'a\nb'"),
         ("stages.heads.epochs=ten", "'ten'"),
     ],

@@ -96,7 +96,7 @@ def test_the_fastest_memory_with_enough_room_is_chosen(
 
 def test_a_placement_from_the_config_is_used_or_refused() -> None:
     chosen = choose_placement(GIB, True, 80 * GIB, 80 * GIB, 1, "mapped")
-    assert chosen == ("mapped", "set by runtime.bank")
+    assert chosen == ("mapped", "set by runtime.feature_cache")
     with pytest.raises(ValueError, match="no GPU; allowed: auto, host, mapped"):
         choose_placement(GIB, False, 0, 80 * GIB, 1, "device")
     with pytest.raises(ValueError, match="5.00 GiB of host.*allowed: auto, mapped"):

@@ -66,7 +66,7 @@ def test_partition_follows_from_the_sizes(
 def test_a_requested_partition_must_give_every_rank_work() -> None:
     with pytest.raises(
         ValueError,
-        match=r"runtime.heads: 'heads' .*3 heads, 4 ranks.*allowed: auto, batch, clusters$",
+        match=r"runtime.head_partition: 'heads' .*3 heads, 4 ranks.*auto, batch, clusters$",
     ):
         choose_partition(4, (9,) * 3, 8, 8, "heads")
     with pytest.raises(ValueError, match="2 clusters.*allowed: auto, batch, heads$"):

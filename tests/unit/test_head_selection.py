@@ -71,12 +71,12 @@ def test_each_number_of_clusters_selects_its_own_epoch(tmp_path: Path) -> None:
     make_confident(heads, 2)
     assert not selection.update(1, heads, x, neighbours)[1]
     assert selection.best_epoch.tolist() == [0, 1]
-    torch.testing.assert_close(selection.kept_weight[:8], first[:8])
-    torch.testing.assert_close(selection.kept_weight[8:], heads.weight[8:])
+    torch.testing.assert_close(selection.best_weight[:8], first[:8])
+    torch.testing.assert_close(selection.best_weight[8:], heads.weight[8:])
     # What is published
     selection.publish(tmp_path)
     published, table = PublishedHeads(tmp_path), json.loads((tmp_path / "heads.json").read_text())
-    assert [row["chosen"] for row in table["heads"]] == [False, True, True, False]
+    assert [row["selected"] for row in table["heads"]] == [False, True, True, False]
     assert table["sizes"] == [4, 4, 6, 6]
     torch.testing.assert_close(published.logits(2, x), selection.selected_head(1)(x))
     for num_clusters in (4, 6):
@@ -118,7 +118,7 @@ def test_without_held_out_rows_the_newest_heads_are_published_without_consensus(
         "num_clusters": 4,
         "held_out_loss": None,
         "stability": None,
-        "chosen": True,
+        "selected": True,
     }
     with pytest.raises(ValueError, match="held_out_share"):
         published.consensus(4, x)

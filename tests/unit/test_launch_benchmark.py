@@ -197,9 +197,9 @@ def write_run(folder: Path, nodes: int, s_per_image: dict[str, float], late_s: f
     timing = {
         "steps": 300,
         "first_step_s": 3.25,
-        "setting": dataclasses.asdict(setup),
+        "setup": dataclasses.asdict(setup),
         "waits_for": bottleneck.waits_for,
-        "verdict": bottleneck.text,
+        "bottleneck": bottleneck.text,
         "images_per_s": round(256 * 300 / float(seconds.sum(1).mean()), 1),
         "seconds_by_rank": {name: seconds[:, i].tolist() for i, name in enumerate(SECTIONS)},
     }
@@ -248,7 +248,7 @@ def test_rows_of_a_run_hold_its_figures(tmp_path: Path) -> None:
     assert pretext["nodes"] == 2
     assert (pretext["worst_rank"], pretext["worst_host"]) == (1, "<n1>")
     assert (pretext["peak_gpu_mib"], pretext["device"]) == (8192, "GPU")
-    assert pretext["verdict"]
+    assert pretext["bottleneck"]
     assert rows["neighbours"]["wall_s"] == 15.0
     assert "sections" not in rows["neighbours"]
 
@@ -284,7 +284,7 @@ def benchmark_folder(tmp_path: Path) -> Path:
     halves = {name: s / 2 for name, s in MODEL.items()}
     write_run(tmp_path, 2, halves | {"all_reduce": 0.0003})
     (write_run(tmp_path, 4, MODEL) / "DONE").unlink()
-    (tmp_path / "nodes-4" / "MISTAKE").write_text("no such <images>\n")
+    (tmp_path / "nodes-4" / "FATAL_ERROR").write_text("no such <images>\n")
     (tmp_path / "nodes-2" / "rows").mkdir()
     (tmp_path / "nodes-2" / "rows" / "step.err").write_text("Traceback\nMemoryError: all of it\n")
     (tmp_path / "nodes-1" / "logs").mkdir()

@@ -236,14 +236,14 @@ def test_moco_shuffles_by_seed_and_step() -> None:
 
 
 def test_moco_enqueues_the_keys_and_averages_the_key_encoder() -> None:
-    method = make("moco", queue_size=32, projection_dim=4, momentum=0.5, bn_groups=4)
+    method = make("moco", queue_size=32, projection_dim=4, key_momentum=0.5, bn_groups=4)
     step = method(make_batch())
-    before = method.key.module[0].conv1.weight.clone()
+    before = method.key_encoder.module[0].conv1.weight.clone()
     with torch.no_grad():
         method.backbone.conv1.weight += 1
     method.end_step(make_batch(), step)
     torch.testing.assert_close(method.queue.rows[:GLOBAL_BATCH], step.for_end_step["keys"])
-    torch.testing.assert_close(method.key.module[0].conv1.weight, before + 0.5)
+    torch.testing.assert_close(method.key_encoder.module[0].conv1.weight, before + 0.5)
 
 
 def test_rotnet_rotates_every_image_four_times() -> None:
@@ -267,7 +267,7 @@ def test_instance_loss_is_a_softmax_over_the_memory() -> None:
 
 
 def test_nce_remembers_a_moving_average_of_unit_length() -> None:
-    method = make("nce", projection_dim=4, momentum=0.25)
+    method = make("nce", projection_dim=4, memory_momentum=0.25)
     before = method.memory.read(torch.arange(NUM_IMAGES))
     torch.testing.assert_close(before.norm(dim=1), torch.ones(NUM_IMAGES))
     step = method(make_batch())

@@ -47,7 +47,7 @@ def test_run_markers_determine_the_action(tmp_path: Path) -> None:
     assert recovery.prepare_start(tmp_path) == digest
     assert not (tmp_path / "DONE").exists()
     assert not (tmp_path / "STOPPED").exists()
-    write_markers(tmp_path, MISTAKE="data.train: no such folder\n")
+    write_markers(tmp_path, FATAL_ERROR="data.train: no such folder\n")
     decision = recovery.decide(tmp_path, digest, 0, 5)
     assert decision[:2] == ("user_error", "data.train: no such folder")
 

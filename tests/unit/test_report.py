@@ -94,7 +94,7 @@ def full_report() -> Report:
     section = {"section": "data_wait", "share": 0.41, "mean_ms": 4.1, "max_ms": 5.0, "max_rank": 1}
     timing = {
         "profiled": True,
-        "verdict": "data wait is 41% of a step",
+        "bottleneck": "data wait is 41% of a step",
         "steps": 300,
         "images_per_s": 1234.5,
         "first_step_s": 2.0,
@@ -116,7 +116,7 @@ def full_report() -> Report:
         cluster_sizes={"mine": np.array([5, 0, 3, 2])},
         confusion=np.array([[8, 2, 0], [1, 0, 0]]),
         label_names=["cat & dog", "b"],
-        heads=[{"head": 0, "loss": -1.5, "chosen": True}],
+        heads=[{"head": 0, "loss": -1.5, "selected": True}],
         clusters=[Cluster(3, 12, [random_image()], [random_image()], "cat & dog", 0.9, 0.8)],
         num_clusters=4,
         neighbours=[

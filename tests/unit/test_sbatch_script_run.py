@@ -80,7 +80,7 @@ def test_a_setup_line_that_fails_ends_the_job(
     assert done.returncode == 1, done
     assert f"user_error: slurm.setup: the line {error}" in done.stderr
     assert "|| true" in done.stderr
-    assert error in (tmp_path / "a run" / "MISTAKE").read_text()
+    assert error in (tmp_path / "a run" / "FATAL_ERROR").read_text()
     assert not (tmp_path / "sruns").exists()
 
 
@@ -89,7 +89,7 @@ def test_a_setup_line_that_is_ended_by_a_signal_is_no_invalid_setting(
 ) -> None:
     done = run_script(tmp_path, commands, "bash -c 'kill -TERM $$'")
     assert done.returncode == 143, done
-    assert not (tmp_path / "a run" / "MISTAKE").exists()
+    assert not (tmp_path / "a run" / "FATAL_ERROR").exists()
     assert not (tmp_path / "sruns").exists()
 
 

@@ -188,7 +188,7 @@ def test_the_printed_commands_can_be_pasted(folder: Path, capsys: Capture) -> No
         {"slurm/job.json": "\udcff"},
         {"DONE": "\udcff"},
         {"DONE/folder": ""},
-        {"MISTAKE": "\udcff"},
+        {"FATAL_ERROR": "\udcff"},
         {
             "nodes-1x/config.yaml": "",
             "nodes-x/config.yaml": "",

@@ -100,10 +100,10 @@ def test_requeues_without_progress_end_although_their_count_was_unreadable(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("content", "text"), [(b"no \xff such", "no \ufffd such"), (b"", "MISTAKE is empty")]
+    ("content", "text"), [(b"no \xff such", "no \ufffd such"), (b"", "FATAL_ERROR is empty")]
 )
 def test_the_error_marker_may_hold_any_bytes(tmp_path: Path, content: bytes, text: str) -> None:
-    (tmp_path / "MISTAKE").write_bytes(content)
+    (tmp_path / "FATAL_ERROR").write_bytes(content)
     decision = recovery.decide(tmp_path, "", 0, 5)
     assert decision.action == "user_error"
     assert text in decision.reason

@@ -78,7 +78,7 @@ class _Build:
 
     def open_parts(self, content: str) -> None:
         """Empty the folder unless its chunks have this fingerprint."""
-        file = self.parts / "mark"
+        file = self.parts / "fingerprint"
         if not file.is_file() or file.read_text() != content:
             shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True)
@@ -232,7 +232,7 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
         "num_images": len(names),
         "num_bad": len(unreadable),
         "class_names": build.source.class_names,
-        "mark": storage_fingerprint(source_fingerprint, config),
+        "fingerprint": storage_fingerprint(source_fingerprint, config),
         "source": source_fingerprint,
         "stored": config.stored,
         "resolution": config.resolution,

@@ -20,10 +20,10 @@ from dist_scan.stages.base import Stage
 from dist_scan.world.collectives import on_rank_0
 
 
-class GivenConfig(StageConfig):
+class PretrainedConfig(StageConfig):
     """Exactly one of `backbone` (with its checkpoint) and `features` (a .npy file, [N, D])."""
 
-    kind: Literal["given"] = "given"
+    kind: Literal["pretrained"] = "pretrained"
     backbone: BackboneConfig | None = None
     cluster_head: Literal["best"] | int | None = None
     """Publish a cluster head of the backbone's checkpoint too, as files of SCAN's released code
@@ -58,10 +58,10 @@ class GivenConfig(StageConfig):
             )
 
 
-class GivenStage(Stage[GivenConfig]):
+class PretrainedStage(Stage[PretrainedConfig]):
     """Publishes a backbone like a train stage, or features like an embed stage."""
 
-    Config = GivenConfig
+    Config = PretrainedConfig
 
     def run(self) -> None:
         """Rank 0 checks and converts the files."""
