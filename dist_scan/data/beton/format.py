@@ -97,16 +97,13 @@ def layout(sizes: np.ndarray) -> tuple[np.ndarray, int]:
     return starts, position
 
 
-def build_tables(
-    modes: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    labels: np.ndarray,
-    sizes: np.ndarray,
-) -> tuple[bytes, bytes]:
-    """(header, fields and rows, which precede the images; allocation table, which follows them)."""
-    n = len(sizes)
-    starts, end = layout(sizes)
+def build_tables(images: np.ndarray) -> tuple[bytes, bytes]:
+    """(header, fields and rows, which precede the images; allocation table, which follows them).
+
+    images: [N] STORED_IMAGE, without regard to their `start`.
+    """
+    n = len(images)
+    starts, end = layout(images["size"])
     # Header and fields
     header = np.array((VERSION, len(FIELDS), PAGE, n, end), HEADER)
     fields = np.zeros(len(FIELDS), FIELD)
@@ -115,18 +112,16 @@ def build_tables(
         field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
     # Rows: image, label, index
     rows = np.zeros(n, ROW)
-    images = rows["f0"]
-    images["mode"] = modes
-    images["height"] = heights
-    images["width"] = widths
-    images["data_ptr"] = starts
-    rows["f1"] = labels
+    for name in ("mode", "height", "width"):
+        rows["f0"][name] = images[name]
+    rows["f0"]["data_ptr"] = starts
+    rows["f1"] = images["label"]
     rows["f2"] = np.arange(n)
     # Allocation table: where the bytes of each image are
     table = np.zeros(n, ALLOC)
     table["sample_id"] = np.arange(n)
     table["ptr"] = starts
-    table["size"] = sizes
+    table["size"] = images["size"]
     return header.tobytes() + fields.tobytes() + rows.tobytes(), table.tobytes()
 
 
@@ -174,8 +169,7 @@ def check_beton(path: str | Path, verify_images: bool = False) -> np.ndarray:
         images[name] = rows["f0"][name]
     _check_sizes(path, images)
     # They must equal the tables of these images as we write them
-    names = ("mode", "height", "width", "label", "size")
-    before, after = build_tables(*(images[name] for name in names))
+    before, after = build_tables(images)
     with open(path, "rb") as file:
         found = file.read(len(before))
         file.seek(table_start)

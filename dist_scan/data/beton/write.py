@@ -20,7 +20,14 @@ import numpy as np
 from dist_scan.config.base import ConfigError
 from dist_scan.config.data import DataConfig
 from dist_scan.data.beton.ffcv_library import can_decode
-from dist_scan.data.beton.format import build_tables, checksum, sidecar, write_file, write_sidecars
+from dist_scan.data.beton.format import (
+    STORED_IMAGE,
+    build_tables,
+    checksum,
+    sidecar,
+    write_file,
+    write_sidecars,
+)
 from dist_scan.data.encode import EncodedImage, UnreadableImageError, encode
 from dist_scan.data.sources.base import Source
 from dist_scan.monitoring.progress import Progress
@@ -103,8 +110,8 @@ class _Build:
         A chunk is complete when its .npz exists.
         """
         images: list[EncodedImage] = []
+        stored = []
         names = []
-        labels = []
         unreadable = []
         rows = self.rows(chunk)
         for row, sample in zip(rows, self.source.read(rows)):
@@ -115,24 +122,22 @@ class _Build:
                     f"allowed: 0 to {MAX_CLASSES - 1}, or -1 for unknown. Number the classes from 0"
                 )
             try:
-                images.append(self._encode(sample.data))
+                image = self._encode(sample.data)
             except UnreadableImageError as reason:
                 unreadable.append((row, name, str(reason)))
-            else:
-                names.append(name)
-                labels.append(sample.label)
+                continue
+            names.append(name)
+            images.append(image)
+            # Fields of STORED_IMAGE; where it starts is known when all are encoded
+            sizes = (image.mode, image.height, image.width)
+            stored.append((0, len(image.data), checksum(image.data), *sizes, sample.label))
         write_atomic(
             self.file(chunk, "bin"), lambda file: file.writelines(image.data for image in images)
         )
         tables = {
             "names": np.array(names, np.str_),
-            "labels": np.array(labels, np.int64),
             "bad": np.array(unreadable, np.str_).reshape(-1, 3),
-            "modes": np.array([image.mode for image in images], np.uint8),
-            "heights": np.array([image.height for image in images], np.uint16),
-            "widths": np.array([image.width for image in images], np.uint16),
-            "sizes": np.array([len(image.data) for image in images], np.uint64),
-            "sums": np.array([checksum(image.data) for image in images], np.uint64),
+            "images": np.array(stored, STORED_IMAGE),
         }
         write_npz(self.file(chunk, "npz"), tables)
         return len(rows)
@@ -212,9 +217,9 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
         with np.load(build.file(chunk, "npz")) as arrays:
             chunks.append(dict(arrays))
     merged = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    names = merged.pop("names").tolist()
-    unreadable = merged.pop("bad").tolist()
-    sums = merged.pop("sums")
+    names = merged["names"].tolist()
+    unreadable = merged["bad"].tolist()
+    sums = merged["images"]["checksum"]
     # List the unreadable images, and stop if they are too many
     bad_path = sidecar(out, "bad.csv")
     _write_csv(bad_path, [["row", "name", "reason"], *unreadable])
@@ -227,7 +232,7 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
             f"All are listed in {bad_path}; repair the source, or raise data.max_bad_share"
         )
     # Write the metadata, then the file
-    before, after = build_tables(**merged)
+    before, after = build_tables(merged["images"])
     metadata = {
         "num_images": len(names),
         "num_bad": len(unreadable),
@@ -242,7 +247,9 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
         "sums": checksum(sums.tobytes()),
     }
     write_sidecars(out, names, sums, metadata)
-    write_file(out, before, after, _read_images(build, [chunk["sizes"] for chunk in chunks]))
+    write_file(
+        out, before, after, _read_images(build, [chunk["images"]["size"] for chunk in chunks])
+    )
     return BetonReport(len(names), len(unreadable), bad_path)
 
 
