@@ -45,4 +45,4 @@ def uniform_draws(
 
     `stream` is a constant of the caller: draws of different streams are independent.
     """
-    return uniform(seed, stream, epoch, np.asarray(index)[:, None], view, np.arange(count)[None, :])
+    return uniform(seed, stream, epoch, index[:, None], view, np.arange(count))

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL's mode "L"
+BLUR_SIGMA = (0.1, 2.0)  # pixels
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 Strength = tuple[float, float, float, float]
 """Of brightness, contrast, saturation and hue."""
 
@@ -136,10 +138,8 @@ def random_greyscale(x: Tensor, draws: np.ndarray, probability: float) -> Tensor
     return torch.where(is_grey > 0, luminance(x).expand_as(x), x)
 
 
-def random_blur(
-    x: Tensor, draws: np.ndarray, probability: float, sigma: tuple[float, float] = (0.1, 2.0)
-) -> Tensor:
-    """Gaussian blur of some images, with sigma uniform between two numbers of pixels.
+def random_blur(x: Tensor, draws: np.ndarray, probability: float) -> Tensor:
+    """Gaussian blur of some images, with sigma uniform between 0.1 and 2 pixels.
 
     draws: [B, 2]; whether to blur, and sigma. The kernel ends at three times the largest sigma.
     Edge pixels are repeated, as PIL does in MoCo v2's transform.
@@ -148,9 +148,10 @@ def random_blur(
     if not len(rows):
         return x
     # Kernels [selected images, taps]
-    radius = int(np.ceil(3 * sigma[1]))
+    low, high = BLUR_SIGMA
+    radius = int(np.ceil(3 * high))
     taps = np.arange(-radius, radius + 1)
-    sigmas = sigma[0] + (sigma[1] - sigma[0]) * draws[rows, 1]
+    sigmas = low + (high - low) * draws[rows, 1]
     weights = np.exp(-0.5 * (taps / sigmas[:, None]) ** 2)
     weights /= weights.sum(1, keepdims=True)
     # Separable convolution: rows, then columns

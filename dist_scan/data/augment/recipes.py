@@ -192,7 +192,7 @@ class Recipe:
                 f"a recipe takes uint8 [B, S, S, 3] and B rows, got {images.dtype} "
                 f"{list(images.shape)} and {len(index)} rows"
             )
-        draws = uniform_draws(seed, epoch, np.asarray(index), view, NUM_DRAWS, COLOUR)
+        draws = uniform_draws(seed, epoch, index, view, NUM_DRAWS, COLOUR)
         x = self._special(images.permute(0, 3, 1, 2).contiguous().float(), draws).div_(255)
         x = self._colour(x, draws)
         if self.spec.normalise:
