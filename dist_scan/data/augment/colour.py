@@ -13,7 +13,6 @@ from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL's mode "L"
 BLUR_SIGMA = (0.1, 2.0)  # pixels
-BLUR_SIGMA = (0.1, 2.0)  # pixels
 Strength = tuple[float, float, float, float]
 """Of brightness, contrast, saturation and hue."""
 
