@@ -1,9 +1,10 @@
-# All targets set the machine up first, once.
+# Every target except help first runs launch/setup.sh, once.
 PYTHON ?= python3
 PY = .venv/bin/python
 SOURCES = dist_scan launch tests benchmarks
-# The order of names: the longest file has only one test and would otherwise start last.
-LIVE = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slurm tests/slurm
+# --no-loadscope-reorder starts the files in the order of their names. pytest would start the file with
+# the fewest tests last, and that one takes longest.
+TEST_CLUSTER = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slurm tests/slurm
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format quickstart compare test test-fast test-slurm
@@ -15,7 +16,8 @@ help:
 	@echo "make format       format the sources and apply the linter's safe fixes"
 	@echo "make test-fast    the unit tests, in parallel"
 	@echo "make test         every test"
-	@echo "make test-slurm   the tests on a real Slurm of four nodes on this machine (packages slurm-wlm and munge, root)"
+	@echo "make test-slurm   the tests on the test cluster: a real Slurm of four nodes on this machine"
+	@echo "                  (needs the packages slurm-wlm and munge, and root)"
 
 # uv does not compile bytecode. Where none can be written later (a read-only folder,
 # PYTHONDONTWRITEBYTECODE), every start would spend 9 s on compiling torch.
@@ -42,12 +44,12 @@ compare: .venv/.ready
 test-fast: .venv/.ready
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -q tests/unit
 
-# The live cluster's tests run after the others: on two cores, next to them, every collective
-# operation of either waits for the other (32 minutes in all, not 25).
+# The tests on the test cluster run after the others. Side by side on two cores, the collective
+# operations of both wait for a free core (32 minutes in all instead of 25).
 test: .venv/.ready
 	@export OMP_NUM_THREADS=1; status=0; \
 	$(PY) -m pytest -n 2 --dist loadfile -q -m "not slurm" tests || status=$$?; \
-	echo "the live cluster:"; $(LIVE) || status=$$?; exit $$status
+	echo "on the test cluster:"; $(TEST_CLUSTER) || status=$$?; exit $$status
 
 test-slurm: .venv/.ready
-	@OMP_NUM_THREADS=1 $(LIVE)
+	@OMP_NUM_THREADS=1 $(TEST_CLUSTER)

@@ -1,4 +1,4 @@
-"""The live cluster of a test file, and the undisturbed run that its results are compared with."""
+"""The test cluster of a test file, and the undisturbed run that its results are compared with."""
 
 from __future__ import annotations
 

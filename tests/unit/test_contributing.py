@@ -43,7 +43,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def test_method_and_stage_run_from_their_config(examples: Path, tmp_path: Path) -> None:
+def test_methods_and_stage_run_from_their_config(examples: Path, tmp_path: Path) -> None:
     lines = []
     for name in ("methods", "stages"):
         folder = str(examples / "dist_scan" / name)
@@ -61,6 +61,7 @@ def test_method_and_stage_run_from_their_config(examples: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stdout
     (norms,) = (tmp_path / "run").glob("stages/norms/*/norms.json")
     assert json.loads(norms.read_text())["mean"] > 0
+    assert list((tmp_path / "run").glob("stages/steady/*/manifest.json"))
 
 
 def test_source_reads_an_archive_and_fills_a_beton(examples: Path, tmp_path: Path) -> None:
