@@ -104,7 +104,7 @@ class MetricsReader:
         for line in complete.splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # torn by a kill
+            except ValueError:  # incomplete after a kill
                 continue
             if "loss" in row:
                 self.steps.append(LoggedStep(time.time(), row["step"], row["loss"]))

@@ -34,7 +34,7 @@ from dist_scan.world.world import World, close_world, open_world
 RANK_0_FIRST_S = 0.5
 """Other ranks report an error of the user this much later: rank 0 usually has it too."""
 SHORT = 1000
-"""Characters of a text that fits into a preallocated file (as JSON up to six bytes each)."""
+"""Characters of a text that fits into a reserved file (as JSON up to six bytes each)."""
 
 
 def main(run_dir: str) -> int:

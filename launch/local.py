@@ -19,9 +19,9 @@ from dist_scan.storage import atomic  # noqa: E402
 from dist_scan.world.processes import (  # noqa: E402
     limit_threads,
     send_signal,
+    set_passive_waiting,
     start_ranks,
     wait_for_ranks,
-    wait_passively,
 )
 from launch import command_line, recovery, terminal  # noqa: E402
 from launch.run_lock import acquire_lock  # noqa: E402
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.processes < 1:
             raise ConfigError(f"--processes: {args.processes}; allowed: 1 or more")
         limit_threads(args.processes)
-        wait_passively()
+        set_passive_waiting()
         run = command_line.load_run(args)
         command_line.check_world_size(run, args.processes)
         lock = acquire_lock(run.run_dir)

@@ -1,8 +1,8 @@
 """Tolerant readers for the small files of a run folder.
 
-A file may be torn by a full disk or a kill, edited by hand, or written by another version. What
-cannot be read counts as absent: no reader here raises because of a file's content. Standard library
-only, because the batch script calls launch/recovery.py with any Python 3.11.
+A file may be incomplete after a full disk or a kill, edited by hand, or written by another version.
+What cannot be read counts as absent: no reader here raises because of a file's content. Standard
+library only, because the batch script calls launch/recovery.py with any Python 3.11.
 """
 
 from __future__ import annotations

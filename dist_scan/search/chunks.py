@@ -11,7 +11,7 @@ import torch
 
 from dist_scan.search.exact_rows import ExactRows
 from dist_scan.search.shard_readers import shard_pieces
-from dist_scan.world.collectives import Work, broadcast_async
+from dist_scan.world.collectives import PendingBroadcast, broadcast_async
 from dist_scan.world.world import current
 
 NUM_BUFFERS = 3  # one chunk is searched, the next is broadcast, the one after that is read
@@ -29,7 +29,7 @@ def broadcast_chunks(
     spans = [(start, min(start + chunk_rows, n)) for start in range(0, n, chunk_rows)]
     shape = (min(chunk_rows, n), rows.table.dim)
     buffers = [np.empty(shape, np.float16) for _ in range(NUM_BUFFERS)]
-    pending: list[Work | None] = []
+    pending: list[PendingBroadcast | None] = []
 
     def read(i: int) -> list[tuple[int, np.ndarray]]:
         """Read this rank's rows of chunk i; (reader, rows) of all its segments."""
@@ -74,7 +74,7 @@ def _read_segments(
     return segments
 
 
-def _wait(pending: list[Work | None]) -> None:
+def _wait(pending: list[PendingBroadcast | None]) -> None:
     for work in pending:
         if work is not None:
             work.wait()

@@ -129,7 +129,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             entry["size"], entry["sha256"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"artifact {file.parent}: {file} is not a valid manifest "
+            f"artifact {file.parent}: {file.name} is not a valid manifest "
             f"({type(error).__name__}: {error}); {REMEDY}"
         ) from None
     return manifest

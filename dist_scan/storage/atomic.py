@@ -76,12 +76,12 @@ def append_line(file: BinaryIO, line: bytes) -> None:
 
     A killed process or a full disk may have left an incomplete last line; it is ended first.
     """
-    if _is_last_line_torn(file):
+    if _is_last_line_incomplete(file):
         line = b"\n" + line
     write_all(file, line)
 
 
-def _is_last_line_torn(file: BinaryIO) -> bool:
+def _is_last_line_incomplete(file: BinaryIO) -> bool:
     """Whether the file ends without a newline. Leaves the position at the end of the file."""
     if file.seek(0, os.SEEK_END) == 0:
         return False

@@ -1,6 +1,6 @@
 """Marker and error files that ranks leave for the launcher, written even on a full disk.
 
-Each rank preallocates two files of a few blocks in RUN/logs. When an ordinary write fails, one of
+Each rank reserves two files of a few blocks in RUN/logs. When an ordinary write fails, one of
 them is overwritten in place, which needs no new block, and renamed to the file to be written.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from dist_scan.storage.atomic import write_text
 
 SIZE = 16384
-"""Bytes of a preallocated file, and the most that a file written on a full disk can hold."""
+"""Bytes of a reserved file, and the most that a file written on a full disk can hold."""
 KINDS = ("marker", "error")
 
 
@@ -26,7 +26,7 @@ class RunMarkers:
         self.logs = run_dir / "logs"
 
     def reserve(self) -> None:
-        """Preallocate this rank's files; those of an earlier start are reused. Never raises."""
+        """Reserve this rank's files; those of an earlier start are reused. Never raises."""
         try:
             self.logs.mkdir(exist_ok=True)
             for path in map(self._reserved, KINDS):
@@ -37,7 +37,7 @@ class RunMarkers:
             pass  # Needed only if a later write fails, which is then reported.
 
     def release(self) -> None:
-        """Remove the preallocated files; called when the rank ends normally. Never raises."""
+        """Remove the reserved files; called when the rank ends normally. Never raises."""
         for path in map(self._reserved, KINDS):
             with suppress(OSError):  # On a read-only disk they stay; the next start reuses them.
                 path.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ class RunMarkers:
                 raise error from None
 
     def _reserved(self, kind: str) -> Path:
-        """Path of the preallocated file for this kind."""
+        """Path of the reserved file for this kind."""
         return self.logs / f".reserved-for-{kind}-rank{self.rank:05d}"
 
 

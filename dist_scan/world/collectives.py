@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.distributed import Work
+from torch.distributed import Work as PendingBroadcast
 
 from dist_scan.config import ConfigError
 from dist_scan.monitoring.step_timer import section
@@ -102,7 +102,7 @@ def broadcast(x: Tensor, source: int = 0) -> Tensor:
     return x
 
 
-def broadcast_async(x: Tensor, source: int) -> Work | None:
+def broadcast_async(x: Tensor, source: int) -> PendingBroadcast | None:
     """Start a broadcast in place; call `.wait()` on the result before x is read.
 
     Returns None on a single rank.
@@ -134,7 +134,8 @@ def on_every_rank(work: Callable[[], T]) -> T:
     """Call ``work()`` on each rank and return this rank's result.
 
     If it raises ValueError or OSError on any rank, all ranks raise ValueError with the text of the
-    first one, so that none is left waiting in a later collective.
+    first one, so that none is left waiting in a later collective. An OSError is not retried: it is
+    about a file that the user named, or the caller handles it.
     """
     problem = None
     try:
@@ -150,7 +151,8 @@ def on_every_rank(work: Callable[[], T]) -> T:
 def on_rank_0(work: Callable[[], T]) -> T:
     """Call ``work()`` on rank 0 and return its result on all ranks.
 
-    If it raises ValueError, all ranks raise ConfigError with its text.
+    If it raises ValueError, all ranks raise ConfigError with its text. An OSError ends rank 0, and
+    the launcher starts the run again: writing the run's own files can succeed the next time.
     """
     value = problem = None
     if current().rank == 0:

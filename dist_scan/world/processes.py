@@ -1,4 +1,4 @@
-"""The rank processes of one machine: start them, give each its place, wait for all of them.
+"""The rank processes of one machine: start them, set their environment, wait until they end.
 
 Standard library only: ranks are forked, and OpenMP reads its settings when torch is imported.
 """
@@ -23,8 +23,8 @@ POLL_S = 0.05
 PR_SET_PDEATHSIG = 1
 
 
-def wait_passively() -> None:
-    """OpenMP threads sleep while they wait: spinning ones slow down all else on the same cores."""
+def set_passive_waiting() -> None:
+    """Set OMP_WAIT_POLICY: OpenMP threads sleep while they wait, and leave the cores to others."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -21,9 +21,9 @@ from dist_scan.world.processes import (
     free_port,
     limit_threads,
     send_signal,
+    set_passive_waiting,
     start_ranks,
     wait_for_ranks,
-    wait_passively,
 )
 
 FIRST_SLURM_PORT = 20000
@@ -38,7 +38,7 @@ def run_on_ranks(work: Callable[[], int], processes: int) -> int:
     """
     if processes < 1:
         raise ConfigError(f"--processes: {processes}; allowed: 1 or more")
-    wait_passively()
+    set_passive_waiting()
     if "RANK" in os.environ or _set_slurm_environment():
         return work()
     limit_threads(processes)
@@ -109,7 +109,7 @@ def _run_rank(work: Callable[[], int], errors: SimpleQueue[str], rank: int) -> N
             traceback.print_exc()
             code = 1
     except BaseException:
-        # If another rank has reported an error, this one is its closed connection.
+        # If another rank has reported an error, this one is only the connection that it closed.
         if errors.empty():
             traceback.print_exc()
         code = 1

@@ -1,6 +1,6 @@
-"""The ranks that work together: the place of this process among them, its device, the rendezvous.
+"""Rank, world size and device of this process, and torch.distributed's process group.
 
-Backends differ between CPU and GPU only here.
+The group's backend is gloo on CPUs and nccl on GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LISTEN_BACKLOG = 4096
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among the ranks; ``device`` holds its tensors."""
+    """Rank of this process, number of ranks, and the device of its tensors."""
 
     rank: int = 0
     world_size: int = 1

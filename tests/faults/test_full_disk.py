@@ -124,7 +124,7 @@ def test_three_failed_saves_on_a_full_disk_end_the_run(disk: Path, start: Start)
     assert "Traceback" not in done.stdout, done.stdout
     assert done.stdout.count("could not save") == 3, done.stdout
     assert "3 checkpoints in a row could not be saved" in (disk / "FATAL_ERROR").read_text()
-    # Only the preallocated files of the two ranks have been released.
+    # Only the reserved files of the two ranks have been released.
     free = os.statvfs(disk)
     assert free.f_bavail * free.f_frsize <= 4 * run_markers.SIZE
     filler.unlink()
@@ -136,7 +136,7 @@ def test_three_failed_saves_on_a_full_disk_end_the_run(disk: Path, start: Start)
 
 @pytest.fixture
 def full_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder in which no new file can be written, with the preallocated files of rank 1."""
+    """A run folder in which no new file can be written, with the reserved files of rank 1."""
 
     def write_text(*args: object) -> Never:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -148,7 +148,7 @@ def full_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_errors_are_written_into_preallocated_files(full_folder: Path) -> None:
+def test_errors_are_written_into_reserved_files(full_folder: Path) -> None:
     markers = RunMarkers(full_folder, 1)
     run._record_error(markers, ValueError("\u00e4" * 5000))
     error = first_error(full_folder)
@@ -174,7 +174,7 @@ def test_an_error_that_cannot_be_written_is_printed(
     assert "ValueError: bad" in output
 
 
-def test_preallocated_files_are_reused_and_removed_at_the_end(tmp_path: Path) -> None:
+def test_reserved_files_are_reused_and_removed_at_the_end(tmp_path: Path) -> None:
     def inodes() -> dict[str, int]:
         return {path.name: path.stat().st_ino for path in (tmp_path / "logs").iterdir()}
 

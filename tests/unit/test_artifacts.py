@@ -74,7 +74,7 @@ def test_an_invalid_manifest_is_named_with_a_remedy(store: ArtifactStore, conten
     folder = store.folder("embed", "f")
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_bytes(content)
-    message = r"embed/f/manifest\.json is not a valid manifest .*remove the folder and start again"
+    message = r"embed/f: manifest\.json is not a valid manifest .*remove the folder and start again"
     with pytest.raises(ValueError, match=message):
         store.find("embed", "f")
 

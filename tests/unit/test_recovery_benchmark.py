@@ -72,7 +72,7 @@ def test_training_seconds_leave_out_starts_and_repeated_steps() -> None:
     assert training_seconds(steps, []) == pytest.approx(steps[-1].time - steps[0].time)
 
 
-def test_rows_are_read_as_the_file_grows_and_torn_ones_skipped(tmp_path: Path) -> None:
+def test_rows_are_read_as_the_file_grows_and_incomplete_ones_skipped(tmp_path: Path) -> None:
     metrics = MetricsReader(tmp_path / "pretext.metrics.jsonl")
     metrics.read_new()
     assert metrics.steps == []
