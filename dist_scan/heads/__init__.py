@@ -1,7 +1,7 @@
 """Linear cluster heads on shared features, and everything about them.
 
-`linear` holds the heads, `selection` picks the best of them and the epoch, `consensus` compares
-them, `features` makes what they see, and `partition` decides how ranks divide the work.
+`linear` holds the heads, `selection` selects the best of them and the epoch, `consensus` compares
+them, `features` computes their inputs, and `partition` decides how ranks divide the work.
 
 The loss and its gradient by one head's logits exist in three forms with the same interface
 (`torch_head.Head`):

@@ -1,10 +1,24 @@
-"""Losses of linear heads as autograd functions that make their gradient in the forward pass.
+"""Losses of linear heads as autograd functions that compute their gradient in the forward pass.
 
-`scan_heads_loss` is SCAN's loss (Eq. 2) and `temi_heads_loss` is TEMI's; `losses.scan_loss` and
-`losses.temi_loss` are the readable forms. A head's logits become, in place, its probabilities and
-then its gradients by logits, which are multiplied with the features at once. Peak memory is the
-gradient plus one group's logits, whatever the number of heads. Shapes as in the package's
-docstring.
+`scan_heads_loss` is SCAN's loss. With p_i and q_i the probabilities of an anchor i and its
+neighbour, B pairs in the global batch and C clusters, one head has (Eq. 2)
+
+    L = -1/B sum_i log <p_i, q_i> + entropy_weight * sum_c m_c log m_c,   m = 1/B sum_i p_i.
+
+The first term is the consistency, -sum_c m_c log m_c the entropy. With a_i and n_i the logits of
+anchor and neighbour, r_i = p_i q_i / <p_i, q_i> elementwise, and g_c = entropy_weight * (log m_c
++ 1) the gradient of the entropy term by m_c, the gradients by the logits are
+
+    B dL/dn_i = q_i - r_i,        B dL/da_i = p_i - r_i + p_i (g - <p_i, g>).
+
+`ScanHeadsFunction.forward` computes both for one head after another: logits, the mean m over all
+ranks (one all-reduce), then loss and gradients. `torch_head.probabilities_to_gradients_` has these
+lines in PyTorch; `cpu_loops` and `gpu_kernels` compute the same, faster.
+
+`temi_heads_loss` is TEMI's loss. `losses.scan_loss` and `losses.temi_loss` are the readable forms,
+with autograd. A head's logits become, in place, its probabilities and then its gradients by the
+logits, which are multiplied with the features at once. Peak memory is the gradient plus one group's
+logits, whatever the number of heads. Shapes as in the package's docstring.
 """
 
 from __future__ import annotations
@@ -45,11 +59,18 @@ def scan_heads_loss(
     entropy_weight: float,
     whole_batch: bool = False,
 ) -> ScanTerms:
-    """SCAN's loss (Eq. 2, `losses.scan_loss`) of linear heads on features, fused.
+    """SCAN's loss (Eq. 2, `losses.scan_loss`) of linear heads on features, fused; terms [H].
+
+    For each head, with p = softmax(anchors weight^T + bias), q the same of the neighbours, and m
+    the mean of p over the global batch:
+
+        consistency = -mean_i log sum_c p_ic q_ic
+        entropy = -sum_c m_c log m_c
+        total = consistency - entropy_weight * entropy
 
     Head h has the next sizes[h] rows of weight and bias, S = sum(sizes). Ranks may hold different
     numbers of rows. whole_batch: the rows are those of the global batch (other ranks have other
-    heads), and nothing is summed over ranks. The gradient can be taken once.
+    heads), and nothing is summed over ranks. The gradient can be computed only once.
     """
     return ScanTerms(
         *ScanHeadsFunction.apply(
@@ -65,7 +86,7 @@ def scan_heads_loss(
 
 
 class HeadsFunction(torch.autograd.Function):
-    """Loss [H] of linear heads whose forward pass makes the gradients; backward only scales them.
+    """Loss [H] of linear heads: forward computes the gradients, backward only scales them.
 
     Inputs of every subclass: the two views' features, weight, bias, then constants.
     """
@@ -74,7 +95,7 @@ class HeadsFunction(torch.autograd.Function):
     def save_gradients(
         ctx: Any, gradients: HeadGradients, feature_dtype: torch.dtype, scale: Tensor | float = 1.0
     ) -> None:
-        """Keep what backward needs; the loss is `scale` times what the gradients belong to."""
+        """Store what backward needs; `scale`: factor that backward applies to the gradients."""
         ctx.gradients = (gradients.dx, gradients.dweight, gradients.dbias)
         ctx.slices = gradients.slices
         ctx.feature_dtype = feature_dtype
@@ -85,19 +106,19 @@ class HeadsFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_H: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the gradient of a loss of heads can be taken once, no copy of it is kept; "
-                "run forward again"
+                "the gradient of scan_heads_loss, scan_clusters_loss or temi_heads_loss can be "
+                "computed only once; run forward again"
             )
         dx, dweight, dbias = ctx.gradients
         ctx.gradients = None
         grad = grad_H * ctx.scale
-        # Usually all ones: then a pass over the gradient is saved. On a GPU the comparison would
-        # wait for the device, so it scales always.
+        # The factors are usually 1, and skipping them saves a pass over the gradient. On a GPU the
+        # comparison would wait for the device, so they are always applied there.
         if grad.device.type != "cpu" or not bool((grad == 1).all()):
-            for h, at in enumerate(ctx.slices):
-                dweight[at].mul_(grad[h])
-                dbias[at].mul_(grad[h])
-        # Gradient by the features: the weighted sum of those of all heads
+            for h, rows in enumerate(ctx.slices):
+                dweight[rows].mul_(grad[h])
+                dbias[rows].mul_(grad[h])
+        # Gradient by the features: the weighted sum over heads
         dfirst = dsecond = None
         if dx is not None:
             dfirst, dsecond = torch.tensordot(grad, dx, 1).to(ctx.feature_dtype).chunk(2)
@@ -123,7 +144,7 @@ class ScanHeadsFunction(HeadsFunction):
             whole_batch = whole_batch or current().world_size == 1
             x = FeaturePair(anchors, neighbours, weight.dtype, max(sizes))
             gradients = HeadGradients(x, weight, bias, sizes, any(ctx.needs_input_grad[:2]))
-            # Make losses and gradients, head by head.
+            # Losses and gradients, head by head
             if whole_batch and uses_cpu_loops(weight):
                 from dist_scan.heads.cpu_loops import scan_heads_in_loops
 
@@ -152,7 +173,7 @@ def scan_heads_by_group(
     entropies: list[Tensor] = []
     for group in head_groups(gradients.sizes, one_by_one=whole_batch):
         # Forward: logits, and the mean probabilities of the global batch.
-        heads = [make_head(x, weight[at], bias[at]) for _, at in group]
+        heads = [make_head(x, weight[rows], bias[rows]) for _, rows in group]
         sums = [head.anchor_sum() for head in heads]
         means, count = mean_probabilities(sums, x.num_pairs, whole_batch)
         scale = (1 if whole_batch else current().world_size) / count
@@ -162,7 +183,7 @@ def scan_heads_by_group(
             consistencies.append(head.to_gradients_(entropy_gradient, scale) * scale)
             entropies.append(entropy)
             gradients.store(h, head.logits, head.dbias)
-        # Free the logits: those of the next group take their place.
+        # Free the memory of the logits for those of the next group.
         del heads, head
     return torch.stack(consistencies), torch.stack(entropies)
 
@@ -176,11 +197,11 @@ def head_groups(
     """
     max_columns = 0 if one_by_one or current().world_size == 1 else GROUP_COLUMNS
     group: list[tuple[int, slice]] = []
-    for h, at in enumerate(head_slices(sizes)):
-        if group and at.stop - group[0][1].start > max_columns:
+    for h, rows in enumerate(head_slices(sizes)):
+        if group and rows.stop - group[0][1].start > max_columns:
             yield group
             group = []
-        group.append((h, at))
+        group.append((h, rows))
     yield group
 
 
@@ -205,7 +226,7 @@ def uses_cpu_loops(weight: Tensor) -> bool:
 
 def make_head(x: FeaturePair, weight: Tensor, bias: Tensor) -> Head:
     """One head's logits, in the fastest form for the weight's device and dtype."""
-    # Imported when needed: numba takes a second, and Triton is not always installed.
+    # Imported here: numba takes a second, and Triton is not always installed.
     if uses_cpu_loops(weight):
         from dist_scan.heads.cpu_loops import LoopHead
 
@@ -245,7 +266,7 @@ def temi_heads_loss(
 
     Layout of the heads as in `scan_heads_loss`. All heads use the same pair weights
     (`losses.temi_pair_weights`). Memory: the teacher's probabilities of all heads, the student's of
-    one. The gradient can be taken once.
+    one. The gradient can be computed only once.
     """
     return TemiHeadsFunction.apply(
         at_least_fp32(first_BD), at_least_fp32(second_BD), weight_SD, bias_S, sizes, objective
@@ -274,8 +295,8 @@ class TemiHeadsFunction(HeadsFunction):
             # Half the weight of a pair for each direction.
             row_weights = torch.cat([pair_weights, pair_weights])[:, None] / 2
             information: list[Tensor] = []
-            for h, at in enumerate(head_slices(sizes)):
-                log_s = torch.log_softmax(x.logits(weight[at], bias[at]).div_(temperature), 1)
+            for h, rows in enumerate(head_slices(sizes)):
+                log_s = torch.log_softmax(x.logits(weight[rows], bias[rows]).div_(temperature), 1)
                 # beta (log s + log t) - log marginal, with the teacher of the other view
                 scores = objective.teacher_log_p[h].roll(b, 0).add_(log_s).mul_(beta)
                 scores.sub_(objective.marginals[h].log())

@@ -1,9 +1,9 @@
 """SCAN's loss and gradient by one head's logits as compiled loops over rows, in float32 on a CPU.
 
 Computes what `torch_head.TorchHead` does; formulas and names are explained there. Import it late:
-numba takes a second. A row stays in a core's first cache while everything is done with it, so the
-logits pass through memory twice: on the way to exponentials, and to gradients. Rows are summed in
-chunks of ROWS, so that the result is the same bits with any number of threads.
+numba takes a second. A row stays in the L1 cache while everything is done with it, so the logits
+pass through memory twice: once to become exponentials, once to become gradients. Sums are taken
+over chunks of PAIRS_PER_CHUNK pairs, so the result is bitwise equal for any number of threads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dist_scan.heads.products import FeaturePair, HeadGradients, RecomputeLogits
 from dist_scan.heads.torch_head import MIN_INNER_PRODUCT, joint_softmax
 from dist_scan.losses import MIN_PROBABILITY
 
-ROWS = 64
-"""Pairs of a chunk."""
+PAIRS_PER_CHUNK = 64
+"""Pairs (an anchor and its neighbour) whose sums are added up by one thread."""
 
 ANY_ORDER = {"reassoc", "nsz", "contract"}
 """Optimisations that the compiler may do in loops that sum: any order, but NaN stays NaN."""
@@ -70,7 +70,7 @@ def _exponential(logit: np.float32, bias: np.float32, maximum: np.float32) -> np
 
 
 @compiled(fastmath=ANY_ORDER, forceinline=True)
-def exponentials(row: np.ndarray, bias: np.ndarray, maximum: np.float32) -> np.float32:
+def exponentiate_row(row: np.ndarray, bias: np.ndarray, maximum: np.float32) -> np.float32:
     """Replace row by exp(row + bias - maximum), all at most 1. Returns their sum."""
     wide_vectors()
     total = ZERO
@@ -103,7 +103,7 @@ def _add_scaled(row: np.ndarray, scale: np.float32, sums: np.ndarray) -> None:
 
 
 @compiled()
-def exponentiate(
+def exponentiate_logits(
     logits: np.ndarray,
     bias: np.ndarray,
     inverse_sums: np.ndarray,
@@ -120,10 +120,10 @@ def exponentiate(
     b = len(logits) // 2
     for chunk in range(first, last):
         sums[chunk] = ZERO
-        for i in range(chunk * ROWS, min(b, (chunk + 1) * ROWS)):
-            for at in (i, b + i):
-                inverse_sums[at] = ONE / exponentials(
-                    logits[at], bias, _row_maximum(logits[at], bias)
+        for i in range(chunk * PAIRS_PER_CHUNK, min(b, (chunk + 1) * PAIRS_PER_CHUNK)):
+            for row in (i, b + i):
+                inverse_sums[row] = ONE / exponentiate_row(
+                    logits[row], bias, _row_maximum(logits[row], bias)
                 )
             _add_scaled(logits[i], inverse_sums[i], sums[chunk])
 
@@ -142,7 +142,7 @@ def _inner_products(
 
 
 @compiled(fastmath={"contract"}, forceinline=True)
-def _pair_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
+def _pair_to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
     e: np.ndarray,
     f: np.ndarray,
     p_scale: np.float32,
@@ -168,7 +168,7 @@ def _pair_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers o
 
 
 @compiled()
-def to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
+def exponentials_to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one by one
     e_and_f: np.ndarray,
     inverse_sums: np.ndarray,
     entropy_gradient: np.ndarray,
@@ -191,7 +191,7 @@ def to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one 
     for chunk in range(first, last):
         sums[chunk] = ZERO
         nll[chunk] = 0.0
-        for i in range(chunk * ROWS, min(b, (chunk + 1) * ROWS)):
+        for i in range(chunk * PAIRS_PER_CHUNK, min(b, (chunk + 1) * PAIRS_PER_CHUNK)):
             e, f = e_and_f[i], e_and_f[b + i]
             inner_product, expected_gradient = _inner_products(e, f, entropy_gradient)
             similarity = np.float64(inner_product) * inverse_sums[i] * inverse_sums[b + i]
@@ -199,7 +199,7 @@ def to_gradients(  # noqa: PLR0913 - compiled loops take arrays and numbers one 
             # A NaN is not below the limit and is passed on to the gradients.
             if not underflowed[i]:
                 nll[chunk] -= np.log(similarity)
-                _pair_gradients(
+                _pair_to_gradients(
                     e,
                     f,
                     inverse_sums[i],
@@ -277,29 +277,30 @@ class LoopHead:
     def __init__(
         self, logits: Tensor, bias: Tensor, num_pairs: int, recompute_logits: RecomputeLogits
     ) -> None:
-        num_chunks = -(-num_pairs // ROWS)
+        num_chunks = -(-num_pairs // PAIRS_PER_CHUNK)
         self.logits = logits
         self.num_pairs = num_pairs
         # Arrays that the kernels work on; allocated by PyTorch, whose memory is aligned.
         self._array = logits.numpy()
         self._inverse_sums = torch.empty(2 * num_pairs).numpy()
+        # Per chunk: sums of probabilities, then (after `to_gradients_`) of gradients
         self._sums = torch.empty(num_chunks, logits.shape[1]).numpy()
         self._nll = torch.empty(num_chunks, dtype=torch.float64).numpy()
         self._underflowed = torch.empty(num_pairs, dtype=torch.bool).numpy()
-        self.exponentiate(_array(bias), recompute_logits)
+        self.load_logits(_array(bias), recompute_logits)
 
-    def exponentiate(self, bias: np.ndarray, recompute_logits: RecomputeLogits) -> None:
-        """Start with new logits, which may be those of the next head in the same memory."""
+    def load_logits(self, bias: np.ndarray, recompute_logits: RecomputeLogits) -> None:
+        """Exponentiate the logits in `self.logits`; call again when the next head's are there."""
         self._recompute_logits = recompute_logits
         _run_in_threads(
-            exponentiate, len(self._sums), self._array, bias, self._inverse_sums, self._sums
+            exponentiate_logits, len(self._sums), self._array, bias, self._inverse_sums, self._sums
         )
 
     def anchor_sum(self) -> Tensor:
         return torch.from_numpy(column_sums(self._sums))
 
     def to_gradients_(self, entropy_gradient: Tensor, scale: Tensor) -> Tensor:
-        nll = self._to_gradients(_array(entropy_gradient), float(scale))
+        nll = self._replace_by_gradients(_array(entropy_gradient), float(scale))
         return torch.tensor(nll, dtype=self.logits.dtype)
 
     def loss_and_gradients_(self, entropy_weight: float) -> tuple[float, float]:
@@ -311,11 +312,11 @@ class LoopHead:
         entropy, entropy_gradient = entropy_and_gradient(
             self._sums, count, np.float32(entropy_weight)
         )
-        return self._to_gradients(entropy_gradient, 1 / count) / count, entropy
+        return self._replace_by_gradients(entropy_gradient, 1 / count) / count, entropy
 
-    def _to_gradients(self, entropy_gradient: np.ndarray, scale: float) -> float:
+    def _replace_by_gradients(self, entropy_gradient: np.ndarray, scale: float) -> float:
         _run_in_threads(
-            to_gradients,
+            exponentials_to_gradients,
             len(self._nll),
             self._array,
             self._inverse_sums,
@@ -365,15 +366,15 @@ def scan_heads_in_loops(
     terms = []
     biases = _array(bias)
     weights = weight.split(gradients.sizes)
-    for h, (at, head_weight) in enumerate(zip(gradients.slices, weights)):
-        recompute_logits = x.recompute_logits(head_weight, bias[at])
+    for h, (rows, head_weight) in enumerate(zip(gradients.slices, weights)):
+        recompute_logits = x.recompute_logits(head_weight, bias[rows])
         if head is None or head.logits.shape[1] != len(head_weight):
             # Free the old logits before the new ones are allocated.
             head = None
-            head = LoopHead(x.logits(head_weight), bias[at], x.num_pairs, recompute_logits)
+            head = LoopHead(x.logits(head_weight), bias[rows], x.num_pairs, recompute_logits)
         else:
             x.logits(head_weight, out=head.logits)
-            head.exponentiate(biases[at], recompute_logits)
+            head.load_logits(biases[rows], recompute_logits)
         terms.append(head.loss_and_gradients_(entropy_weight))
         gradients.store(h, head.logits, head.dbias)
     consistency, entropy = torch.tensor(terms, dtype=weight.dtype).T.unbind()

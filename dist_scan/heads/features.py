@@ -1,4 +1,4 @@
-"""Features that heads are trained on, and a copy of the network that made them."""
+"""Features that heads are trained on, and a copy of the network that computed them."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ def _row_stats(logits, maxima, totals, C, BLOCK: tl.constexpr) -> None:
     maximum = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, C, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * C + at, mask=at < C, other=-float("inf"))
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * C + columns, mask=columns < C, other=-float("inf"))
         new = tl.maximum(maximum, tl.max(x, 0))
         total = total * tl.exp(maximum - new) + tl.sum(tl.exp(x - new), 0)
         maximum = new
@@ -90,10 +90,10 @@ def _gradients(
     total = tl.full((), 0.0, tl.float32)
     expected_gradient = tl.full((), 0.0, tl.float32)
     for start in range(0, C, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        a = tl.load(anchor + at, mask=at < C, other=-float("inf")) - a_max
-        n = tl.load(neighbour + at, mask=at < C, other=-float("inf")) - n_max
-        g = tl.load(entropy_gradient + at, mask=at < C, other=0.0)
+        columns = start + tl.arange(0, BLOCK)
+        a = tl.load(anchor + columns, mask=columns < C, other=-float("inf")) - a_max
+        n = tl.load(neighbour + columns, mask=columns < C, other=-float("inf")) - n_max
+        g = tl.load(entropy_gradient + columns, mask=columns < C, other=0.0)
         new = tl.maximum(maximum, tl.max(a + n, 0))
         total = total * tl.exp(maximum - new) + tl.sum(tl.exp(a + n - new), 0)
         expected_gradient += tl.sum(tl.exp(a) / a_total * g, 0)
@@ -102,14 +102,14 @@ def _gradients(
     tl.store(nll + row, tl.log(a_total) + tl.log(n_total) - tl.log(total) - maximum)
     # Second pass: the gradients
     for start in range(0, C, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        a = tl.load(anchor + at, mask=at < C, other=-float("inf")) - a_max
-        n = tl.load(neighbour + at, mask=at < C, other=-float("inf")) - n_max
-        g = tl.load(entropy_gradient + at, mask=at < C, other=0.0)
+        columns = start + tl.arange(0, BLOCK)
+        a = tl.load(anchor + columns, mask=columns < C, other=-float("inf")) - a_max
+        n = tl.load(neighbour + columns, mask=columns < C, other=-float("inf")) - n_max
+        g = tl.load(entropy_gradient + columns, mask=columns < C, other=0.0)
         r = tl.exp(a + n - maximum) / total
-        tl.store(neighbour + at, (tl.exp(n) / n_total - r) * scale, mask=at < C)
+        tl.store(neighbour + columns, (tl.exp(n) / n_total - r) * scale, mask=columns < C)
         dlogits = (tl.exp(a) / a_total * (g - expected_gradient + 1.0) - r) * scale
-        tl.store(anchor + at, dlogits, mask=at < C)
+        tl.store(anchor + columns, dlogits, mask=columns < C)
 
 
 class KernelHead:

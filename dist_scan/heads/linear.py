@@ -60,7 +60,7 @@ class ClusterHeads(nn.Module):
         self.partition = partition
         self.cluster_ranges = partition_clusters(self.sizes, partition, current().world_size)
         local_ranges = self.cluster_ranges[current().rank]
-        self.local_sizes = tuple(at.stop - at.start for at in local_ranges)
+        self.local_sizes = tuple(part.stop - part.start for part in local_ranges)
         self.slices = head_slices(self.sizes)
         """Rows of each head among all S."""
         self.local_slices = head_slices(self.local_sizes)
@@ -83,8 +83,8 @@ class ClusterHeads(nn.Module):
         return RowSharding(
             tuple(
                 tuple(
-                    slice(head.start + at.start, head.start + at.stop)
-                    for head, at in zip(self.slices, ranges)
+                    slice(head.start + part.start, head.start + part.stop)
+                    for head, part in zip(self.slices, ranges)
                 )
                 for ranges in self.cluster_ranges
             )
@@ -95,12 +95,12 @@ class ClusterHeads(nn.Module):
         local = self.local_slices[head]
         if self.partition == "batch":
             return self.weight[local], self.bias[local]
-        # Every cluster is on one rank: the sum over ranks puts the head together.
+        # Every cluster is on one rank and 0 on the others: the sum over ranks is the complete head.
         weight = self.weight.new_zeros(self.sizes[head], self.weight.shape[1])
         bias = self.bias.new_zeros(self.sizes[head])
-        at = self.cluster_ranges[current().rank][head]
-        weight[at] = self.weight[local].detach()
-        bias[at] = self.bias[local].detach()
+        clusters = self.cluster_ranges[current().rank][head]
+        weight[clusters] = self.weight[local].detach()
+        bias[clusters] = self.bias[local].detach()
         return all_sum(weight), all_sum(bias)
 
     def head_logits(self, head: int, features: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def choose_partition(
         )
     saved = f"no gradient of {gradient_bytes / MIB:.1f} MiB is sent"
     ranges = partition_clusters(sizes, "heads", world_size)
-    busiest = max(sum(at.stop for at in rank) for rank in ranges)
+    busiest = max(sum(clusters.stop for clusters in rank) for rank in ranges)
     if world_size <= len(sizes) and busiest * world_size <= MAX_LOAD_RATIO * total:
         return "heads", f"{saved}; the busiest rank has {busiest} of {total} clusters"
     # Seven float32 numbers per head and pair, see split_clusters.

@@ -26,11 +26,11 @@ MAX_LOGIT = 1e5
 """float32 resolves 0.008 here: a softmax of such logits is noise."""
 
 MAX_CLUSTER_SHARE = 0.95
-"""Heads have collapsed if each has more of the mean probability than this in one cluster."""
+"""Heads have collapsed if, in every head, one cluster's mean probability is larger than this."""
 
 PATIENCE = 3
-"""Epochs in a row with collapsed heads until training stops: heads may pass through such a state in
-their first steps."""
+"""Consecutive epochs with collapsed heads after which training stops. In the first epochs heads may
+collapse and recover."""
 
 REMEDY = (
     "Lower the optimizer's lr (it depends on the scale of the features: divide by 10), set "
@@ -48,7 +48,7 @@ class HeadSelection(nn.Module):
     - losses [H], stability [H]: held-out loss and stability of each head at the best epoch
     - alignment [S]: the selected head's cluster that corresponds to each cluster; -1 if unknown
       (no held-out rows)
-    - collapsed: epochs in a row in which all heads were collapsed
+    - collapsed: number of epochs in a row in which all heads were collapsed
     - best_weight [S, D], best_bias [S]: the heads at the best epoch; if they are partitioned, only
       this rank's rows until `gather`
     """
@@ -85,14 +85,15 @@ class HeadSelection(nn.Module):
         return [h for h, c in enumerate(self.sizes) if c == self.cluster_counts[group]]
 
     @torch.no_grad()
-    def check_divergence(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
+    def check_health(self, heads: ClusterHeads, features_BD: Tensor) -> dict[str, float]:
         """Raise ValueError, with the remedy, if the heads have diverged or collapsed. Collective.
 
         Diverged: a logit is above MAX_LOGIT. Collapsed: for PATIENCE epochs in a row, every head
-        has put almost all images into one cluster. Returns what to log: the largest logit, and the
-        largest cluster's share of the mean probability in the head where that is smallest.
+        has put almost all images into one cluster; the buffer `collapsed` counts them. Returns what
+        to log: the largest logit, and the largest mean probability of a cluster, which is that of
+        the head where it is smallest.
         """
-        # Largest logit, and the largest cluster's share, of every head over the global batch
+        # Largest logit, and the largest cluster of every head, over the global batch
         device = features_BD.device
         largest = torch.zeros((), device=device)
         shares = []
@@ -131,22 +132,22 @@ class HeadSelection(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, epoch: int, heads: ClusterHeads, rows_MD: Tensor, neighbours_AK: np.ndarray
+        self, epoch: int, heads: ClusterHeads, rows_mD: Tensor, neighbours_AK: np.ndarray
     ) -> tuple[dict[str, float], bool]:
         """Store the heads of every group whose lowest held-out loss has improved. Collective.
 
-        rows [m, D]: this rank's part of the features of the M held-out rows. neighbours [A, K]:
+        rows [m, D]: features of this rank's m of the M held-out rows. neighbours [A, K]:
         positions among the M rows, as in `HeldOut`. Memory: one head's logits [M, C] in float64.
 
         Returns (what to log, whether the first group improved). Raises ValueError if every loss is
         NaN.
         """
         # Held-out loss and assignment of every head, on all ranks
-        neighbours = torch.from_numpy(neighbours_AK).to(rows_MD.device).long()
+        neighbours = torch.from_numpy(neighbours_AK).to(rows_mD.device).long()
         losses = []
         assignments = []
         for h in range(len(self.sizes)):
-            logits = gather_rows(heads.head_logits(h, rows_MD).contiguous())
+            logits = gather_rows(heads.head_logits(h, rows_mD).contiguous())
             losses.append(held_out_loss(logits, neighbours))
             assignments.append(logits[: len(neighbours)].argmax(1).cpu().numpy())
         losses_H = torch.stack(losses).nan_to_num(nan=math.inf)
@@ -212,7 +213,7 @@ class HeadSelection(nn.Module):
             self.best_bias = bias
 
     def selected_head(self, group: int = 0) -> nn.Linear:
-        """The selected head of a group."""
+        """The selected head of a group, with its weights of the best epoch."""
         rows = head_slices(self.sizes)[int(self.best_head[group])]
         weight, bias = self.best_weight[rows], self.best_bias[rows]
         num_clusters, dim = weight.shape
@@ -282,7 +283,7 @@ class PublishedHeads:
             raise ValueError(
                 f"{self.folder}: heads that were not selected by held-out rows are not aligned, so "
                 "they have no consensus; give the heads stage held_out_share (or "
-                "held_out_neighbours), or assign with head: selected"
+                "held_out_neighbours), or use an `assign` stage, which takes the selected head"
             )
         logits = [self.logits(h, features) for h in members]
         return consensus(logits, [self.alignment[h] for h in members])

@@ -37,7 +37,7 @@ def scan_clusters_loss(
     Every rank passes the features of the whole global batch, and weight and bias of its
     local_sizes[h] of the sizes[h] clusters of every head, s = sum(local_sizes). Collective. The
     terms [H] are the same on all ranks; the gradient is that of the global loss by this rank's
-    clusters, and can be taken once.
+    clusters, and can be computed only once.
     """
     anchors = at_least_fp32(anchors_BD)
     neighbours = at_least_fp32(neighbours_BD)
@@ -99,28 +99,26 @@ def clusters_to_gradients_(
     """
     b = len(logits[0]) // 2
     # Row maxima over all ranks: of the logits, then of the sums a + n
-    maxima = all_max(torch.stack([a_and_n.amax(1) for a_and_n in logits]))
-    sums_of_logits = []
-    for a_and_n, maximum in zip(logits, maxima):
-        a_and_n.sub_(maximum[:, None])
-        sums_of_logits.append(a_and_n[:b] + a_and_n[b:])
-    joint_maxima = all_max(torch.stack([both.amax(1) for both in sums_of_logits]))
+    # Softmax in place, step by step: `separate` becomes p and q, `joint` becomes r.
+    maxima = all_max(torch.stack([separate.amax(1) for separate in logits]))
+    joints = []
+    for separate, maximum in zip(logits, maxima):
+        separate.sub_(maximum[:, None])
+        joints.append(separate[:b] + separate[b:])
+    joint_maxima = all_max(torch.stack([joint.amax(1) for joint in joints]))
     # Exponentials, and their row sums over all ranks
-    for a_and_n, both, maximum in zip(logits, sums_of_logits, joint_maxima):
-        a_and_n.exp_()
-        both.sub_(maximum[:, None]).exp_()
+    for separate, joint, maximum in zip(logits, joints, joint_maxima):
+        separate.exp_()
+        joint.sub_(maximum[:, None]).exp_()
     row_sums = all_sum(
         torch.stack(
-            [
-                torch.cat([exponentials.sum(1), joint.sum(1)])
-                for exponentials, joint in zip(logits, sums_of_logits)
-            ]
+            [torch.cat([separate.sum(1), joint.sum(1)]) for separate, joint in zip(logits, joints)]
         )
     )
     # Probabilities p, q and r; the entropy and its gradient, of this rank's clusters
     entropy_gradients = []
     local_sums = []
-    for p_and_q, r, row_sum in zip(logits, sums_of_logits, row_sums):
+    for p_and_q, r, row_sum in zip(logits, joints, row_sums):
         p_and_q.div_(row_sum[: 2 * b, None])
         r.div_(row_sum[2 * b :, None])
         p = p_and_q[:b]
@@ -130,9 +128,7 @@ def clusters_to_gradients_(
     # [G, b + 1]: <p, entropy gradient> of each anchor, and the entropy, over all ranks
     global_sums = all_sum(torch.stack(local_sums))
     # Gradients by the logits
-    for p_and_q, r, entropy_gradient, sums in zip(
-        logits, sums_of_logits, entropy_gradients, global_sums
-    ):
+    for p_and_q, r, entropy_gradient, sums in zip(logits, joints, entropy_gradients, global_sums):
         p_and_q[b:].sub_(r)
         p_and_q[:b].mul_(entropy_gradient - (sums[:b, None] - 1)).sub_(r)
     lse = row_sums.log()

@@ -49,7 +49,7 @@ class HeadsMethod(Method):
             inputs.feature_dim, num_clusters, num_heads, inputs.head_partition
         )
         self.selection = HeadSelection(self.heads)
-        # Features of the last step, for the divergence check after the epoch; not saved.
+        # Features of the last step, for `check_health` after the epoch; not saved.
         self.last_features: Tensor | None = None
 
     def select(
@@ -58,12 +58,12 @@ class HeadsMethod(Method):
         """Update the selection after an epoch. Collective.
 
         Returns what to log, and whether the epoch is the best so far. Raises ValueError if the
-        heads have diverged (``HeadSelection.check_divergence``).
+        heads have diverged or collapsed (``HeadSelection.check_health``).
         """
-        # Check for divergence on the features of the last step.
+        # Check for divergence and collapse on the features of the last step.
         metrics: dict[str, float] = {}
         if self.last_features is not None:
-            metrics = self.selection.check_divergence(heads, self.last_features)
+            metrics = self.selection.check_health(heads, self.last_features)
             self.last_features = None
         # Without held-out rows the newest epoch is the best.
         if held_out is None:

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from dist_scan.heads import cpu_loops, products
 from dist_scan.heads.autograd import make_head, scan_heads_by_group, scan_heads_loss
-from dist_scan.heads.cpu_loops import ROWS, LoopHead, exponentials, scan_heads_in_loops
+from dist_scan.heads.cpu_loops import (
+    PAIRS_PER_CHUNK,
+    LoopHead,
+    exponentiate_row,
+    scan_heads_in_loops,
+)
 from dist_scan.heads.products import FeaturePair, HeadGradients, RecomputeLogits
 from dist_scan.heads.torch_head import Head, TorchHead, entropy_and_gradient
 
@@ -53,7 +58,9 @@ def loop_head(b: int, clusters: int, size: float) -> LoopHead:
 
 
 @pytest.mark.parametrize("size", [1, 30, 300])
-@pytest.mark.parametrize("b, clusters", [(5, 7), (ROWS + 3, 130), (2 * ROWS, 1000), (3, 1)])
+@pytest.mark.parametrize(
+    "b, clusters", [(5, 7), (PAIRS_PER_CHUNK + 3, 130), (2 * PAIRS_PER_CHUNK, 1000), (3, 1)]
+)
 def test_loops_equal_the_torch_form(b: int, clusters: int, size: float) -> None:
     logits, bias = logits_and_bias(b, clusters, size)
     whole = (logits + bias).double()
@@ -75,7 +82,7 @@ def test_exponentials_are_right_to_two_units_and_never_infinite() -> None:
     edges = [-88.0, -200.0, -np.inf, np.nan]
     x = np.concatenate([-np.linspace(0, 87, 200_001), edges]).astype(np.float32)
     found, expected = x.copy(), np.exp(x[:-4].astype(np.float64))
-    exponentials(found, np.zeros_like(found), np.float32(0))
+    exponentiate_row(found, np.zeros_like(found), np.float32(0))
     assert float(np.abs(found[:-4] / expected - 1).max()) < 2.5e-7
     assert found[0] == 1
     assert (found[-4:-1] < 2e-38).all()
@@ -83,9 +90,9 @@ def test_exponentials_are_right_to_two_units_and_never_infinite() -> None:
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_one = run_head(loop_head(5 * ROWS + 1, 33, 30))
+    on_one = run_head(loop_head(5 * PAIRS_PER_CHUNK + 1, 33, 30))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    on_three = run_head(loop_head(5 * ROWS + 1, 33, 30))
+    on_three = run_head(loop_head(5 * PAIRS_PER_CHUNK + 1, 33, 30))
     for one, three in zip(on_one, on_three, strict=True):
         assert torch.equal(one, three)
 

@@ -128,30 +128,30 @@ def test_collapsed_and_diverged_heads_stop_training_with_the_remedy() -> None:
     torch.manual_seed(0)
     heads, x = ClusterHeads(8, 4, 2), torch.randn(50, 8)
     selection = HeadSelection(heads)
-    metrics = selection.check_divergence(heads, x)
+    metrics = selection.check_health(heads, x)
     assert 0 < metrics["largest_logit"] < 10
     assert metrics["largest_cluster"] < 0.9
     # One collapsed head of two is allowed: it will not be selected.
     with torch.no_grad():
         heads.bias[0] += 30
-    assert selection.check_divergence(heads, x)["largest_cluster"] < 0.9
+    assert selection.check_health(heads, x)["largest_cluster"] < 0.9
     assert selection.collapsed == 0
     with torch.no_grad():
         heads.bias[5] += 30
     for _ in range(PATIENCE - 1):
-        selection.check_divergence(heads, x)
+        selection.check_health(heads, x)
     resumed = HeadSelection(heads)
     resumed.load_state_dict(selection.state_dict())
     for each in (selection, resumed):
         with pytest.raises(ValueError, match="collapsed.*lr.*standardise"):
-            each.check_divergence(heads, x)
+            each.check_health(heads, x)
     with torch.no_grad():
         heads.weight *= 1e6
     with pytest.raises(ValueError, match="diverged.*lr"):
-        selection.check_divergence(heads, x)
+        selection.check_health(heads, x)
     heads.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="diverged"):
-        selection.check_divergence(heads, x)
+        selection.check_health(heads, x)
 
 
 def test_collapsed_epochs_are_counted_in_a_row() -> None:
@@ -159,5 +159,5 @@ def test_collapsed_epochs_are_counted_in_a_row() -> None:
     selection = HeadSelection(heads)
     for bias in (30.0, 30.0, 0.0, 30.0, 30.0):
         heads.bias.data = torch.tensor([bias, 0, 0, 0])
-        selection.check_divergence(heads, x)
+        selection.check_health(heads, x)
     assert selection.collapsed == 2
