@@ -1,4 +1,4 @@
-"""A model taken out of a finished run: weights for plain timm and torch, and how to use them."""
+"""Export the model of a finished run: weights for plain timm and torch, and how to use them."""
 
 from __future__ import annotations
 

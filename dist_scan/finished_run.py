@@ -49,7 +49,7 @@ class FinishedRun:
         return {role: Path(path).parent.name for role, path in paths.items()}
 
     def recipe(self, assign: str | None) -> RecipeConfig:
-        """The recipe by which an assign stage read its images; centre crops without one."""
+        """The recipe with which an assign stage read its images; centre crops without one."""
         if assign is None:
             return RecipeConfig(name="center")
         settings = self.settings(assign)["recipe"]
@@ -76,17 +76,17 @@ class FinishedRun:
     def choose_model(self, wanted: str | None = None) -> ModelChoice:
         """The cluster model of the wanted stage; of an assign stage, the one that it used.
 
-        Without a wanted stage, the model behind the subject that the report calls best, else the
-        last one. Raises ConfigError with the names that are allowed.
+        Without a wanted stage, the model behind `best` of the report stage, else the last one.
+        Raises ConfigError with the names that are allowed.
         """
         models = self.image_model_stages()
         if not models:
             raise ConfigError(
                 f"{self.folder}: no stage of this run published a cluster model that takes images; "
-                "train scan or selflabel, with `backbone:`"
+                "add `backbone:` to the stage that trains heads, or add a selflabel stage"
             )
         used_by = {name: self.inputs(name)["model"] for name in self.stages_of_kind("assign")}
-        stage = wanted or self._best_stage() or models[-1]
+        stage = wanted or self._shown_stage() or models[-1]
         stage = used_by.get(stage, stage)
         if stage not in models:
             raise ConfigError(
@@ -96,8 +96,8 @@ class FinishedRun:
         assign = next((name for name, model in used_by.items() if model == stage), None)
         return ModelChoice(stage, assign)
 
-    def _best_stage(self) -> str | None:
-        """The stage of the subject that the report calls best; None without a report."""
+    def _shown_stage(self) -> str | None:
+        """The stage whose clusters the report shows (`best` in its settings); None without one."""
         for name in self.stages_of_kind("report"):
             report = self.settings(name)
             return self.settings(report["evaluate"])["subjects"][report["best"]]

@@ -4,7 +4,7 @@ Training calls most of these functions directly. Losses of linear heads also exi
 which computes the gradient in the forward pass and keeps one head's logits at a time:
 `heads/autograd.py` (`scan_heads_loss`, `temi_heads_loss`) and `heads/split_clusters.py`
 (`scan_clusters_loss`). The softmax over a sharded memory bank is `methods/nce.py`
-(`instance_loss`). Tests hold each of them against this file.
+(`instance_loss`). Tests compare each of them with this file.
 
 All losses compute in float32 or better. The result is this rank's part: its mean over ranks is the
 loss of the global batch, and with DDP's averaging of gradients its gradient is that of the global
@@ -62,9 +62,9 @@ def nt_xent(
 ) -> Tensor:
     """SimCLR's NT-Xent loss (Chen et al., ICML 2020, Eq. 1) over the views of the global batch.
 
-    By default only first views are anchors, each with 2 B - 1 candidates, as in SCAN's released
-    code. symmetric: the paper's loss, the mean over both views as anchors. Rows have unit length;
-    every rank must hold the same number of rows.
+    By default only first views are anchors, as in SCAN's released code. Each has 2 W B - 1
+    candidates on W ranks. symmetric: the paper's loss, the mean over both views as anchors. Rows
+    have unit length; every rank must hold the same number of rows.
     """
     first, second = at_least_fp32(first_BD), at_least_fp32(second_BD)
     all_first, all_second = all_rows(first), all_rows(second)
@@ -214,15 +214,15 @@ class ConfidentLoss(NamedTuple):
     """Loss of the confident images and their numbers.
 
     loss: part of the graph even if it is 0. num_confident: confident rows of the global batch.
-    pseudo_labels [B] and mask [B]: of this rank's rows. per_class [C]: confident rows per cluster,
-    of the global batch.
+    pseudo_labels [B] and mask [B]: of this rank's rows. per_cluster [C]: confident rows of the
+    global batch per cluster.
     """
 
     loss: Tensor
     num_confident: Tensor
     pseudo_labels: Tensor
     mask: Tensor
-    per_class: Tensor
+    per_cluster: Tensor
 
 
 def confident_cross_entropy(
@@ -237,14 +237,14 @@ def confident_cross_entropy(
     strong = at_least_fp32(strong_BC)
     probability, labels = at_least_fp32(weak_BC.detach()).softmax(1).max(1)
     mask = probability > threshold
-    per_class = all_sum(torch.bincount(labels[mask], minlength=strong.shape[1]).to(strong.dtype))
+    per_cluster = all_sum(torch.bincount(labels[mask], minlength=strong.shape[1]).to(strong.dtype))
     if class_balance:
-        num_present = (per_class > 0).sum().clamp(min=1)
-        weights = (1 / (per_class.clamp(min=1) * num_present))[labels]
+        num_present = (per_cluster > 0).sum().clamp(min=1)
+        weights = (1 / (per_cluster.clamp(min=1) * num_present))[labels]
     else:
-        weights = 1 / per_class.sum().clamp(min=1).expand(len(labels))
+        weights = 1 / per_cluster.sum().clamp(min=1).expand(len(labels))
     row_losses = F.cross_entropy(strong, labels, reduction="none")
     # The weights are those of the global batch, so the sum over ranks is the loss; DDP takes a
     # mean.
     loss = current().world_size * (row_losses * weights * mask).sum()
-    return ConfidentLoss(loss, per_class.sum(), labels, mask, per_class)
+    return ConfidentLoss(loss, per_cluster.sum(), labels, mask, per_cluster)

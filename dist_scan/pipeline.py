@@ -55,20 +55,26 @@ class Pipeline:
         Raises StopRequested between or inside stages; a later call resumes there.
         """
         run = self.run_config
-        fingerprints = on_rank_0(lambda: preflight.fingerprints(run, preflight.check_data(run)))
+        fingerprints = on_rank_0(self._check_data)
         for text in preflight.data_warnings(run):
             self.log(f"warning: {text}")
         for name, config in preflight.all_stages(run).items():
             self.stop.raise_if_requested()
-            artifact = self._finished_stage(name, config, fingerprints[name])
+            artifact = self._find_or_run(name, config, fingerprints[name])
             self.finished[name] = artifact
             self._copy_results(config, artifact)
         if self.world.rank == 0:
             write_json(run.run_dir / STAGES, fingerprints)
         return {name: artifact.path for name, artifact in self.finished.items()}
 
-    def _finished_stage(self, name: str, config: StageConfig, fingerprint: str) -> Artifact:
-        """The artifact of a stage, which is run unless an earlier start has finished it."""
+    def _check_data(self) -> dict[str, str]:
+        """Check the settings against the data. Returns the fingerprint of each stage."""
+        data = preflight.inspect_data(self.run_config)
+        preflight.check_sizes(self.run_config, data.num_images)
+        return preflight.fingerprints(self.run_config, data.fingerprints)
+
+    def _find_or_run(self, name: str, config: StageConfig, fingerprint: str) -> Artifact:
+        """The artifact of a stage; runs the stage unless an earlier start has finished it."""
         store = self.beton_store if isinstance(config, BetonConfig) else self.store
         artifact, is_started = on_rank_0(
             lambda: (store.find(name, fingerprint), store.is_started(name, fingerprint))

@@ -1,9 +1,9 @@
-"""What is known before any work: the stages of a run, whether the data suits them, fingerprints."""
+"""Before any work: the stages of a run, checks against its data, and fingerprints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_scan.config import ConfigError, RunConfig, StageConfig
 from dist_scan.config.data import STORAGE_SETTINGS
@@ -12,6 +12,16 @@ from dist_scan.data.sources.open import open_source
 from dist_scan.stages.base import stage_class
 from dist_scan.stages.beton import BetonConfig
 from dist_scan.storage.artifacts import fingerprint
+
+
+class DataSummary(NamedTuple):
+    """num_images: by split. fingerprints: of each split's images, by the name of its beton stage.
+
+    Both have only the splits that a stage refers to.
+    """
+
+    num_images: dict[str, int]
+    fingerprints: dict[str, str]
 
 
 def all_stages(run: RunConfig) -> dict[str, StageConfig]:
@@ -23,36 +33,38 @@ def all_stages(run: RunConfig) -> dict[str, StageConfig]:
     return {name: stage for name, stage in betons.items() if name in referenced} | run.stages
 
 
-def check_data(run: RunConfig) -> dict[str, str]:
-    """Count the images and check the settings against their number.
-
-    Returns the fingerprint of each split's images, by the name of its beton stage. Raises
-    ConfigError with all errors.
-    """
-    if not run.stages:
-        raise ConfigError("stages: none; name at least one (the shipped configs are examples)")
-    data_fingerprints = {}
-    num_images: dict[str | None, int] = {}
+def inspect_data(run: RunConfig) -> DataSummary:
+    """Count and fingerprint the images of a run. Raises ConfigError if they cannot be listed."""
+    data = DataSummary({}, {})
     for name, stage in all_stages(run).items():
         if isinstance(stage, BetonConfig):
             source = open_source(run.data.splits()[stage.split])
-            data_fingerprints[name] = source.fingerprint()
-            num_images[stage.split] = len(source)
+            data.fingerprints[name] = source.fingerprint()
+            data.num_images[stage.split] = len(source)
+    return data
+
+
+def check_sizes(run: RunConfig, num_images: Mapping[str, int]) -> None:
+    """Check the settings against the numbers of images. Raises ConfigError with all errors."""
+    if not run.stages:
+        raise ConfigError("stages: none; name at least one (the shipped configs are examples)")
     errors = []
     for name, stage in run.stages.items():
         split = stage.images_split(run.stages)
-        if split in num_images:
+        if split is not None and split in num_images:
             try:
                 stage.check_size(name, num_images[split])
             except ValueError as error:
                 errors.append(str(error))
     if errors:
         raise ConfigError("\n".join(errors))
-    return data_fingerprints
 
 
 def data_warnings(run: RunConfig) -> list[str]:
-    """Warnings of all stages about this data; the first stage of those with the same one."""
+    """Warnings of all stages about this data.
+
+    A warning that several stages give is listed once, under the first of them.
+    """
     found: dict[str, str] = {}
     for name, stage in run.stages.items():
         for text in stage.warnings(run.data):
@@ -63,8 +75,9 @@ def data_warnings(run: RunConfig) -> list[str]:
 def fingerprints(run: RunConfig, data_fingerprints: Mapping[str, str]) -> dict[str, str]:
     """The fingerprint of each stage: a hash of everything that decides its results.
 
-    These are kind, version and settings of the stage, the seed, the fingerprints of its inputs
-    and of the data; not `name`, `runtime` and `slurm`.
+    Hashed are kind, version and settings of the stage, the seed, `size`, `mean` and `std` of the
+    data, and the fingerprints of the stage's inputs; not `name`, `runtime` and `slurm`. For a
+    beton stage: kind, version, the storage settings and the fingerprint of the images.
     """
     found: dict[str, str] = {}
     for name, stage in all_stages(run).items():

@@ -4,6 +4,9 @@ A launcher starts it once per rank. Exit codes do not survive srun, so what the 
 is a file in RUN_DIR: DONE, STOPPED with the signal's number, FATAL_ERROR (such as invalid settings;
 a relaunch cannot help) or PORT_TAKEN. storage/run_markers.py writes them, launch/recovery.py reads
 them.
+
+A ValueError is taken for an error in settings or data and printed without a traceback; its
+traceback is in RUN_DIR/logs, and is printed too if DIST_SCAN_TRACEBACK is set.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from dist_scan.world.collectives import gather_objects
 from dist_scan.world.world import World, close_world, open_world
 
 RANK_0_FIRST_S = 0.5
-"""Other ranks report an error of the user this much later: rank 0 usually has it too."""
-SHORT = 1000
-"""Characters of a text that fits into a reserved file (as JSON up to six bytes each)."""
+"""Other ranks report a fatal error this much later: rank 0 usually has it too."""
+MAX_TEXT_ON_FULL_DISK = 1000
+"""Characters of a text that fits into a reserved file (in JSON up to six bytes each)."""
 
 
 def main(run_dir: str) -> int:
@@ -53,15 +56,16 @@ def main(run_dir: str) -> int:
         markers.release()
         return 0
     except (ConfigError, NonRetryableError) as error:
-        return _report_user_error(markers, str(error))
+        return _report_fatal_error(markers, str(error))
     except ValueError as error:
         if os.environ.get("DIST_SCAN_TRACEBACK"):
             traceback.print_exc()
         _record_error(markers, error, to_stderr=False)
-        return _report_user_error(markers, str(error))
+        return _report_fatal_error(markers, str(error))
     except BaseException as error:
         is_disk_full = isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
         _record_error(markers, error, to_stderr=not is_disk_full)
+        # Flush both streams; os._exit does not.
         print_line("", sys.stdout, end="")
         print_line("", end="")
         # At once: in an orderly shutdown this rank would keep its peers waiting in a collective.
@@ -69,7 +73,7 @@ def main(run_dir: str) -> int:
 
 
 def _run(folder: Path, stop: StopFlag, markers: RunMarkers) -> None:
-    """Join the other ranks, run the pipeline, and leave the marker of its end."""
+    """Join the other ranks, run the pipeline, and write the marker DONE or STOPPED."""
     run = load_config(folder / "config.yaml")
     if run.runtime.run_dir is None:
         runtime = run.runtime.model_copy(update={"run_dir": str(folder)})
@@ -116,7 +120,7 @@ def _log_results(folder: Path, log: Callable[[str], None]) -> None:
 
 
 def _open_world(run: RunConfig, markers: RunMarkers) -> World:
-    """Join the other ranks; marks a port that is taken, for the launcher to change it."""
+    """Join the other ranks; writes PORT_TAKEN if the port is in use, so the launcher changes it."""
     try:
         return open_world(run.runtime.device, run.runtime.timeout_s)
     except (RuntimeError, OSError) as error:
@@ -136,10 +140,11 @@ def _stop_signal(stop: StopFlag) -> int | None:
     return max(signals, default=None)
 
 
-def _report_user_error(markers: RunMarkers, text: str) -> int:
-    """Report invalid settings once and leave the marker FATAL_ERROR. Returns the exit code.
+def _report_fatal_error(markers: RunMarkers, text: str) -> int:
+    """Report an error that a relaunch would meet again. Returns the exit code.
 
-    Rank 0 prints the error; one that only another rank has is printed by the launcher.
+    Writes the marker FATAL_ERROR. Rank 0 prints the error; the launcher prints one that only
+    another rank has.
     """
     folder, rank = markers.run_dir, markers.rank
     marker = folder / "FATAL_ERROR"
@@ -150,7 +155,9 @@ def _report_user_error(markers: RunMarkers, text: str) -> int:
         text = f"rank {rank}: {text}"
     if folder.is_dir() and (rank == 0 or not marker.exists()):
         try:
-            markers.write_marker("FATAL_ERROR", text + "\n", short=text[:SHORT] + "\n")
+            markers.write_marker(
+                "FATAL_ERROR", text + "\n", short=text[:MAX_TEXT_ON_FULL_DISK] + "\n"
+            )
         except OSError as error:  # The exit code still tells the launcher, unless it is srun's.
             print_line(
                 f"error: {marker} cannot be written ({error.strerror}), so the launcher may start "
@@ -161,11 +168,14 @@ def _report_user_error(markers: RunMarkers, text: str) -> int:
 
 
 def _record_error(markers: RunMarkers, error: BaseException, to_stderr: bool = True) -> None:
-    """Leave the error and its traceback for the launcher, which shows the earliest of all ranks."""
+    """Record the error and its traceback; the launcher shows the earliest of all ranks."""
     name = f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
     entry = {"time": time.time(), "rank": markers.rank, "error": name, "traceback": trace}
-    short = entry | {"error": name[:SHORT], "traceback": trace[-SHORT:]}
+    short = entry | {
+        "error": name[:MAX_TEXT_ON_FULL_DISK],
+        "traceback": trace[-MAX_TEXT_ON_FULL_DISK:],
+    }
     try:
         markers.logs.mkdir(exist_ok=True)
         markers.write_error(json.dumps(entry), json.dumps(short))

@@ -163,10 +163,10 @@ def load_slurm_run(args: argparse.Namespace) -> RunConfig:
     nodes = f" ({run.slurm.nodes} nodes x {run.slurm.tasks_per_node})"
     check_world_size(run, run.slurm.world_size, nodes)
     if checks_data(args):
-        from dist_scan.preflight import check_data  # seconds of imports
+        from dist_scan.preflight import check_sizes, inspect_data  # seconds of imports
 
         with explain_data_errors():
-            check_data(run)
+            check_sizes(run, inspect_data(run).num_images)
     return run
 
 

@@ -14,12 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder of the runs, the table and the page (default runs/<name>)"
     )
-    parser.add_argument("--processes", type=int, default=1, help="of each run (default 1)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes of each run (default 1)"
+    )
     parser.add_argument(
         "--at-once",
         type=int,
         default=1,
-        help="runs at a time, which share the cores (default 1); "
+        help="number of runs at a time, which share the cores (default 1); "
         "with more than one their output goes to RUN/output.txt",
     )
     parser.add_argument(
@@ -32,13 +34,13 @@ def main(args: argparse.Namespace) -> int:
     from dist_scan.compare.config import read_comparison
     from dist_scan.compare.local_runs import LocalRuns
     from dist_scan.compare.results import write_results
-    from dist_scan.compare.runs import check_same_data, is_finished, plan_runs
+    from dist_scan.compare.runs import data_manifests, is_finished, plan_runs, shared_data
 
     _arguments.check_at_least(args, processes=1, at_once=1)
     comparison = read_comparison(args.config, args.overrides)
     out = args.out or Path("runs") / comparison.name
     runs = plan_runs(comparison, args.config.parent, out)
-    data = check_same_data(runs, out / "data")
+    data = data_manifests(shared_data(runs), out / "data")
     unfinished = {}
     for number, run in enumerate(runs.values(), 1):
         title = f"[{number}/{len(runs)}] {run.run_dir}"

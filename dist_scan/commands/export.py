@@ -1,4 +1,4 @@
-"""Take a model out of a finished run: weights and how to use them, for plain timm and torch."""
+"""Export the model of a finished run: weights for plain timm and torch, and how to use them."""
 
 from __future__ import annotations
 

@@ -17,19 +17,19 @@ class MemberConfig(StrictModel):
     config: str
     """A run's YAML file, relative to the comparison's."""
     overrides: tuple[str, ...] = ()
-    """dotted.path=value, as on a launcher's command line."""
+    """Settings to change in it: dotted.path=value, as on a launcher's command line."""
 
 
 class ComparisonConfig(StrictModel):
-    """What is compared. Every run has a folder OUT/<member>-seed<N>."""
+    """Members (configs), each run per seed in OUT/<member>-seed<N>, and the rows of the table."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seeds: tuple[int, ...] = Field(min_length=1)
     members: dict[str, MemberConfig] = Field(min_length=1)
     rows: dict[str, str] = Field(min_length=1)
-    """Name in the table -> member.subject (a subject of the member's evaluate stage)."""
+    """Rows of the table: name -> MEMBER.SUBJECT, a subject of the member's evaluate stage."""
     baseline: str
-    """The row that the others are compared with."""
+    """Name of the row that the others are compared with."""
 
     @field_validator("seeds")
     @classmethod
@@ -47,7 +47,9 @@ class ComparisonConfig(StrictModel):
             member, _ = split_target(target)
             if member not in self.members:
                 allowed = ", ".join(f"{name}.SUBJECT" for name in self.members)
-                raise ValueError(f"rows.{row}: '{target}' names no member; allowed: {allowed}")
+                raise ValueError(
+                    f"rows.{row}: '{target}' does not begin with a member; allowed: {allowed}"
+                )
         return self
 
 

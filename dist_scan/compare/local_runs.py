@@ -19,11 +19,11 @@ from dist_scan.world.processes import available_cores
 
 LOCAL = Path(__file__).resolve().parents[2] / "launch" / "local.py"
 POLL_S = 0.1
-LINES_OF_FAILED_RUN = 20
+NUM_LINES_SHOWN_OF_FAILED_RUN = 20
 
 
 class _Running(NamedTuple):
-    """A run that was started: its title, folder and, if it is not the terminal, output file."""
+    """A run that was started. output: its output file; None if it prints to the terminal."""
 
     title: str
     folder: Path
@@ -34,11 +34,11 @@ class LocalRuns:
     """Starts runs, at most `at_once` at a time, each with its part of the cores.
 
     The first one runs alone until the data that all share is built. Signals to this process are
-    forwarded to the runs; if one fails, the others are told to save and stop.
+    forwarded to the runs. If one fails, the others get SIGTERM: they save and stop.
 
     Args:
         processes: processes of each run.
-        at_once: number of runs at a time; with more than one their output goes to RUN/output.txt.
+        at_once: number of runs at a time; if more than 1, their output goes to RUN/output.txt.
         shared_data: files that exist once the shared data is built.
     """
 
@@ -117,8 +117,10 @@ class LocalRuns:
         """Show the end of the run's output, and stop the others."""
         lines: list[str] = []
         if run.output is not None:
-            lines = run.output.read_text(errors="replace").splitlines()[-LINES_OF_FAILED_RUN:]
-        lines.append(f"{run.folder}: ended with {code}; the same command resumes it")
+            lines = run.output.read_text(errors="replace").splitlines()[
+                -NUM_LINES_SHOWN_OF_FAILED_RUN:
+            ]
+        lines.append(f"{run.folder}: ended with exit code {code}; the same command resumes it")
         print("\n".join(lines), file=sys.stderr)
         if self.exit_code == 0:
             self._stop(signal.SIGTERM)

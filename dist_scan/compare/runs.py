@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_scan.compare.config import ComparisonConfig, split_target
 from dist_scan.config import ConfigError, RunConfig, dump
 from dist_scan.config.stage import BETON
-from dist_scan.preflight import check_data, fingerprints
+from dist_scan.preflight import check_sizes, fingerprints, inspect_data
 from dist_scan.run_config import load_config
 from dist_scan.stages.evaluate import EvaluateConfig
 from dist_scan.storage.artifacts import MANIFEST, ArtifactStore
@@ -50,15 +50,17 @@ def _subjects(run: RunConfig) -> list[str]:
     return [subject for stage in stages for subject in stage.subjects]
 
 
-def check_same_data(runs: Runs, cache_dir: Path) -> list[Path]:
-    """Raise ConfigError unless all runs cluster the same images.
+def shared_data(runs: Runs) -> dict[str, str]:
+    """The fingerprints of the beton stages, which all runs share.
 
-    Returns the manifests in cache_dir that exist once the data is built.
+    Raises ConfigError unless all runs cluster the same images.
     """
     by_member: dict[str, dict[str, str]] = {}
     for (name, _), run in runs.items():
         if name not in by_member:
-            all_stages = fingerprints(run, check_data(run))
+            summary = inspect_data(run)
+            check_sizes(run, summary.num_images)
+            all_stages = fingerprints(run, summary.fingerprints)
             by_member[name] = {
                 stage: value for stage, value in all_stages.items() if stage.startswith(BETON)
             }
@@ -69,6 +71,11 @@ def check_same_data(runs: Runs, cache_dir: Path) -> list[Path]:
                 f"members.{name} and members.{first} do not cluster the same images; give both "
                 "the same `data:` (source, limit, stored, resolution), with overrides where needed"
             )
+    return data
+
+
+def data_manifests(data: Mapping[str, str], cache_dir: Path) -> list[Path]:
+    """Files in cache_dir that exist once the data is built. data: from `shared_data`."""
     store = ArtifactStore(cache_dir)
     return [store.folder(stage, value) / MANIFEST for stage, value in data.items()]
 

@@ -94,11 +94,11 @@ class SelfLabelMethod(Method):
             self.model(strong), weak_logits, self.config.threshold, self.config.class_balance
         )
         # Count here and not in end_step, which does not run in skipped steps.
-        self.confident += result.per_class.long()
+        self.confident += result.per_cluster.long()
         self.seen += self.inputs.global_batch
         metrics = {
             "confident_share": result.num_confident / self.inputs.global_batch,
-            "clusters_in_batch": (result.per_class > 0).sum(),
+            "clusters_in_batch": (result.per_cluster > 0).sum(),
         }
         return Step(result.loss, metrics, skip=not bool(result.num_confident > 0))
 

@@ -153,9 +153,11 @@ def test_errors_are_written_into_reserved_files(full_folder: Path) -> None:
     run._record_error(markers, ValueError("\u00e4" * 5000))
     error = first_error(full_folder)
     assert error is not None
-    assert error["error"] == "ValueError: " + "\u00e4" * (run.SHORT - len("ValueError: "))
+    assert error["error"] == "ValueError: " + "\u00e4" * (
+        run.MAX_TEXT_ON_FULL_DISK - len("ValueError: ")
+    )
     assert error["rank"] == 1
-    assert run._report_user_error(markers, "\u00e4" * 20000) == run.USER_ERROR
+    assert run._report_fatal_error(markers, "\u00e4" * 20000) == run.USER_ERROR
     assert (full_folder / "FATAL_ERROR").read_text().startswith("rank 1: \u00e4")
     assert not list(full_folder.glob("logs/.kept*"))
 
@@ -166,7 +168,7 @@ def test_an_error_that_cannot_be_written_is_printed(
     markers = RunMarkers(full_folder, 1)
     markers.release()
     run._record_error(markers, ValueError("bad"))
-    assert run._report_user_error(markers, "bad") == run.USER_ERROR
+    assert run._report_fatal_error(markers, "bad") == run.USER_ERROR
     assert not (full_folder / "FATAL_ERROR").exists()
     assert not list(full_folder.glob("logs/*"))
     output = capfd.readouterr().err

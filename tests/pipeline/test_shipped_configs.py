@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from dist_scan.compare.config import read_comparison
-from dist_scan.compare.runs import check_same_data, plan_runs
+from dist_scan.compare.runs import plan_runs, shared_data
 from dist_scan.config import StageConfig
 from dist_scan.run_config import load_config
 from dist_scan.stages.embed import EmbedConfig
@@ -114,5 +114,5 @@ def test_a_shipped_config_runs_for_a_few_steps(
 def test_a_shipped_comparison_is_valid(path: Path, tmp_path: Path) -> None:
     comparison = read_comparison(path)
     runs = plan_runs(comparison, path.parent, tmp_path)
-    check_same_data(runs, tmp_path / "data")
+    shared_data(runs)
     assert len(runs) == len(comparison.seeds) * len(comparison.members)

@@ -18,7 +18,7 @@ import pytest
 from dist_scan.compare import local_runs
 from dist_scan.compare.config import read_comparison
 from dist_scan.compare.local_runs import LocalRuns
-from dist_scan.compare.runs import Runs, check_same_data, plan_runs
+from dist_scan.compare.runs import Runs, plan_runs, shared_data
 from dist_scan.config import ConfigError
 from dist_scan.world.processes import available_cores
 from tests.support.launches import ROOT
@@ -40,7 +40,7 @@ def planned(folder: Path, text: str) -> Runs:
     path.write_text(text)
     out = folder / "out"
     runs = plan_runs(read_comparison(path), folder, out)
-    check_same_data(runs, out / "data")
+    shared_data(runs)
     return runs
 
 
@@ -64,7 +64,7 @@ def test_every_member_and_seed_has_a_folder(tmp_path: Path) -> None:
             "baseline: pixel",
             "baseline: 'pixel' is not a row; allowed: pixels, heads",
         ),
-        ("b.scan", "c.scan", "names no member; allowed: a.SUBJECT, b.SUBJECT"),
+        ("b.scan", "c.scan", "does not begin with a member; allowed: a.SUBJECT, b.SUBJECT"),
         ("b.scan", "b.scam", "'scam' is not a subject of b; allowed: b.kmeans_pixels"),
         ("seeds: [0, 4]", "seeds: [4, 4]", "allowed: different numbers"),
         ("seeds:", "seed:", "seed"),
@@ -162,7 +162,7 @@ def test_a_failed_run_stops_the_others_and_no_more_start(
     assert time.monotonic() - start < 15
     assert not (tmp_path / "long" / "ended").exists()
     assert not (tmp_path / "never").exists()
-    assert "fails: ended with 3; the same command resumes it" in capfd.readouterr().err
+    assert "fails: ended with exit code 3; the same command resumes it" in capfd.readouterr().err
 
 
 def test_a_signal_is_forwarded_to_every_run(run_all: RunAll, tmp_path: Path) -> None:
