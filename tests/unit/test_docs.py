@@ -62,15 +62,24 @@ def test_lines_fit_the_width(page: Path) -> None:
     assert not long
 
 
-def defined_names(path: Path) -> set[str]:
-    """Names of functions and classes of a module, and `Class.method`."""
+def names_in(body: list[ast.stmt]) -> set[str]:
+    """Functions, classes and annotated variables that statements define."""
     names = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def defined_names(path: Path) -> set[str]:
+    """Functions, classes and annotated variables of a module; `Class.name` for those of a class."""
+    body = ast.parse(path.read_text()).body
+    names = names_in(body)
+    for node in body:
         if isinstance(node, ast.ClassDef):
-            methods = (n for n in node.body if isinstance(n, ast.FunctionDef))
-            names.update(f"{node.name}.{method.name}" for method in methods)
+            names.update(f"{node.name}.{name}" for name in names_in(node.body))
     return names
 
 
