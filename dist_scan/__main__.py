@@ -8,23 +8,23 @@ import sys
 from collections.abc import Sequence
 
 from dist_scan import commands
-from dist_scan.config import USER_ERROR
+from dist_scan.config import FATAL_ERROR
 from dist_scan.config.kinds import kinds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code; an error of the user is one line and exit code 2."""
+    """Run one command. Returns the exit code; a ValueError is printed as one line, exit code 2."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.main(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return FATAL_ERROR
     except OSError as error:
         if error.filename is None:  # not about a file of the user
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USER_ERROR
+        return FATAL_ERROR
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

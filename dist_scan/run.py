@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_scan.config import USER_ERROR, ConfigError, RunConfig
+from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig
 from dist_scan.engine.precision import set_determinism
 from dist_scan.engine.stop import NonRetryableError, StopFlag
 from dist_scan.monitoring.log import JsonLinesFile
@@ -164,7 +164,7 @@ def _report_fatal_error(markers: RunMarkers, text: str) -> int:
                 f"the run again in vain; stop it, and free some space in {folder}"
             )
     markers.release()
-    return USER_ERROR
+    return FATAL_ERROR
 
 
 def _record_error(markers: RunMarkers, error: BaseException, to_stderr: bool = True) -> None:

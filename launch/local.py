@@ -14,7 +14,7 @@ from types import FrameType
 # This file is run by its path, from a checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_scan.config import USER_ERROR, ConfigError, RunConfig, dump  # noqa: E402  needs the path above
+from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig, dump  # noqa: E402  needs the path above
 from dist_scan.storage import atomic  # noqa: E402
 from dist_scan.world.processes import (  # noqa: E402
     limit_threads,
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         lock = acquire_lock(run.run_dir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return FATAL_ERROR
     with lock:
         try:
             atomic.write_text(run.run_dir / "config.yaml", dump(run))
@@ -96,7 +96,7 @@ def run_until_done(run_dir: Path, processes: int, relaunches: int) -> int:
     if decision.action == "user_error":
         if decision.reason.startswith("rank "):  # rank 0 prints its own errors
             print(f"error: {decision.reason}", file=sys.stderr)
-        return USER_ERROR
+        return FATAL_ERROR
     if decision.action == "give_up":
         print(
             f"failed: {decision.reason}\n(tracebacks: {run_dir}/logs/error-rank*.json; the same "

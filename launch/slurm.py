@@ -19,7 +19,7 @@ from pathlib import Path
 # This file is run by its path, from a checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_scan.config import USER_ERROR, ConfigError, RunConfig  # noqa: E402  needs the path above
+from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig  # noqa: E402  needs the path above
 from launch import benchmark, command_line, submission, watch  # noqa: E402
 from launch.plan import plan  # noqa: E402
 from launch.sbatch_script import BatchJob, script  # noqa: E402
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return launch(argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return FATAL_ERROR
 
 
 def launch(argv: list[str]) -> int:

@@ -4,7 +4,7 @@ Settings that belong to one part (a method, a stage, an optimizer) are defined n
 the settings of a whole run and what all of them are made of.
 """
 
-from dist_scan.config.base import USER_ERROR, ConfigError, StrictModel, suggest
+from dist_scan.config.base import FATAL_ERROR, ConfigError, StrictModel, suggest
 from dist_scan.config.data import DataConfig, SplitConfig
 from dist_scan.config.errors import validate_settings
 from dist_scan.config.run import RunConfig, RuntimeConfig
@@ -13,7 +13,7 @@ from dist_scan.config.stage import StageConfig
 from dist_scan.config.yaml import dump, override, read_settings, read_yaml
 
 __all__ = [
-    "USER_ERROR",
+    "FATAL_ERROR",
     "ConfigError",
     "DataConfig",
     "RunConfig",

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-USER_ERROR = 2
-"""Exit code of a process that ends because of invalid input from the user."""
+FATAL_ERROR = 2
+"""Exit code after an error that a new start would meet again, such as invalid settings."""
 
 
 class ConfigError(ValueError):

@@ -15,7 +15,7 @@ from functools import partial
 from multiprocessing.queues import SimpleQueue
 from types import FrameType
 
-from dist_scan.config import USER_ERROR, ConfigError
+from dist_scan.config import FATAL_ERROR, ConfigError
 from dist_scan.world.processes import (
     CONTEXT,
     free_port,
@@ -98,13 +98,13 @@ def _fork(work: Callable[[], int], processes: int) -> int:
 
 
 def _run_rank(work: Callable[[], int], errors: SimpleQueue[str], rank: int) -> None:
-    """Run ``work`` and end this process; an error of the user's goes into the queue."""
+    """Run ``work`` and end this process; a ConfigError goes into the queue."""
     try:
         code = work()
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) or error.filename is not None:
             errors.put(error_text(error))
-            code = USER_ERROR
+            code = FATAL_ERROR
         else:
             traceback.print_exc()
             code = 1

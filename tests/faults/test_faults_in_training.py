@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_scan.config import USER_ERROR
+from dist_scan.config import FATAL_ERROR
 from dist_scan.data.beton.format import FIELD, HEADER, ROW
 from dist_scan.monitoring.log import read_rows
 from tests.support.fault_checks import assert_equal_runs, flip_a_bit
@@ -177,7 +177,7 @@ def test_with_only_damaged_checkpoints_a_run_ends_without_a_relaunch(tmp_path: P
         (path / "state.pt").write_bytes(b"")
     for _ in range(2):
         failed = run()
-        assert failed.code == USER_ERROR, failed.output
+        assert failed.code == FATAL_ERROR, failed.output
         assert "not starting again at step 0" in failed.output
         assert "starting again (" not in failed.output
         assert failed.output.count("error: ") == 1
@@ -196,7 +196,7 @@ def test_a_non_finite_loss_or_gradient_skips_the_update_on_all_ranks(tmp_path: P
         ],
     )
     # Ten in a row end the run.
-    assert result.code == USER_ERROR, result.output
+    assert result.code == FATAL_ERROR, result.output
     assert "10 updates in a row" in result.output
     assert "image rows of rank 1: [" in result.output
     assert "of rank 0" not in result.output
@@ -229,7 +229,7 @@ def test_a_truncated_and_a_foreign_beton_are_refused(
     data = bytearray(beton.read_bytes())
     beton.write_bytes(data[:-100])
     truncated = run()
-    assert truncated.code == USER_ERROR, truncated.output
+    assert truncated.code == FATAL_ERROR, truncated.output
     assert "images.beton has" in truncated.output
     assert "Traceback" not in truncated.output
 
@@ -237,7 +237,7 @@ def test_a_truncated_and_a_foreign_beton_are_refused(
     data[HEADER.itemsize + 3 * FIELD.itemsize + 5 * ROW.itemsize + 1] ^= 1
     beton.write_bytes(data)
     foreign = run("stages.pretext.epochs=1")
-    assert foreign.code == USER_ERROR, foreign.output
+    assert foreign.code == FATAL_ERROR, foreign.output
     assert "images.beton" in foreign.output
     assert "pretext: 1/" not in foreign.output
     assert "starting again" not in foreign.output

@@ -119,7 +119,7 @@ def test_three_failed_saves_on_a_full_disk_end_the_run(disk: Path, start: Start)
     launcher.wait_until(lambda: bool(list(disk.glob("stages/pretext/*/work/checkpoints/step-*"))))
     filler = fill(disk)
     done = launcher.wait(120)
-    assert done.returncode == run.USER_ERROR, done.stdout
+    assert done.returncode == run.FATAL_ERROR, done.stdout
     assert "starting again" not in done.stdout, done.stdout
     assert "Traceback" not in done.stdout, done.stdout
     assert done.stdout.count("could not save") == 3, done.stdout
@@ -157,7 +157,7 @@ def test_errors_are_written_into_reserved_files(full_folder: Path) -> None:
         run.MAX_TEXT_ON_FULL_DISK - len("ValueError: ")
     )
     assert error["rank"] == 1
-    assert run._report_fatal_error(markers, "\u00e4" * 20000) == run.USER_ERROR
+    assert run._report_fatal_error(markers, "\u00e4" * 20000) == run.FATAL_ERROR
     assert (full_folder / "FATAL_ERROR").read_text().startswith("rank 1: \u00e4")
     assert not list(full_folder.glob("logs/.kept*"))
 
@@ -168,7 +168,7 @@ def test_an_error_that_cannot_be_written_is_printed(
     markers = RunMarkers(full_folder, 1)
     markers.release()
     run._record_error(markers, ValueError("bad"))
-    assert run._report_fatal_error(markers, "bad") == run.USER_ERROR
+    assert run._report_fatal_error(markers, "bad") == run.FATAL_ERROR
     assert not (full_folder / "FATAL_ERROR").exists()
     assert not list(full_folder.glob("logs/*"))
     output = capfd.readouterr().err
