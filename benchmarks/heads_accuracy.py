@@ -33,7 +33,7 @@ from dist_scan.heads.selection import PublishedHeads
 from dist_scan.methods.base import Method, MethodInputs, method_class
 from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.search.kmeans import kmeans
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import KMeansOptions
 from dist_scan.world.world import current
 
@@ -63,7 +63,7 @@ class Experiment:
         with np.load(args.npz) as data:
             self.labels = data["labels"]
             self.table: FeatureTable = write_rows(folder / "features", data["features"])
-        self.neighbours: NeighbourTable = mine_neighbours(
+        self.neighbours: NeighbourTable = search_neighbours(
             self.table, folder / "neighbours", args.neighbours
         )
         self.args = args

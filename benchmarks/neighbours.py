@@ -47,7 +47,7 @@ def make_ours(path: Path, k: int, num_queries: int) -> Callable[[], float]:
 
     from dist_scan.data.feature_table import FeatureTable
     from dist_scan.search.exact_rows import prepare_rows
-    from dist_scan.search.neighbours import find_neighbours, mine_neighbours
+    from dist_scan.search.neighbours import search_neighbours, search_round
     from dist_scan.search.options import NEIGHBOUR_DEFAULTS
     from dist_scan.world.collectives import barrier
     from dist_scan.world.world import current
@@ -56,7 +56,7 @@ def make_ours(path: Path, k: int, num_queries: int) -> Callable[[], float]:
     world = current()
     out = path.with_name(f"out-{world.world_size}")
     # Compile, and import what takes long.
-    find_neighbours(prepare_rows(table, True), [(0, 32)], k, False, 1024)
+    search_round(prepare_rows(table, True), [(0, 32)], k, False, 1024)
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def search_some() -> float:
@@ -65,7 +65,7 @@ def make_ours(path: Path, k: int, num_queries: int) -> Callable[[], float]:
         step = NEIGHBOUR_DEFAULTS.queries_per_round
         for start in range(world.rank * num_queries // world.world_size, stop, step):
             span = start, min(start + step, stop)
-            find_neighbours(rows, [span], k, False, NEIGHBOUR_DEFAULTS.chunk_rows)
+            search_round(rows, [span], k, False, NEIGHBOUR_DEFAULTS.chunk_rows)
         return before_mib
 
     def search_all() -> float:
@@ -73,7 +73,7 @@ def make_ours(path: Path, k: int, num_queries: int) -> Callable[[], float]:
         if world.rank == 0:
             shutil.rmtree(out, ignore_errors=True)
         barrier()
-        mine_neighbours(table, out, k)
+        search_neighbours(table, out, k)
         return before_mib
 
     return search_some if num_queries < table.num_rows else search_all

@@ -22,7 +22,7 @@ from benchmarks.search_rows import write_rows
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.evaluate.metrics import accuracy, contingency, neighbour_purity, nmi
 from dist_scan.search.kmeans import kmeans
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import KMeansOptions
 
 NEEDS = "data:imagenet50-val-moco128.npz"
@@ -60,7 +60,7 @@ def main() -> None:
         rows, labels = data["features"], data["labels"]
     with tempfile.TemporaryDirectory() as folder:
         table = write_rows(Path(folder) / "features", rows)
-        neighbours = mine_neighbours(table, Path(folder) / "neighbours", max(NUM_NEIGHBOURS))
+        neighbours = search_neighbours(table, Path(folder) / "neighbours", max(NUM_NEIGHBOURS))
         ids, _ = neighbours.rows(np.arange(len(rows)))
         purity = {f"purity_{k}": round(neighbour_purity(ids, labels, k), 4) for k in NUM_NEIGHBOURS}
         emit({"row": "neighbours", "rows": len(rows), **purity})

@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     if args.spherical and not args.normalise:
         raise ValueError("--spherical is for rows of unit length; leave out --raw")
     options = _arguments.to_options(args, KMeansOptions)
-    check_num_clusters(args.k, _search.check_features(args))
+    check_num_clusters(args.k, _search.check_features(args), "--k")
     if (args.out / "assignments.npz").exists():
         raise ValueError(f"{args.out} holds clusters already; give another folder, or remove it")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -43,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Search; the same command resumes an interrupted search."""
     _arguments.check_at_least(args, shards=1)
-    check_num_neighbours(args.k, _search.check_features(args))
+    check_num_neighbours(args.k, _search.check_features(args), "--k")
     return _search.search_on_ranks(args, partial(_search_neighbours, args), args.shards)
 
 
 def _search_neighbours(args: argparse.Namespace, table: FeatureTable, stop: StopFlag) -> str:
-    from dist_scan.search.neighbours import describe_neighbours, mine_neighbours
+    from dist_scan.search.neighbours import describe_neighbours, search_neighbours
     from dist_scan.world.world import current
 
-    neighbours = mine_neighbours(
+    neighbours = search_neighbours(
         table,
         args.out,
         args.k,

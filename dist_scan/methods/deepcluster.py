@@ -38,7 +38,7 @@ from dist_scan.methods.base import (
 )
 from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import KMeansOptions, NeighbourOptions
 from dist_scan.search.pic import pic
 from dist_scan.search.whiten import fit_whitening, write_whitened_table
@@ -190,7 +190,7 @@ class DeepClusterMethod(ClusteringMethod):
         """Power iteration clustering of the graph of nearest neighbours."""
         config = self.config
         # Whitened rows have unit length; the cosine metric normalises the others.
-        graph = mine_neighbours(
+        graph = search_neighbours(
             table,
             folder / "neighbours",
             config.pic_neighbours,

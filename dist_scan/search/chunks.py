@@ -22,7 +22,7 @@ def broadcast_chunks(
 ) -> Generator[tuple[int, np.ndarray], None, None]:
     """All rows in order, as (first row, rows [m, D] float16). Collective.
 
-    A chunk is valid until the next one is asked for. Close the generator to leave early: pending
+    A chunk is valid until the next one is requested. Close the generator to leave early: pending
     broadcasts are then waited for.
     """
     n = rows.num_rows

@@ -123,19 +123,23 @@ class NearestCentroid:
         self.rows = rows
         self.max_norm = max_norm
         self.device = current().device
-        self.on_device = torch.from_numpy(rows).to(self.device)
+        self.rows_on_device = torch.from_numpy(rows).to(self.device)
 
     def assign(self, centroids: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
         """Number of the nearest centroid of each row, [n] int32. centroids [k, D] float32."""
         prepared = self._prepare(centroids)
-        on_device = torch.from_numpy(centroids).to(self.device)
+        centroids_on_device = torch.from_numpy(centroids).to(self.device)
         assign_block, block_rows = self._assign_on_cpu, BLOCK_ROWS
         if self.device.type != "cpu":
             assign_block = self._assign_on_device
             block_rows = max(BLOCK_ROWS, GPU_BLOCK_VALUES // len(centroids))
         out = np.empty(len(self.rows), np.int32)
         blocks = [slice(b, b + block_rows) for b in range(0, len(out), block_rows)]
-        list(pool.map(lambda block: assign_block(block, prepared, on_device, out[block]), blocks))
+        list(
+            pool.map(
+                lambda block: assign_block(block, prepared, centroids_on_device, out[block]), blocks
+            )
+        )
         return out
 
     def _prepare(self, centroids: np.ndarray) -> Centroids:
@@ -149,10 +153,10 @@ class NearestCentroid:
         return Centroids(centroids, squared_norms, half_norms, np.float32(margin))
 
     def _assign_on_cpu(
-        self, block: slice, centroids: Centroids, on_device: torch.Tensor, out: np.ndarray
+        self, block: slice, centroids: Centroids, centroids_on_device: torch.Tensor, out: np.ndarray
     ) -> None:
         """Assign a block of rows, comparing it with a block of centroids at a time."""
-        n, k = len(out), len(on_device)
+        n, k = len(out), len(centroids_on_device)
         buffer = torch.empty(n * min(BLOCK_CENTROIDS, k))
         near = NearCentroids(
             least=np.full(n, LARGEST_FLOAT_BITS),
@@ -162,20 +166,20 @@ class NearestCentroid:
         )
         # Float32: keep the centroids within the margin of the least cost so far.
         for first in range(0, k, BLOCK_CENTROIDS):
-            part = on_device[first : first + BLOCK_CENTROIDS]
+            part = centroids_on_device[first : first + BLOCK_CENTROIDS]
             products = buffer[: n * len(part)].view(n, len(part))
-            torch.mm(self.on_device[block], part.T, out=products)
+            torch.mm(self.rows_on_device[block], part.T, out=products)
             collect_near(products.numpy(), centroids, first, near)
         # Float64: decide between them.
         choose_nearest(self.rows[block], centroids, near, out)
 
     def _assign_on_device(
-        self, block: slice, centroids: Centroids, on_device: torch.Tensor, out: np.ndarray
+        self, block: slice, centroids: Centroids, centroids_on_device: torch.Tensor, out: np.ndarray
     ) -> None:
         """Assign a block of rows on a GPU; those with several near centroids on the CPU."""
         # Float32: the least cost, and how many centroids are within the margin of it.
         half_norms = torch.from_numpy(centroids.half_norms).to(self.device)
-        costs = torch.addmm(half_norms, self.on_device[block], on_device.T, alpha=-1)
+        costs = torch.addmm(half_norms, self.rows_on_device[block], centroids_on_device.T, alpha=-1)
         least, nearest = costs.min(1)
         num_near = (costs <= (least + float(centroids.margin))[:, None]).sum(1)
         out[:] = nearest.cpu().numpy()

@@ -147,7 +147,7 @@ def collect_near(
 def append_near(near: NearCentroids, i: int, centroid: int, cost: np.int32, most: np.int32) -> None:
     """Append a candidate of row i. When full, drop candidates whose cost is above `most` first."""
     ids, costs, counts = near.ids[i], near.costs[i], near.counts
-    # Drop candidates that the least cost has left behind.
+    # Drop candidates that are no longer within the margin of the least cost.
     if counts[i] == MAX_NEAR:
         left = 0
         for c in range(MAX_NEAR):

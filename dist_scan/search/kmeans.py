@@ -109,7 +109,7 @@ def kmeans(
         "features": checkpoint_path and content_digest(table, rows.readers, options.view),
     }
     checkpoint = KMeansCheckpoint(checkpoint_path, settings)
-    most_iterations = options.restarts * options.iterations - checkpoint.unused_iterations
+    max_iterations = options.restarts * options.iterations - checkpoint.unused_iterations
     done = (
         checkpoint.restart * options.iterations
         - checkpoint.unused_iterations
@@ -117,7 +117,7 @@ def kmeans(
     )
     with (
         Progress(
-            "k-means", most_iterations, "iterations", done=done, enabled=current().rank == 0
+            "k-means", max_iterations, "iterations", done=done, enabled=current().rank == 0
         ) as progress,
         thread_pool() as pool,
     ):
@@ -157,7 +157,7 @@ def kmeans(
 
 
 class LloydRun:
-    """One restart of Lloyd's algorithm on this rank's rows. Every method is collective.
+    """One restart of Lloyd's algorithm on this rank's rows; `run` is collective.
 
     centroids [k, D] float32; sums [k, D] and counts [k] float64 of the clusters over all ranks;
     assignment [n] int32 of this rank's rows, -1 before the first iteration.

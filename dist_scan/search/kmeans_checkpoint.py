@@ -40,7 +40,7 @@ class KMeansCheckpoint:
     Attributes
     ----------
     restart : restarts that are complete
-    unused_iterations : iterations that they did not need, because they converged earlier
+    unused_iterations : iterations left over from restarts that converged early
     iteration : iterations of the current restart that are complete
     centroids : [k, D] float32 of the last complete iteration
     objective : of the last complete iteration
@@ -92,10 +92,10 @@ class KMeansCheckpoint:
             differing = [
                 name for name in self.settings if settings.get(name) != self.settings[name]
             ]
-            message = f"is of a k-means with other {', '.join(sorted(differing))}"
+            message = f"was written with other {', '.join(sorted(differing))}"
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             message = f"cannot be read ({error})"
-        print(f"{path} {message}: k-means starts from the beginning", flush=True)
+        print(f"{path} {message}; k-means starts from the beginning", flush=True)
         return {}
 
     def after_iteration(

@@ -1,4 +1,4 @@
-"""Hungarian matching of targets with outputs (MMDC), and of clusters with those of another run."""
+"""Hungarian matching of targets with outputs (MMDC), and of the clusters of two assignments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def match_blocks(
     """A permutation [n] that brings targets[order] as near to outputs [n, d] as possible.
 
     Rows are permuted inside contiguous blocks of `block` rows only; the last may be smaller. The
-    cost is the Euclidean distance and not its square, which has other best permutations on the
-    sphere (docs/fidelity.md). With `rows`, only blocks with one of these rows are solved and the
-    others stay as they are. Equal targets keep the order of their rows, so that the result does not
-    depend on which of them the solver picks.
+    cost is the Euclidean distance, as in the paper and the released code (docs/fidelity.md); its
+    square can have another optimum. With `rows`, only blocks with one of these rows are solved and
+    the others stay as they are. Equal targets keep the order of their rows, so that the result does
+    not depend on which of them the solver picks.
     """
     order = np.arange(len(outputs))
     for start in range(0, len(outputs), block):

@@ -56,7 +56,7 @@ Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 """`index.FlatIndex.search`."""
 
 
-def mine_neighbours(
+def search_neighbours(
     features: FeatureTable,
     out: Path,
     num_neighbours: int,
@@ -94,9 +94,7 @@ def mine_neighbours(
             # Search for this rank's shards of the round together.
             shards = shards_by_rank[current().rank]
             spans = [table.shard_range(shard) for shard in shards]
-            top = find_neighbours(
-                rows, spans, num_neighbours, is_l2, options.chunk_rows, before_chunk
-            )
+            top = search_round(rows, spans, num_neighbours, is_l2, options.chunk_rows, before_chunk)
             # Write them one by one, with scores of the table's own rows.
             ends = np.cumsum([stop - start for start, stop in spans])[:-1]
             ids, scores = np.split(top.ids, ends), np.split(top.scores, ends)
@@ -120,8 +118,8 @@ def describe_neighbours(table: NeighbourTable) -> str:
     return (
         f"{k} neighbours of {n} rows by {table.metadata['metric']}; "
         f"mean score {total / (n * k):.4f} (first {first / n:.4f}, last {last / n:.4f}); "
-        f"the most frequent neighbour is one of {num_neighbour_of.max()} rows, "
-        f"{(num_neighbour_of == 0).sum()} rows are a neighbour of none"
+        f"one row is a neighbour of {num_neighbour_of.max()} others, "
+        f"{(num_neighbour_of == 0).sum()} rows of none"
     )
 
 
@@ -169,7 +167,7 @@ def _plan_rounds(
     return list(zip_longest(*rounds_by_rank, fillvalue=[]))
 
 
-def find_neighbours(
+def search_round(
     rows: ExactRows,
     spans: list[tuple[int, int]],
     num_neighbours: int,
@@ -177,9 +175,10 @@ def find_neighbours(
     chunk_rows: int,
     before_chunk: Callable[[], None] = lambda: None,
 ) -> TopK:
-    """The nearest other rows of this rank's query rows, given as spans (start, stop). Collective.
+    """The nearest other rows of this rank's query rows in one round. Collective.
 
-    Scores of l2 are negative squared distances of the scaled rows.
+    spans: (start, stop) of the query rows. Scores of l2 are negative squared distances of the
+    scaled rows.
     """
     from dist_scan.search.index import thread_pool
 

@@ -51,9 +51,9 @@ def _unit_or_zero(rows: np.ndarray) -> np.ndarray:
 
 
 def training_distances(table: NeighbourTable) -> np.ndarray:
-    """Cosine distances [N] of the training images to their nearest others, ascending.
+    """Cosine distances [N] of the training images to their nearest neighbours, ascending.
 
-    The table must have been mined with cosine.
+    The metric of the table must be cosine.
     """
     shards = range(table.num_shards)
     scores = [table.rows(np.arange(*table.shard_range(s)))[1][:, 0] for s in shards]
@@ -61,7 +61,8 @@ def training_distances(table: NeighbourTable) -> np.ndarray:
 
 
 def fraction_nearer(distance: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Fraction [n] float32 of training images that are nearer to their nearest other than each of
-    `distance` [n] is to its nearest training image; close to 1 for novel images.
+    """Fraction [n] float32 of `training` distances below each `distance` [n]; near 1: novel.
+
+    training: ascending distances of the training images to their nearest neighbours.
     """
     return (np.searchsorted(training, distance, side="left") / len(training)).astype(np.float32)

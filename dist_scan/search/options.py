@@ -20,25 +20,21 @@ def check_option(name: str, value: object, is_valid: bool, allowed: str) -> None
         raise ValueError(f"{name}: {value}; allowed: {allowed}")
 
 
-def check_num_clusters(num_clusters: int, num_rows: int) -> None:
-    """Raise ValueError unless every cluster can have a row."""
+def check_num_clusters(num_clusters: int, num_rows: int, name: str = "num_clusters") -> None:
+    """Raise ValueError, which names the setting or flag, unless every cluster can have a row."""
     is_valid = 1 <= num_clusters <= num_rows
-    check_option(
-        "number of clusters", num_clusters, is_valid, f"1 to {num_rows}, the number of rows"
-    )
+    check_option(name, num_clusters, is_valid, f"1 to {num_rows}, the number of rows")
 
 
-def check_num_neighbours(num_neighbours: int, num_rows: int) -> None:
-    """Raise ValueError unless every row has that many other rows."""
+def check_num_neighbours(num_neighbours: int, num_rows: int, name: str = "num_neighbours") -> None:
+    """Raise ValueError, which names the setting or flag, unless every row has so many others."""
     is_valid = 1 <= num_neighbours < num_rows
-    check_option(
-        "number of neighbours", num_neighbours, is_valid, f"1 to {num_rows - 1}, the other rows"
-    )
+    check_option(name, num_neighbours, is_valid, f"1 to {num_rows - 1}, the other rows")
 
 
 @dataclass(frozen=True)
 class NeighbourOptions:
-    """Options of `mine_neighbours`. Raises ValueError for a value out of range."""
+    """Options of `search_neighbours`. Raises ValueError for a value out of range."""
 
     metric: Metric = "cosine"
     """l2: scores are negative squared distances, so that larger is nearer for every metric."""

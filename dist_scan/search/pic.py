@@ -55,7 +55,7 @@ def pic(
     teleport: Literal["paper", "released"] = "paper",
     stop_requested: Callable[[], bool] = never_stop,
 ) -> PicResult:
-    """Cluster the rows of a neighbour table mined with l2 or cosine. Collective.
+    """Cluster the rows of a neighbour table whose metric is l2 or cosine. Collective.
 
     The number of clusters is a result. teleport: v <- alpha (A + A^T) v + (1 - alpha) v as in the
     paper, or alpha (A + A^T) v + (1 - alpha) / N as in the released code. For cosine, distances are
@@ -96,9 +96,7 @@ def pic(
 def _check(table: NeighbourTable, sigma: float, alpha: float, teleport: str) -> None:
     metric = table.metadata.get("metric")
     if metric not in ("l2", "cosine"):
-        raise ValueError(
-            f"{table.path} was mined with {metric}; distances need a table mined with l2 or cosine"
-        )
+        raise ValueError(f"{table.path} was computed with metric {metric}; allowed: l2, cosine")
     check_option("sigma", sigma, sigma > 0, "above 0")
     check_option("alpha", alpha, 0 < alpha <= 1, "above 0 and at most 1")
     check_option("teleport", teleport, teleport in ("paper", "released"), "paper, released")

@@ -1,7 +1,7 @@
 """PCA whitening of sharded rows: y = diag(eigenvalues)^-1/2 components (x - mean).
 
-DeepCluster whitens features before it clusters them. The result is bitwise equal for any number of
-ranks, any partition of the rows and any BLAS:
+DeepCluster whitens features before it clusters them. Given the eigenvectors, the result is bitwise
+equal for any number of ranks, any partition of the rows and any BLAS:
 
 - Rows are scaled by a power of two to norms of at most 4 and rounded to multiples of 2^-24.
 - The second moment sum x x^T is computed exactly (`_sums`): x is split into a coarse part, a
@@ -48,7 +48,7 @@ class Whitening:
 
     mean [D]; components [dim, D] of unit length, the entry of largest magnitude positive;
     eigenvalues [dim] of the covariance (with 1/N), descending: all float64. `scale` is the power of
-    two that brought the rows it was fitted to to norms of at most 4.
+    two that scales the fitted rows to norms of at most 4.
     """
 
     mean: np.ndarray
@@ -58,7 +58,7 @@ class Whitening:
 
     def fingerprint(self) -> str:
         """16 hex digits that identify a whitening in the metadata of a table."""
-        digest = hashlib.sha256(b"0 True")  # view 0, rows of unit length
+        digest = hashlib.sha256(b"0 True")  # a constant; without it stored fingerprints change
         for array in (self.mean, self.components, self.eigenvalues):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from dist_scan.config.stage import Ref, StageConfig
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import NeighbourOptions
 from dist_scan.stages.base import Stage
 
@@ -44,7 +44,7 @@ class NeighboursStage(Stage[NeighboursConfig]):
     def run(self) -> None:
         """Compute the missing shards. Collective."""
         context, config = self.context, self.config
-        mine_neighbours(
+        search_neighbours(
             FeatureTable.open(context.inputs["features"]),
             context.out,
             config.num_neighbours,

@@ -31,7 +31,7 @@ from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.monitoring.progress import StopRequested
 from dist_scan.pipeline import Pipeline
 from dist_scan.run_config import load_config
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.storage.tensors import load_tensors
 from dist_scan.world.collectives import all_mean
 from dist_scan.world.world import World, current, wrap_ddp
@@ -255,7 +255,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = rng.normal(size=(ROWS, DIM)) + 3 * np.eye(DIM)[rng.integers(0, 5, ROWS)]
     np.save(folder / "rows.npy", rows)
     table = FeatureTable.from_npy(folder / "rows.npy", folder / "table", 3)
-    mine_neighbours(table, folder / "neighbours", 4)
+    search_neighbours(table, folder / "neighbours", 4)
     return folder
 
 

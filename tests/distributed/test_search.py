@@ -17,7 +17,7 @@ from dist_scan.search import kmeans_checkpoint
 from dist_scan.search.exact_rows import MAX_NORM_L2, LocalRows, prepare_rows, unit_rows
 from dist_scan.search.kmeans import KMeansResult, kmeans
 from dist_scan.search.kmeans_init import initial_centroids
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import KMeansInit, KMeansOptions, Metric, NeighbourOptions
 from dist_scan.search.stopping import never_stop
 from tests.reference.lloyd import lloyd
@@ -35,12 +35,12 @@ def stop_after(count: int) -> Callable[[], bool]:
     return lambda: next(calls, None) is None
 
 
-def mine(
+def search_in_folder(
     features: Path, out: Path, k: int, metric: Metric, chunk_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, scores) of all rows."""
     options = NeighbourOptions(metric=metric, chunk_rows=chunk_rows)
-    table = mine_neighbours(FeatureTable.open(features), out, k, options)
+    table = search_neighbours(FeatureTable.open(features), out, k, options)
     return table.rows(np.arange(table.num_rows))
 
 
@@ -52,7 +52,9 @@ def test_neighbours_equal_the_reference_bit_for_bit(metric: Metric, tmp_path: Pa
     ids, scores = slow_neighbours(rows, 20, metric)
     for world_size, chunk_rows in ((1, 65536), (1, 97), (2, 64), (3, 151), (4, 400)):
         out = tmp_path / f"{world_size}-{chunk_rows}"
-        results = run_ranks(mine, world_size, tmp_path / "features", out, 20, metric, chunk_rows)
+        results = run_ranks(
+            search_in_folder, world_size, tmp_path / "features", out, 20, metric, chunk_rows
+        )
         for got_ids, got_scores in results:
             assert (got_ids == ids).all()
             assert (got_scores == scores).all()
@@ -65,7 +67,9 @@ def test_neighbours_of_long_and_short_rows(scale: float, tmp_path: Path) -> None
     metrics: tuple[Metric, ...] = ("inner_product", "l2")
     for metric in metrics:
         ids, scores = slow_neighbours(rows, 5, metric)
-        got_ids, got_scores = mine(tmp_path / "features", tmp_path / metric, 5, metric, 100)
+        got_ids, got_scores = search_in_folder(
+            tmp_path / "features", tmp_path / metric, 5, metric, 100
+        )
         np.testing.assert_allclose(got_scores, scores, rtol=1e-4, atol=1e-6 * scale**2)
         assert (got_ids == ids).mean() > 0.99
 
@@ -264,20 +268,20 @@ def test_kmeans_ends_with_more_clusters_than_distinct_rows(tmp_path: Path) -> No
 def test_complete_shards_are_kept_and_another_table_is_refused(tmp_path: Path) -> None:
     table = write_table(random_rows(), tmp_path / "features")
     out = tmp_path / "neighbours"
-    mine_neighbours(table, out, 5)
+    search_neighbours(table, out, 5)
     removed, kept = out / "ids-00002.npy", out / "ids-00001.npy"
     written_at = kept.stat().st_mtime_ns
     before = np.load(removed)
     removed.unlink()
-    mine_neighbours(table, out, 5)
+    search_neighbours(table, out, 5)
     assert (np.load(removed) == before).all()
     assert kept.stat().st_mtime_ns == written_at
     for k, options in ((6, NeighbourOptions()), (5, NeighbourOptions(metric="l2"))):
         with pytest.raises(ValueError, match="with other settings"):
-            mine_neighbours(table, out, k, options)
+            search_neighbours(table, out, k, options)
     reversed_rows = write_table(random_rows()[::-1].copy(), tmp_path / "reversed")
     with pytest.raises(ValueError, match="made from other features"):
-        mine_neighbours(reversed_rows, out, 5)
+        search_neighbours(reversed_rows, out, 5)
 
 
 def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
@@ -290,7 +294,7 @@ def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
     table = FeatureTable.open(tmp_path / "features")
     message = rf"rows \[{table.shard_range(1)[0] + 7}\] .* are NaN or Inf"
     with pytest.raises(ValueError, match=message):
-        mine_neighbours(table, tmp_path / "neighbours", 5)
+        search_neighbours(table, tmp_path / "neighbours", 5)
     with pytest.raises(ValueError, match=message):
         kmeans(table, 3)
 
@@ -301,7 +305,9 @@ def test_a_shard_of_zero_rows_does_not_affect_the_others(tmp_path: Path) -> None
     rows[80:240] = 0  # more than shard 1 of 5
     ids, scores = slow_neighbours(rows, 5, "l2")
     write_table(rows, tmp_path / "features")
-    got_ids, got_scores = mine(tmp_path / "features", tmp_path / "neighbours", 5, "l2", 100)
+    got_ids, got_scores = search_in_folder(
+        tmp_path / "features", tmp_path / "neighbours", 5, "l2", 100
+    )
     assert (got_ids == ids).all()
     assert (got_scores == scores).all()
     zeros = write_table(np.zeros_like(rows), tmp_path / "zeros")
@@ -313,7 +319,7 @@ def test_a_row_that_costs_the_others_digits_gives_a_warning(tmp_path: Path) -> N
     rows[5] *= 1e6
     table = write_table(rows.astype(np.float16), tmp_path / "features")
     with pytest.warns(UserWarning, match="coarser grid"):
-        mine_neighbours(table, tmp_path / "neighbours", 5, NeighbourOptions(metric="l2"))
+        search_neighbours(table, tmp_path / "neighbours", 5, NeighbourOptions(metric="l2"))
 
 
 def test_l2_is_exact_where_squared_distances_are_largest(tmp_path: Path) -> None:
@@ -329,7 +335,7 @@ def test_l2_is_exact_where_squared_distances_are_largest(tmp_path: Path) -> None
         for other in others
     ]
     order = sorted(range(16), key=lambda i: (-exact[i], i))
-    ids, scores = mine(tmp_path / "features", tmp_path / "neighbours", 16, "l2", 5)
+    ids, scores = search_in_folder(tmp_path / "features", tmp_path / "neighbours", 16, "l2", 5)
     assert (ids[0] == np.array(order) + 1).all()
     assert [Fraction(float(score)) for score in scores[0]] == [exact[i] for i in order]
 
@@ -360,12 +366,12 @@ def test_what_does_not_fit_the_table_is_named_before_any_work(tmp_path: Path) ->
     out = tmp_path / "neighbours"
     l2 = NeighbourOptions(metric="l2")
     with pytest.raises(ValueError, match=r"rows \[33\] are all zero"):
-        mine_neighbours(table, out, 5)
+        search_neighbours(table, out, 5)
     for k in (0, 401):
         with pytest.raises(ValueError, match=f"neighbours: {k}; allowed: 1 to 400"):
-            mine_neighbours(table, out, k, l2)
+            search_neighbours(table, out, k, l2)
     with pytest.raises(ValueError, match="view 1 of .*allowed: 0 to 0"):
-        mine_neighbours(table, out, 5, NeighbourOptions(view=1))
+        search_neighbours(table, out, 5, NeighbourOptions(view=1))
     with pytest.raises(ValueError, match="clusters: 402; allowed: 1 to 401"):
         kmeans(table, 402)
 
@@ -373,8 +379,8 @@ def test_what_does_not_fit_the_table_is_named_before_any_work(tmp_path: Path) ->
 def test_integers_of_numpy_are_accepted(tmp_path: Path) -> None:
     table = write_table(random_rows(), tmp_path / "features")
     options = NeighbourOptions(view=np.int64(0))
-    mine_neighbours(table, tmp_path / "neighbours", np.int64(5), options)
-    assert mine_neighbours(table, tmp_path / "neighbours", 5).missing_shards() == []
+    search_neighbours(table, tmp_path / "neighbours", np.int64(5), options)
+    assert search_neighbours(table, tmp_path / "neighbours", 5).missing_shards() == []
 
 
 def test_a_table_refuses_values_that_float16_cannot_hold(tmp_path: Path) -> None:

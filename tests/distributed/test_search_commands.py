@@ -16,7 +16,7 @@ import pytest
 from dist_scan.__main__ import main
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import NeighbourOptions
 from dist_scan.search.stopping import never_stop
 from dist_scan.world.spawn import first_host
@@ -169,8 +169,8 @@ def test_unusable_rows_are_named_before_any_work(
     "options, message",
     [
         (("--shards", 0), "--shards: 0; allowed: 1 or more"),
-        (("--k", 401), "number of neighbours: 401; allowed: 1 to 400"),
-        (("--k", 0), "number of neighbours: 0; allowed: 1 to 400"),
+        (("--k", 401), "--k: 401; allowed: 1 to 400"),
+        (("--k", 0), "--k: 0; allowed: 1 to 400"),
         (("--view", 1), "--view: 1; allowed: 0 to 0"),
         (("--processes", 0), "--processes: 0; allowed: 1 or more"),
     ],
@@ -187,7 +187,7 @@ def test_neighbours_refuses_arguments_out_of_range(
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--k", 402), "number of clusters: 402; allowed: 1 to 401"),
+        (("--k", 402), "--k: 402; allowed: 1 to 401"),
         (("--k", 3, "--tolerance", "nan"), "tolerance: nan; allowed: at least 0 and less than 1"),
         (("--k", 3, "--tolerance", -1), "tolerance: -1.0; allowed: at least 0 and less than 1"),
         (("--k", 3, "--seed", -1), "seed: -1; allowed: 0 to 2^63 - 1"),
@@ -397,7 +397,7 @@ def mine_in_rounds(
 ) -> list[bytes]:
     """Ids and scores, searched in many rounds."""
     options = NeighbourOptions(metric="l2", chunk_rows=97, queries_per_round=50)
-    table = mine_neighbours(
+    table = search_neighbours(
         FeatureTable.open(features), out, 5, options, stop_requested=stop_requested
     )
     return [array.tobytes() for array in table.rows(np.arange(table.num_rows))]
@@ -451,7 +451,7 @@ def mine_on_local_disk(root: Path, k: int) -> dict[int, list[bytes]]:
     rank = current().rank
     options = NeighbourOptions(metric="inner_product", chunk_rows=90)
     features = FeatureTable.open(root / f"features{rank}")
-    table = mine_neighbours(features, root / f"neighbours{rank}", k, options)
+    table = search_neighbours(features, root / f"neighbours{rank}", k, options)
     shards = sorted(set(range(table.num_shards)) - set(table.missing_shards()))
     return {
         shard: [array.tobytes() for array in table.rows(np.arange(*table.shard_range(shard)))]

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.real_features import clusterings
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.evaluate.metrics import neighbour_purity
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import KMeansOptions
 from tests.support.feature_tables import write_table
 from tests.support.shared_data import shared_data
@@ -27,7 +27,7 @@ def test_purity_of_neighbours_is_as_measured(
     real_features: tuple[FeatureTable, np.ndarray], tmp_path: Path
 ) -> None:
     table, labels = real_features
-    neighbours = mine_neighbours(table, tmp_path / "neighbours", 20)
+    neighbours = search_neighbours(table, tmp_path / "neighbours", 20)
     ids, _ = neighbours.rows(np.arange(len(labels)))
     purity = [round(neighbour_purity(ids, labels, k), 3) for k in (1, 5, 20)]
     assert purity == [0.792, 0.754, 0.686]

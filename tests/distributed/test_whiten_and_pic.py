@@ -10,7 +10,7 @@ import torch
 
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.search.neighbours import mine_neighbours
+from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import NeighbourOptions
 from dist_scan.search.pic import pic
 from dist_scan.search.whiten import Whitening, fit_whitening, write_whitened_table
@@ -172,7 +172,9 @@ def test_pic_equals_the_reference_for_any_number_of_ranks(
     teleport: str, sigma: float, iterations: int, metric: str, tmp_path: Path
 ) -> None:
     table = write_table(blobs(), tmp_path / "features")
-    neighbours = mine_neighbours(table, tmp_path / "neighbours", 5, NeighbourOptions(metric=metric))
+    neighbours = search_neighbours(
+        table, tmp_path / "neighbours", 5, NeighbourOptions(metric=metric)
+    )
     ids, scores = neighbours.rows(np.arange(neighbours.num_rows))
     squared_distances = -scores if metric == "l2" else 2 - 2 * scores
     expected, num_joined = slow_pic(ids, squared_distances, sigma, 0.05, iterations, teleport)
@@ -194,12 +196,12 @@ def test_pic_refuses_other_metrics_and_settings_out_of_range(tmp_path: Path) -> 
     table = write_table(blobs(), tmp_path / "features")
     inner_product = NeighbourOptions(metric="inner_product")
     l2 = NeighbourOptions(metric="l2")
-    with pytest.raises(ValueError, match="mined with inner_product"):
-        pic(mine_neighbours(table, tmp_path / "inner_product", 5, inner_product))
-    neighbours = mine_neighbours(table, tmp_path / "l2", 5, l2)
+    with pytest.raises(ValueError, match="metric inner_product; allowed: l2, cosine"):
+        pic(search_neighbours(table, tmp_path / "inner_product", 5, inner_product))
+    neighbours = search_neighbours(table, tmp_path / "l2", 5, l2)
     for settings in ({"sigma": 0.0}, {"alpha": 0.0}, {"teleport": "code"}):
         with pytest.raises(ValueError, match="allowed"):
             pic(neighbours, **settings)
     far_apart = write_table((blobs() * 100).astype(np.float16), tmp_path / "far_apart")
     with pytest.raises(ValueError, match="raise sigma"):
-        pic(mine_neighbours(far_apart, tmp_path / "far_neighbours", 5, l2), sigma=0.01)
+        pic(search_neighbours(far_apart, tmp_path / "far_neighbours", 5, l2), sigma=0.01)

@@ -14,7 +14,7 @@ import pytest
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.engine.stop import StopFlag
 from dist_scan.monitoring.progress import StopRequested
-from dist_scan.search.neighbours import RunningSearch, mine_neighbours
+from dist_scan.search.neighbours import RunningSearch, search_neighbours
 from dist_scan.search.options import NeighbourOptions
 from dist_scan.world.world import current
 from tests.reference.neighbours import neighbours as reference_neighbours
@@ -27,7 +27,7 @@ NUM_SHARDS = 6
 NUM_NEIGHBOURS = 20
 
 
-def mine(
+def search_in_folder(
     features: Path, out: Path, fault_file: Path, stop_at_chunk: int | None
 ) -> tuple[np.ndarray, ...] | Literal["stopped"]:
     """Start the search, with one shard per round and 11 chunks per shard; returns its rows.
@@ -49,7 +49,7 @@ def mine(
         faults.call_before(RunningSearch, "search_block", count_chunk)
     options = NeighbourOptions(chunk_rows=40, queries_per_round=1)
     try:
-        table = mine_neighbours(
+        table = search_neighbours(
             FeatureTable.open(features),
             out,
             NUM_NEIGHBOURS,
@@ -82,19 +82,19 @@ def test_a_stop_request_costs_the_current_shards_and_no_finished_one(tmp_path: P
 
     # Between two rounds: the current round is finished.
     fault_file.write_text(json.dumps([{"kind": "signal", "rank": 1, "at": "shard", "step": 0}]))
-    assert run_ranks(mine, 2, features, out, fault_file, None) == ["stopped"] * 2
+    assert run_ranks(search_in_folder, 2, features, out, fault_file, None) == ["stopped"] * 2
     assert not fault_file.exists()
     after_first = finished_files(out)
     assert count_shards(after_first) == 2
 
     # Inside the second round of this start: the first round is finished, the second is lost.
-    assert run_ranks(mine, 2, features, out, fault_file, 15) == ["stopped"] * 2
+    assert run_ranks(search_in_folder, 2, features, out, fault_file, 15) == ["stopped"] * 2
     after_second = finished_files(out)
     assert after_first.items() < after_second.items()
     assert count_shards(after_second) == 4
 
     expected_ids, expected_scores = reference_neighbours(rows, NUM_NEIGHBOURS, "cosine")
-    for ids, scores in run_ranks(mine, 2, features, out, fault_file, None):
+    for ids, scores in run_ranks(search_in_folder, 2, features, out, fault_file, None):
         assert (ids == expected_ids).all()
         assert (scores == expected_scores).all()
     assert after_second.items() < finished_files(out).items()
