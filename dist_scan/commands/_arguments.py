@@ -19,7 +19,8 @@ def add_finished_run(parser: argparse.ArgumentParser) -> None:
     """RUN and --stage."""
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
     parser.add_argument(
-        "--stage", help="whose model (default: the one behind the subject the report calls best)"
+        "--stage",
+        help="stage whose model is used (default: the one behind `best` of the report stage)",
     )
 
 
@@ -31,7 +32,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_workers(parser: argparse.ArgumentParser, description: str) -> None:
     """--workers; 0 stands for all cores."""
     parser.add_argument(
-        "--workers", type=int, default=0, help=f"{description} (default: as many as cores)"
+        "--workers", type=int, default=0, help=f"{description} (default: the number of cores)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Parts that the commands `kmeans` and `neighbours` have in common."""
+"""Arguments, checks and the start of ranks for the commands `kmeans` and `neighbours`."""
 
 from __future__ import annotations
 
@@ -23,30 +23,33 @@ def add_features(parser: argparse.ArgumentParser, out: str) -> None:
         "features", help="a .npy of [N, D] (stored in float16), or the folder of a feature table"
     )
     parser.add_argument("out", type=Path, help=out)
-    parser.add_argument("--view", type=int, default=0, help="which view of the table (default 0)")
+    parser.add_argument(
+        "--view", type=int, default=0, help="number of the view to read (default 0)"
+    )
     parser.add_argument(
         "--processes",
         type=int,
         default=1,
-        help="on this machine, on GPUs one per GPU; under srun every task is one (default 1)",
+        help="number of processes on this machine, one per GPU (default 1); "
+        "ignored under srun, where every task is a process",
     )
     _arguments.add_device(parser)
 
 
-def check_features(args: argparse.Namespace) -> int:
-    """The number of rows. Raises ValueError if there are none, or not the view."""
+def checked_num_rows(args: argparse.Namespace) -> int:
+    """The number of rows. Raises ValueError if there are no rows or --view does not exist."""
     num_rows, num_views = FeatureTable.num_rows_and_views(args.features)
     is_valid = 0 <= args.view < num_views
     check_option("--view", args.view, is_valid, f"0 to {num_views - 1} for '{args.features}'")
     return num_rows
 
 
-def search_on_ranks(
-    args: argparse.Namespace, search: Callable[[FeatureTable, StopFlag], str], num_shards: int
+def run_on_table(
+    args: argparse.Namespace, command: Callable[[FeatureTable, StopFlag], str], num_shards: int
 ) -> int:
-    """Run `search(table, stop)` on --processes ranks; returns the exit code.
+    """Run `command(table, stop)` on --processes ranks; returns the exit code.
 
-    `search` returns a summary on rank 0. A .npy is converted to a table of `num_shards` shards.
+    `command` returns a summary on rank 0. A .npy is converted to a table of `num_shards` shards.
     """
 
     def work() -> int:
@@ -60,7 +63,7 @@ def search_on_ranks(
         world = open_world(args.device)
         try:
             table = FeatureTable.open_or_convert(args.features, args.out / "features", num_shards)
-            summary = search(table, stop)
+            summary = command(table, stop)
         except StopRequested:
             if world.rank == 0:
                 print(f"stopped; the same command continues from what is finished in {args.out}")

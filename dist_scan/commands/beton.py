@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             choices=get_args(field.annotation) or None,
             help=f"{field.description} (default {field.default})",
         )
-    parser.add_argument("--limit", type=int, help="only so many images, evenly spaced")
+    parser.add_argument("--limit", type=int, help="use only this many images, evenly spaced")
     _arguments.add_workers(parser, "processes that encode images")
     parser.add_argument(
         "--check", action="store_true", help="only verify the checksums of OUT.beton"

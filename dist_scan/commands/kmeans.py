@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, required=True, help="number of clusters")
     parser.add_argument(
-        "--iterations", type=int, default=100, help="at most, of each restart (default 100)"
+        "--iterations",
+        type=int,
+        default=100,
+        help="largest number of iterations of each restart (default 100)",
     )
     parser.add_argument(
         "--tolerance",
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "assignment changes)",
     )
     parser.add_argument(
-        "--restarts", type=int, default=5, help="take the best of so many runs (default 5)"
+        "--restarts", type=int, default=5, help="number of runs; the best is taken (default 5)"
     )
     parser.add_argument("--init", default="kmeans++", choices=get_args(KMeansInit))
     parser.add_argument(
@@ -52,11 +55,11 @@ def main(args: argparse.Namespace) -> int:
     if args.spherical and not args.normalise:
         raise ValueError("--spherical is for rows of unit length; leave out --raw")
     options = _arguments.to_options(args, KMeansOptions)
-    check_num_clusters(args.k, _search.check_features(args), "--k")
+    check_num_clusters(args.k, _search.checked_num_rows(args), "--k")
     if (args.out / "assignments.npz").exists():
-        raise ValueError(f"{args.out} holds clusters already; give another folder, or remove it")
+        raise ValueError(f"{args.out} already has clusters; give another folder, or remove it")
     args.out.mkdir(parents=True, exist_ok=True)
-    return _search.search_on_ranks(args, partial(_cluster, args, options), NUM_SHARDS)
+    return _search.run_on_table(args, partial(_cluster, args, options), NUM_SHARDS)
 
 
 def _cluster(

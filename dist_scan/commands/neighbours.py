@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a folder: ids-*.npy [n, K] int64 and scores-*.npy [n, K] float64, a pair for each shard",
     )
     parser.add_argument(
-        "--k", type=int, default=20, help="neighbours of a row, without itself (default 20)"
+        "--k",
+        type=int,
+        default=20,
+        help="number of neighbours of each row, not counting itself (default 20)",
     )
     parser.add_argument(
         "--metric",
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shards",
         type=int,
         default=16,
-        help="of a .npy; an interrupted search continues from the last complete one (default 16)",
+        help="number of shards into which a .npy is split (default 16); "
+        "an interrupted search continues after the last complete shard",
     )
     parser.add_argument(
         "--merge", action="store_true", help="also write all rows to OUT/ids.npy and OUT/scores.npy"
@@ -43,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Search; the same command resumes an interrupted search."""
     _arguments.check_at_least(args, shards=1)
-    check_num_neighbours(args.k, _search.check_features(args), "--k")
-    return _search.search_on_ranks(args, partial(_search_neighbours, args), args.shards)
+    check_num_neighbours(args.k, _search.checked_num_rows(args), "--k")
+    return _search.run_on_table(args, partial(_search_neighbours, args), args.shards)
 
 
 def _search_neighbours(args: argparse.Namespace, table: FeatureTable, stop: StopFlag) -> str:

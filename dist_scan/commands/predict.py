@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
         metavar="IMAGES",
-        help="image folder, parquet file/folder/glob, tar shards, or a .beton stored as the run's",
+        help="image folder, parquet file/folder/glob, tar shards, "
+        "or a .beton with the run's storage settings",
     )
     parser.add_argument(
         "-o",
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=int,
-        help="images per batch (default: the run's, or less if memory is short; more on a GPU)",
+        help="images per batch (default: the run's; fewer if memory is short, more on a GPU)",
     )
     _arguments.add_device(parser)
     _arguments.add_workers(parser, "processes and threads that read images")

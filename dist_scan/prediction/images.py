@@ -1,4 +1,4 @@
-"""New images, stored as the run stored its own."""
+"""New images, stored with the storage settings of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StoredImages:
 
     Args:
         beton: the file.
-        index: place of each of its images in the source [N]; unreadable images count too.
+        index [N]: row of each of its images in the source, where unreadable images count too.
         num_bad: number of images that cannot be read.
     """
 
@@ -33,10 +33,10 @@ class StoredImages:
 
 
 def store_images(options: PredictOptions, data: DataConfig) -> StoredImages:
-    """Encode the images as the run's own were, or use a .beton that was encoded so.
+    """Encode the images with the run's storage settings, or use a .beton that has them.
 
-    Lists the unreadable ones in `options.bad_images`. Raises ConfigError if there are only such,
-    or a .beton is stored in another way.
+    Lists the unreadable images in `options.bad_images`. Raises ConfigError if no image can be
+    read, or if a .beton has other storage settings.
     """
     is_beton = options.images.endswith(".beton")
     beton = Path(options.images) if is_beton else _encode(options, data)
@@ -48,7 +48,7 @@ def store_images(options: PredictOptions, data: DataConfig) -> StoredImages:
     ]
     if different:
         raise ConfigError(
-            f"'{beton}' is stored otherwise than the run's images ({', '.join(different)}); "
+            f"'{beton}' has other storage settings than the run's images ({', '.join(different)}); "
             "give the images themselves, or build it with these settings"
         )
     bad_rows = _read_bad_rows(sidecar(beton, "bad.csv"))
@@ -61,7 +61,7 @@ def store_images(options: PredictOptions, data: DataConfig) -> StoredImages:
 
 
 def _encode(options: PredictOptions, data: DataConfig) -> Path:
-    """A .beton in the work folder; that of an interrupted call is used if it has these images."""
+    """A .beton in the work folder; one that an earlier call finished for these images is used."""
     source = open_source(SplitConfig(source=options.images))
     beton = options.work_dir / "images.beton"
     config = data.model_copy(update={"max_bad_share": 1.0})
@@ -81,10 +81,10 @@ def _encode(options: PredictOptions, data: DataConfig) -> Path:
 
 
 def _read_bad_rows(path: Path) -> list[int]:
-    """Places in the source of the images that could not be read."""
+    """Rows in the source of the images that could not be read."""
     if not path.is_file():
         raise ConfigError(
-            f"{path} is missing beside the .beton; copy all files of its name, "
+            f"{path} is missing beside the .beton; copy all files that begin with its name, "
             "or give the images themselves"
         )
     with open(path, newline="", encoding="utf-8") as file:

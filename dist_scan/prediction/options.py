@@ -14,15 +14,16 @@ class PredictOptions:
 
     Args:
         run: folder of a finished run.
-        images: image folder, parquet file, folder or glob, tar shards, or a .beton stored as the
-            run's own.
+        images: image folder, parquet file, folder or glob, tar shards, or a .beton with the run's
+            storage settings.
         out: the parquet file to write, a row per image.
-        stage: whose model (default: the one behind the subject that the report calls best).
+        stage: stage whose model is used (default: the one behind `best` of the report stage).
         features: the embed stage of training images for novelty; "none" for no novelty (default:
             the one whose neighbours were searched).
         batch: images per batch (default: the run's; less if memory is short, more on a GPU).
         device: auto, cpu or cuda.
-        workers: processes and threads that read images; 0: as many as cores.
+        workers: number of processes that encode images, and of loader threads; 0: the number of
+            cores.
         overwrite: replace `out` if it exists.
     """
 
@@ -46,8 +47,8 @@ class PredictOptions:
         """Folder of the encoded images until the prediction is complete."""
         return self.out.with_name(self.out.name + ".work")
 
-    def check_output(self) -> None:
-        """Create the folder of `out`.
+    def prepare_output(self) -> None:
+        """Check `out` and create its folder.
 
         Raises ConfigError if `out` exists or would be read as images.
         """

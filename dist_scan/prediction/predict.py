@@ -27,7 +27,7 @@ def predict(options: PredictOptions) -> Prediction:
     An interrupted call keeps the encoded images in `options.work_dir` and the same call uses them.
     Raises ConfigError before any work if the options cannot be fulfilled.
     """
-    options.check_output()
+    options.prepare_output()
     device_for(options.device)  # raises before images are encoded
     run = open_finished_run(options.run)
     choice = run.choose_model(options.stage)

@@ -32,13 +32,16 @@ SCORES = {
 """Columns of the summary, in order."""
 MAX_CURVES = 9
 MAX_IMAGE_BYTES = 14_000_000
-"""Limits of a page, which says what they leave out. With 1000 clusters of 96-pixel images it stays
-below 20 MB."""
+"""Limits of a page; the page says how many items were left out. With 1000 clusters of 96-pixel
+images it stays below 20 MB."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster to look at. Images are uint8 [H, W, 3]; the first of ``prototypes`` is the one."""
+    """A cluster to show. Images are uint8 [H, W, 3].
+
+    ``prototypes``: the prototype, then the other most confident images.
+    """
 
     id: int
     size: int

@@ -98,7 +98,7 @@ def _fork(work: Callable[[], int], processes: int) -> int:
 
 
 def _run_rank(work: Callable[[], int], errors: SimpleQueue[str], rank: int) -> None:
-    """Run ``work`` and end this process; a ConfigError goes into the queue."""
+    """Run ``work`` and end this process; an error in its input goes into the queue."""
     try:
         code = work()
     except (ValueError, OSError) as error:

@@ -248,7 +248,7 @@ def test_existing_clusters_are_not_overwritten(
     assert run_here("kmeans", npy, out, "--k", 3) == 0
     before = (out / "assignments.npz").read_bytes()
     assert run_here("kmeans", npy, out, "--k", 4) == 2
-    assert "holds clusters already" in capsys.readouterr().err
+    assert "already has clusters" in capsys.readouterr().err
     assert (out / "assignments.npz").read_bytes() == before
 
 

@@ -372,7 +372,7 @@ ERRORS = {
         "{tmp}/other.beton",
         "o.parquet",
         [],
-        "is stored otherwise than the run's images (resolution 24 instead of 32",
+        "has other storage settings than the run's images (resolution 24 instead of 32",
     ),
 }
 
