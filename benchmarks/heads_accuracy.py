@@ -27,7 +27,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.feed import EpochPlan, FeatureFeed, NeighbourSampler, held_out_features
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.precision import seed_step, set_determinism
-from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
+from dist_scan.engine.training_loop import TrainingLoopConfig, TrainJob, train
 from dist_scan.evaluate.metrics import evaluate_assignment
 from dist_scan.heads.selection import PublishedHeads
 from dist_scan.methods.base import Method, MethodInputs, method_class
@@ -134,7 +134,7 @@ class Experiment:
             job = TrainJob(
                 method=method,
                 feed=FeatureFeed(self.table, plan, world.device),
-                settings=TrainSettings(optimizer=settings["optimizer"], epochs=args.epochs),
+                settings=TrainingLoopConfig(optimizer=settings["optimizer"], epochs=args.epochs),
                 run_dir=Path(folder),
                 out=Path(folder),
                 setup=TrainingSetup(args.batch),

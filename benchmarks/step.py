@@ -34,11 +34,11 @@ from benchmarks.runs import slowest_rank
 from dist_scan.data.batch import Batch
 from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.precision import Precision, autocast, move_to_device, set_determinism
-from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
+from dist_scan.engine.training_loop import Trainer, TrainingLoopConfig, TrainJob
 from dist_scan.methods.base import Method, MethodInputs, method_class
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.monitoring.bottleneck import TrainingSetup, section_fractions
-from dist_scan.monitoring.step_timer import StepTimer, section, use_timer
+from dist_scan.monitoring.step_timer import StepTimer, timed, use_timer
 from dist_scan.world.world import current, wrap_ddp
 
 CLUSTER = [
@@ -180,7 +180,7 @@ def measure(args: argparse.Namespace, variant: str, device: torch.device) -> Non
         job = TrainJob(
             method=method,
             feed=feed,
-            settings=TrainSettings(optimizer=optimizer, epochs=1, precision=precision),
+            settings=TrainingLoopConfig(optimizer=optimizer, epochs=1, precision=precision),
             run_dir=Path(folder),
             out=Path(folder),
             setup=TrainingSetup(images, world.world_size, device.type),
@@ -234,12 +234,12 @@ def seconds_of_timers(steps: int = 2000) -> float:
     for _ in range(5):
         begin = time.process_time()
         for _ in range(steps):
-            with section("data_wait"):
+            with timed("data_wait"):
                 for name in ("copy", "augmentation", "copy", "augmentation"):
-                    with section(name):
+                    with timed(name):
                         pass
             for name in ("forward", "backward", "all_reduce", "optimizer", "end_step"):
-                with section(name):
+                with timed(name):
                     pass
             timer.collect_events()
         best = min(best, (time.process_time() - begin) / steps)

@@ -24,7 +24,7 @@ from pathlib import Path
 from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig
 from dist_scan.engine.precision import set_determinism
 from dist_scan.engine.stop import NonRetryableError, StopFlag
-from dist_scan.monitoring.log import JsonLinesFile
+from dist_scan.monitoring.log import AppendOnlyFile
 from dist_scan.monitoring.progress import Progress, StopRequested, print_line
 from dist_scan.monitoring.watchdog import Watchdog
 from dist_scan.pipeline import Pipeline
@@ -88,7 +88,7 @@ def _run(folder: Path, stop: StopFlag, markers: RunMarkers) -> None:
         on_timeout=lambda error: _record_error(markers, error),
     ).start()
     if world.rank == 0:
-        Progress.log_file = JsonLinesFile(markers.logs / "run.log")
+        Progress.log_file = AppendOnlyFile(markers.logs / "run.log")
 
     def log(text: str) -> None:
         if world.rank == 0:

@@ -27,7 +27,7 @@ from dist_scan.data.order import (
     neighbour_columns,
     rank_plan,
 )
-from dist_scan.monitoring.step_timer import section
+from dist_scan.monitoring.step_timer import timed
 from dist_scan.world.world import World
 
 
@@ -192,9 +192,9 @@ class ImageFeed(Feed):
                 is_last = v == len(recipes) - 1
                 half = slice(num_anchors, None) if is_last else slice(num_anchors)
                 images, index = images[half], rows[half]
-            with section("copy"):
+            with timed("copy"):
                 images = images.to(self.device, non_blocking=True)
-            with section("augmentation"):
+            with timed("augmentation"):
                 views.append(recipe(images, index, seed=self.plan.seed, epoch=epoch, view=v))
         return tuple(views)
 
@@ -236,7 +236,7 @@ class FeatureFeed(Feed):
             for index, slot in zip(indices, slots)
         ]
         rows = self.cache.read(np.concatenate(indices), np.concatenate(views))
-        with section("copy"):
+        with timed("copy"):
             return rows.to(self.device, non_blocking=True).float().chunk(len(slots))
 
 

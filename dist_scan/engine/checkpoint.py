@@ -11,8 +11,7 @@ rank may be killed at any point of a save: the older checkpoints stay valid. A l
 checkpoint that verifies; damaged ones are renamed to bad-*. torch.load does not notice a flipped
 bit; the sha256 in the manifest does.
 
-A stop signal (engine/stop.py) takes the other way: all ranks agree on it at the end of a step, save
-a checkpoint, and end with the marker STOPPED; after SIGUSR2 the job is requeued.
+A stop signal (engine/stop.py) makes a checkpoint too: all ranks agree on it at the end of a step.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class CheckpointError(NonRetryableError):
 
 
 class FileInfo(TypedDict):
-    """Size in bytes and sha256 of a file, as its writer meant it."""
+    """Size in bytes and sha256 that a file is intended to have."""
 
     sha256: str
     size: int
@@ -79,8 +78,8 @@ class CheckpointStore:
     ) -> bool:
         """Write a checkpoint; returns whether it succeeded.
 
-        epoch_begun: `begin_epoch` of the next epoch has run. Such a checkpoint is newer than one of
-        the same step from the end of the epoch before.
+        epoch_begun: `begin_epoch` of the next epoch has run. Such a checkpoint counts as newer than
+        the one written at the same step at the end of the previous epoch.
         A failure is logged and training may continue. After MAX_FAILED_SAVES failures in a row
         CheckpointError is raised on all ranks.
         """
@@ -90,12 +89,14 @@ class CheckpointStore:
         is_rank_0 = current().rank == 0
         try:
             # 1. An empty temporary folder.
-            _on_every_rank(lambda: self._prepare(temporary) if is_rank_0 else None)
+            _save_on_every_rank(lambda: self._prepare(temporary) if is_rank_0 else None)
             # 2. Every rank writes its files.
-            parts = gather_objects(_on_every_rank(lambda: self._write(temporary, state, banks)))
+            parts = gather_objects(
+                _save_on_every_rank(lambda: self._write(temporary, state, banks))
+            )
             # 3. Manifest, verification, rename; then the oldest checkpoints are removed.
             files = {file: info for part in parts for file, info in part.items()}
-            _on_every_rank(
+            _save_on_every_rank(
                 lambda: self._commit(temporary, name, step, files) if is_rank_0 else None
             )
         except ValueError as error:
@@ -128,7 +129,7 @@ class CheckpointStore:
         write_json(temporary / MANIFEST, manifest)
         verify_files(temporary, step)
         final = self.folder / name
-        # A run that is stopped just after a save writes the same step, with equal content, again.
+        # A run that is stopped just after a save writes the same step again, with equal content.
         if os.path.lexists(final):
             problem = find_problem(final, step)
             if not problem:
@@ -148,7 +149,7 @@ class CheckpointStore:
             self.log(f"checkpoint: cannot remove {path}, which is not needed any more ({error})")
 
     def _set_aside(self, path: Path, problem: str, then: str) -> str:
-        """Rename a damaged checkpoint to bad-*; returns the name that it then has."""
+        """Rename a damaged checkpoint to bad-*; returns its new name."""
         aside = path.with_name(f"bad-{path.name}")
         self.log(f"checkpoint: {path} is damaged ({problem}); renamed to {aside.name}, {then}")
         try:
@@ -189,16 +190,18 @@ class CheckpointStore:
         Damaged checkpoints are renamed to bad-*. If there are only damaged ones, CheckpointError
         is raised: a training that has begun never starts at step 0 again by itself.
         """
-        chosen, problem = broadcast_object(self._choose() if current().rank == 0 else (None, ""))
+        newest, problem = broadcast_object(
+            self._find_newest() if current().rank == 0 else (None, "")
+        )
         if problem:
             raise CheckpointError(problem)
-        if chosen is None:
+        if newest is None:
             return None
-        state = torch.load(chosen / STATE_FILE, map_location=device, weights_only=True)
+        state = torch.load(newest / STATE_FILE, map_location=device, weights_only=True)
         barrier()
-        return state, chosen
+        return state, newest
 
-    def _choose(self) -> tuple[Path | None, str]:
+    def _find_newest(self) -> tuple[Path | None, str]:
         """(newest valid checkpoint or None, error message or "")."""
         damaged = [path.name for path in self.folder.glob("bad-*")]
         for path in self.folder.glob("step-*"):
@@ -221,8 +224,11 @@ class CheckpointStore:
         return None, ""
 
 
-def _on_every_rank(action: Callable[[], T]) -> T:
-    """action() of this rank. Raises ValueError on all ranks if it fails on any. Collective."""
+def _save_on_every_rank(action: Callable[[], T]) -> T:
+    """action() of this rank, a part of a save. Collective.
+
+    Raises ValueError on all ranks if it raises OSError or RuntimeError on any.
+    """
 
     def run() -> T:
         try:
@@ -256,7 +262,7 @@ def save_file(path: Path, value: object) -> FileInfo:
 class _HashingWriter:
     """A binary file that hashes what is written to it.
 
-    The hash is of the intended bytes, so that reading the file back shows what the disk made of it.
+    The hash is of the intended bytes: reading the file back shows whether the disk stored them.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -299,7 +305,7 @@ def find_problem(folder: Path, step: int, load_files: bool = False) -> str:
                 if not isinstance(value, dict):
                     raise ValueError(f"{name} contains no dict")
     except MemoryError:
-        raise  # The machine's problem, not the checkpoint's.
+        raise  # Too little memory does not mean that the checkpoint is damaged.
     except Exception as error:  # A damaged file may make its reader raise anything.
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""

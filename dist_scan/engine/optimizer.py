@@ -51,7 +51,7 @@ class ScheduleConfig(StrictModel):
     """inverse_sqrt: lr / sqrt(1 + lr * decay * step). DeepCluster's linear probes use their weight
     decay here."""
     per: Literal["step", "epoch"] = "step"
-    """Whether cosine changes at every step, or once an epoch as in the released code of SCAN."""
+    """Whether cosine is updated at every step, or once an epoch as in the released code of SCAN."""
 
 
 def learning_rate(
@@ -91,7 +91,7 @@ def build_optimizer(config: OptimizerConfig, groups: list[ParameterGroup]) -> to
 
 
 def _torch_group(config: OptimizerConfig, group: ParameterGroup) -> dict[str, Any]:
-    """A method's group as torch's; what the group leaves open comes from the config."""
+    """A method's group as torch's; values that the group does not set come from the config."""
     result: dict[str, Any] = {
         "params": list(group.parameters),
         "lr_scale": group.lr_scale,
@@ -120,9 +120,9 @@ def reset_optimizer_state(
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """True if all gradients are finite; a bool tensor on their device.
 
-    A CPU first tries the L2 norms, which take a seventh of the time of the maximum norms there (a
-    tenth of a step of ResNet-18 at 64 px); the maximum norms decide only where squares overflow
-    fp32. On a GPU a second try would wait for the first.
+    Maximum norms decide. On a CPU they would cost a tenth of a step of ResNet-18 at 64 px, and L2
+    norms a seventh of that; so L2 norms are tried first there, and maximum norms follow only where
+    squares overflow fp32. On a GPU a second try would wait for the first.
     """
     if not gradients:
         return torch.tensor(True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_scan.data.hashing import hash_keys
 
 Precision = Literal["fp32", "bf16", "fp64"]
-"""fp64 shows that runs are equal. Adam at a usable learning rate amplifies rounding tenfold every
+"""fp64 is for tests. Adam at a usable learning rate amplifies rounding tenfold every
 few steps: runs on different numbers of ranks, equal in exact arithmetic, differ after about four
 steps in fp32 and stay equal in fp64."""
 M = TypeVar("M", bound=nn.Module)

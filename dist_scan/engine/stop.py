@@ -1,4 +1,8 @@
-"""Graceful stop: a signal only sets a flag; long work checks the flag where it is safe to stop."""
+"""Graceful stop: a signal only sets a flag; long work checks the flag where it is safe to stop.
+
+`StopFlag.raise_if_requested` checks this process's flag; searches get it as a callback and use
+`search/stopping.py`. Both raise `monitoring.progress.StopRequested`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class NonRetryableError(RuntimeError):
-    """Fatal error; restarting the ranks cannot help. The process ends with exit code 2."""
+    """Fatal error: starting the ranks again cannot help. The process ends with exit code 2."""
 
 
 class StopFlag:

@@ -22,10 +22,11 @@ from dist_scan.world.sharding import RowSharding
 from dist_scan.world.world import current
 
 MTBF_S = 4 * 3600.0
-"""Mean time between failures of a job, as Young's formula assumes it."""
+"""Mean time between failures of a job, for Young's formula."""
 FIRST_SAVE_S = 60.0
 """Interval until the cost of a save is known."""
 SHORTEST_S = 10.0
+"""Shortest interval that the formula may give."""
 
 
 @dataclass
@@ -39,12 +40,13 @@ class TrainState:
     epoch_begun: bool = False
     """`begin_epoch` of the current epoch has run."""
     finished: bool = False
-    """The method ended the training before its last epoch."""
+    """The method has ended the training early; it stays False if all epochs are trained."""
     skipped: int = 0
     """Steps that the method skipped."""
     non_finite: int = 0
     """Updates skipped because the loss or a gradient was not finite."""
     non_finite_in_a_row: int = 0
+    """Of these, the ones since the last update."""
     warnings: list[str] = field(default_factory=list)
 
 

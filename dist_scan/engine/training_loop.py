@@ -40,7 +40,7 @@ from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.monitoring.log import StageLog
 from dist_scan.monitoring.profile import TrainingProfile
 from dist_scan.monitoring.progress import Progress, StopRequested
-from dist_scan.monitoring.step_timer import section, time_data_wait
+from dist_scan.monitoring.step_timer import time_data_wait, timed
 from dist_scan.monitoring.watchdog import watched
 from dist_scan.storage.artifacts import WORK
 from dist_scan.world.collectives import all_sum, gather_objects
@@ -58,7 +58,7 @@ class DivergedError(NonRetryableError):
     """Losses or gradients were not finite in too many steps in a row."""
 
 
-class TrainSettings(StrictModel):
+class TrainingLoopConfig(StrictModel):
     """Update rule, schedule and length of a training."""
 
     optimizer: OptimizerConfig
@@ -78,7 +78,7 @@ class TrainJob:
 
     method: Method
     feed: Feed
-    settings: TrainSettings
+    settings: TrainingLoopConfig
     run_dir: Path
     """Folder of the run; metrics go to logs/NAME.metrics.jsonl and tensorboard/NAME/."""
     out: Path
@@ -150,18 +150,19 @@ class Trainer:
             "steps",
             done=state.step,
             enabled=current().rank == 0,
+            is_training=True,
         )
         with closing(self.metrics_log), self.profile, progress:
             self.profile.watch_gradients(self.method)
             while state.epoch < epochs and not state.finished:
-                with section("epoch"):
+                with timed("epoch"):
                     self._begin_epoch()
                 for batch in time_data_wait(self._batches(state.step_in_epoch)):
                     agreed = self._step(batch)
                     loss = agreed.metrics["loss"]
                     progress.advance(1, f"epoch {state.epoch + 1}/{epochs} loss {loss:.4f}")
                     self._save_or_stop(agreed)
-                with section("epoch"):
+                with timed("epoch"):
                     self._end_epoch()
         return state
 
@@ -180,7 +181,7 @@ class Trainer:
             try:
                 reinitialised = tuple(self.method.begin_epoch(state.epoch, self.job.embed))
             except StopRequested:
-                # The method has changed nothing yet: save the epoch before.
+                # The method has changed nothing yet, so this saves the end of the previous epoch.
                 self._save()
                 raise
             reset_optimizer_state(self.optimizer, reinitialised)
@@ -223,12 +224,12 @@ class Trainer:
         seed_step(self.job.seed, batch.epoch, STEP_STREAM, batch.step, current().rank)
 
         # 2. Forward: the method's loss on this rank's part of the global batch.
-        with section("forward"):
+        with timed("forward"):
             step = self._forward(batch)
 
         # 3. Backward: DDP averages the gradients over ranks.
         if not step.skip:
-            with section("backward"):
+            with timed("backward"):
                 step.loss.backward()
                 self.profile.backward_done()
 
@@ -241,9 +242,9 @@ class Trainer:
             state.skipped += 1
         elif agreed.is_finite:
             state.non_finite_in_a_row = 0
-            with section("optimizer"):
+            with timed("optimizer"):
                 self.optimizer.step()
-            with section("end_step"), torch.no_grad():
+            with timed("end_step"), torch.no_grad():
                 self.method.end_step(batch, step)
         else:
             self._count_non_finite(batch, step)
@@ -294,7 +295,8 @@ class Trainer:
             return
         is_finite = bool(torch.isfinite(step.loss.detach()))
         ranks = gather_objects((is_finite, batch.index[:32].tolist()))
-        # If all losses are finite it was a gradient, which is the sum of those of all ranks.
+        # If all losses are finite, a gradient was not. Gradients are summed over ranks, so any rank
+        # may be the cause.
         suspects = [rank for rank, (finite, _) in enumerate(ranks) if not finite]
         suspects = suspects or list(range(len(ranks)))
         rows = ", ".join(f"of rank {rank}: {ranks[rank][1]}" for rank in suspects[:8])
@@ -307,7 +309,7 @@ class Trainer:
     def _save_or_stop(self, agreed: AgreedStep) -> None:
         """Save a checkpoint if one is due; on a stop request save and raise StopRequested."""
         if agreed.save_due or agreed.stop_requested:
-            with section("save"):
+            with timed("save"):
                 self._save()
         if agreed.stop_requested:
             raise StopRequested()

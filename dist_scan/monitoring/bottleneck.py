@@ -1,8 +1,8 @@
 """What a training waits for: one sentence with the figure and the setting to change.
 
 Pure functions of the seconds that each rank spent in each section. A slow rank makes the others
-wait in all-reduce, so slow ranks are looked for first; only the all-reduce time that even the last
-rank to arrive spends is the network's.
+wait in all-reduce, so slow ranks are looked for first. The part of the interconnect is the smallest
+all-reduce time of any rank, which has not waited for a slower one.
 """
 
 from __future__ import annotations
@@ -70,8 +70,18 @@ class _StepTime:
     fraction: float
     setup: TrainingSetup
 
-    def images_per_s(self, step_s: float) -> str:
-        return f"{self.setup.global_batch / step_s:,.0f} images/s"
+    @property
+    def rest_s(self) -> float:
+        """Seconds of the step without the section in question."""
+        return self.step_s * (1 - self.fraction)
+
+    @property
+    def speed(self) -> str:
+        return f"{self.setup.global_batch / self.step_s:,.0f} images/s"
+
+    @property
+    def speed_without_section(self) -> str:
+        return f"{self.setup.global_batch / self.rest_s:,.0f} images/s"
 
 
 def find_bottleneck(seconds: np.ndarray, steps: int, setup: TrainingSetup) -> Bottleneck:
@@ -147,7 +157,7 @@ def _model_bottleneck(step: _StepTime) -> Bottleneck:
     faster = "a GPU, or more cores" if on_cpu else "precision: bf16, or more GPUs"
     text = (
         f"forward and backward are {step.fraction:.0%} of a step of {1000 * step.step_s:.3g} ms, "
-        f"no other section is worth improving: {step.images_per_s(step.step_s)}; "
+        f"no other section is worth improving: {step.speed}; "
         f"to go faster, use {faster}"
     )
     return Bottleneck("model", step.fraction, text)
@@ -161,7 +171,6 @@ def _data_wait_remedy(step: _StepTime) -> str:
             f"{cores}: cached features are read too slowly; keep the table on a local disk, "
             "or give the process enough memory to hold it (slurm.mem)"
         )
-    model_s = step.step_s * (1 - step.fraction)
     options = []
     if setup.stored == "original" or setup.resolution > 1.3 * setup.size:
         resolution = round(setup.size * 256 / 224)
@@ -171,11 +180,11 @@ def _data_wait_remedy(step: _StepTime) -> str:
     if setup.loader_threads < setup.cores:
         options.append(f"raise runtime.loader_threads from {setup.loader_threads} to {setup.cores}")
     else:
-        missing = max(1, math.ceil(setup.cores * (step.step_s / model_s - 1)))
+        missing = max(1, math.ceil(setup.cores * (step.step_s / step.rest_s - 1)))
         options.append(f"add {missing} core{_plural(missing)} per process (slurm.cpus_per_task)")
     return (
-        f"{cores}: the loader gives {step.images_per_s(step.step_s)}, the model could take "
-        f"{step.images_per_s(model_s)}; {', or '.join(options)}"
+        f"{cores}: the loader gives {step.speed}, the model could take "
+        f"{step.speed_without_section}; {', or '.join(options)}"
     )
 
 
@@ -190,9 +199,9 @@ def _augmentation_remedy(step: _StepTime) -> str:
 
 def _all_reduce_remedy(step: _StepTime) -> str:
     return (
-        f" on each of {step.setup.world_size} ranks: the network is slow, or ranks share cores "
-        "and are slow in turn; raise global_batch (fewer messages for the same images), use fewer "
-        "processes, or check the network interface (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
+        f" on each of {step.setup.world_size} ranks: the interconnect is slow, or ranks share "
+        "cores and slow each other down; raise global_batch (fewer messages for the same images), "
+        "use fewer processes, or check the network interface (NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME)"
     )
 
 
@@ -207,8 +216,8 @@ REMEDIES: dict[str, str | Callable[[_StepTime], str]] = {
     "end_step": "; raise global_batch (it runs once a step)",
     "save": "; raise runtime.checkpoint_s, or put the run on a faster disk",
     "epoch": (
-        " (clustering, or selection on held-out rows); lower held_out_share, or let the method "
-        "do it less often"
+        " (clustering, or selection on held-out rows); lower held_out_share, or raise "
+        "method.reassign (deepcluster)"
     ),
     "other": "; raise runtime.log_every, and global_batch if steps are short",
 }

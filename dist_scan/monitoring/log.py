@@ -1,4 +1,4 @@
-"""Files that a stage logs to: metrics.jsonl (the record), TensorBoard events, run.log.
+"""Files that a run logs to: metrics.jsonl and TensorBoard events of a stage; run.log (run.py).
 
 No error of these files ends the work. On a full disk, lines that cannot be written are lost; this
 is reported once, and later lines are written again as soon as there is space.
@@ -27,7 +27,7 @@ TENSORBOARD_RETRY_S = 10.0
 """Seconds between attempts after an error; each attempt creates a file."""
 
 
-class _Outage:
+class _WriteErrorReporter:
     """Reports on stderr that writes fail, once, and later that they work again."""
 
     def __init__(self, target: str) -> None:
@@ -48,7 +48,7 @@ class _Outage:
             self.failures = 0
 
 
-class JsonLinesFile:
+class AppendOnlyFile:
     """A file that lines are appended to, created with the first one.
 
     Writing never raises OSError; an error is reported on stderr, once until writing works again.
@@ -57,17 +57,17 @@ class JsonLinesFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file: BinaryIO | None = None
-        self.outage = _Outage(str(path))
+        self.reporter = _WriteErrorReporter(str(path))
 
     def write(self, text: str) -> bool:
         """Append text that ends in a newline. Returns False if it, or a part of it, is lost."""
         try:
             self._append(text.encode())
         except OSError as error:
-            self.outage.report_failure(error)
+            self.reporter.report_failure(error)
             self.close()
             return False
-        self.outage.report_success()
+        self.reporter.report_success()
         return True
 
     def _append(self, data: bytes) -> None:
@@ -84,7 +84,7 @@ class JsonLinesFile:
             try:
                 file.close()
             except OSError as error:  # NFS may report only now that the disk is full.
-                self.outage.report_failure(error)
+                self.reporter.report_failure(error)
 
 
 class TensorBoardWriter:
@@ -125,7 +125,7 @@ class TensorBoardWriter:
         write_all(self.file, record)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Raises OSError, which NFS may do only now."""
         self.file.close()
 
 
@@ -137,10 +137,10 @@ class StageLog:
         self.run_dir = run_dir
         self.stage = stage
         self.path = self.run_dir / "logs" / f"{stage}.metrics.jsonl"
-        self.rows = JsonLinesFile(self.path)
+        self.rows = AppendOnlyFile(self.path)
         self.tensorboard_dir = self.run_dir / "tensorboard" / stage
         self.tensorboard: TensorBoardWriter | None = None
-        self.outage = _Outage(f"TensorBoard events in {self.tensorboard_dir}")
+        self.reporter = _WriteErrorReporter(f"TensorBoard events in {self.tensorboard_dir}")
         self.retry_at = 0.0
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
@@ -170,11 +170,11 @@ class StageLog:
                 self.tensorboard = TensorBoardWriter(self.tensorboard_dir)
             self.tensorboard.write_scalars(step, scalars)
         except OSError as error:
-            self.outage.report_failure(error)
+            self.reporter.report_failure(error)
             self._close_tensorboard()
             self.retry_at = time.monotonic() + TENSORBOARD_RETRY_S
         else:
-            self.outage.report_success()
+            self.reporter.report_success()
 
     def _close_tensorboard(self) -> None:
         writer = self.tensorboard

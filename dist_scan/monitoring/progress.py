@@ -16,7 +16,7 @@ LINE_EVERY_S = 10.0
 
 
 class LineWriter(Protocol):
-    """Receives lines, as `JsonLinesFile` does."""
+    """Receives lines, as `AppendOnlyFile` does."""
 
     def write(self, text: str, /) -> object: ...
 
@@ -49,6 +49,9 @@ class StopRequested(Exception):
 class Progress:
     """Context manager of long work: ``with Progress("embed", n, "images") as p: p.advance(512)``.
 
+    Prints progress, writes it to the run's log file, and restarts the watchdog's clock (`watched`)
+    whenever units are finished.
+
     Args:
         name: what is done.
         total: number of units.
@@ -56,6 +59,7 @@ class Progress:
         done: units finished before this start; they do not count into the rate.
         enabled: whether to print; pass False on ranks other than 0.
         stream: where to print (default stderr).
+        is_training: units are training steps, for which the watchdog has a limit of its own.
     """
 
     log_file: ClassVar[LineWriter | None] = None
@@ -69,6 +73,7 @@ class Progress:
         done: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
+        is_training: bool = False,
     ) -> None:
         self.name = name
         self.total = total
@@ -77,6 +82,7 @@ class Progress:
         self.first = done
         self.enabled = enabled
         self.watched = watched(name)
+        self.is_training = is_training
         self.stream = stream or sys.stderr
         self.is_live = self.stream.isatty()
         self.started = time.monotonic()
@@ -87,7 +93,7 @@ class Progress:
         self.last_logged: int | None = None
 
     def __enter__(self) -> Progress:
-        self.section = self.watched.__enter__()
+        self.work = self.watched.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -99,8 +105,8 @@ class Progress:
         self.done += count
         self.note = note or self.note
         # Before the first step is done kernels may be compiled, which takes longer than a step.
-        self.section.is_step = self.unit == "steps"
-        self.section.restart()
+        self.work.is_step = self.is_training
+        self.work.restart()
         now = time.monotonic()
         if now >= self.next_print:
             self.next_print = now + (REFRESH_S if self.is_live else LINE_EVERY_S)

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: exclusive seconds per section.
 
-``with section("forward"):`` counts the time of its block, less that of sections inside it, so the
+``with timed("forward"):`` counts the time of its block, less that of sections inside it, so the
 sections add up to the wall-clock time. On a GPU the time stamps are events in its stream: a section
 is what the device executed or waited for between two events, not the time Python took to launch it,
 and nothing is synchronised.
@@ -30,7 +30,7 @@ SECTIONS = (
     "other",
 )
 UNDIVIDED = ("save", "epoch")
-"""Sections that include inner ones: other ranks wait in a collective for the one that writes."""
+"""Sections that include inner ones: their all-reduce time is waiting for the rank that writes."""
 Timestamp = Any
 """Seconds on the host, or an event in the device's stream."""
 T = TypeVar("T")
@@ -164,7 +164,7 @@ class _Section:
 _SECTIONS = {name: _Section(name) for name in SECTIONS}
 
 
-def section(name: str) -> AbstractContextManager:
+def timed(name: str) -> AbstractContextManager:
     """Count the time of a block under one of SECTIONS; costs nothing if no timer is in use."""
     return _SECTIONS[name]
 

@@ -24,16 +24,16 @@ LINGER = 3
 
 
 class StuckError(RuntimeError):
-    """A section exceeded its limit. Never raised, as nobody could catch it; see `Watchdog`."""
+    """Work exceeded its limit. Recorded but never raised; see `Watchdog`."""
 
 
 @dataclass
-class Section:
+class WatchedWork:
     """Work in progress, and since when it has made none."""
 
     name: str
     is_step: bool = False
-    """Whether the limit of a training step holds, not the longer one of other sections."""
+    """Whether the limit of a training step holds, not the longer one of other work."""
     since: float = field(default_factory=time.monotonic)
 
     def restart(self) -> None:
@@ -41,17 +41,17 @@ class Section:
         self.since = time.monotonic()
 
 
-_open: list[Section] = []
-"""Sections of the main thread that have begun and not ended, the innermost last."""
+_open: list[WatchedWork] = []
+"""Work of the main thread that has begun and not ended, the innermost last."""
 
 
 @contextmanager
-def watched(name: str) -> Iterator[Section]:
-    """Context manager or decorator: a section of work for the watchdog."""
-    section = Section(name)
-    _open.append(section)
+def watched(name: str) -> Iterator[WatchedWork]:
+    """Context manager or decorator: the watchdog limits the time of this work."""
+    work = WatchedWork(name)
+    _open.append(work)
     try:
-        yield section
+        yield work
     finally:
         _open.pop()
         if _open:
@@ -59,7 +59,7 @@ def watched(name: str) -> Iterator[Section]:
 
 
 class Watchdog:
-    """Watches the sections of this process from a thread.
+    """Watches the work of this process (`watched`) from a thread.
 
     Over a limit it calls ``on_timeout(error)`` and then ends the process with exit code 1. In a
     process that was suspended and continues (SIGCONT) the clock restarts.
@@ -68,7 +68,7 @@ class Watchdog:
         folder: where stacks-rank*.txt is written.
         rank: the rank of this process.
         step_s: limit of one training step, in seconds.
-        section_s: limit of any other section.
+        section_s: limit of any other work, also for one unit of its `Progress`.
         on_timeout: records the error.
     """
 
@@ -91,7 +91,7 @@ class Watchdog:
         """The process was suspended if a poll takes longer than this."""
 
     def start(self) -> None:
-        """Start watching."""
+        """Start the thread; it ends with the process."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _watch(self) -> None:
@@ -99,15 +99,15 @@ class Watchdog:
             polled = time.monotonic()
             time.sleep(self.poll_s)
             now = time.monotonic()
-            sections = tuple(_open)
+            open_work = tuple(_open)
             if now - polled > self.suspended_s:
-                self._write_stacks(f"was stopped, or had no processor, for {now - polled:.1f} s")
-                for section in sections:
-                    section.restart()
-            if not sections:
+                self._write_stacks(f"was suspended, or got no CPU time, for {now - polled:.1f} s")
+                for work in open_work:
+                    work.restart()
+            if not open_work:
                 faulthandler.cancel_dump_traceback_later()
                 continue
-            innermost = sections[-1]
+            innermost = open_work[-1]
             limit_s = self.step_s if innermost.is_step else self.section_s
             if now - innermost.since > limit_s:
                 self._end_process(innermost.name, now - innermost.since, limit_s)
@@ -115,8 +115,8 @@ class Watchdog:
             # faulthandler's own thread, which needs no lock, ends the process.
             faulthandler.dump_traceback_later(2 * limit_s + LINGER * self.poll_s, exit=True)
 
-    def _end_process(self, section: str, took_s: float, limit_s: float) -> None:
-        text = f"{section}: no progress for {took_s:.1f} s (limit: {limit_s:g} s)"
+    def _end_process(self, name: str, took_s: float, limit_s: float) -> None:
+        text = f"{name}: no progress for {took_s:.1f} s (limit: {limit_s:g} s)"
         self._write_stacks(text)
         self.on_timeout(
             StuckError(

@@ -9,7 +9,7 @@ from dist_scan.data.images import open_images
 from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
 from dist_scan.engine.embed import require_finite_weights
 from dist_scan.engine.precision import move_to_device, set_determinism
-from dist_scan.engine.predict import Embedder, Predictor
+from dist_scan.engine.predictor import Embedder, Predictor
 from dist_scan.finished_run import FinishedRun, ModelChoice
 from dist_scan.models.backbone import load_embedder
 from dist_scan.models.cluster_model import load_cluster_model

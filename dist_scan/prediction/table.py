@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dist_scan.data.beton.format import read_names
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.engine.predict import BatchPrediction, Predictor
+from dist_scan.engine.predictor import BatchPrediction, Predictor
 from dist_scan.finished_run import FinishedRun
 from dist_scan.monitoring.progress import Progress
 from dist_scan.prediction.images import StoredImages

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_scan.data.assignments import Assignments
-from dist_scan.engine.predict import NUM_TOP, top_clusters
+from dist_scan.engine.predictor import NUM_TOP, top_clusters
 from dist_scan.world.collectives import barrier, gather_rows
 from dist_scan.world.world import World
 

@@ -13,11 +13,11 @@ from dist_scan.config.stage import Images, Ref, Stages
 from dist_scan.data.augment.recipes import RecipeConfig, resolution_warnings
 from dist_scan.methods.base import Method, MethodConfig, method_class
 from dist_scan.models.backbone import BackboneConfig
-from dist_scan.stages._training import TrainingConfig
+from dist_scan.stages._training import TrainingStageConfig
 from dist_scan.stages.neighbours import NeighboursConfig
 
 
-class TrainConfig(TrainingConfig):
+class TrainConfig(TrainingStageConfig):
     """Settings of the training of one method."""
 
     kind: Literal["train"] = "train"

@@ -9,13 +9,13 @@ from dist_scan.data.batch import HeldOut
 from dist_scan.data.feed import FeatureFeed, ImageFeed
 from dist_scan.data.order import batch_per_rank
 from dist_scan.engine.train_state import TrainState
-from dist_scan.engine.training_loop import TrainJob, TrainSettings, no_embedding, train
+from dist_scan.engine.training_loop import TrainingLoopConfig, TrainJob, no_embedding, train
 from dist_scan.methods.base import Embed, Method
 from dist_scan.monitoring.profile import training_setup
 from dist_scan.stages.base import Context
 
 
-class TrainingConfig(TrainSettings, StageConfig):
+class TrainingStageConfig(TrainingLoopConfig, StageConfig):
     """Settings of a stage that trains."""
 
     global_batch: int = Field(ge=1)
@@ -33,7 +33,7 @@ class TrainingConfig(TrainSettings, StageConfig):
 
 def train_in_stage(
     context: Context,
-    config: TrainingConfig,
+    config: TrainingStageConfig,
     method: Method,
     feed: ImageFeed | FeatureFeed,
     embed: Embed = no_embedding,

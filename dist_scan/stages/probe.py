@@ -20,7 +20,7 @@ from dist_scan.engine.precision import autocast, move_to_device, seed_step
 from dist_scan.evaluate.linear_probe import LayerProbes, ProbesConfig, count_correct
 from dist_scan.methods.base import MethodInputs
 from dist_scan.models.backbone import load_backbone
-from dist_scan.stages._training import TrainingConfig, train_in_stage
+from dist_scan.stages._training import TrainingStageConfig, train_in_stage
 from dist_scan.stages.base import Stage
 from dist_scan.storage.atomic import write_json
 from dist_scan.world.collectives import all_sum, barrier
@@ -28,7 +28,7 @@ from dist_scan.world.collectives import all_sum, barrier
 TEST_BATCH = 128
 
 
-class ProbeConfig(TrainingConfig):
+class ProbeConfig(TrainingStageConfig):
     """Settings of linear probes; the defaults are DeepCluster's."""
 
     kind: Literal["probe"] = "probe"

@@ -15,11 +15,11 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed import Work as PendingBroadcast
 
 from dist_scan.config import ConfigError
-from dist_scan.monitoring.step_timer import section
+from dist_scan.monitoring.step_timer import timed
 from dist_scan.world.spawn import error_text
 from dist_scan.world.world import current
 
-COMMUNICATION = section("all_reduce")
+COMMUNICATION = timed("all_reduce")
 T = TypeVar("T")
 
 

@@ -21,7 +21,7 @@ from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.order import epoch_order
 from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.stop import StopFlag
-from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
+from dist_scan.engine.training_loop import Trainer, TrainingLoopConfig, TrainJob
 from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.monitoring.progress import StopRequested
 from tests.support.methods import make_method, state_arrays, tiny_inputs, update
@@ -325,7 +325,9 @@ def make_trainer(
         TrainJob(
             method=make(SETTINGS[name], embed.folder, epochs=3),
             feed=ImageFeed(),
-            settings=TrainSettings(optimizer=OptimizerConfig(lr=0.02), epochs=3, precision="fp64"),
+            settings=TrainingLoopConfig(
+                optimizer=OptimizerConfig(lr=0.02), epochs=3, precision="fp64"
+            ),
             run_dir=embed.folder,
             out=embed.folder,
             setup=TrainingSetup(GLOBAL_BATCH),

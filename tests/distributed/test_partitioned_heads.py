@@ -22,7 +22,7 @@ from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.stop import StopFlag
 from dist_scan.engine.train_state import gather_state
-from dist_scan.engine.training_loop import Trainer, TrainJob, TrainSettings
+from dist_scan.engine.training_loop import Trainer, TrainingLoopConfig, TrainJob
 from dist_scan.heads.partition import HeadPartition
 from dist_scan.heads.selection import PublishedHeads
 from dist_scan.methods.base import MethodInputs
@@ -220,7 +220,7 @@ def run_training(training: Training) -> Arrays:
         TrainJob(
             method=make_method(training.partition, training.seed),
             feed=FeatureFeed(table, plan, world.device),
-            settings=TrainSettings(optimizer=optimizer, epochs=EPOCHS, precision="fp64"),
+            settings=TrainingLoopConfig(optimizer=optimizer, epochs=EPOCHS, precision="fp64"),
             seed=3,
             run_dir=folder,
             out=folder,

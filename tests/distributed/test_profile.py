@@ -22,7 +22,7 @@ from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feed import EpochPlan, ImageFeed
 from dist_scan.engine.checkpoint import CheckpointStore
 from dist_scan.engine.optimizer import OptimizerConfig
-from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
+from dist_scan.engine.training_loop import TrainingLoopConfig, TrainJob, train
 from dist_scan.methods.base import Method, MethodInputs, method_class
 from dist_scan.methods.simclr import SimCLRMethod
 from dist_scan.models.backbone import BackboneConfig, build_backbone
@@ -109,7 +109,9 @@ def train_profiled(slow_part: str, beton: Path, out: Path) -> list[str]:
         TrainJob(
             method=build_method(feed.loader.num_images),
             feed=feed,
-            settings=TrainSettings(optimizer=OptimizerConfig(kind="sgd", lr=0.01), epochs=epochs),
+            settings=TrainingLoopConfig(
+                optimizer=OptimizerConfig(kind="sgd", lr=0.01), epochs=epochs
+            ),
             run_dir=out,
             out=out,
             setup=TrainingSetup(BATCH, current().world_size, stored="jpeg", resolution=40, size=16),

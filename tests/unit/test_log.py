@@ -11,7 +11,7 @@ from typing import Any, Never
 import pytest
 
 from dist_scan.monitoring import log as log_module
-from dist_scan.monitoring.log import JsonLinesFile, StageLog, TensorBoardWriter, read_rows
+from dist_scan.monitoring.log import AppendOnlyFile, StageLog, TensorBoardWriter, read_rows
 from dist_scan.monitoring.progress import Progress, format_duration, print_line
 
 
@@ -111,7 +111,7 @@ def test_a_log_that_can_never_be_created_does_not_end_the_work(
     log.write_row(1, {"loss": 3.0})
     log.write_row(2, {"loss": 3.0})
     log.close()
-    assert not JsonLinesFile(tmp_path / "logs" / "run.log").write("hello\n")
+    assert not AppendOnlyFile(tmp_path / "logs" / "run.log").write("hello\n")
     assert capfd.readouterr().err.count("a.metrics.jsonl: File exists") == 1
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.engine.optimizer import OptimizerConfig
 from dist_scan.engine.precision import autocast
-from dist_scan.engine.training_loop import TrainJob, TrainSettings, train
+from dist_scan.engine.training_loop import TrainingLoopConfig, TrainJob, train
 from dist_scan.heads.selection import held_out_loss
 from dist_scan.losses import instance_discrimination_loss
 from dist_scan.methods.base import Method
@@ -191,7 +191,7 @@ def test_training_logs_warnings_and_ends_at_a_plateau(model_folder: Path, tmp_pa
         TrainJob(
             method=make_selflabel(model_folder, threshold=0.999999, plateau_epochs=2),
             feed=TwoSteps(),
-            settings=TrainSettings(optimizer=OptimizerConfig(kind="sgd", lr=0.1), epochs=9),
+            settings=TrainingLoopConfig(optimizer=OptimizerConfig(kind="sgd", lr=0.1), epochs=9),
             run_dir=tmp_path,
             out=tmp_path,
             setup=TrainingSetup(global_batch=GLOBAL_BATCH),

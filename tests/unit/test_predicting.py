@@ -15,7 +15,7 @@ from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.engine.batch_size import bytes_per_image, fitting_batch
-from dist_scan.engine.predict import BatchPrediction, Embedder, Predictor
+from dist_scan.engine.predictor import BatchPrediction, Embedder, Predictor
 from dist_scan.models.backbone import BackboneConfig, build_backbone
 from dist_scan.models.cluster_model import ClusterModel
 from dist_scan.models.layers import FeatureNorm

@@ -10,8 +10,8 @@ import pytest
 from dist_scan.monitoring.step_timer import (
     SECTIONS,
     StepTimer,
-    section,
     time_data_wait,
+    timed,
     use_timer,
 )
 
@@ -27,9 +27,9 @@ def timer() -> Iterator[StepTimer]:
 def test_a_section_excludes_its_inner_ones_and_all_add_up(timer: StepTimer) -> None:
     began = time.perf_counter()
     timer.reset()
-    with section("forward"):
+    with timed("forward"):
         time.sleep(0.03)
-        with section("all_reduce"):
+        with timed("all_reduce"):
             time.sleep(0.06)
     time.sleep(0.02)
     seconds = timer.read()
@@ -43,7 +43,7 @@ def test_a_section_excludes_its_inner_ones_and_all_add_up(timer: StepTimer) -> N
 
 
 def test_communication_during_a_save_counts_as_the_save(timer: StepTimer) -> None:
-    with section("save"), section("all_reduce"):
+    with timed("save"), timed("all_reduce"):
         time.sleep(0.02)
     seconds = timer.read()
     assert seconds["save"] >= 0.02
@@ -51,7 +51,7 @@ def test_communication_during_a_save_counts_as_the_save(timer: StepTimer) -> Non
 
 
 def test_backward_after_the_last_gradient_counts_as_all_reduce(timer: StepTimer) -> None:
-    with section("backward"):
+    with timed("backward"):
         time.sleep(0.02)
         timer.gradient_ready()
         time.sleep(0.05)
@@ -62,7 +62,7 @@ def test_backward_after_the_last_gradient_counts_as_all_reduce(timer: StepTimer)
 
 
 def test_an_exception_ends_all_sections(timer: StepTimer) -> None:
-    with pytest.raises(KeyError), section("forward"), section("all_reduce"):
+    with pytest.raises(KeyError), timed("forward"), timed("all_reduce"):
         raise KeyError
     assert timer.stack == ["other"]
     assert not timer.spans
@@ -72,7 +72,7 @@ def test_waiting_for_items_is_data_wait_without_the_sections_inside(timer: StepT
     def items() -> Iterator[int]:
         for i in range(3):
             time.sleep(0.01)
-            with section("augmentation"):
+            with timed("augmentation"):
                 time.sleep(0.02)
             yield i
 
@@ -85,7 +85,7 @@ def test_waiting_for_items_is_data_wait_without_the_sections_inside(timer: StepT
 
 def test_sections_work_without_a_timer() -> None:
     use_timer(None)
-    with section("forward"):
+    with timed("forward"):
         pass
     assert list(time_data_wait([1])) == [1]
 
@@ -124,9 +124,9 @@ def test_sections_on_a_device_are_times_between_events_without_synchronisation()
     timer = StepTimer(device.record_event)
     use_timer(timer)
     try:
-        with section("forward"):
+        with timed("forward"):
             device.launched = 3.0
-        with section("backward"):
+        with timed("backward"):
             device.launched = 7.0
             timer.gradient_ready()
             device.launched = 8.0
