@@ -25,7 +25,7 @@ if ! pkg-config --exists libturbojpeg 2>/dev/null; then missing+=(libturbojpeg0-
 import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
 PY
-# Slurm for the live tests (CI); tests/slurm/cluster.py starts it in a folder of its own.
+# Slurm for the tests on the test cluster (CI); tests/slurm/cluster.py starts it in a folder of its own.
 if [ "${DIST_SCAN_TEST_SLURM:-}" = 1 ]; then
     for command in slurmctld slurmd srun; do
         command -v "$command" >/dev/null || { missing+=(slurm-wlm); break; }

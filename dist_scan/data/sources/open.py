@@ -1,4 +1,8 @@
-"""Open the source of images that a split of the configuration names."""
+"""Open the source of images that a split of the configuration names.
+
+To add a kind of source: write a subclass of `Source` (base.py), add the ending of its files to
+`_find_files`, its class to `_make_source` and its name to `SplitConfig.format` (config/data.py).
+"""
 
 from __future__ import annotations
 
