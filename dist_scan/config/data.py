@@ -43,8 +43,8 @@ class DataConfig(StrictModel):
 
     Bilinear; smaller images are enlarged, as torchvision's Resize does.
     """
-    max_side: int = Field(default=1024, ge=8)
-    """Largest longer side in pixels of the stored images."""
+    max_side: int = Field(default=1024, ge=8, le=65535)
+    """Largest longer side in pixels of the stored images; the file format has 16 bits for it."""
     quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of re-encoded images."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -99,6 +99,7 @@ def test_an_override_reaches_the_config() -> None:
         ("data.train=", ["data.train", "missing"]),
         ("data.mean=[1e400, 0.0, 0.0]", ["data.mean.0", "finite"]),
         ("data.std=[0.2, 0, 0.2]", ["data.std.1: Input should be greater than 0"]),
+        ("data.max_side=70000", ["data.max_side", "70000", "65535"]),
         ("seed=99999999999999999999", ["seed: Input should be less than"]),
         ("slurm.sbatch={nod: 3}", ["slurm.sbatch: 'nod' (Slurm reads it as nodes)"]),
     ],
