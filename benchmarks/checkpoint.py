@@ -3,8 +3,8 @@
     python -m benchmarks.checkpoint --compare [--model resnet50] [--folder WHERE_RUNS_ARE]
 
 The state is that of a MoCo: two networks, SGD's momentum, a queue. The peer writes the same state
-with torch.save, flushes it, and loads it with torch.load; it detects neither an incomplete file nor a
-flipped bit.
+with torch.save, flushes it, and loads it with torch.load; it detects neither an incomplete file
+nor a flipped bit.
 """
 
 from __future__ import annotations

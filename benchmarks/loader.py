@@ -54,7 +54,7 @@ PEER, PEER_ON_SOURCE = "torchvision", "torchvision on the source"
 
 
 def crops(size: int, views: int) -> tuple[CropSpec, ...]:
-    """What is cut of each image."""
+    """The random crops of each image, one for each view."""
     return (CropSpec("random_resized", size, flip=0.5),) * views
 
 

@@ -107,7 +107,7 @@ def problems(run_dir: Path) -> list[str]:
     if (run_dir / "DONE").exists():
         return found
     if (run_dir / "FATAL_ERROR").is_file():
-        return [*found, f"ended by an error of the user: {_last_line(run_dir / 'FATAL_ERROR')}"]
+        return [*found, f"ended by a fatal error: {_last_line(run_dir / 'FATAL_ERROR')}"]
     if (run_dir / "STOPPED").is_file():
         return [*found, f"stopped before its end {_last_line(run_dir / 'STOPPED')}"]
     faults = records.read_objects(run_dir / "logs" / "faults.jsonl")

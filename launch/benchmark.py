@@ -1,9 +1,9 @@
 """`launch/slurm.py --nodes 1,2,4 --benchmark`: one job per number of nodes, then one page.
 
 Each job has its own run folder, FOLDER/nodes-N. It runs the named benchmarks over all its ranks,
-then the config's own stages with each training cut to --steps. At its end it draws
-FOLDER/scaling.html from all figures there are: nobody has to wait, and a job that failed is named
-on the page. Every number of nodes is validated before the first job is submitted.
+then the config's own stages with each training shortened to --steps. Each job redraws
+FOLDER/scaling.html from the results so far; the page names jobs that failed. Every number of nodes
+is validated before the first job is submitted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dist_scan.config import ConfigError, RunConfig, SlurmConfig
 from dist_scan.storage.atomic import write_json
 from launch import command_line, submission, watch
 from launch.plan import image_counts, measure_network, training_memory
-from launch.sbatch_script import BatchJob, export_rank, script, srun_command
+from launch.sbatch_script import BatchJob, build_script, export_rank, srun_command
 
 RUN = "run"
 """Among the names of benchmarks: the config's own stages."""
@@ -52,13 +52,13 @@ class Suite:
     commands: Mapping[int, list[list[str]]]
     """By number of nodes: [name, argument, ...] of each benchmark."""
 
-    def script(self, run: RunConfig) -> str:
+    def build_script(self, run: RunConfig) -> str:
         """The batch script of one number of nodes."""
         nodes = run.slurm.nodes
         draw = f"-m benchmarks.scaling {shlex.quote(str(self.folder))}"
         python = run.slurm.python or sys.executable
         failed = shlex.quote(f"the page could not be drawn here; draw it with: {python} {draw}")
-        return script(
+        return build_script(
             BatchJob(
                 run.slurm,
                 run.run_dir,
@@ -89,9 +89,9 @@ def main(args: argparse.Namespace) -> int:
     runs = load_runs(args, base, node_counts, num_images)
     suite = Suite(runs[0].run_dir.parent, RUN in names, benchmark_commands(names, runs, num_images))
     for run in runs:
-        submission.check(run.run_dir, suite.script(run), run.slurm.setup)
+        submission.check(run.run_dir, suite.build_script(run), run.slurm.setup)
         if args.dry_run:
-            print(suite.script(run))
+            print(suite.build_script(run))
     if args.dry_run:
         return 0
 
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             previous = submit(suite, run, None if args.at_once else previous)
     page = suite.folder / "scaling.html"
-    print(f"page, drawn again as each job ends: {page}")
+    print(f"page, redrawn when each job ends: {page}")
     return watch.follow_all(watch.run_dirs(suite.folder)) if args.follow else 0
 
 
@@ -114,10 +114,10 @@ def submit(suite: Suite, run: RunConfig, previous: str | None) -> str:
     if previous:
         slurm = run.slurm.model_copy(update={"dependency": f"afterany:{previous}"})
         run = run.model_copy(update={"slurm": slurm})
-    # The planned memory, to be compared with what each training took.
+    # The planned memory, to be compared with what each training used.
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run.run_dir / "plan.json", training_memory(run))
-    job_id = submission.submit(run, suite.script(run))
+    job_id = submission.submit(run, suite.build_script(run))
     print(f"{_format_nodes(run)}: job {job_id}, {run.run_dir}")
     return job_id
 
@@ -132,9 +132,9 @@ def parse_names(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
+        name = unknown[0] if unknown else text
         raise ConfigError(
-            f"--benchmark {text}: '{unknown[0] if unknown else text}' cannot be measured over "
-            f"nodes; allowed: {', '.join(known)}"
+            f"--benchmark: '{name}' cannot be measured over nodes; allowed: {', '.join(known)}"
         )
     return list(dict.fromkeys(names))
 
@@ -192,9 +192,9 @@ def load_runs(
     runs: list[RunConfig] = []
     for nodes in sorted(node_counts, reverse=True):
         growth = nodes // fewest if args.weak else 1
-        # The user's overrides come after the cut, and so win over it.
+        # The user's overrides come after those that shorten the trainings, and take precedence.
         overrides = [
-            *cut_trainings(base, args.steps, num_images, growth),
+            *shorten_trainings(base, args.steps, num_images, growth),
             f"runtime.cache_dir={cache_dir}",
             *args.overrides,
         ]
@@ -217,7 +217,7 @@ def trainings(run: RunConfig) -> dict[str, Any]:
     return {name: stage for name, stage in run.stages.items() if hasattr(stage, "steps_per_epoch")}
 
 
-def cut_trainings(
+def shorten_trainings(
     run: RunConfig, steps: int, num_images: Mapping[str, int], growth: int = 1
 ) -> list[str]:
     """Overrides that end each training after about `steps` steps.
@@ -307,7 +307,7 @@ def _cluster_counts(run: RunConfig) -> list[int]:
 def write_description(
     folder: Path, args: argparse.Namespace, names: Sequence[str], node_counts: Sequence[int]
 ) -> None:
-    """Write FOLDER/benchmark.json: what is measured. The page names what is missing of it."""
+    """Write FOLDER/benchmark.json: what is measured. The page lists what is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     description = {
         "config": args.config,
@@ -367,7 +367,7 @@ def _before_start(options: SlurmConfig, commands: Sequence[Sequence[str]], with_
 
 
 BENCHMARK_FUNCTIONS = r"""
-# A start that was cut off may have left an incomplete table in work.
+# An interrupted start may have left an incomplete table in work.
 rm -rf "$RUN/work"
 mkdir -p "$RUN/rows" "$RUN/work"
 if [ ! -s "$RUN/facts.json" ]; then
@@ -378,7 +378,8 @@ if [ ! -s "$RUN/facts.json" ]; then
     log "the page will not describe the machine"
   fi
 fi
-measure() {  # writes the benchmark's rows into the run folder; a failure is logged and ends nothing
+# Writes the benchmark's rows into the run folder. A failure is logged, and the job continues.
+measure() {
   [ -e "$RUN/rows/$1.jsonl" ] && return
   set_rendezvous
   log "benchmark $*"

@@ -114,7 +114,7 @@ def _add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmark",
         metavar="NAMES",
         help="one short job for each number in --nodes 1,2,4, then one page that shows how it "
-        "scales: `run` (the default: the config's own stages, trainings cut short) and names of "
+        "scales: `run` (the default: the config's own stages, shortened trainings) and names of "
         "benchmarks that work over nodes, with commas",
     )
     parser.add_argument(
@@ -126,7 +126,8 @@ def _add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weak",
         action="store_true",
-        help="with --benchmark: batches grow with the nodes; the config's are those of the fewest",
+        help="with --benchmark: weak scaling, global_batch grows with the number of nodes; the "
+        "config's value is for the smallest number",
     )
     parser.add_argument(
         "--at-once",

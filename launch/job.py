@@ -63,7 +63,7 @@ def queued_job(run_dir: Path) -> QueuedJob | None:
 
 
 def original_run_dir(run_dir: Path) -> Path | None:
-    """The run folder that this one is a copy of; None if it is no copy, moved or not.
+    """The run folder that this one is a copy of; None if it is an original, also if it was moved.
 
     A copy has the original's job.json, which names the original's path.
     """

@@ -26,8 +26,8 @@ from dist_scan.world.processes import (  # noqa: E402
 from launch import command_line, recovery, terminal  # noqa: E402
 from launch.run_lock import acquire_lock  # noqa: E402
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-"""The ranks save and stop. HUP: the terminal was closed, or the connection was cut."""
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+"""Passed on to the ranks, which save and stop. HUP: the terminal or connection was closed."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,15 +76,15 @@ def run_until_done(run_dir: Path, processes: int, relaunches: int) -> int:
 
     `recovery.decide` makes the decision after each start.
     """
-    start = idle_starts = 0
+    start = fruitless_starts = 0
     while True:
         digest = recovery.prepare_start(run_dir)
         code = run_ranks(run_dir, processes)
-        decision = recovery.decide(run_dir, digest, start, relaunches, idle_starts)
+        decision = recovery.decide(run_dir, digest, start, relaunches, fruitless_starts)
         if decision.action != "relaunch":
             break
         start += 1
-        idle_starts = decision.idle_starts
+        fruitless_starts = decision.fruitless_starts
         print(
             f"fault: {decision.reason}\nstarting again ({start}) from the last checkpoint",
             file=sys.stderr,
@@ -93,7 +93,7 @@ def run_until_done(run_dir: Path, processes: int, relaunches: int) -> int:
 
     if decision.action == "done":
         return 0
-    if decision.action == "user_error":
+    if decision.action == "fatal_error":
         if decision.reason.startswith("rank "):  # rank 0 prints its own errors
             print(f"error: {decision.reason}", file=sys.stderr)
         return FATAL_ERROR
@@ -119,35 +119,35 @@ def run_ranks(run_dir: Path, processes: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         send_signal(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in STOP_SIGNALS:
+    for number in FORWARDED_SIGNALS:
         ignored_by_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
         if not ignored_by_nohup:
             signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
     try:
         return wait_for_ranks(ranks)
     finally:
         # A signal that arrives between two starts is delivered to the next ranks.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
 
 
 def fork_ranks(run_dir: Path, processes: int, port: int) -> list[ForkProcess]:
     """Fork the ranks from this process, which has imported everything that they need.
 
-    A start or a relaunch so costs no imports (8 s on two cores). It is safe because this process
-    has neither used a GPU nor started a thread pool. The ranks start with the stop signals blocked:
-    a signal that comes early is delivered once their handlers are installed.
+    This saves every start and relaunch the imports (8 s on two cores). It is safe because this
+    process has neither used a GPU nor started a thread pool. The ranks start with the stop signals
+    blocked: a signal that comes early is delivered once their handlers are installed.
     """
     import dist_scan.run  # noqa: F401  the ranks inherit it
 
     if processes > 1:
         import torch._dynamo  # noqa: F401  every optimizer imports it, in 3 s per rank
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    return start_ranks(partial(_run_rank, run_dir), processes, port)
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
+    return start_ranks(partial(_rank_main, run_dir), processes, port)
 
 
-def _run_rank(run_dir: Path, rank: int) -> None:
+def _rank_main(run_dir: Path, rank: int) -> None:
     """The main function of a rank's process; does not return."""
     terminal.survive_hangup()
     os.setsid()  # Ctrl-C reaches only the launcher, which passes it on

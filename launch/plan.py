@@ -15,7 +15,7 @@ GPU_TFLOPS = 60.0
 CPU_TFLOPS = 0.03
 """Sustained, per process: one x86 core."""
 PASSES_PER_IMAGE = {"moco": 2 + 1 / 3, "selflabel": 1 + 1 / 3}
-"""Forward and backward passes per image, for methods where it is not one for each of two views."""
+"""Forward and backward passes per image; 2 (one per view) for methods not listed."""
 JPEG_BYTES_PER_PIXEL = 0.41
 """Per squared shorter side, at quality 90: 200 ImageNet images at 256 px have 27 KB on average."""
 PARAMETER_BYTES = {"sgd": 12, "adam": 16, "adamw": 16}

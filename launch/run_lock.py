@@ -18,11 +18,11 @@ RANKS_END_S = 20.0
 """How long the ranks of a killed launcher may take to end and to release the lock."""
 
 
-def acquire_lock(run_dir: Path, name: str = "lock", state: str = "is in use by") -> BinaryIO:
+def acquire_lock(run_dir: Path, name: str = "lock", verb: str = "is in use by") -> BinaryIO:
     """An open file that holds RUN/`name` as a lock until it is closed or this process ends.
 
-    Forked ranks inherit it, so the run folder stays locked while any rank lives. `state` is the
-    verb of the error message. Raises ConfigError that names the holder, or if RUN is not writable.
+    Forked ranks inherit it, so the run folder stays locked while any rank lives. Raises ConfigError
+    ("the run folder RUN VERB HOLDER") if another process holds it, or if RUN is not writable.
     """
     deadline = time.monotonic() + RANKS_END_S
     try:
@@ -33,7 +33,7 @@ def acquire_lock(run_dir: Path, name: str = "lock", state: str = "is in use by")
             # The ranks of a launcher that was killed hold its lock for a moment longer.
             if not _was_killed(holder) or time.monotonic() > deadline:
                 raise ConfigError(
-                    f"the run folder '{run_dir}' {state} {holder or 'another process'}; wait for "
+                    f"the run folder '{run_dir}' {verb} {holder or 'another process'}; wait for "
                     "it, stop it, or give this run another name with name=OTHER"
                 )
             time.sleep(0.1)

@@ -1,9 +1,9 @@
 """Text of the batch script: #SBATCH lines, srun, relaunch in place, requeue.
 
 There are two loops. A crash or a hang is relaunched inside the allocation. A time limit, a
-preemption or a dead node goes through Slurm's requeue. If the ranks could not follow a notice, or
-none ran when it came, the script requeues the job itself when Slurm ends it; only work since the
-last checkpoint is lost. launch/recovery.py decides, the script obeys.
+preemption or a dead node goes through Slurm's requeue. If no rank saved after a notice, the
+script requeues the job when Slurm ends it; only work since the last checkpoint is lost.
+launch/recovery.py decides, and the script carries it out.
 
 All functions are pure: settings in, text out.
 """
@@ -103,7 +103,7 @@ def srun_command(options: SlurmConfig, **step_options: str | int | bool) -> str:
     return " ".join(["srun", *to_flags(settings)])
 
 
-def start_ranks(options: SlurmConfig) -> str:
+def start_ranks_line(options: SlurmConfig) -> str:
     """The line that starts the ranks in the background.
 
     USR2 and TERM are blocked until the ranks have installed their handlers: before that they would
@@ -115,7 +115,7 @@ def start_ranks(options: SlurmConfig) -> str:
 
 
 def export_rank(options: SlurmConfig) -> str:
-    """The line that gives a task its place among the ranks, from Slurm's variables."""
+    """The line that sets a task's rank and world size from Slurm's variables."""
     variables = {
         "RANK": "$SLURM_PROCID",
         "WORLD_SIZE": "$SLURM_NTASKS",
@@ -146,7 +146,7 @@ def choose_signal_blocker(options: SlurmConfig) -> str:
 "${{block_signals[@]}}" true 2>/dev/null || {with_python}"""
 
 
-def script(job: BatchJob) -> str:
+def build_script(job: BatchJob) -> str:
     """The whole batch script."""
     options = job.options
     run_dir = shlex.quote(str(job.run_dir))
@@ -176,7 +176,7 @@ def script(job: BatchJob) -> str:
         sections.append(f"trap {shlex.quote(job.at_exit)} EXIT")
     if job.before_start:
         sections.append(job.before_start)
-    loop = LOOP.replace("@START_RANKS@", start_ranks(options))
+    loop = LOOP.replace("@START_RANKS@", start_ranks_line(options))
     sections.append(loop.replace("@RELAUNCHES@", str(job.relaunches)))
     return "\n".join(sections) + "\n"
 
@@ -212,7 +212,7 @@ setup_failed() {
   local line=${setup_lines[$3 - setup_from]:-$2}
   local error="slurm.setup: the line '$line' failed with code $1, and no rank was started;"
   error+=" fix it, or append || true if it may fail"
-  echo "$(date +%FT%T) job $SLURM_JOB_ID: user_error: $error" >&2
+  echo "$(date +%FT%T) job $SLURM_JOB_ID: fatal_error: $error" >&2
   # Only under the lock: the run folder may belong to another job.
   (exec 9>>"$RUN/lock" && { flock -n 9; [ $? != 1 ]; } && echo "$error" >"$RUN/FATAL_ERROR")
   exit 1
@@ -229,7 +229,7 @@ job_info() {  # slurmctld may not answer at once
     sleep 2
   done
 }
-# Slurm itself ends the job (time limit, preemption): requeue it. After scancel it must not return.
+# Slurm itself ends the job (time limit, preemption): requeue it, but not after scancel.
 ended_by_slurm() { job_info | grep -Eq 'Reason=TimeLimit|PreemptTime=[0-9]'; }
 # The ranks got TERM, but not because the job ends: sent by hand, or a late message to a node that
 # missed the end of an older job step.
@@ -281,9 +281,9 @@ echo -n "job $SLURM_JOB_ID on $(hostname)" >"$RUN/lock"
 
 
 STEPS = r"""
-# A node that died and returns learns a minute later how steps ended that it missed. If the requeued
-# job has a step of the same number, slurmctld (22.05) ends its ranks. So the old numbers are first
-# used up by steps that do nothing.
+# A node that returns after a failure reports the end of its old job steps a minute later. If the
+# requeued job then has a step of the same number, slurmctld (22.05) ends its ranks. So job steps
+# that do nothing use up the old numbers first.
 steps_file="$RUN/slurm/steps-$SLURM_JOB_ID" num_steps=0
 count_step() { num_steps=$((num_steps + 1)); echo $num_steps >"$steps_file"; }  # before every srun
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -s "$steps_file" ]; then
@@ -306,7 +306,7 @@ set_rendezvous() {  # address and port at which the ranks of one start connect
 
 
 LOOP = r"""
-start=0 idle_starts=0  # idle: faulty starts in a row without progress
+start=0 fruitless_starts=0  # faulty starts in a row without progress
 while :; do
   if [ -f "$RUN/DONE" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     log "the run is complete already"
@@ -325,10 +325,10 @@ while :; do
   step=$!
   while kill -0 $step 2>/dev/null; do wait $step; done
 
-  # Decide: the first line is "ACTION IDLE_STARTS", the second the reason.
-  decision=$(recovery decide "$RUN" "$digest" $start @RELAUNCHES@ $idle_starts) || exit 1
+  # Decide: the first line is "ACTION FRUITLESS_STARTS", the second the reason.
+  decision=$(recovery decide "$RUN" "$digest" $start @RELAUNCHES@ $fruitless_starts) || exit 1
   action=${decision%%$'\n'*} reason=${decision#*$'\n'}
-  idle_starts=${action#* } action=${action% *}
+  fruitless_starts=${action#* } action=${action% *}
   case $action in stopped | relaunch | give_up) if ended_by_slurm; then action=requeue; fi ;; esac
   if [ "$action" = stopped ] && [ -z "$term_received" ] && [ $start -lt @RELAUNCHES@ ] &&
     job_continues; then

@@ -13,8 +13,8 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
              "Install one and call: make PYTHON=python3.12 ...")
 PY
 
-# What the build of ffcv needs. The check is for what the build looks for, not for package names: a
-# machine with an OpenCV of its own keeps it.
+# Packages that the build of ffcv needs. The compiler and pkg-config files are tested, not the names
+# of packages, so an OpenCV that was installed otherwise is used.
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 command -v pkg-config >/dev/null || missing+=(pkg-config)

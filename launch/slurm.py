@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig  # noqa: E402  needs the path above
 from launch import benchmark, command_line, submission, watch  # noqa: E402
 from launch.plan import plan  # noqa: E402
-from launch.sbatch_script import BatchJob, script  # noqa: E402
+from launch.sbatch_script import BatchJob, build_script  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +45,9 @@ def launch(argv: list[str]) -> int:
     if args.benchmark:
         return benchmark.main(args)
     run = command_line.load_slurm_run(args)
-    text = script(BatchJob(run.slurm, run.run_dir.resolve(), run.name, run.runtime.relaunches))
+    text = build_script(
+        BatchJob(run.slurm, run.run_dir.resolve(), run.name, run.runtime.relaunches)
+    )
     submission.check(run.run_dir, text, run.slurm.setup)
     if args.dry_run:
         print(text)

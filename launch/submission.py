@@ -19,10 +19,11 @@ SUBMITTING = "slurm/submitting"
 """Locked during a submission. Not the run's own lock: the job may start before its end."""
 
 
-def submit(run: RunConfig, script: str) -> str:
-    """Write RUN/config.yaml, submit the batch script, write RUN/slurm/job.json; returns the job id.
+def submit(run: RunConfig, text: str) -> str:
+    """Submit a batch script, given as text; returns the job id.
 
-    Raises ConfigError, also if a job, a local run or another submission uses the run folder.
+    Writes RUN/config.yaml before the submission and RUN/slurm/job.json after it. Raises
+    ConfigError, also if a job, a local run or another submission uses the run folder.
     """
     require_slurm()
     run_dir = run.run_dir.resolve()
@@ -34,7 +35,7 @@ def submit(run: RunConfig, script: str) -> str:
         with acquire_lock(run_dir, SUBMITTING, "is being submitted by"):
             require_unused(run_dir)
             write_text(run_dir / "config.yaml", dump(run.model_copy(update={"runtime": absolute})))
-            job_id = _send(run_dir, script)
+            job_id = _send(run_dir, text)
             job = {
                 "job_id": job_id,
                 "run_dir": str(run_dir),
@@ -58,10 +59,10 @@ def submit(run: RunConfig, script: str) -> str:
     return job_id
 
 
-def check(run_dir: Path, script: str, setup: Sequence[str]) -> None:
+def check(run_dir: Path, text: str, setup: Sequence[str]) -> None:
     """Everything that can be checked before a submission, for a dry run too. Raises ConfigError."""
     check_folder(run_dir.resolve())
-    check_shell(script, setup)
+    check_shell(text, setup)
 
 
 def check_folder(run_dir: Path) -> None:
@@ -80,13 +81,13 @@ def check_folder(run_dir: Path) -> None:
         Path(tempfile.mkdtemp(prefix=".tmp-", dir=existing)).rmdir()
     except OSError as error:
         raise ConfigError(
-            f"runtime.run_dir: cannot write in '{run_dir}' ({error.strerror}: {existing}); choose "
-            "another with runtime.run_dir=PATH"
+            f"runtime.run_dir: cannot write in '{existing}' ({error.strerror}); choose another "
+            "with runtime.run_dir=PATH"
         ) from None
 
 
-def check_shell(script: str, setup: Sequence[str]) -> None:
-    """Raise ConfigError if bash cannot parse the script; names the setup line at fault.
+def check_shell(text: str, setup: Sequence[str]) -> None:
+    """Raise ConfigError if bash cannot parse the script's text; names the faulty setup line.
 
     A warning of bash counts too: it accepts a here-document without an end.
     """
@@ -98,15 +99,15 @@ def check_shell(script: str, setup: Sequence[str]) -> None:
             f"slurm.setup: bash cannot parse line {line}, '{setup[line - 1]}': {message}; each "
             "construct must end within the setup lines"
         )
-    if message := _syntax_error(script):
+    if message := _syntax_error(text):
         raise ConfigError(f"bash cannot parse the batch script: {message}")
 
 
-def _syntax_error(script: str) -> str:
+def _syntax_error(text: str) -> str:
     """What `bash -n` reports about a script, in one line; '' if nothing, or without a bash."""
     if shutil.which("bash") is None:
         return ""
-    result = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    result = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     message = " ".join(result.stderr.split())
     if not message and result.returncode:
         message = f"exit code {result.returncode}"
@@ -138,7 +139,7 @@ def require_unused(run_dir: Path) -> None:
         acquire_lock(run_dir).close()
 
 
-def _send(run_dir: Path, script: str) -> str:
+def _send(run_dir: Path, text: str) -> str:
     """Submit through submitit; returns the job id. Raises ConfigError with sbatch's message."""
     import submitit
 
@@ -149,7 +150,7 @@ def _send(run_dir: Path, script: str) -> str:
         """
 
         def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return script
+            return text
 
     try:
         job = ScriptExecutor(folder=run_dir / "slurm").submit(_never_called, str(run_dir))

@@ -15,7 +15,7 @@ class TerminalStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write to the stream."""
+        """Write the text, or drop it if the terminal is closed."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -23,7 +23,7 @@ class TerminalStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush the stream."""
+        """Flush the output, or drop it if the terminal is closed."""
         try:
             self._stream.flush()
         except OSError as error:

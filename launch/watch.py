@@ -112,14 +112,14 @@ def _state(run_dir: Path, job: QueuedJob | None) -> str:
     if holder := local_holder(run_dir):
         return f"running on this machine: {holder}"
     if (run_dir / "FATAL_ERROR").is_file():
-        return "ended by an error of the user, named in FATAL_ERROR and in the log"
+        return "ended by a fatal error, named in FATAL_ERROR and in the log"
     if (run_dir / "STOPPED").is_file():
         return "stopped; the same command resumes the run"
     return "not running; the same command resumes the run from the last checkpoint"
 
 
 def _is_progress(line: str) -> bool:
-    """Whether a line of run.log tells a rate, or the start of a stage."""
+    """Whether a line of run.log contains a rate, or the start of a stage."""
     return any(text in line for text in ("/s, ", ": starts", ": resumes"))
 
 
@@ -158,7 +158,10 @@ def follow(run_dir: Path) -> int:
 
 
 def follow_all(folders: list[Path]) -> int:
-    """Follow one run after another. Returns the first code that is not 0; Ctrl-C ends it all."""
+    """Follow one run after another. Returns the first code that is not 0.
+
+    Ctrl-C ends the following.
+    """
     first_error = 0
     for run_dir in folders:
         code = follow(run_dir)

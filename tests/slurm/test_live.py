@@ -80,7 +80,7 @@ def test_a_killed_signalled_preempted_and_requeued_job_equals_the_undisturbed_ru
     job.assert_equals(undisturbed.finish())
 
 
-def test_a_user_error_ends_the_job_and_is_named(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_fatal_error_ends_the_job_and_is_named(cluster: Cluster, tmp_path: Path) -> None:
     """The images vanish between the submission and the start."""
     images = tmp_path / "images"
     images.mkdir()
@@ -92,6 +92,6 @@ def test_a_user_error_ends_the_job_and_is_named(cluster: Cluster, tmp_path: Path
     shutil.rmtree(images)
     cluster.call("scancel", blocking_job)
     job.wait(lambda: job.state() in (GONE, "FAILED"), 60, "the end")
-    assert "user_error: " in job.log()
+    assert "fatal_error: " in job.log()
     assert str(images) in job.log()
     assert job.log().count(": start ") == 1

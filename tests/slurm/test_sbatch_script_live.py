@@ -17,7 +17,7 @@ from typing import Any, Self
 import pytest
 
 from dist_scan.config import SlurmConfig
-from launch.sbatch_script import BatchJob, script
+from launch.sbatch_script import BatchJob, build_script
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import SlurmJob, block_all_nodes
 from tests.support.launches import ROOT
@@ -71,7 +71,7 @@ class ToyJob(SlurmJob):
         (package / "run.py").write_text(RANK + program)
         (self.run_dir / "slurm").mkdir(parents=True)
         settings = SlurmConfig(nodes=nodes, **options)
-        self.script = script(BatchJob(settings, self.run_dir, "toy", 3, checkout=checkout))
+        self.script = build_script(BatchJob(settings, self.run_dir, "toy", 3, checkout=checkout))
 
     def submit(self) -> Self:
         """Submit the script with sbatch."""

@@ -77,17 +77,17 @@ def test_invalid_settings_are_reported_before_submission(
 
 def test_trainings_end_after_about_the_requested_steps() -> None:
     run = load_config(QUICK)
-    overrides = benchmark.cut_trainings(run, 100, {"train": 1797})
+    overrides = benchmark.shorten_trainings(run, 100, {"train": 1797})
     assert f"stages.pretext.steps_per_epoch={1797 // 128}" in overrides
     assert "stages.pretext.epochs=8" in overrides
     assert f"stages.heads.steps_per_epoch={int(1797 * 0.9) // 512}" in overrides
     assert "stages.heads.epochs=34" in overrides
 
-    unknown_size = benchmark.cut_trainings(run, 10, {})
+    unknown_size = benchmark.shorten_trainings(run, 10, {})
     assert unknown_size[:2] == ["stages.pretext.steps_per_epoch=10", "stages.pretext.epochs=1"]
-    larger_batch = benchmark.cut_trainings(run, 100, {"train": 1797}, growth=2)
+    larger_batch = benchmark.shorten_trainings(run, 100, {"train": 1797}, growth=2)
     assert "stages.pretext.steps_per_epoch=7" in larger_batch
-    never_longer = benchmark.cut_trainings(run, 10**6, {"train": 1797})
+    never_longer = benchmark.shorten_trainings(run, 10**6, {"train": 1797})
     assert f"stages.pretext.epochs={run.stages['pretext'].epochs}" in never_longer
 
 
@@ -96,7 +96,7 @@ def is_shell(text: str) -> bool:
 
 
 def test_every_number_of_nodes_gets_its_own_job(capsys: Capture, tmp_path: Path) -> None:
-    """Batches grow with --weak, the user's overrides win over the cut, sizes are the config's."""
+    """Batches grow with --weak, the user's overrides take precedence, sizes are the config's."""
     folder = f"{tmp_path}/b c"
     words = ["--nodes", "1,2", "--gpus-per-node", "2", "--weak"]
     words += ["--benchmark", "run,step,kmeans,allreduce", "--images", "50000", QUICK]
@@ -126,7 +126,7 @@ def test_every_number_of_nodes_gets_its_own_job(capsys: Capture, tmp_path: Path)
     assert [stage.global_batch for stage in pretexts] == [128, 256]
     assert [stage.epochs for stage in pretexts] == [2, 2]
     assert {run.runtime.cache_dir for run in runs} == {f"{folder}/cache"}
-    text = Suite(tmp_path, with_run=False, commands={1: [["step"]]}).script(runs[0])
+    text = Suite(tmp_path, with_run=False, commands={1: [["step"]]}).build_script(runs[0])
     assert '>"$RUN/DONE"\nexit 0' in text
     assert is_shell(text)
 
@@ -144,7 +144,7 @@ def benchmark_script(tmp_path: Path) -> Path:
     write_commands(tmp_path / "bin", lines)
     run = load_config(QUICK, [f"runtime.run_dir={tmp_path}/nodes-1"])
     commands = {1: [["step", "x"], ["heads", "broken"]]}
-    text = Suite(tmp_path / "it's $HOME", with_run=False, commands=commands).script(run)
+    text = Suite(tmp_path / "it's $HOME", with_run=False, commands=commands).build_script(run)
     (tmp_path / "nodes-1" / "slurm").mkdir(parents=True)
     path = tmp_path / "script.sh"
     path.write_text(text.replace("python", "true"))
@@ -313,7 +313,7 @@ def test_page_and_json_hold_all_figures_and_name_the_missing_ones(benchmark_fold
         "data wait",
         "8,192 MiB",
         "9,216 MiB",
-        "ended by an error of the user: no such &lt;images&gt;",
+        "ended by a fatal error: no such &lt;images&gt;",
         "8 nodes: not submitted",
         "MemoryError",
         "--nodes 1,2,4,8 --benchmark run,step",

@@ -49,7 +49,7 @@ def test_run_markers_determine_the_action(tmp_path: Path) -> None:
     assert not (tmp_path / "STOPPED").exists()
     write_markers(tmp_path, FATAL_ERROR="data.train: no such folder\n")
     decision = recovery.decide(tmp_path, digest, 0, 5)
-    assert decision[:2] == ("user_error", "data.train: no such folder")
+    assert decision[:2] == ("fatal_error", "data.train: no such folder")
 
 
 def test_a_fault_is_relaunched_while_relaunches_are_left(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_requeued_job_counts_starts_without_progress_from_zero(
 
 
 def test_requeues_without_progress_are_limited(tmp_path: Path) -> None:
-    limit = recovery.IDLE_REQUEUE_LIMIT
+    limit = recovery.FRUITLESS_REQUEUE_LIMIT
     digest = recovery.prepare_start(tmp_path)
     write_stop(tmp_path, signal.SIGUSR2)
     repeated = [recovery.decide(tmp_path, digest, 0, 5).action for _ in range(limit)]
@@ -111,7 +111,7 @@ def test_the_reason_is_the_earliest_error_of_all_ranks(tmp_path: Path) -> None:
     for rank, time in ((0, 5.0), (1, 3.0), (2, 4.0)):
         error = {"time": time, "rank": rank, "error": f"Boom: {rank}"}
         (tmp_path / "logs" / f"error-rank{rank:05d}.json").write_text(json.dumps(error))
-    (tmp_path / "logs" / "error-rank00003.json").write_text("{torn")
+    (tmp_path / "logs" / "error-rank00003.json").write_text("{incomplete")
     assert "rank 1: Boom: 1" in recovery.decide(tmp_path, digest, 0, 5).reason
     recovery.prepare_start(tmp_path)
     assert recovery.first_error(tmp_path) is None

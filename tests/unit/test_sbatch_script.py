@@ -25,9 +25,9 @@ def sbatch_lines(**options: Any) -> list[str]:
     return [line.removeprefix("#SBATCH --") for line in lines]
 
 
-def script(**options: Any) -> str:
+def script_text(**options: Any) -> str:
     job = BatchJob(SlurmConfig(**options), RUN_DIR, "a", 7, Path("/code dir"))
-    return sbatch_script.script(job)
+    return sbatch_script.build_script(job)
 
 
 def test_every_setting_reaches_sbatch_and_nothing_else_does() -> None:
@@ -93,7 +93,7 @@ def test_zero_is_a_value_and_false_leaves_an_option_out() -> None:
 
 
 def test_the_script_is_valid_shell_for_names_with_spaces_and_quotes() -> None:
-    text = script(
+    text = script_text(
         setup=("module load cuda", 'export A="b c"'),
         container="img.sqsh",
         container_mounts="/a:/a",

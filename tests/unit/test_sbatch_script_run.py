@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_scan.config import SlurmConfig
-from launch.sbatch_script import BatchJob, script
+from launch.sbatch_script import BatchJob, build_script
 from tests.support.commands import write_commands
 
 
@@ -31,7 +31,7 @@ def run_script(
     run_dir = tmp_path / "a run"
     (run_dir / "slurm").mkdir(parents=True)
     path = tmp_path / "script.sh"
-    path.write_text(script(BatchJob(SlurmConfig(setup=setup), run_dir, "a", relaunches)))
+    path.write_text(build_script(BatchJob(SlurmConfig(setup=setup), run_dir, "a", relaunches)))
     return subprocess.run(
         ["bash", path],
         text=True,
@@ -78,7 +78,7 @@ def test_a_setup_line_that_fails_ends_the_job(
 ) -> None:
     done = run_script(tmp_path, commands, *lines)
     assert done.returncode == 1, done
-    assert f"user_error: slurm.setup: the line {error}" in done.stderr
+    assert f"fatal_error: slurm.setup: the line {error}" in done.stderr
     assert "|| true" in done.stderr
     assert error in (tmp_path / "a run" / "FATAL_ERROR").read_text()
     assert not (tmp_path / "sruns").exists()

@@ -92,16 +92,19 @@ def test_one_submission_at_a_time(folder: Path) -> None:
         submit(folder / "a")
 
 
-@pytest.mark.parametrize("run_dir", ["/dev/null", "/dev/null/x", "/proc/x"])
+@pytest.mark.parametrize(
+    ("run_dir", "existing"),
+    [("/dev/null", "/dev/null"), ("/dev/null/x", "/dev/null"), ("/proc/x", "/proc")],
+)
 def test_a_run_folder_that_cannot_be_created_is_reported_in_one_line(
-    folder: Path, capsys: Capture, run_dir: str
+    folder: Path, capsys: Capture, run_dir: str, existing: str
 ) -> None:
     for flags in ((), ("--dry-run",)):
         words = [*flags, "--images", "400", QUICK, f"runtime.run_dir={run_dir}"]
         assert slurm.main(words) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2, lines
-        assert f"runtime.run_dir: cannot write in '{run_dir}'" in lines[1]
+        assert f"runtime.run_dir: cannot write in '{existing}' (" in lines[1]
     with pytest.raises(ConfigError, match="nothing was submitted"):
         submit(run_dir)
 

@@ -68,7 +68,7 @@ def test_a_closed_terminal_stops_the_ranks_unless_under_nohup(
 ) -> None:
     """A hang-up reaches the ranks as TERM, and they save; under nohup it reaches nobody."""
     sent: list[tuple[int, int]] = []
-    handlers = {number: signal.getsignal(number) for number in local.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in local.FORWARDED_SIGNALS}
     kill = os.kill
 
     def hang_up(ranks: list[LiveRank]) -> int:
@@ -84,5 +84,5 @@ def test_a_closed_terminal_stops_the_ranks_unless_under_nohup(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, local.STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, local.FORWARDED_SIGNALS)
     assert sent == ([] if nohup else [(4321, signal.SIGTERM)])

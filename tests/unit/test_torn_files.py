@@ -36,7 +36,7 @@ def test_an_unreadable_file_counts_as_absent(tmp_path: Path, name: str, content:
     digest = recovery.prepare_start(tmp_path)
     (tmp_path / name).write_bytes(content)
     decision = recovery.decide(tmp_path, digest, 0, 5)
-    assert (decision.action, decision.idle_starts) == ("relaunch", 1)
+    assert (decision.action, decision.fruitless_starts) == ("relaunch", 1)
     assert "without an error message" in decision.reason
     # The new entry is on a line of its own.
     assert records.read_objects(tmp_path / "logs" / "faults.jsonl")[-1]["start"] == 0
@@ -49,7 +49,7 @@ def test_faults_before_and_after_an_incomplete_line_are_counted(tmp_path: Path) 
     assert recovery.decide(tmp_path, digest, 1, 9).action == "relaunch"
     with open(log, "a") as file:
         file.write('[]\n{"advanced": false, "job": null}\n')
-    assert recovery.logged_idle_starts(tmp_path) == 2
+    assert recovery.logged_fruitless_starts(tmp_path) == 2
     assert recovery.decide(tmp_path, digest, 2, 9).action == "give_up"
 
 
@@ -64,14 +64,16 @@ def test_three_faults_end_the_run_although_none_can_be_logged(
     digest = recovery.prepare_start(tmp_path)
     monkeypatch.setattr(records, "append_object", append_object)
     actions = []
-    idle_starts = 0
+    fruitless_starts = 0
     for start in range(3):
-        decision = recovery.decide(tmp_path, digest, start, 20, idle_starts)
+        decision = recovery.decide(tmp_path, digest, start, 20, fruitless_starts)
         actions.append(decision.action)
-        idle_starts = decision.idle_starts
+        fruitless_starts = decision.fruitless_starts
     assert actions == ["relaunch", "relaunch", "give_up"]
     # A start that has made progress resets the count.
-    assert recovery.decide(tmp_path, "another digest", 3, 20, idle_starts).idle_starts == 0
+    assert (
+        recovery.decide(tmp_path, "another digest", 3, 20, fruitless_starts).fruitless_starts == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_requeues_without_progress_end_although_their_count_was_unreadable(tmp_p
     digest = recovery.prepare_start(tmp_path)
     (tmp_path / "STOPPED").write_text(json.dumps({"signal": int(signal.SIGUSR2)}))
     (tmp_path / "logs" / "idle_requeues").write_bytes(b"\xff")
-    for _ in range(recovery.IDLE_REQUEUE_LIMIT):
+    for _ in range(recovery.FRUITLESS_REQUEUE_LIMIT):
         decision = recovery.decide(tmp_path, digest, 0, 5)
     assert decision.action == "give_up"
 
@@ -105,7 +107,7 @@ def test_requeues_without_progress_end_although_their_count_was_unreadable(tmp_p
 def test_the_error_marker_may_hold_any_bytes(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "FATAL_ERROR").write_bytes(content)
     decision = recovery.decide(tmp_path, "", 0, 5)
-    assert decision.action == "user_error"
+    assert decision.action == "fatal_error"
     assert text in decision.reason
 
 
