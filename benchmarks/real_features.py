@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.rows import emit
 from benchmarks.search_rows import write_rows
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.evaluate.metrics import accuracy, contingency, neighbour_purity, nmi
+from dist_scan.evaluate.metrics import accuracy, checked_contingency_table, neighbour_purity, nmi
 from dist_scan.search.kmeans import kmeans
 from dist_scan.search.neighbours import search_neighbours
 from dist_scan.search.options import KMeansOptions
@@ -44,7 +44,7 @@ def clusterings(
     results = []
     for seed in range(seeds):
         result = kmeans(table, k, replace(options, seed=SEED_STEP * seed))
-        counts = contingency(result.assignment, labels, k, k)
+        counts = checked_contingency_table(result.assignment, labels, k, k)
         results.append((accuracy(counts), nmi(counts), result.objective))
     return np.array(results)
 

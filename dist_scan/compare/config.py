@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dist_scan.config import StrictModel, read_settings, validate_settings
+from dist_scan.config import Name, StrictModel, read_settings, validate_settings
 
 
 class MemberConfig(StrictModel):
@@ -23,7 +23,7 @@ class MemberConfig(StrictModel):
 class ComparisonConfig(StrictModel):
     """Members (configs), each run per seed in OUT/<member>-seed<N>, and the rows of the table."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
     seeds: tuple[int, ...] = Field(min_length=1)
     members: dict[str, MemberConfig] = Field(min_length=1)
     rows: dict[str, str] = Field(min_length=1)

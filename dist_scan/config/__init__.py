@@ -1,10 +1,10 @@
 """Settings: strict models, YAML, validation errors; `kind:` names a class by its file.
 
-Settings that belong to one part (a method, a stage, an optimizer) are defined next to it; here are
-the settings of a whole run and what all of them are made of.
+Settings of one part (a method, a stage, an optimizer) are defined next to it. This package has the
+settings of a whole run and the base classes of all settings.
 """
 
-from dist_scan.config.base import FATAL_ERROR, ConfigError, StrictModel, suggest
+from dist_scan.config.base import FATAL_ERROR, ConfigError, Name, StrictModel, suggest
 from dist_scan.config.data import DataConfig, SplitConfig
 from dist_scan.config.errors import validate_settings
 from dist_scan.config.run import RunConfig, RuntimeConfig
@@ -16,6 +16,7 @@ __all__ = [
     "FATAL_ERROR",
     "ConfigError",
     "DataConfig",
+    "Name",
     "RunConfig",
     "RuntimeConfig",
     "SlurmConfig",

@@ -24,9 +24,12 @@ class SplitConfig(StrictModel):
     """
     format: Literal["auto", "folder", "parquet", "tar", "digits"] = "auto"
     limit: int | None = Field(default=None, ge=1)
-    """Use only so many images, evenly spaced over the source (a trial run)."""
+    """Use only this many images, evenly spaced over the source (for a trial run)."""
     classes: str | None = None
-    """A text file of class folders, one a line: only these, in this order (ImageNet subsets)."""
+    """A text file with one class folder per line; only these are used, in this order.
+
+    For subsets of ImageNet.
+    """
 
 
 class DataConfig(StrictModel):

@@ -11,8 +11,11 @@ from dist_scan.config.base import ConfigError, suggest
 
 Model = TypeVar("Model", bound=BaseModel)
 UNKNOWN_KIND = ("union_tag_invalid", "union_tag_not_found")
-NAMES_VALUE = ("value_error", "missing", "extra_forbidden", *UNKNOWN_KIND)
-"""Types of errors whose message has the value in it: value_error is raised by our validators."""
+NO_VALUE_SUFFIX = ("value_error", "missing", "extra_forbidden", *UNKNOWN_KIND)
+"""Types of errors after whose message the value is not repeated.
+
+value_error comes from our validators, which name the value where it helps.
+"""
 
 
 def validate_settings(model: type[Model], tree: Any, name: str = "config") -> Model:
@@ -44,7 +47,7 @@ def _explain(error: ValidationError, tree: Any, model: type[BaseModel]) -> list[
     for details in error.errors():
         path = _user_path(details["loc"], tree)
         message = _message(details, model)
-        value = "" if details["type"] in NAMES_VALUE else f" (value {details['input']!r})"
+        value = "" if details["type"] in NO_VALUE_SUFFIX else f" (value {details['input']!r})"
         if path in found:  # a union of types: there is an error for each of them
             message = f"{found[path][0]} or {message.removeprefix('Input should be ')}"
         found[path] = message, value
@@ -67,7 +70,7 @@ def _message(error: ErrorDetails, model: type[BaseModel]) -> str:
             return f"kind is missing; allowed: {', '.join(allowed)}"
         return f"unknown kind '{kind}'; allowed: {', '.join(allowed)}{suggest(kind, allowed)}"
     if error["type"] == "missing":
-        return "missing; it must be given"
+        return "missing; add it"
     return error["msg"].removeprefix("Value error, ")
 
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_scan.config.base import StrictModel
+from dist_scan.config.base import Name, StrictModel
 from dist_scan.config.data import DataConfig
 from dist_scan.config.slurm import SlurmConfig
 from dist_scan.config.stage import BETON, StageConfig, Stages, beton_stage
@@ -34,7 +34,7 @@ class RuntimeConfig(StrictModel):
     feature_cache: Literal["auto", "device", "host", "mapped"] = "auto"
     """Where training on cached features reads its rows: GPU memory, host memory or the files.
 
-    auto: the first of them that has twice the space.
+    auto: the first with free memory for twice the size of the features.
     """
     head_partition: Literal["auto", "batch", "heads", "clusters"] = "auto"
     """How training of SCAN's heads on cached features is split over ranks.
@@ -55,10 +55,14 @@ class RuntimeConfig(StrictModel):
     step_limit_s: float = Field(default=300.0, gt=0)
     """Seconds after which a training step counts as hung.
 
-    All stacks are written and the ranks start again. The first step has section_limit_s.
+    Then all stacks are written and the ranks start again. For the first step section_limit_s
+    applies.
     """
     section_limit_s: float = Field(default=1800.0, gt=0)
-    """The same limit for a save, a load, a shard, an iteration, the end of an epoch."""
+    """Seconds without progress after which any other work counts as hung.
+
+    Such work is a save, a load, a shard, an iteration, or the end of an epoch.
+    """
     relaunches: int = Field(default=20, ge=0)
     """How often a launcher restarts the ranks within one job after faults.
 
@@ -72,7 +76,7 @@ class RunConfig(StrictModel):
     dist_scan/run_config.py has the subclass that knows the settings of every kind of stage.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: DataConfig
     stages: dict[str, StageConfig]
@@ -87,7 +91,7 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
-        """References between stages point backwards, and each stage fits what it refers to."""
+        """Raise ValueError unless each stage refers to earlier stages that fit its settings."""
         earlier: dict[str, StageConfig | None] = {
             beton_stage(split): None for split in self.data.splits()
         }
@@ -95,13 +99,14 @@ class RunConfig(StrictModel):
             if not re.fullmatch(STAGE_NAME, name) or name in earlier:
                 raise ValueError(
                     f"stages: '{name}' cannot be a stage's name; "
-                    "allowed: letters, digits, _ and -, not beton_train or beton_val"
+                    "allowed: letters, digits, _ and -, beginning with a letter or digit, "
+                    "but not the name of an earlier stage, beton_train or beton_val"
                 )
             for role, target in stage.inputs().items():
                 if target not in earlier:
                     raise ValueError(_unknown_reference(name, role, target, earlier))
             stage.check_inputs(name, earlier)
-            stage.check(name, earlier)
+            stage.check_settings(name, earlier)
             earlier[name] = stage
         return self
 

@@ -9,15 +9,15 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dist_scan.config.base import StrictModel
 
-_TASKS = "the processes are nodes x gpus_per_node, or nodes x processes_per_node"
+_TASKS = "set slurm.nodes, slurm.gpus_per_node or slurm.processes_per_node instead"
 _RESTART = "stopping and restarting a run depends on it"
-OWN_OPTIONS = {
+RESERVED_OPTIONS = {
     "nodes": _TASKS,
     "ntasks": _TASKS,
     "ntasks-per-node": _TASKS,
     "ntasks-per-gpu": _TASKS,
     "array": "one run folder is one job",
-    "output": "status and follow read it",
+    "output": "`status` and --follow read it",
     "open-mode": "a requeued job appends to its log",
     "signal": "use notice_s",
     "requeue": _RESTART,
@@ -28,12 +28,14 @@ OWN_OPTIONS = {
     "wait": "use --follow",
     "parsable": "submitit reads sbatch's output",
     "test-only": "use --dry-run",
-    "error": "status and the launcher read one log of both",
+    "error": "standard output and error go into one log, which `status` reads",
     "time": "use slurm.time, which is checked against notice_s",
-    "clusters": "status, cancel and the requeue address the cluster of the submission",
+    "clusters": "`status`, `cancel` and the requeue use the cluster of the submission",
     "quiet": "submitit reads sbatch's output",
 }
-"""Long options that the launcher sets itself, with the reason."""
+"""Long options that the launcher sets itself, with the reason or what to use instead."""
+TIME_PATTERN = r"([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})"
+"""sbatch's formats of a time limit."""
 
 
 def _check_line(text: str) -> str:
@@ -65,10 +67,7 @@ class SlurmConfig(StrictModel):
     partition: Line | None = None
     account: Line | None = None
     qos: Line | None = None
-    time: str | None = Field(
-        default=None,
-        pattern=r"^([0-9]+|[0-9]+:[0-9]{2}(:[0-9]{2})?|[0-9]+-[0-9]{1,2}(:[0-9]{2}){0,2})$",
-    )
+    time: str | None = Field(default=None, json_schema_extra={"pattern": f"^{TIME_PATTERN}$"})
     """Time limit of one job, as sbatch reads it (minutes, M:SS, H:MM:SS, D-HH:MM:SS).
 
     Before the limit the run saves its state; the job is requeued and continues.
@@ -82,13 +81,13 @@ class SlurmConfig(StrictModel):
     mail_type: Line | None = None
     """As sbatch reads it: END,FAIL,REQUEUE."""
     notice_s: int = Field(default=120, ge=1)
-    """Seconds before the time limit or a preemption at which the run is told to save and exit."""
+    """Seconds before the time limit or a preemption at which the run must save and exit."""
     setup: tuple[Line, ...] = ()
     """Shell lines before the run, on the first node: module load ..., source ..."""
     python: Line | None = None
     """Python interpreter on the nodes (default: the one that submits).
 
-    Inside a container its own, often just python.
+    With `container`: the interpreter inside it, often just `python`.
     """
     container: Line | None = None
     """An image for srun --container-image (pyxis)."""
@@ -118,6 +117,15 @@ class SlurmConfig(StrictModel):
                 raise ValueError(f"'{option}': {setting!r} must be one line")
         return value
 
+    @field_validator("time")
+    @classmethod
+    def _check_time(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(TIME_PATTERN, value):
+            raise ValueError(
+                f"{value!r}; allowed: minutes, M:SS, H:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check_notice(self) -> Self:
         limit = limit_in_seconds(self.time) if self.time else 0
@@ -137,12 +145,13 @@ def _check_option_name(option: str) -> None:
             "without the leading dashes, like cpu-bind"
         )
     # Slurm accepts every prefix of an option's name.
-    matching = [name for name in OWN_OPTIONS if name.startswith(option)]
+    matching = [name for name in RESERVED_OPTIONS if name.startswith(option)]
     if matching:
         own = option if option in matching else matching[0]
         prefix = "" if own == option else f" (Slurm reads it as {own})"
         raise ValueError(
-            f"'{option}'{prefix} is set by the launcher and cannot be changed ({OWN_OPTIONS[own]})"
+            f"'{option}'{prefix} is set by the launcher and cannot be given here "
+            f"({RESERVED_OPTIONS[own]})"
         )
 
 

@@ -80,8 +80,8 @@ class StageConfig(KindConfig):
                 f"allowed: {allowed}"
             )
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """Raise ValueError if the settings do not fit each other or the earlier stages."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless the settings fit each other and the earlier stages."""
 
     def check_size(self, name: str, num_images: int) -> None:
         """Raise ValueError if there are too few images for these settings."""
@@ -90,7 +90,7 @@ class StageConfig(KindConfig):
         """Raise ValueError if this stage cannot run on world_size ranks."""
 
     def warnings(self, data: DataConfig) -> list[str]:
-        """Warnings about settings that are allowed but seldom wanted for such images."""
+        """Warnings about settings that are allowed but rarely intended for this data."""
         return []
 
     def images_split(self, stages: Stages) -> str | None:

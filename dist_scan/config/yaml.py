@@ -67,7 +67,17 @@ def read_yaml(text: str, name: str = "<text>") -> Any:
         loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from None
+        raise ConfigError(f"{name}{_describe(error)}") from None
+
+
+def _describe(error: yaml.YAMLError) -> str:
+    """Line and problem, without the name of the file, which PyYAML's own text repeats."""
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark is not None else ""
+    # A ReaderError has a reason, all others have a problem and perhaps the context of it.
+    problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
+    context = getattr(error, "context", None)
+    return f"{line}: not valid YAML: {f'{context}, ' if context else ''}{problem}"
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> None:

@@ -8,11 +8,11 @@ TAIL = 40.0
 """Overlaps with a probability below e^-40 on each side (Bernstein's bound) are left out; the sum in
 float64 cannot resolve them."""
 PAIRS = 1_000_000
-"""Pairs of sizes that are handled at a time."""
+"""Pairs of sizes that are processed at a time."""
 CELLS = 100_000
 """Largest number of probabilities in one rectangle."""
-MAX_MEAN_OF_RATIOS = 300.0
-"""Up to this mean overlap P(n) / P(0) < e^300 fits in float64, so no logarithms are needed."""
+MAX_MEAN_OVERLAP_FOR_RATIOS = 300.0
+"""Up to this mean overlap, P(n) / P(0) < e^300 fits in float64, so no logarithms are needed."""
 
 
 def expected_mutual_information(row_sizes: np.ndarray, column_sizes: np.ndarray) -> float:
@@ -21,8 +21,8 @@ def expected_mutual_information(row_sizes: np.ndarray, column_sizes: np.ndarray)
     Sizes are >= 0, with equal sums. The overlap n of two groups of sizes a and b is hypergeometric.
     Three things make this fast. Equal sizes are counted once: at most sqrt(2 N) sizes differ. Only
     overlaps near a b / N are summed: Bernstein's bound leaves nothing outside. Probabilities come
-    from the ratios of consecutive ones, normalised to 1, which also keeps the digits that are lost
-    in differences of log factorials of millions. Memory stays below about 200 MB.
+    from the ratios of consecutive ones, normalised to 1. This avoids differences of large log
+    factorials, which lose digits. Memory stays below about 200 MB.
     """
     a, a_times = np.unique(row_sizes[row_sizes > 0], return_counts=True)
     b, b_times = np.unique(column_sizes[column_sizes > 0], return_counts=True)
@@ -70,7 +70,7 @@ def _expected_per_pair(
     a: np.ndarray, b: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, total: float
 ) -> np.ndarray:
     """Sum over overlaps n in [low, high] of P(n) n/N log(N n / (a b)), per pair [m]."""
-    if not low.any() and bool((a * b <= MAX_MEAN_OF_RATIOS * total).all()):
+    if not low.any() and bool((a * b <= MAX_MEAN_OVERLAP_FOR_RATIOS * total).all()):
         p, n = _ratios_to_zero_overlap(a, b, width, total)
         information, mean = p @ _n_log_n(n), p @ n
     else:

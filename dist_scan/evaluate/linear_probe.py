@@ -24,7 +24,7 @@ OUTPUT = "features"
 """Layer name of the network's own output."""
 
 
-class ProbesConfig(MethodConfig):
+class LayerProbesConfig(MethodConfig):
     """Layers to probe."""
 
     kind: Literal["probes"] = "probes"
@@ -38,10 +38,10 @@ class LayerProbes(Method):
     """One linear classifier per layer, trained together; they share no parameters."""
 
     recipes = ("crop",)
-    config: ProbesConfig
+    config: LayerProbesConfig
 
     def __init__(
-        self, config: ProbesConfig, inputs: MethodInputs, labels: Tensor, sample: Tensor
+        self, config: LayerProbesConfig, inputs: MethodInputs, labels: Tensor, sample: Tensor
     ) -> None:
         """labels [N] int64, -1 if an image is not visited; sample: images, to measure widths."""
         super().__init__(config, inputs)
@@ -128,9 +128,9 @@ def find_module(network: nn.Module, name: str) -> nn.Module:
     matches = matches or [key for key in modules if key.endswith(f".{name}")]
     if len(matches) == 1:
         return modules[matches[0]]
-    problem = "is no module"
+    problem = "matches no module"
     if matches:
-        problem = f"is the end of {len(matches)} modules ({', '.join(matches[:4])})"
+        problem = f"matches {len(matches)} modules ({', '.join(matches[:4])})"
     outer = [key for key in modules if key and key.count(".") <= 2]
     listed = ", ".join(outer[:40]) + (", ..." if len(outer) > 40 else "")
     raise ValueError(
@@ -153,7 +153,7 @@ def ten_crops(images: Tensor, size: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def count_correct(
-    probes: LayerProbes, images: Tensor, labels: Tensor, size: int, use_ten_crops: bool
+    probes: LayerProbes, images: Tensor, labels: Tensor, size: int, ten_crop: bool
 ) -> Tensor:
     """Number [layers] int64 of the images [b, 3, S, S] that each layer's probe gets right.
 
@@ -161,7 +161,7 @@ def count_correct(
     """
     # Views to average over.
     crops = list(ten_crops(images, size))
-    if not use_ten_crops:
+    if not ten_crop:
         # The centre without its mirror image.
         crops = crops[-2:-1]
     # Sum of the probabilities over the views, per layer.

@@ -29,7 +29,7 @@ EPS = float(np.finfo(np.float64).eps)
 # --- contingency table ---
 
 
-def contingency(
+def checked_contingency_table(
     cluster: np.ndarray, label: np.ndarray, num_clusters: int, num_classes: int
 ) -> np.ndarray:
     """Contingency table [num_clusters, num_classes] int64 of cluster [n] and label [n], integers.
@@ -52,7 +52,7 @@ def _check_ids(name: str, ids: np.ndarray, lowest: int, limit: int, limit_name: 
     if len(ids) and (ids.min() < lowest or ids.max() >= limit):
         wrong = int(ids.min()) if ids.min() < lowest else int(ids.max())
         raise ValueError(
-            f"{name} holds {wrong}; allowed: {lowest} to {limit - 1}. "
+            f"{name} contains {wrong}; allowed: {lowest} to {limit - 1}. "
             f"Raise {limit_name}, or correct the ids"
         )
 
@@ -210,7 +210,7 @@ def evaluate_assignment(
     With ``top`` [n, k], the most probable clusters of each image, ``top5`` is added.
     """
     num_classes = int(label.max(initial=-1)) + 1
-    table = contingency(cluster, label, num_clusters, max(num_classes, 1))
+    table = checked_contingency_table(cluster, label, num_clusters, max(num_classes, 1))
     mapping = hungarian(table)
     found = scores(table, mapping)
     if top is not None:

@@ -1,4 +1,4 @@
-"""Images that represent a cluster, and images that the model is least sure of."""
+"""The prototype and the most and least confident images of each cluster."""
 
 from __future__ import annotations
 

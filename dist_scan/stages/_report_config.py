@@ -17,16 +17,16 @@ class ReportConfig(StageConfig):
     images: Images = "train"
     evaluate: Ref
     best: str
-    """The subject of `evaluate` whose clusters are shown and exported."""
+    """The subject of `evaluate` whose clusters are shown and exported; set in advance."""
     features: Ref | None = None
     """Features for the prototypes of clusters (default: no clusters are shown)."""
     neighbours: Ref | None = None
     """Show sample images with these neighbours."""
     seed_images: int = Field(default=0, ge=0)
-    """Seed of the choice of sample images."""
+    """Seed with which the sample images are drawn."""
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """`best` is one of the evaluated subjects."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless `best` is one of the evaluated subjects."""
         source = earlier[self.evaluate]
         subjects = source.subjects if isinstance(source, EvaluateConfig) else {}
         if self.best not in subjects:

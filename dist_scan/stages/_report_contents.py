@@ -18,7 +18,7 @@ from dist_scan.data.augment.recipes import RecipeConfig
 from dist_scan.data.beton.format import read_labels, read_metadata
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
-from dist_scan.evaluate.metrics import confusion, contingency, hungarian
+from dist_scan.evaluate.metrics import checked_contingency_table, confusion, hungarian
 from dist_scan.evaluate.prototypes import find_prototypes, low_confidence
 from dist_scan.monitoring.log import read_rows
 from dist_scan.monitoring.profile import TIMING_FILE
@@ -162,7 +162,9 @@ class ReportContents:
         if not self.evaluation["num_labelled"]:
             return None
         num_classes = self.evaluation["num_classes"]
-        table = contingency(self.best.cluster, self.labels, self.best.num_clusters, num_classes)
+        table = checked_contingency_table(
+            self.best.cluster, self.labels, self.best.num_clusters, num_classes
+        )
         return confusion(table, hungarian(table))
 
     def _warnings(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Settings of the train stage, and what must hold between them."""
+"""Settings of the train stage, and the checks between them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrainConfig(TrainingStageConfig):
     features: Ref | None = None
     """Train on the cached features of this embed stage."""
     network: BackboneConfig | None = None
-    """A backbone with random weights (for a pretext task)."""
+    """A backbone built here: random weights (for a pretext task), or those of its `checkpoint`."""
     backbone: Ref | None = None
     """The backbone that a stage published; with features, the one that computed them."""
     model: Ref | None = None
@@ -44,7 +44,10 @@ class TrainConfig(TrainingStageConfig):
     recipes: tuple[RecipeConfig, ...] = ()
     """One augmentation recipe per view (default: the method's)."""
     held_out_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the images that are not trained on but used for the selection of heads."""
+    """Share of the images that are not trained on but used for the selection of heads.
+
+    Has no effect with held_out_neighbours, which names the images to select on.
+    """
     held_out_features: Ref | None = None
     """Select heads on the features of this stage: those of the held-out images, or with
     held_out_neighbours a set of its own."""
@@ -69,12 +72,13 @@ class TrainConfig(TrainingStageConfig):
         names = self.method_class.recipes_for(self.method)
         return self.recipes or tuple(RecipeConfig(name=name) for name in names)
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """The method gets everything that it needs, once."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless the method gets each of its inputs exactly once."""
         stage = f"stages.{name}"
         self._check_sources(stage)
         self._check_needs(stage)
         self._check_recipes(stage)
+        # Errors that do not depend on the number of ranks.
         self.check_ranks(name, 1)
         self._check_num_neighbours(stage, earlier)
 
@@ -86,7 +90,7 @@ class TrainConfig(TrainingStageConfig):
         networks = [self.network, self.backbone, self.model]
         if networks.count(None) != 2:
             raise ValueError(
-                f"{stage}: give exactly one of network (random weights), backbone and model "
+                f"{stage}: give exactly one of network (built here), backbone and model "
                 "(a stage's name)"
             )
         if self.features is not None and self.recipes:
@@ -135,11 +139,11 @@ class TrainConfig(TrainingStageConfig):
             )
 
     def warnings(self, data: DataConfig) -> list[str]:
-        """Recipes that do not suit the size of the stored images."""
+        """Warnings about recipes that do not suit the size of the stored images."""
         return resolution_warnings(self.view_recipes(), data)
 
     def check_ranks(self, name: str, world_size: int) -> None:
-        """The global batch divides over the ranks, and the method can train on a rank's part."""
+        """Raise ValueError unless the global batch can be split over ranks and suits the method."""
         super().check_ranks(name, world_size)
         try:
             self.method.check_batch(self.global_batch, world_size)
@@ -147,7 +151,7 @@ class TrainConfig(TrainingStageConfig):
             raise ValueError(f"stages.{name}: {error}") from None
 
     def check_size(self, name: str, num_images: int) -> None:
-        """There are enough images for a batch, and for the clusters."""
+        """Raise ValueError unless there are enough images for a batch, and for the clusters."""
         trained = num_images * (1 - self.held_out_share)
         if self.global_batch > trained:
             held_out = f", {self.held_out_share:.0%} held out" if self.held_out_share else ""
@@ -157,9 +161,9 @@ class TrainConfig(TrainingStageConfig):
                 "images that cannot be read. Lower it"
             )
         num_clusters = getattr(self.method, "num_clusters", 0)
-        most = num_clusters if isinstance(num_clusters, int) else max(num_clusters)
-        if most > num_images:
+        largest = num_clusters if isinstance(num_clusters, int) else max(num_clusters)
+        if largest > num_images:
             raise ValueError(
-                f"stages.{name}.method.num_clusters: {most} clusters of {num_images} images; "
+                f"stages.{name}.method.num_clusters: {largest} clusters of {num_images} images; "
                 f"allowed: at most {num_images}. Lower it"
             )

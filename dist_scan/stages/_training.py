@@ -1,4 +1,4 @@
-"""What the stages that train have in common: their settings, and the call of the training loop."""
+"""The settings of stages that train, and their call of the training loop."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class TrainingStageConfig(TrainingLoopConfig, StageConfig):
     global_batch: int = Field(ge=1)
     """Images per step over all ranks; the batch per rank is derived from it."""
     steps_per_epoch: int | None = Field(default=None, ge=1)
-    """End an epoch after so many steps, for a trial run (default: after all images)."""
+    """End an epoch after this many steps, for a trial run (default: after all images)."""
 
     def check_ranks(self, name: str, world_size: int) -> None:
-        """The global batch divides over the ranks."""
+        """Raise ValueError unless the global batch is divisible by the number of ranks."""
         try:
             batch_per_rank(self.global_batch, world_size)
         except ValueError as error:

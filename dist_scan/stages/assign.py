@@ -38,8 +38,8 @@ class AssignConfig(StageConfig):
         """Assignments."""
         return ("clusters",)
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """There is one source of rows."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless exactly one of images and features is given."""
         if (self.images is None) == (self.features is None):
             raise ValueError(
                 f"stages.{name}: give exactly one of images (train or val) and features "
@@ -47,7 +47,7 @@ class AssignConfig(StageConfig):
             )
 
     def warnings(self, data: DataConfig) -> list[str]:
-        """A recipe that does not suit the size of the stored images."""
+        """A warning if the recipe does not suit the size of the stored images."""
         return resolution_warnings([self.recipe], data) if self.images else []
 
 

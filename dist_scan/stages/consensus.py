@@ -1,4 +1,4 @@
-"""Assignments by the consensus of all heads of a stage, from cached features."""
+"""Assignments by the consensus of all heads of a stage, or by one head, from cached features."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class ConsensusConfig(StageConfig):
     num_clusters: int | None = Field(default=None, ge=2)
     """Which heads, if there are several numbers of clusters (default: the first)."""
     head: int | None = Field(default=None, ge=0)
-    """One head, by its number in the report's table, instead of the consensus."""
+    """Use the head of this number in the report's table instead of the consensus."""
     batch: int = Field(default=4096, ge=1)
 
     def publishes(self) -> tuple[str, ...]:
         """Assignments."""
         return ("clusters",)
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """The stage has heads on a frozen backbone, with this number of clusters or this head."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless the stage trained such heads on a frozen backbone."""
         source = earlier[self.model]
         method = source.method if isinstance(source, TrainConfig) else None
         if not isinstance(source, TrainConfig) or not isinstance(method, ScanConfig | TemiConfig):

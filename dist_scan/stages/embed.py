@@ -23,7 +23,7 @@ class EmbedConfig(StageConfig):
     kind: Literal["embed"] = "embed"
     images: Images = "train"
     backbone: Ref | None = None
-    """The backbone of this stage (one that trains, or `given`)."""
+    """The backbone of this stage (kind train or pretrained)."""
     pixels: bool = False
     """Use the normalised pixels as features instead: the baseline for every backbone."""
     projection: bool = False
@@ -41,11 +41,11 @@ class EmbedConfig(StageConfig):
         return ("features",)
 
     def warnings(self, data: DataConfig) -> list[str]:
-        """A recipe that does not suit the size of the stored images."""
+        """A warning if the recipe does not suit the size of the stored images."""
         return resolution_warnings([self.recipe], data)
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """There is one source of features, and views differ."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless there is one source of features, and views differ."""
         if self.pixels == (self.backbone is not None):
             raise ValueError(
                 f"stages.{name}: give either backbone (a stage's name) or pixels: true"

@@ -1,6 +1,6 @@
 """Evaluation: compares assignments with labels; without labels, only their sizes.
 
-No other result of a run depends on labels.
+Besides, only `probe` and the diagnostic `true_neighbours` read labels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dist_scan.data.assignments import Assignments
 from dist_scan.data.beton.format import read_labels
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.evaluate.metrics import (
+    checked_contingency_table,
     cluster_health,
-    contingency,
     evaluate_assignment,
     neighbour_purity,
     nmi,
@@ -38,7 +38,10 @@ class EvaluateConfig(StageConfig):
     kind: Literal["evaluate"] = "evaluate"
     images: Images = "train"
     subjects: dict[str, str]
-    """Name in the report -> stage that published assignments (kmeans, assign)."""
+    """Name in the report -> stage that published assignments.
+
+    Kinds kmeans, assign, consensus, or a train stage whose method publishes clusters.
+    """
     neighbours: Ref | None = None
     """Also measure how many of these neighbours have the image's label."""
     heads: Ref | None = None
@@ -154,7 +157,9 @@ def history_scores(folder: Path, labels: np.ndarray) -> dict[str, Any]:
         rows = cluster >= 0
         if rows.any():
             num_clusters = int(cluster.max()) + 1
-            table = contingency(cluster[rows], labels[rows], num_clusters, int(labels.max()) + 1)
+            table = checked_contingency_table(
+                cluster[rows], labels[rows], num_clusters, int(labels.max()) + 1
+            )
             scores[epoch] = nmi(table, "geometric")
     return {
         "history": {

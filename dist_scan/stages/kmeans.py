@@ -25,8 +25,8 @@ class KMeansConfig(StageConfig):
     normalise: bool = True
     """Scale rows to unit length first, as the papers' baselines do."""
     whiten_dim: int | None = Field(default=None, ge=1)
-    """PCA-whiten rows to so many dimensions before that, as DeepCluster does; null: do not. The
-    centroids are then of whitened rows."""
+    """PCA-whiten rows to this many dimensions first, as DeepCluster does; null: do not. The
+    centroids are then means of whitened rows."""
     iterations: int = Field(default=100, ge=1)
     tolerance: float = Field(default=0.0, ge=0)
     """Stop when the objective improves by less than this fraction in an iteration; 0: when no
@@ -39,8 +39,8 @@ class KMeansConfig(StageConfig):
         """Assignments."""
         return ("clusters",)
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """Whitened rows are normalised."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless whitened rows are also normalised."""
         if self.whiten_dim is not None and not self.normalise:
             raise ValueError(
                 f"stages.{name}.normalise: false, but whitened rows have unit length; "
@@ -48,7 +48,7 @@ class KMeansConfig(StageConfig):
             )
 
     def check_size(self, name: str, num_images: int) -> None:
-        """There is at least one image per cluster."""
+        """Raise ValueError unless there is at least one image per cluster."""
         if self.num_clusters > num_images:
             raise ValueError(
                 f"stages.{name}.num_clusters: {self.num_clusters} clusters of {num_images} images; "

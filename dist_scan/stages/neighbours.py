@@ -27,7 +27,7 @@ class NeighboursConfig(StageConfig):
         return ("neighbours",)
 
     def check_size(self, name: str, num_images: int) -> None:
-        """There are more images than neighbours."""
+        """Raise ValueError unless there are more images than neighbours."""
         if self.num_neighbours >= num_images:
             raise ValueError(
                 f"stages.{name}.num_neighbours: {self.num_neighbours} neighbours need more than "

@@ -26,9 +26,11 @@ class PretrainedConfig(StageConfig):
     kind: Literal["pretrained"] = "pretrained"
     backbone: BackboneConfig | None = None
     cluster_head: Literal["best"] | int | None = None
-    """Publish a cluster head of the backbone's checkpoint too, as files of SCAN's released code
-    have: by its number; best: the one that the file names. Other stages can then refer to this one
-    as their `model:` (assign, selflabel)."""
+    """Also publish this cluster head of the backbone's checkpoint, a file of SCAN's released code.
+
+    A number selects a head; `best` selects the head that the file names as the best. Other stages
+    (assign, selflabel) can then refer to this one as their `model:`.
+    """
     features: str | None = None
     images: Images | None = None
     """The images whose features these are, in the same order."""
@@ -40,8 +42,8 @@ class PretrainedConfig(StageConfig):
             return ("features",)
         return ("backbone",) if self.cluster_head is None else ("backbone", "model")
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """There is one of the two, and its file exists."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless exactly one of the two is given and its file exists."""
         if (self.backbone is None) == (self.features is None):
             raise ValueError(f"stages.{name}: give exactly one of backbone and features")
         checkpoint = None if self.backbone is None else self.backbone.checkpoint

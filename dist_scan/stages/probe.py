@@ -17,7 +17,7 @@ from dist_scan.data.beton.format import read_labels
 from dist_scan.data.feed import EpochPlan, ImageFeed, eval_batches
 from dist_scan.engine.optimizer import OptimizerConfig, ScheduleConfig
 from dist_scan.engine.precision import autocast, move_to_device, seed_step
-from dist_scan.evaluate.linear_probe import LayerProbes, ProbesConfig, count_correct
+from dist_scan.evaluate.linear_probe import LayerProbes, LayerProbesConfig, count_correct
 from dist_scan.methods.base import MethodInputs
 from dist_scan.models.backbone import load_backbone
 from dist_scan.stages._training import TrainingStageConfig, train_in_stage
@@ -39,7 +39,7 @@ class ProbeConfig(TrainingStageConfig):
     """Names of modules of the network, or their unique endings (conv1 to conv5 of alexnet_bn,
     layer4 of a ResNet); features: its output."""
     most_features: int = Field(default=9600, ge=1)
-    """Feature maps are averaged down to a square grid with at most so many values; 9600 gives
+    """Feature maps are averaged down to a square grid with at most this many values; 9600 gives
     DeepCluster's sizes."""
     recipe: RecipeConfig = RecipeConfig(name="crop")
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -52,12 +52,13 @@ class ProbeConfig(TrainingStageConfig):
     """Test with the mean probability over the corners, the centre and their mirror images; false:
     with the centre."""
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """There are layers, each once."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless there are layers, each named once."""
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(
                 f"stages.{name}.layers: {list(self.layers)}; allowed: one or more names, each once"
             )
+        # Errors that do not depend on the number of ranks.
         self.check_ranks(name, 1)
 
 
@@ -113,7 +114,7 @@ class ProbeStage(Stage[ProbeConfig]):
         )
         size = feed.recipes[0].crop.size
         probes = LayerProbes(
-            ProbesConfig(layers=config.layers, most_features=config.most_features),
+            LayerProbesConfig(layers=config.layers, most_features=config.most_features),
             inputs,
             torch.from_numpy(labels),
             torch.zeros(2, 3, size, size),

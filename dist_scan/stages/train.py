@@ -217,12 +217,12 @@ class TrainInputs:
         folder = context.out / WORK / "embed"
         if context.world.rank == 0:
             recipe_settings = recipe_config.model_dump(mode="json")
-            origin = fingerprint(recipe_settings, weights_digest(network))
-            origin_file = folder / "origin"
-            if not origin_file.exists() or origin_file.read_text() != origin:
+            content = fingerprint(recipe_settings, weights_digest(network))
+            content_file = folder / "origin"
+            if not content_file.exists() or content_file.read_text() != content:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                write_text(origin_file, origin)
+                write_text(content_file, content)
         barrier()
         loader, recipes = context.open_images((recipe_config,), EVAL_BATCH)
         options = EmbedOptions(

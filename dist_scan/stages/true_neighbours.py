@@ -29,8 +29,8 @@ class TrueNeighboursConfig(StageConfig):
         """A neighbour table."""
         return ("neighbours",)
 
-    def check(self, name: str, earlier: Stages) -> None:
-        """The neighbours are those of these images."""
+    def check_settings(self, name: str, earlier: Stages) -> None:
+        """Raise ValueError unless the neighbours were searched in these images."""
         source = earlier[self.neighbours]
         split = None if source is None else source.images_split(earlier)
         if split not in (None, self.images):

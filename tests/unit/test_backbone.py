@@ -297,7 +297,7 @@ def test_a_cluster_head_needs_a_checkpoint() -> None:
     backbone = BackboneConfig(name="resnet18", stem="cifar")
     config = PretrainedConfig(backbone=backbone, cluster_head=1)
     with pytest.raises(ValueError, match="there is no backbone.checkpoint"):
-        config.check("scan", {})
+        config.check_settings("scan", {})
 
 
 # --- DeepCluster's networks ------------------------------------------------------------------

@@ -86,4 +86,4 @@ def test_more_whitened_dimensions_than_features_are_an_error(
 def test_whitened_rows_always_have_unit_length() -> None:
     config = KMeansConfig(features="features", num_clusters=3, whiten_dim=2, normalise=False)
     with pytest.raises(ValueError, match="stages.x.normalise: false, but whitened rows have unit"):
-        config.check("x", {})
+        config.check_settings("x", {})

@@ -19,7 +19,7 @@ from dist_scan.engine.optimizer import (
 )
 from dist_scan.evaluate.linear_probe import (
     LayerProbes,
-    ProbesConfig,
+    LayerProbesConfig,
     count_correct,
     find_module,
     pool_to_grid,
@@ -49,7 +49,9 @@ def make_probes(labels: Tensor, images: Tensor, layers: tuple[str, ...] = LAYERS
         backbone=build_backbone(config),
         backbone_config=config,
     )
-    return LayerProbes(ProbesConfig(layers=layers, most_features=256), inputs, labels, images[:2])
+    return LayerProbes(
+        LayerProbesConfig(layers=layers, most_features=256), inputs, labels, images[:2]
+    )
 
 
 def train_on_features(probes: LayerProbes, features: list[Tensor]) -> None:
@@ -76,7 +78,7 @@ def test_probes_are_as_good_as_logistic_regression(digits: tuple[Tensor, Tensor]
     features = [f.detach() for f in probes._layer_features(images)]
     train_on_features(probes, features)
     test_images, test_labels = images[NUM_TRAIN:], labels[NUM_TRAIN:]
-    correct = count_correct(probes.eval(), test_images, test_labels, 16, use_ten_crops=False)
+    correct = count_correct(probes.eval(), test_images, test_labels, 16, ten_crop=False)
     accuracy = (correct.double() / len(test_labels)).tolist()
     for name, ours, x in zip(LAYERS, accuracy, features):
         regression = LogisticRegression(C=100, max_iter=1000).fit(x[:NUM_TRAIN], labels[:NUM_TRAIN])
@@ -93,11 +95,11 @@ def test_layers_are_found_by_the_end_of_their_name() -> None:
     assert find_module(network, "conv3") is network[1].features.conv3
     with pytest.raises(
         ValueError,
-        match="'conv9' is no module of this network; allowed: features, or one of .*conv1",
+        match="'conv9' matches no module of this network; allowed: features, or one of .*conv1",
     ):
         find_module(network, "conv9")
     ambiguous = nn.ModuleDict({f"a{i}": nn.ModuleDict({"x": nn.ReLU()}) for i in range(5)})
-    with pytest.raises(ValueError, match="end of 5 modules"):
+    with pytest.raises(ValueError, match="matches 5 modules"):
         find_module(ambiguous, "x")
 
 

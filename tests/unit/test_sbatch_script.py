@@ -170,7 +170,7 @@ def test_invalid_settings_are_refused(field: str, value: object) -> None:
     ["arr", "out", "o", "sig", "no-req", "clusters", "cluster", "error", "err", "time", "quiet"],
 )
 def test_the_beginning_of_an_option_that_the_launcher_sets_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match="is set by the launcher and cannot be changed"):
+    with pytest.raises(ValueError, match="is set by the launcher and cannot be given here"):
         SlurmConfig(sbatch={key: "x"})
 
 
