@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVEL = {
     "launch": 10,
     "commands": 10,
-    "api": 9,
     "run": 9,
     "compare": 8,
     "export": 8,
