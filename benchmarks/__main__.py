@@ -3,8 +3,8 @@
     python -m benchmarks                                                        list
     python -m benchmarks --run [NAME ...] [--quick] [--compare] [--out FOLDER]  run, print a table
 
-With --quick all of them end within 10 minutes on two cores (--minutes changes it); what was cut off
-or left out for lack of time is in the table too.
+With --quick all of them end within 10 minutes on two cores (--minutes changes it); what was
+stopped or left out for lack of time is in the table too.
 
 A benchmark is a file here with a `main`. It may define `QUICK`, its arguments for --quick; `NEEDS`,
 what it cannot run without ("gpu", or "data:NAME"); `CLUSTER`, its arguments over the ranks of a
@@ -135,7 +135,7 @@ def run_benchmark(
         if line.startswith("{") and line.endswith("}")
     ]
     if is_cut_off.is_set():
-        return rows, f"cut off after {limit_s:.0f} s"
+        return rows, f"stopped after {limit_s:.0f} s"
     if process.returncode:
         return rows, f"failed: {(errors.strip().splitlines() or ['no message'])[-1]}"
     return rows, ""
@@ -200,7 +200,7 @@ def write_results(
         f"# {command}",
         "",
         f"{fields['date']}, commit {fields['commit']}. {fields['machine']}; device: "
-        f"{fields['device']}. Processes per core that wanted one: {load}. {versions}.",
+        f"{fields['device']}. Load average per core: {load}. {versions}.",
         "",
         format_table(rows, problems),
         "",

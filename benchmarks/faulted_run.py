@@ -26,8 +26,8 @@ POLL_S = 0.05
 SAVE_EVERY_S = 2.0
 RANKS = 2
 # The launcher is forked from a process that has imported what launch/local.py has imported when it
-# forks its ranks, and no more. So the first start of a run costs no imports here (about 8 s), and a
-# relaunch costs what it costs a user.
+# forks its ranks, and nothing else. This saves the first start of a run the imports (about 8 s); a
+# relaunch takes as long as for a user.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [

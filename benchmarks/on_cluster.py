@@ -1,4 +1,4 @@
-"""What faults cost on a Slurm of four nodes on this machine (tests/slurm/cluster.py).
+"""What faults cost on the test cluster, a Slurm of four nodes (tests/slurm/cluster.py).
 
 python -m benchmarks.recovery --cluster | --every-stage [--small]
 """
@@ -31,7 +31,7 @@ NODES = 4
 MAX_IN_PLACE_S = 30.0
 MAX_REQUEUED_S = 75.0
 MIN_STAGE_S = 2.0
-"""In a shorter stage the kill comes as its work begins."""
+"""A kill in a shorter stage happens when the stage begins its work."""
 Result = tuple[str, dict[str, Any], Goals]
 """Name of a row, figures, goals."""
 

@@ -43,7 +43,7 @@ from benchmarks.rows import emit
 
 COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, "==": operator.eq}
 EPOCHS = 16
-"""160 steps: on an idle machine 40 were over before the second save."""
+"""160 steps: on an unloaded machine 40 ended before the second save."""
 STEP_LIMIT_S = 5.0
 """runtime.step_limit_s of the cases that hang."""
 REQUEUED = 128 + signal.SIGUSR2
@@ -67,8 +67,8 @@ class Case(NamedTuple):
     """Detected by the watchdog, after STEP_LIMIT_S."""
     flip_bit: bool = False
     """A bit of the newest checkpoint is flipped before the second start."""
-    refused: int = 0
-    """Updates that are skipped: the result then differs from the undisturbed run's."""
+    skipped_updates: int = 0
+    """Updates that are skipped, not finite; the result then differs from the undisturbed run's."""
 
     @property
     def kinds(self) -> set[str]:
@@ -83,11 +83,11 @@ def single_fault(
     step: int = 15,
     hangs: bool = False,
     flip_bit: bool = False,
-    refused: int = 0,
+    skipped_updates: int = 0,
 ) -> Case:
     """A case with one fault."""
     fault = {"kind": kind, "at": at, "rank": rank, "step": step}
-    return Case((fault,), hangs, flip_bit, refused)
+    return Case((fault,), hangs, flip_bit, skipped_updates)
 
 
 CASES = {
@@ -107,7 +107,7 @@ CASES = {
     "9 USR2 to rank 1": single_fault("signal"),
     "12 USR2 to rank 1 in embed": single_fault("signal", at="shard", step=2),
     "12 kill -9 of rank 1 in embed": single_fault("kill", at="shard", step=2),
-    "16 NaN in rank 1's loss": single_fault("nan", at="loss", refused=1),
+    "16 NaN in rank 1's loss": single_fault("nan", at="loss", skipped_updates=1),
 }
 """By name; the number is the row of the catalogue in docs/reliability.md."""
 
@@ -124,8 +124,8 @@ def run_case(name: str, case: Case, folder: Path, undisturbed: FaultedRun) -> di
         code = run.watch(run.start(*overrides))
         starts += 1
     figures = fault_figures(run, starts)
-    if case.refused:
-        figures["non_finite"] = refused_updates(run)
+    if case.skipped_updates:
+        figures["non_finite"] = count_skipped_updates(run)
     else:
         figures["identical"] = run.equals(undisturbed)
     figures["ended"] = code
@@ -162,7 +162,7 @@ def fault_goals(case: Case, run: FaultedRun) -> Goals:
         "stalls": ("==", 0),
         "shards_twice": ("==", 0),
         "identical": ("==", True),
-        "refused": ("==", case.refused),
+        "non_finite": ("==", case.skipped_updates),
     }
     if case.flip_bit or case.kinds & {"kill", "exception", "stop", "hang"}:
         goals["steps_lost"] = ("<", interval_steps(run.metrics.steps, SAVE_EVERY_S))
@@ -186,7 +186,7 @@ def make_row(name: str, figures: Mapping[str, Any], goals: Goals) -> dict[str, A
     return {"row": name, **figures, "goals": texts, "missed": missed}
 
 
-def refused_updates(run: FaultedRun) -> int:
+def count_skipped_updates(run: FaultedRun) -> int:
     """Updates that all ranks skipped, as the log counts them."""
     from dist_scan.monitoring.log import read_rows
 
@@ -288,10 +288,10 @@ def run_cases(folder: Path, only: str) -> Iterator[dict[str, Any]]:
     """A row for each case whose name contains `only`."""
     if only in CHECKPOINT_CASE:
         yield measure_checkpoint(folder / "checkpoints")
-    chosen = {name: case for name, case in CASES.items() if only in name}
-    if chosen:
+    selected = {name: case for name, case in CASES.items() if only in name}
+    if selected:
         undisturbed = run_undisturbed(folder / "whole", EPOCHS)
-    for number, (name, case) in enumerate(chosen.items()):
+    for number, (name, case) in enumerate(selected.items()):
         yield run_case(name, case, folder / str(number), undisturbed)
 
 

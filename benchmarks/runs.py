@@ -57,7 +57,7 @@ def stage_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def training_fields(timing: Mapping[str, Any]) -> dict[str, Any]:
-    """timing.json as fields of a row: rate, sections, verdict, slowest rank.
+    """timing.json as fields of a row: rate, sections, bottleneck, slowest rank.
 
     The shares of the sections add up to 1; `waiting` is for slower ranks.
     """

@@ -36,7 +36,7 @@ FLAT_RATES = ("bytes_per_s", "pairs_per_cpu_s", "views_per_cpu_s", "img_per_cpu_
 RUNS_PER_S = "runs_per_s"
 """The rate of rows that only have seconds."""
 FIRST_BENCHMARK = "trainings"
-"""What most readers look for."""
+"""First on the page: what most readers look for."""
 IDENTITY_FIELDS = (
     "row",
     "model",
@@ -288,7 +288,7 @@ def slowest_rank_text(row: Row) -> str:
 
 
 def lost(curve: Curve) -> str:
-    """Where the efficiency between the fewest and the most nodes went, by section.
+    """Efficiency lost between the smallest and the largest number of nodes, by section.
 
     Compares node-seconds per image, as points of the whole; '' if there is nothing to compare.
     """
@@ -314,7 +314,7 @@ def lost(curve: Curve) -> str:
         for name, value in largest_first
         if value >= SHOWN_SHARE
     ]
-    return f"{text} Where the missing points are: {', '.join(names)}." if names else text
+    return f"{text} Percentage points lost, by section: {', '.join(names)}." if names else text
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -247,8 +247,8 @@ def benchmark_commands(
     Raises ConfigError if the config lacks what a benchmark needs.
     """
     templates = node_benchmarks()
-    chosen = [name for name in names if name in templates]
-    if not chosen:
+    selected = [name for name in names if name in templates]
+    if not selected:
         return {run.slurm.nodes: [] for run in runs}
     values = template_values(runs[0], num_images)
     commands = {}
@@ -257,7 +257,7 @@ def benchmark_commands(
         values["batch"] = global_batch // run.slurm.world_size
         values["folder"] = run.run_dir / "work"
         commands[run.slurm.nodes] = [
-            [name, *(word.format_map(values) for word in templates[name])] for name in chosen
+            [name, *(word.format_map(values) for word in templates[name])] for name in selected
         ]
     return commands
 

@@ -229,7 +229,7 @@ job_info() {  # slurmctld may not answer at once
     sleep 2
   done
 }
-# Slurm itself ends the job (time limit, preemption): requeue it, but not after scancel.
+# Slurm itself ends the job (time limit, preemption): requeue it; after scancel do not.
 ended_by_slurm() { job_info | grep -Eq 'Reason=TimeLimit|PreemptTime=[0-9]'; }
 # The ranks got TERM, but not because the job ends: sent by hand, or a late message to a node that
 # missed the end of an older job step.

@@ -43,7 +43,7 @@ class PicResult:
     """[N] int32."""
     num_clusters: int
     num_joined: int
-    """Rows that were a cluster of their own and joined a larger one."""
+    """Clusters of one row that joined a larger one."""
 
 
 def pic(
@@ -141,13 +141,13 @@ def _strongest_neighbours(
 
     Of equally strong neighbours the one with the lowest id is taken.
     """
-    own = np.arange(start, stop)
-    source = np.repeat(own, np.diff(graph.indptr))
+    row_ids = np.arange(start, stop)
+    source = np.repeat(row_ids, np.diff(graph.indptr))
     strength = graph.data * (v[graph.indices] - v[source])
     # Sorted by row, then strength; every row has at least one edge.
     order = np.lexsort((graph.indices, -strength, source))
     strongest = order[graph.indptr[:-1]]
-    return np.where(strength[strongest] > 0, graph.indices[strongest], own).astype(np.int64)
+    return np.where(strength[strongest] > 0, graph.indices[strongest], row_ids).astype(np.int64)
 
 
 def _follow_to_roots(pointers: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def check_view(table: FeatureTable, view: int) -> int:
 def content_digest(table: FeatureTable, readers: ShardReaders, view: int) -> str:
     """16 hex digits of a SHA-256 over all values of a view. Collective.
 
-    It depends on how the table is cut into shards, but not on the number of ranks.
+    It depends on how the table is divided into shards, but not on the number of ranks.
     """
     local = {}
     for shard in readers.local_shards():

@@ -9,7 +9,7 @@ from dist_scan.world.collectives import any_rank
 
 
 def never_stop() -> bool:
-    """A `stop_requested` callback that never asks to stop."""
+    """A `stop_requested` callback that never requests a stop."""
     return False
 
 

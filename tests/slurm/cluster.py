@@ -1,8 +1,8 @@
 """A real Slurm of four nodes on this host: python tests/slurm/cluster.py up|down|run [CMD...]
 
-Starts munged, slurmctld and four slurmd in a folder and on ports of their own, for the tests and
-for trying launch/slurm.py at home. Needs root and the packages slurm-wlm and munge. Nothing outside
-the folder is written; processes are ended by their pid.
+The test cluster: munged, slurmctld and four slurmd with their own folder and ports, for the tests
+and for trying launch/slurm.py without a cluster. Needs root and the packages slurm-wlm and munge.
+Nothing outside the folder is written; processes are ended by their pid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`launch/slurm.py --nodes 1,2 --benchmark` on a real Slurm: two jobs in order, one page."""
+"""`launch/slurm.py --nodes 1,2 --benchmark` on the test cluster: two jobs in order, one page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults armed in the ranks of a tiny run on a real Slurm."""
+"""Faults armed in the ranks of a tiny run on the test cluster."""
 
 from __future__ import annotations
 

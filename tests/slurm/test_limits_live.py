@@ -10,13 +10,13 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import LONG, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-# Slurm gives the notice at the last of its looks (every 30 s) that is not too late for notice_s.
-# With this limit it comes at the next look, and the job would be ended at the one after it.
+# Slurm checks time limits every 30 s and gives the notice at the last check that leaves notice_s.
+# With this limit that is the next check, and the check after it would end the job.
 LIMIT_S = 34
 
 
 def test_four_time_limits_cost_no_step(cluster: Cluster, tmp_path: Path) -> None:
-    """The run itself has no end here."""
+    """The run has too many epochs to end within the test."""
     overrides = [*LONG, "stages.pretext.epochs=5000"]
     flags = ("--time", "5", "--notice-s", "3")
     job = Job(cluster, tmp_path / "run", 2, *overrides, flags=flags).submit()

@@ -1,7 +1,4 @@
-"""launch/slurm.py on a real Slurm of four nodes: local processes give the same result.
-
-Whatever is done to the job from outside.
-"""
+"""launch/slurm.py on the test cluster: the same result as local processes, also after faults."""
 
 from __future__ import annotations
 

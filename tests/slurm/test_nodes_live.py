@@ -42,7 +42,7 @@ def test_a_job_that_loses_controller_and_node_and_is_cancelled_equals_the_undist
     assert all(step > saved for step in job.repeated_steps())
     lost = job.repeated_steps()
 
-    # scancel: the job saves, ends, and does not return.
+    # scancel: the job saves, ends, and is not requeued.
     cluster.call("scancel", job.id)
     job.wait(lambda: job.state() in (GONE, "CANCELLED"), 40, "the end of the job")
     job.wait(lambda: not job.ranks(), 20, "the ranks' end")

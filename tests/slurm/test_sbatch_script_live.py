@@ -1,4 +1,4 @@
-"""The batch script on a real Slurm, with ranks that only react to signals.
+"""The batch script on the test cluster, with ranks that only react to signals.
 
 Shows what the script does for a run if the ranks cannot. The ranks' program takes the place of
 dist_scan/run.py; the script, recovery.py, Slurm and the signals are real.
@@ -143,7 +143,7 @@ def test_a_notice_before_the_handlers_are_installed_is_kept(
 def test_the_requeue_waits_for_a_controller_that_is_down(cluster: Cluster, tmp_path: Path) -> None:
     job = ToyJob(cluster, tmp_path, WAIT).submit()
     job.wait_ranks()
-    cluster.stop("slurmctld")  # in good order: killed, it would forget a job this young
+    cluster.stop("slurmctld")  # a clean stop: after a kill it would not know a job this new
     job.signal_ranks(signal.SIGUSR2)
     job.wait(lambda: "requeue: SIGUSR2" in job.log(), 60, "the requeue")
     time.sleep(4)
@@ -151,7 +151,7 @@ def test_the_requeue_waits_for_a_controller_that_is_down(cluster: Cluster, tmp_p
     job.assert_requeued_and_done(240)
 
 
-def test_a_cancelled_job_does_not_return(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     job = ToyJob(cluster, tmp_path, WAIT).submit()
     job.wait_ranks()
     cluster.call("scancel", job.id)

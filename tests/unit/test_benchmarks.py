@@ -88,7 +88,7 @@ def test_missing_requirements_are_named(tmp_path: Path) -> None:
         (
             'print(\'{"row": "a"}\', flush=True); import time; time.sleep(60)',
             6,
-            "cut off after 6 s",
+            "stopped after 6 s",
         ),
     ],
 )

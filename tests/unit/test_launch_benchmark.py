@@ -271,7 +271,7 @@ def test_lost_efficiency_is_attributed_to_sections() -> None:
     assert curve.points[1].efficiency == 0.8
     assert lost(curve) == (
         "2 nodes give 1.60 times the images per second of 1: 80% of linear. "
-        "Where the missing points are: all-reduce on every rank 20."
+        "Percentage points lost, by section: all-reduce on every rank 20."
     )
     (alone,) = curves([one])
     assert lost(alone) == ""
