@@ -131,7 +131,7 @@ def main() -> None:
         source = args.source or str(folder / "in")
         config = DataConfig(train=SplitConfig(source=source, limit=args.images), size=args.size)
         beton = folder / "images.beton"
-        written = write_beton(open_source(config.train), beton, config, 1, show=False)
+        written = write_beton(open_source(config.train), beton, config, 1, show_progress=False)
         works = {"ours": make_ours(beton, network, args, folder)}
         if args.compare:
             works["plain"] = make_peer(beton, network, args)

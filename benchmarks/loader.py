@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, resolution: int, views: int) -> None:
             config = DataConfig(
                 train=SplitConfig(source=args.source), stored=kind, resolution=resolution
             )
-            written = write_beton(open_source(config.train), path, config, 1, show=False)
+            written = write_beton(open_source(config.train), path, config, 1, show_progress=False)
             num_images = written.num_images
             if kind in args.stored:
                 works[kind], first_batch_s[kind] = make_ours(path, args.size, views)
@@ -152,7 +152,7 @@ def measure_over_job(args: argparse.Namespace) -> None:
         threads = cores_per_rank(world)
         if world.rank == 0:
             args.folder.mkdir(parents=True, exist_ok=True)
-            write_beton(open_source(config.train), path, config, threads, show=False)
+            write_beton(open_source(config.train), path, config, threads, show_progress=False)
         barrier()
         loader = BetonLoader(
             path, crops(args.size, views), seed=0, batch_size=BATCH, num_threads=threads

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 
 from dist_scan.data.augment.recipes import RecipeSpec
-from dist_scan.data.beton.format import check_beton
+from dist_scan.data.beton.format import read_image_table
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -24,7 +24,7 @@ Transform = Callable[[Any], Any]
 
 def stored_jpegs(path: Path) -> list[bytes]:
     """The JPEGs that are stored in a .beton."""
-    images = check_beton(path)
+    images = read_image_table(path)
     data = path.read_bytes()
     starts = images["start"].tolist()
     return [data[start : start + size] for start, size in zip(starts, images["size"].tolist())]
@@ -54,7 +54,7 @@ def blur(image: Image.Image) -> Image.Image:
 
 def colour_transform(spec: RecipeSpec) -> Transform | None:
     """Colours, conversion and normalisation after the crop; None where torchvision lacks them."""
-    if spec.special != "none" or not spec.normalise:
+    if spec.first_augmentation != "none" or not spec.normalise:
         return None
     steps: list[Transform] = []
     if spec.jitter:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Build a .beton, or verify one."""
-    from dist_scan.data.beton.format import check_beton
+    from dist_scan.data.beton.format import read_image_table
     from dist_scan.data.beton.write import write_beton
     from dist_scan.data.sources.open import open_source
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     if args.out.suffix != ".beton":
         raise ConfigError(f"the output '{args.out}' must end in .beton")
     if args.check:
-        num_images = len(check_beton(args.out, verify_images=True))
+        num_images = len(read_image_table(args.out, verify_images=True))
         print(f"{args.out}: {num_images} images, all checksums match")
         return 0
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
     data = validate_settings(DataConfig, settings, "beton")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report = write_beton(open_source(data.train), args.out, data, args.workers)
-    listed = f" (listed in {report.bad_path})" if report.num_bad else ""
-    print(f"{args.out}: {report.num_images} images, {report.num_bad} could not be read{listed}")
+    listed = f" (listed in {report.unreadable_list})" if report.num_unreadable else ""
+    print(
+        f"{args.out}: {report.num_images} images, {report.num_unreadable} could not be read{listed}"
+    )
     return 0

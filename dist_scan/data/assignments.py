@@ -14,7 +14,7 @@ FILE = "assignments.npz"
 
 @dataclass(frozen=True)
 class Assignments:
-    """Cluster of each of N images, and what is known about the runners-up."""
+    """Cluster of each of N images, its probability, and the most probable clusters."""
 
     cluster: np.ndarray
     """[N] int32."""
@@ -38,7 +38,7 @@ class Assignments:
 
     @classmethod
     def load(cls, path: Path) -> Assignments:
-        """Read from a folder. Raises ValueError if it has none."""
+        """Read from a folder. Raises ValueError if the folder has no assignments.npz."""
         file = path / FILE
         if not file.is_file():
             raise ValueError(f"{path}: no {FILE}; give the folder of a kmeans or assign stage")

@@ -1,4 +1,4 @@
-"""What a feed passes to a method: one rank's part of a step, and rows held out for selection."""
+"""What a feed passes to a method: one rank's part of a step, and rows to select a head by."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """M rows that are not trained on, for model selection (for example of SCAN's heads).
+    """A held-out anchors and their neighbours, M rows in all, to select a head by.
 
-    Only the A anchors are held out; their neighbours may be part of the training set.
+    The anchors are not trained on; their neighbours may be.
     """
 
     batches: Callable[[], Iterator[Batch]]

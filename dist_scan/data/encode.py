@@ -42,7 +42,7 @@ def encode(data: bytes, config: DataConfig, pass_through: bool = True) -> Encode
     Raises UnreadableImageError with the reason.
     """
     if not data:
-        raise UnreadableImageError("zero bytes")
+        raise UnreadableImageError("empty or not readable")
     try:
         return _encode(data, config, pass_through)
     except UnreadableImageError:

@@ -22,17 +22,17 @@ def choose_placement(
     on_gpu: bool,
     free_device: int,
     free_host: int,
-    copies: int,
+    local_world_size: int,
     wanted: Placement | Literal["auto"] = "auto",
 ) -> tuple[Placement, str]:
     """(placement, reason) for a feature cache of `num_bytes`: the fastest memory with enough room.
 
-    copies: processes on this machine, each of which would keep a cache in host memory.
+    local_world_size: processes on this machine, each of which would keep a cache in host memory.
     Raises ValueError if the wanted placement has too little memory, or needs a GPU and has none.
     """
     usable: dict[Placement, float] = {
         "device": USABLE_FRACTION * free_device if on_gpu else 0.0,
-        "host": USABLE_FRACTION * free_host / max(copies, 1),
+        "host": USABLE_FRACTION * free_host / max(local_world_size, 1),
         "mapped": float("inf"),
     }
     fitting = [placement for placement, size in usable.items() if num_bytes <= size]

@@ -1,4 +1,4 @@
-"""Cached features of every image on disk."""
+"""A table on disk with the features of every image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_scan.data.sharded_table import (
     load_npy,
     read_json_object,
 )
-from dist_scan.storage.atomic import write_json
+from dist_scan.storage.atomic import error_reason, write_json
 
 # dist_scan.world imports torch. It is imported inside the collective methods, because commands read
 # a table's size before they fork the ranks, and a process with torch's threads must not be forked.
@@ -95,17 +95,17 @@ class FeatureTable(ShardedTable):
     def _convert(cls, npy: Path, folder: Path, num_shards: int) -> None:
         """Convert a .npy into `folder`, or complete an interrupted conversion of the same file."""
         _open_npy(npy)
-        origin = {
+        npy_identity = {
             "file": str(npy.resolve()),
             "size": npy.stat().st_size,
             "mtime_ns": npy.stat().st_mtime_ns,
             "shards": num_shards,
         }
-        # The origin is written before the table: a table without one was made by something else.
-        origin_file = folder / "source.json"
+        # The identity is written before the table: a table without one was made by something else.
+        identity_file = folder / "source.json"
         table_file = folder / METADATA_FILE
-        if origin_file.is_file():
-            if read_json_object(origin_file) != origin:
+        if identity_file.is_file():
+            if read_json_object(identity_file) != npy_identity:
                 raise ValueError(
                     f"{folder} was made from another file than '{npy}', from an earlier state of "
                     f"it, or with another number of shards than {num_shards}; give another folder, "
@@ -119,7 +119,7 @@ class FeatureTable(ShardedTable):
                 "give another folder, or that table itself as the features"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(origin_file, origin)
+        write_json(identity_file, npy_identity)
         cls.from_npy(npy, folder, num_shards, resume=True)
 
     def write_shard(self, shard: int, rows: np.ndarray) -> None:
@@ -138,12 +138,14 @@ class FeatureTable(ShardedTable):
         )
         self._write(shard, features=rows)
 
-    def _refuse_rows(self, shard: int, is_bad: np.ndarray, problem: str) -> None:
-        """Raise ValueError if a row of the shard is bad [n]; names the first ones."""
-        bad = np.flatnonzero(is_bad)
-        if len(bad):
-            rows = (bad[:8] + self.shard_range(shard)[0]).tolist()
-            raise ValueError(f"features of rows {rows} ({len(bad)} in shard {shard}) are {problem}")
+    def _refuse_rows(self, shard: int, is_invalid: np.ndarray, problem: str) -> None:
+        """Raise ValueError if a row of the shard is invalid [n]; names the first ones."""
+        invalid = np.flatnonzero(is_invalid)
+        if len(invalid):
+            rows = (invalid[:8] + self.shard_range(shard)[0]).tolist()
+            raise ValueError(
+                f"features of rows {rows} ({len(invalid)} in shard {shard}) are {problem}"
+            )
 
     def shard(self, shard: int) -> np.ndarray:
         """[n, V, D] float16, memory-mapped."""
@@ -196,7 +198,7 @@ def _open_npy(npy: str | Path) -> np.ndarray:
     try:
         array = load_npy(npy)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"'{npy}' is not a readable .npy file: {error}") from None
+        raise ValueError(f"'{npy}' is not a readable .npy file: {error_reason(error)}") from None
     is_float = np.issubdtype(array.dtype, np.floating)
     if array.ndim not in (2, 3) or not is_float or 0 in array.shape:
         raise ValueError(

@@ -21,8 +21,8 @@ from dist_scan.data.feature_cache import FeatureCache, Placement
 from dist_scan.data.feature_table import FeatureTable
 from dist_scan.data.neighbour_table import NeighbourTable
 from dist_scan.data.order import (
-    batch_per_rank,
     cached_views,
+    check_divisible,
     epoch_order,
     neighbour_columns,
     rank_plan,
@@ -58,7 +58,8 @@ class NeighbourSampler:
 class EpochPlan:
     """Rows of each step on this rank, and their neighbours.
 
-    Raises ValueError if the rows do not fill one global batch, or it does not divide over ranks.
+    Raises ValueError if the rows do not fill one global batch, or if the global batch is not
+    divisible by the number of ranks.
     """
 
     rows: np.ndarray
@@ -71,7 +72,7 @@ class EpochPlan:
     neighbours: NeighbourSampler | None = None
 
     def __post_init__(self) -> None:
-        batch_per_rank(self.global_batch, self.world.world_size)  # raises if it is not divisible
+        check_divisible(self.global_batch, self.world.world_size)
         if len(self.rows) < self.global_batch:
             raise ValueError(
                 f"global_batch: {self.global_batch} is larger than the number of images to train "
@@ -119,24 +120,23 @@ class Feed(ABC):
         self,
         epoch: int,
         first_step: int = 0,
-        views: tuple[int, ...] | None = None,
+        slots: tuple[int, ...] | None = None,
         order: np.ndarray | None = None,
     ) -> Iterator[Batch]:
         """Batches of this rank, from `first_step` of the epoch on.
 
-        views: views of each Batch, as numbers of recipes (images), or 0 for the anchor's row and 1
-        for the neighbour's (features); None: all. Randomness depends on a view's position here, not
-        on its number.
+        slots: which views each Batch has, as positions in `views` of a full Batch; None: all. The
+        crops and augmentations of an image depend on its position in `slots`, not on the slot.
         order: dataset rows of this epoch in the order of training; None: `rows`, shuffled.
         """
         anchors = self.plan.batch_rows(epoch, first_step, order)
         step = epoch * self.steps_per_epoch + first_step
-        for i, tensors in enumerate(self._views(anchors, epoch, views)):
+        for i, tensors in enumerate(self._views(anchors, epoch, slots)):
             yield _batch(anchors[i], tensors, epoch, step + i)
 
     @abstractmethod
     def _views(
-        self, anchors: np.ndarray, epoch: int, views: tuple[int, ...] | None
+        self, anchors: np.ndarray, epoch: int, slots: tuple[int, ...] | None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Views of each step of anchors [steps, b]."""
 
@@ -159,17 +159,17 @@ class ImageFeed(Feed):
         self.recipes = recipes
 
     def _views(
-        self, anchors: np.ndarray, epoch: int, views: tuple[int, ...] | None
+        self, anchors: np.ndarray, epoch: int, slots: tuple[int, ...] | None
     ) -> Iterator[tuple[Tensor, ...]]:
         recipes = self.recipes
-        if views is not None:
-            recipes = tuple(self.recipes[v] for v in views)
+        if slots is not None:
+            recipes = tuple(self.recipes[slot] for slot in slots)
         # The loader reads anchors and neighbours of a step as one batch
         to_decode = anchors
         if self.plan.neighbours is not None:
             neighbours = np.stack([self.plan.neighbours_of(rows, epoch) for rows in anchors])
             to_decode = np.concatenate([anchors, neighbours], axis=1)
-        for rows, crops in self.loader.batches(to_decode.reshape(-1), epoch, views):
+        for rows, crops in self.loader.batches(to_decode.reshape(-1), epoch, slots):
             yield self._augment(rows, crops, recipes, epoch)
 
     def _augment(
@@ -216,9 +216,9 @@ class FeatureFeed(Feed):
         self.cache = FeatureCache(table, placement, device)
 
     def _views(
-        self, anchors: np.ndarray, epoch: int, views: tuple[int, ...] | None
+        self, anchors: np.ndarray, epoch: int, slots: tuple[int, ...] | None
     ) -> Iterator[tuple[Tensor, ...]]:
-        slots = views or (0, 1)
+        slots = slots or (0, 1)
         for index in anchors:
             pair = (index, self.plan.neighbours_of(index, epoch))
             yield self._read([pair[slot] for slot in slots], epoch, slots)

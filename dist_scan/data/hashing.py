@@ -3,6 +3,16 @@
 There is no generator state: the same keys give the same number on every rank, in every thread and
 after every restart. Each key is mixed into a 64-bit state with the finaliser of SplitMix64
 (Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+
+A stream is a key that separates the random numbers of one use from those of all others:
+
+    1-2      engine/training_loop.py   torch's generators in an epoch and a step
+    101-107  data/order.py             order, neighbours, cached views, held-out rows, samplers
+    201      data/augment/crops.py     crops and flips
+    301      data/augment/recipes.py   all other augmentations
+    401-403  search/kmeans_init.py     first centroids
+    501-502  methods/_clustering.py    seeds of the top layer and of k-means
+    511-513  models/sphere_codes.py    MMDC's codes
 """
 
 from __future__ import annotations
@@ -43,6 +53,6 @@ def uniform_draws(
 ) -> np.ndarray:
     """[B, count] float64 in [0, 1) for one view of the dataset rows `index` [B].
 
-    `stream` is a constant of the caller: draws of different streams are independent.
+    `stream` is a constant of the caller (see above): draws of different streams are independent.
     """
     return uniform(seed, stream, epoch, index[:, None], view, np.arange(count))

@@ -1,4 +1,4 @@
-"""Nearest neighbours of every image on disk."""
+"""A table on disk with the nearest neighbours of every image."""
 
 from __future__ import annotations
 

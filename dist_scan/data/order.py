@@ -11,8 +11,8 @@ import numpy as np
 
 from dist_scan.data.hashing import hash_keys, uniform
 
-# Streams of the hash, one per use.
-ORDER, NEIGHBOUR, VIEW, HELD_OUT, DRAW, SLOT, REPEAT = range(101, 108)
+# Streams of random numbers, one per use; see data/hashing.py.
+ORDER, NEIGHBOUR, VIEW, HELD_OUT, DRAW, SHUFFLE, REPEAT = range(101, 108)
 
 
 def check_rows(rows: np.ndarray, num_rows: int, where: object) -> None:
@@ -41,8 +41,8 @@ def rank_plan(
     return grid[first_step:, rank]
 
 
-def batch_per_rank(global_batch: int, world_size: int) -> int:
-    """Rows per rank and step. Raises ValueError if the global batch is not divisible."""
+def check_divisible(global_batch: int, world_size: int) -> None:
+    """Raise ValueError if the global batch is not divisible by the number of ranks."""
     if global_batch % world_size:
         low = global_batch // world_size * world_size
         nearest = [str(batch) for batch in (low, low + world_size) if batch]
@@ -50,7 +50,6 @@ def batch_per_rank(global_batch: int, world_size: int) -> int:
             f"global_batch: {global_batch} is not divisible by {world_size} processes; "
             f"nearest that are: {', '.join(nearest)}"
         )
-    return global_batch // world_size
 
 
 def neighbour_columns(
@@ -79,68 +78,74 @@ def split_held_out(num_images: int, share: float, seed: int) -> tuple[np.ndarray
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
-def uniform_over_labels(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """n rows drawn from `rows` [n] so that each label of `labels` [n] is equally frequent.
+def uniform_over_clusters(
+    rows: np.ndarray, clusters: np.ndarray, seed: int, epoch: int
+) -> np.ndarray:
+    """n rows drawn from `rows` [n] so that each cluster of `clusters` [n] is equally frequent.
 
-    DeepCluster's sampler (Caron et al. 2018, Sec. 3.3): n // L + 1 rows of each of the L labels
-    that occur, with replacement only for labels with fewer rows, then shuffled and cut to n. Rows
-    with label -1 are never drawn. Raises ValueError if no row has a label.
+    DeepCluster's sampler (Caron et al. 2018, Sec. 3.3): n // C + 1 rows of each of the C clusters
+    that occur, with replacement only for clusters with fewer rows, then shuffled and cut to n. Rows
+    with cluster -1 are never drawn. Raises ValueError if no row has a cluster.
     """
-    # Rows of each label, shuffled
-    groups = _group_by_label(rows, labels, hash_keys(seed, DRAW, epoch, rows))
+    # Rows of each cluster, shuffled
+    groups = _group_by_cluster(rows, clusters, hash_keys(seed, DRAW, epoch, rows))
     sizes = groups.sizes[:, None]
-    num_labels = len(sizes)
-    per_label = len(rows) // num_labels + 1
+    num_clusters = len(sizes)
+    per_cluster = len(rows) // num_clusters + 1
     # A large group gives its first rows, a small one is drawn from with replacement
-    place = np.arange(per_label)[None]
-    label = np.arange(num_labels)[:, None]
-    random_place = np.floor(uniform(seed, REPEAT, epoch, label, place) * sizes).astype(np.int64)
-    place = np.where(sizes < per_label, random_place, place)
+    place = np.arange(per_cluster)[None]
+    cluster = np.arange(num_clusters)[:, None]
+    random_place = np.floor(uniform(seed, REPEAT, epoch, cluster, place) * sizes).astype(np.int64)
+    place = np.where(sizes < per_cluster, random_place, place)
     drawn = groups.rows[(groups.starts[:, None] + place).reshape(-1)]
-    # Shuffle the labels' rows together
-    shuffled = np.argsort(hash_keys(seed, SLOT, epoch, np.arange(len(drawn))), kind="stable")
+    # Shuffle the clusters' rows together
+    shuffled = np.argsort(hash_keys(seed, SHUFFLE, epoch, np.arange(len(drawn))), kind="stable")
     return drawn[shuffled][: len(rows)]
 
 
-def released_order(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def released_order(rows: np.ndarray, clusters: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """n rows as DeepCluster's released code visits them.
 
-    The released code uses the sampled rows as positions in the list of rows sorted by label. This
-    undoes the balance: labels are as frequent as in the data, and about half of the rows are never
-    visited.
+    The released code uses the sampled rows as positions in the list of rows sorted by cluster. This
+    undoes the balance: clusters are as frequent as in the data, and about half of the rows are
+    never visited.
     """
-    by_label = _group_by_label(rows, labels, np.arange(len(rows))).rows
-    positions = uniform_over_labels(np.arange(len(by_label)), labels[labels >= 0], seed, epoch)
-    return np.resize(by_label[positions], len(rows))
+    by_cluster = _group_by_cluster(rows, clusters, np.arange(len(rows))).rows
+    positions = uniform_over_clusters(
+        np.arange(len(by_cluster)), clusters[clusters >= 0], seed, epoch
+    )
+    return np.resize(by_cluster[positions], len(rows))
 
 
-def labelled_order(rows: np.ndarray, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Every row that has a label once, shuffled; the first ones are repeated to give n rows."""
-    return np.resize(epoch_order(rows[_has_label(labels)], seed, epoch), len(rows))
+def clustered_order(rows: np.ndarray, clusters: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Every row that has a cluster once, shuffled; the first ones are repeated to give n rows."""
+    return np.resize(epoch_order(rows[_has_cluster(clusters)], seed, epoch), len(rows))
 
 
-class _LabelGroups(NamedTuple):
-    """Rows with a label, sorted by it: rows [m], and the first position and size [L] per label."""
+class _ClusterGroups(NamedTuple):
+    """Rows with a cluster, sorted by it: rows [m], first position and size [C] of each cluster."""
 
     rows: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
 
 
-def _group_by_label(rows: np.ndarray, labels: np.ndarray, sort_key: np.ndarray) -> _LabelGroups:
-    """Group the rows that have a label; `sort_key` [n] orders the rows of one label."""
-    known = _has_label(labels)
-    order = np.lexsort((sort_key[known], labels[known]))
-    _, starts, sizes = np.unique(labels[known][order], return_index=True, return_counts=True)
-    return _LabelGroups(rows[known][order], starts, sizes)
+def _group_by_cluster(
+    rows: np.ndarray, clusters: np.ndarray, sort_key: np.ndarray
+) -> _ClusterGroups:
+    """Group the rows that have a cluster; `sort_key` [n] orders the rows of one cluster."""
+    known = _has_cluster(clusters)
+    order = np.lexsort((sort_key[known], clusters[known]))
+    _, starts, sizes = np.unique(clusters[known][order], return_index=True, return_counts=True)
+    return _ClusterGroups(rows[known][order], starts, sizes)
 
 
-def _has_label(labels: np.ndarray) -> np.ndarray:
-    """Mask [n] of the rows with a label. Raises ValueError if there is none."""
-    known = labels >= 0
+def _has_cluster(clusters: np.ndarray) -> np.ndarray:
+    """Mask [n] of the rows with a cluster. Raises ValueError if there is none."""
+    known = clusters >= 0
     if not known.any():
         raise ValueError(
-            f"none of the {len(labels)} rows has a pseudo-label; "
-            "change the settings of the clustering"
+            f"none of the {len(clusters)} rows has a cluster; "
+            "lower method.num_clusters, or set method.clustering: kmeans"
         )
     return known

@@ -17,18 +17,18 @@ import numpy as np
 
 from dist_scan.data.order import check_rows
 from dist_scan.storage.arrays import write_npy
-from dist_scan.storage.atomic import write_json
+from dist_scan.storage.atomic import error_reason, write_json
 
 METADATA_FILE = "table.json"
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError if there is none."""
-    remedy = "put it back, or remove its folder and make that again"
+    remedy = "restore it, or remove its folder and rebuild the table"
     try:
         value = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); {remedy}") from None
+        raise ValueError(f"{file} cannot be read ({error_reason(error)}); {remedy}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} has a {type(value).__name__} instead of an object; {remedy}")
     return value
@@ -62,14 +62,14 @@ class ShardedTable:
 
     @classmethod
     def create(
-        cls, path: str | Path, shape: tuple[int, ...], num_shards: int, **origin: Any
+        cls, path: str | Path, shape: tuple[int, ...], num_shards: int, **provenance: Any
     ) -> Self:
         """An empty table of this shape (see `dims`) in a folder; at most one shard per row.
 
-        `origin` (how the rows are made) is recorded in the table's metadata.
+        `provenance` (how the rows are made) is recorded in the table's metadata.
         """
         dims = dict(zip(cls.dims, shape, strict=True))
-        return cls._create(path, {**dims, "num_shards": num_shards, **origin})
+        return cls._create(path, {**dims, "num_shards": num_shards, **provenance})
 
     @classmethod
     def _create(cls, path: str | Path, metadata: dict[str, Any]) -> Self:
@@ -120,7 +120,10 @@ class ShardedTable:
         path = Path(path)
         if not (path / METADATA_FILE).is_file():
             inside = list(path.glob(f"*/{METADATA_FILE}"))
-            if len(inside) != 1:
+            if len(inside) > 1:
+                names = ", ".join(sorted(file.parent.name for file in inside))
+                raise ValueError(f"{path} holds {len(inside)} tables; give one of them: {names}")
+            if not inside:
                 raise ValueError(
                     f"{path} has no {cls.kind} table (no {METADATA_FILE}); "
                     "give the folder of one, or a .npy"
@@ -143,8 +146,8 @@ class ShardedTable:
             invalid = {name: metadata[name] for name in ("num_shards", "num_rows")}
         if invalid:
             raise ValueError(
-                f"{file} is damaged: {invalid}; allowed: integers from 1 on, at most one shard per "
-                "row. Put the file back, or make the table again"
+                f"{file} is damaged: {invalid}; allowed: integers of at least 1, at most one "
+                "shard per row. Restore the file, or rebuild the table"
             )
         return metadata
 
@@ -185,7 +188,8 @@ class ShardedTable:
             try:
                 array = load_npy(file)
             except (OSError, ValueError, EOFError) as error:
-                raise ValueError(f"{file} is missing or truncated ({error}); {remedy}") from None
+                reason = error_reason(error)
+                raise ValueError(f"{file} is missing or truncated ({reason}); {remedy}") from None
             if array.shape != shape or array.dtype != dtype:
                 found = f"{array.dtype} {array.shape}"
                 raise ValueError(f"{file} has {found} instead of {dtype} {shape}; {remedy}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dist_scan.data.assignments import Assignments
 from dist_scan.data.batch import Batch
 from dist_scan.data.feature_table import FeatureTable
-from dist_scan.data.order import labelled_order, released_order, uniform_over_labels
+from dist_scan.data.order import clustered_order, released_order, uniform_over_clusters
 from dist_scan.losses import classification_loss
 from dist_scan.methods._clustering import (
     KMEANS_STREAM,
@@ -44,9 +44,9 @@ from dist_scan.search.pic import pic
 from dist_scan.search.whiten import fit_whitening, write_whitened_table
 
 SAMPLERS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]] = {
-    "uniform": uniform_over_labels,
+    "uniform": uniform_over_clusters,
     "released_order": released_order,
-    "images": labelled_order,
+    "images": clustered_order,
 }
 
 

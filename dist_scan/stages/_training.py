@@ -7,7 +7,7 @@ from pydantic import Field
 from dist_scan.config.stage import StageConfig
 from dist_scan.data.batch import HeldOut
 from dist_scan.data.feed import FeatureFeed, ImageFeed
-from dist_scan.data.order import batch_per_rank
+from dist_scan.data.order import check_divisible
 from dist_scan.engine.train_state import TrainState
 from dist_scan.engine.training_loop import TrainingLoopConfig, TrainJob, no_embedding, train
 from dist_scan.methods.base import Embed, Method
@@ -26,7 +26,7 @@ class TrainingStageConfig(TrainingLoopConfig, StageConfig):
     def check_ranks(self, name: str, world_size: int) -> None:
         """Raise ValueError unless the global batch is divisible by the number of ranks."""
         try:
-            batch_per_rank(self.global_batch, world_size)
+            check_divisible(self.global_batch, world_size)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
 

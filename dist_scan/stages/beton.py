@@ -36,8 +36,9 @@ class BetonStage(Stage[BetonConfig]):
         source = open_source(config.data.splits()[config.split])
         workers = context.run.runtime.loader_threads
         report = write_beton(source, context.out / BETON, config.data, workers)
-        if report.num_bad:
+        if report.num_unreadable:
+            total = report.num_unreadable + report.num_images
             context.log(
-                f"{context.name}: {report.num_bad} of {report.num_bad + report.num_images} images "
-                f"could not be read; they are listed in {report.bad_path}"
+                f"{context.name}: {report.num_unreadable} of {total} images "
+                f"could not be read; they are listed in {report.unreadable_list}"
             )

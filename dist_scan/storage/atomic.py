@@ -52,6 +52,11 @@ def _with_remedy(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, f"{error.strerror} ({remedy})", str(path))
 
 
+def error_reason(error: Exception) -> str:
+    """Text of an error; that of an OSError without its path, for messages that name the file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def write_text(path: Path, text: str, durable: bool = True) -> None:
     """Write text (UTF-8) atomically; see `write_atomic`."""
     write_atomic(path, lambda file: file.write(text.encode()), durable)

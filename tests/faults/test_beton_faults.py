@@ -26,7 +26,7 @@ from dist_scan.data.beton.format import (
     HEADER,
     ROW,
     InvalidBetonError,
-    check_beton,
+    read_image_table,
     read_names,
     sidecar,
 )
@@ -97,7 +97,7 @@ def test_unreadable_images_are_left_out_and_listed_with_the_reason(tmp_path: Pat
         listed = {Path(row["name"]).name: row["reason"] for row in csv.DictReader(file)}
     assert set(listed) == set(unreadable)
     assert all(listed.values())
-    assert len(check_beton(path, verify_images=True)) == len(read_names(path)) == 7
+    assert len(read_image_table(path, verify_images=True)) == len(read_names(path)) == 7
     with pytest.raises(ConfigError, match="max_bad_share"):
         build_beton(root, tmp_path / "y.beton")
     assert not (tmp_path / "y.beton").exists()
@@ -141,7 +141,7 @@ def test_an_unfinished_header_is_refused(good: Path, tmp_path: Path) -> None:
         data[start : start + 8] = bytes(8)
 
     with pytest.raises(InvalidBetonError, match="unfinished"):
-        check_beton(changed_copy(good, tmp_path, clear_table_pointer))
+        read_image_table(changed_copy(good, tmp_path, clear_table_pointer))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_one_flipped_bit_in_the_tables_is_refused(good: Path, tmp_path: Path, of
         data[HEADER.itemsize + 3 * FIELD.itemsize + 5 * ROW.itemsize + offset] ^= 1
 
     with pytest.raises(InvalidBetonError):
-        check_beton(changed_copy(good, tmp_path, flip))
+        read_image_table(changed_copy(good, tmp_path, flip))
 
 
 def test_sidecars_of_another_build_are_refused(good: Path, tmp_path: Path) -> None:
@@ -165,16 +165,16 @@ def test_sidecars_of_another_build_are_refused(good: Path, tmp_path: Path) -> No
     for ending in ("sums.npy", "json"):
         shutil.copy(sidecar(other, ending), sidecar(path, ending))
         with pytest.raises(InvalidBetonError):
-            check_beton(path)
+            read_image_table(path)
         shutil.copy(sidecar(good, ending), sidecar(path, ending))
-    check_beton(path)
+    read_image_table(path)
     sidecar(path, "sums.npy").unlink()
     with pytest.raises(InvalidBetonError, match="missing"):
-        check_beton(path)
+        read_image_table(path)
 
 
 def test_every_damaged_image_raises_with_its_row_and_name(good: Path, tmp_path: Path) -> None:
-    images = check_beton(good)
+    images = read_image_table(good)
     rng = np.random.default_rng(0)
 
     def flip_a_bit_of_each(data: bytearray) -> None:
@@ -186,7 +186,7 @@ def test_every_damaged_image_raises_with_its_row_and_name(good: Path, tmp_path: 
         with pytest.raises(ValueError, match=rf"image {row} \({name}\)"):
             list(loader.batches(np.array([row]), 0))
     with pytest.raises(InvalidBetonError, match="image 0 "):
-        check_beton(loader.path, verify_images=True)
+        read_image_table(loader.path, verify_images=True)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def many_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
         os.symlink(files[i % 8], images / f"{i:05d}.jpeg")
     config = data_config(images, resolution=200, max_side=1024)
     out = root / "alone.beton"
-    write_beton(open_source(config.train), out, config, workers=1, show=False)
+    write_beton(open_source(config.train), out, config, workers=1, show_progress=False)
     return images, out.read_bytes()
 
 

@@ -203,7 +203,7 @@ def test_unreadable_images_are_listed_and_the_others_have_rows(prediction: Path)
     with open(prediction.with_suffix(".bad.csv"), newline="") as file:
         bad = list(csv.DictReader(file))
     assert [(int(row["row"]), row["name"]) for row in bad] == [(7, "0007.png"), (90, "0090.png")]
-    assert "zero bytes" in bad[0]["reason"]
+    assert "empty or not readable" in bad[0]["reason"]
     assert bad[1]["reason"]
 
 

@@ -45,5 +45,5 @@ def write_image_folder(root: Path, count: int = 12, kind: str = "JPEG") -> Path:
 def build_beton(source: Path | str, out: Path, **settings: Any) -> Path:
     """Build a .beton file in this process; returns ``out``."""
     config = data_config(source, **settings)
-    write_beton(open_source(config.train), out, config, 1, show=False)
+    write_beton(open_source(config.train), out, config, 1, show_progress=False)
     return out

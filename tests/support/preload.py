@@ -23,7 +23,7 @@ def compile_loader() -> None:
         beton = Path(folder) / "x.beton"
         split = SplitConfig(source="sklearn:digits", limit=8)
         config = DataConfig(train=split, stored="raw", resolution=16, size=16)
-        write_beton(open_source(config.train), beton, config, 1, show=False)
+        write_beton(open_source(config.train), beton, config, 1, show_progress=False)
         for crops in ((CropSpec("center", 16),), (CropSpec("random_resized", 16),) * 2):
             loader = BetonLoader(beton, crops, seed=0, batch_size=4, num_threads=1)
             list(loader.batches(np.arange(8), 0))

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from dist_scan.data.augment.crops import CropSpec, crop_boxes
-from dist_scan.data.beton.format import check_beton
+from dist_scan.data.beton.format import read_image_table
 from dist_scan.data.beton.loader import BetonLoader
 from dist_scan.data.encode import JPEG
 from tests.support.images import build_beton, write_image_folder
@@ -193,7 +193,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def stored_image(path: Path, row: int) -> Image.Image:
     """A stored image, decoded by Pillow."""
-    image = check_beton(path)[row]
+    image = read_image_table(path)[row]
     data = path.read_bytes()[image["start"] : image["start"] + image["size"]]
     if image["mode"] == JPEG:
         return Image.open(io.BytesIO(data))
@@ -221,7 +221,7 @@ def test_random_crops_are_close_to_those_of_pillow(photos: dict[str, Path]) -> N
     spec = CropSpec("random_resized", 224, flip=0.5)
     rows = np.arange(20)
     crops = read_views(make_loader(path, (spec,)), rows, epoch=3)[0].numpy().astype(int)
-    sizes = check_beton(path)[rows]
+    sizes = read_image_table(path)[rows]
     boxes, flips = crop_boxes(spec, sizes["height"], sizes["width"], 1, 3, rows, 0)
     differences = []
     for row, (top, left, height, width) in enumerate(boxes.tolist()):

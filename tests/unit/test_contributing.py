@@ -76,7 +76,7 @@ def test_source_reads_an_archive_and_fills_a_beton(examples: Path, tmp_path: Pat
     assert source.class_names == ["class0", "class1"]
     assert source.fingerprint() == module.ZipSource(archive).fingerprint()
     out = tmp_path / "images.beton"
-    assert write_beton(source, out, data_config(archive), show=False).num_images == 6
+    assert write_beton(source, out, data_config(archive), show_progress=False).num_images == 6
     assert read_labels(out).tolist() == [0, 0, 0, 1, 1, 1]
 
 

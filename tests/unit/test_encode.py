@@ -92,7 +92,7 @@ def test_an_animation_gives_its_first_frame() -> None:
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (b"", "zero bytes"),
+        (b"", "empty or not readable"),
         (b"hello" * 50, "cannot identify"),
         (JPG[: len(JPG) // 2], "OSError"),
         (uniform_image(np.nan, np.float32, kind="TIFF"), "NaN or Inf"),

@@ -54,7 +54,7 @@ def test_views_of_a_batch_are_random_cached_views_in_one_tensor(tmp_path: Path) 
             assert torch.equal(view, torch.from_numpy(expected).float())
         assert as_one_tensor(*batch.views) is not None
         assert not torch.equal(*batch.views)
-    second_views = feed.batches(2, first_step=1, views=(1,))
+    second_views = feed.batches(2, first_step=1, slots=(1,))
     for batch, second in zip(batches, second_views, strict=True):
         assert len(second.views) == 1
         assert torch.equal(second.views[0], batch.views[1])
@@ -75,7 +75,7 @@ def test_head_features_of_a_batch_stay_in_one_tensor(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "size, on_gpu, free_device, free_host, copies, expected",
+    "size, on_gpu, free_device, free_host, local_world_size, expected",
     [
         (40, True, 80, 500, 8, "device"),
         (40, True, 60, 900, 8, "host"),
@@ -85,10 +85,10 @@ def test_head_features_of_a_batch_stay_in_one_tensor(kind: str, tmp_path: Path) 
     ],
 )
 def test_the_fastest_memory_with_enough_room_is_chosen(
-    size: int, on_gpu: bool, free_device: int, free_host: int, copies: int, expected: str
+    size: int, on_gpu: bool, free_device: int, free_host: int, local_world_size: int, expected: str
 ) -> None:
     placement, reason = choose_placement(
-        size * GIB, on_gpu, free_device * GIB, free_host * GIB, copies
+        size * GIB, on_gpu, free_device * GIB, free_host * GIB, local_world_size
     )
     assert placement == expected
     assert "GiB" in reason

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from dist_scan.data.order import (
-    batch_per_rank,
     cached_views,
+    check_divisible,
+    clustered_order,
     epoch_order,
-    labelled_order,
     neighbour_columns,
     rank_plan,
     released_order,
     split_held_out,
-    uniform_over_labels,
+    uniform_over_clusters,
 )
 
-NUM_LABELS = 50
+NUM_CLUSTERS = 50
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -50,7 +50,7 @@ def test_order_depends_on_epoch_and_seed_only() -> None:
 def test_indivisible_batch_names_the_nearest_divisible_ones() -> None:
     message = "128 is not divisible by 3 processes; nearest that are: 126, 129"
     with pytest.raises(ValueError, match=message):
-        batch_per_rank(128, 3)
+        check_divisible(128, 3)
 
 
 def test_neighbours_are_uniform_and_include_the_row_itself_only_if_asked() -> None:
@@ -81,53 +81,53 @@ def test_held_out_rows_depend_on_seed_and_row_only() -> None:
     assert (of_more_images[: len(held_out)] == held_out).all()
 
 
-def relative_entropy(labels: np.ndarray) -> float:
-    """Entropy of the labels' frequencies, divided by log(NUM_LABELS)."""
-    p = np.bincount(labels, minlength=NUM_LABELS) / len(labels)
-    return float(-(p[p > 0] * np.log(p[p > 0])).sum() / np.log(NUM_LABELS))
+def relative_entropy(clusters: np.ndarray) -> float:
+    """Entropy of the frequencies of clusters, divided by log(NUM_CLUSTERS)."""
+    p = np.bincount(clusters, minlength=NUM_CLUSTERS) / len(clusters)
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum() / np.log(NUM_CLUSTERS))
 
 
 @pytest.fixture
-def zipf_labels() -> np.ndarray:
-    """Labels of 20,000 rows in clusters of very different sizes."""
-    weight = 1 / np.arange(1, NUM_LABELS + 1)
-    return np.random.default_rng(0).choice(NUM_LABELS, 20000, p=weight / weight.sum())
+def zipf_clusters() -> np.ndarray:
+    """Clusters, of very different sizes, of 20,000 rows."""
+    weight = 1 / np.arange(1, NUM_CLUSTERS + 1)
+    return np.random.default_rng(0).choice(NUM_CLUSTERS, 20000, p=weight / weight.sum())
 
 
-def test_uniform_sampler_balances_labels_and_released_order_does_not(
-    zipf_labels: np.ndarray,
+def test_uniform_sampler_balances_clusters_and_released_order_does_not(
+    zipf_clusters: np.ndarray,
 ) -> None:
-    rows = np.arange(len(zipf_labels))
-    uniform = uniform_over_labels(rows, zipf_labels, 1, 2)
-    released = released_order(rows, zipf_labels, 1, 2)
+    rows = np.arange(len(zipf_clusters))
+    uniform = uniform_over_clusters(rows, zipf_clusters, 1, 2)
+    released = released_order(rows, zipf_clusters, 1, 2)
     assert len(uniform) == len(released) == len(rows)
-    counts = np.bincount(zipf_labels[uniform], minlength=NUM_LABELS)
+    counts = np.bincount(zipf_clusters[uniform], minlength=NUM_CLUSTERS)
     assert counts.min() >= 350
-    assert counts.max() <= 20000 // NUM_LABELS + 1
-    assert relative_entropy(zipf_labels[uniform]) > 0.9999
-    unbalanced = relative_entropy(zipf_labels)
+    assert counts.max() <= 20000 // NUM_CLUSTERS + 1
+    assert relative_entropy(zipf_clusters[uniform]) > 0.9999
+    unbalanced = relative_entropy(zipf_clusters)
     assert unbalanced < 0.99
-    assert abs(relative_entropy(zipf_labels[released]) - unbalanced) < 0.01
+    assert abs(relative_entropy(zipf_clusters[released]) - unbalanced) < 0.01
     # The released code visits about half of the rows (49.6 % were measured).
     assert 0.4 < len(np.unique(released)) / len(rows) < 0.6
 
 
-def test_uniform_sampler_repeats_rows_of_small_clusters_only(zipf_labels: np.ndarray) -> None:
-    rows = np.arange(len(zipf_labels)) * 3 + 7
-    drawn = uniform_over_labels(rows, zipf_labels, 0, 0)
-    large = np.flatnonzero(np.bincount(zipf_labels) > 500)
+def test_uniform_sampler_repeats_rows_of_small_clusters_only(zipf_clusters: np.ndarray) -> None:
+    rows = np.arange(len(zipf_clusters)) * 3 + 7
+    drawn = uniform_over_clusters(rows, zipf_clusters, 0, 0)
+    large = np.flatnonzero(np.bincount(zipf_clusters) > 500)
     times = np.bincount((drawn - 7) // 3, minlength=len(rows))
-    assert times[np.isin(zipf_labels, large)].max() == 1
+    assert times[np.isin(zipf_clusters, large)].max() == 1
     assert times.max() > 1
-    assert (drawn == uniform_over_labels(rows, zipf_labels, 0, 0)).all()
-    assert (drawn != uniform_over_labels(rows, zipf_labels, 0, 1)).mean() > 0.9
+    assert (drawn == uniform_over_clusters(rows, zipf_clusters, 0, 0)).all()
+    assert (drawn != uniform_over_clusters(rows, zipf_clusters, 0, 1)).mean() > 0.9
 
 
-@pytest.mark.parametrize("sampler", [uniform_over_labels, released_order, labelled_order])
-def test_rows_without_a_label_are_never_drawn(sampler: Callable[..., np.ndarray]) -> None:
-    labels = np.repeat([0, 1, -1, 3], 25)
-    drawn = sampler(np.arange(100), labels, 0, 0)
+@pytest.mark.parametrize("sampler", [uniform_over_clusters, released_order, clustered_order])
+def test_rows_without_a_cluster_are_never_drawn(sampler: Callable[..., np.ndarray]) -> None:
+    clusters = np.repeat([0, 1, -1, 3], 25)
+    drawn = sampler(np.arange(100), clusters, 0, 0)
     assert len(drawn) == 100
-    assert not np.isin(drawn, np.flatnonzero(labels < 0)).any()
-    with pytest.raises(ValueError, match="none of the 4 rows has a pseudo-label"):
+    assert not np.isin(drawn, np.flatnonzero(clusters < 0)).any()
+    with pytest.raises(ValueError, match="none of the 4 rows has a cluster"):
         sampler(np.arange(4), np.full(4, -1), 0, 0)

@@ -104,7 +104,8 @@ def test_a_large_view_does_not_depend_on_the_batch_or_the_threads(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, spec in RECIPES.items() if spec.jitter or spec.special != "none"]
+    "name",
+    [name for name, spec in RECIPES.items() if spec.jitter or spec.first_augmentation != "none"],
 )
 def test_a_view_depends_on_seed_epoch_view_and_row(name: str) -> None:
     recipe, images = make_recipe(name), photographs(32, 60)

@@ -111,23 +111,29 @@ def jitter_fused(x: Tensor, draws: np.ndarray, strength: Strength) -> Tensor:
     The order is fixed, hue is a rotation in YIQ, and nothing is clipped between the operations: the
     mean difference from `jitter` is 0.03 with hue and 0.003 without. draws: [B, 8].
     """
-    light, con, sat = (1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate(strength[:3]))
+    factors = (1 + amount * (2 * draws[:, i] - 1) for i, amount in enumerate(strength[:3]))
+    brightness_factor, contrast_factor, saturation_factor = factors
 
     # Hue: a rotation in the plane of I and Q; the sign makes red turn to yellow
     angle = -2 * np.pi * strength[3] * (2 * draws[:, 3] - 1)
     to_yiq = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-    turn = np.zeros((len(draws), 3, 3))
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1] = turn[:, 2, 2] = np.cos(angle)
-    turn[:, 2, 1] = np.sin(angle)
-    turn[:, 1, 2] = -turn[:, 2, 1]
+    hue_rotation = np.zeros((len(draws), 3, 3))
+    hue_rotation[:, 0, 0] = 1
+    hue_rotation[:, 1, 1] = hue_rotation[:, 2, 2] = np.cos(angle)
+    hue_rotation[:, 2, 1] = np.sin(angle)
+    hue_rotation[:, 1, 2] = -hue_rotation[:, 2, 1]
 
     # Saturation, then hue, then contrast and brightness
     luma = np.tile(np.array(LUMA), (3, 1))
-    saturate = sat[:, None, None] * np.eye(3) + (1 - sat)[:, None, None] * luma
-    colour = np.linalg.inv(to_yiq) @ turn @ to_yiq @ saturate
-    matrix = torch.as_tensor(colour * (light * con)[:, None, None], dtype=x.dtype, device=x.device)
-    offset = per_image(light * (1 - con), x) * image_mean(luminance(x))
+    factor = saturation_factor[:, None, None]
+    saturate = factor * np.eye(3) + (1 - factor) * luma
+    colour = np.linalg.inv(to_yiq) @ hue_rotation @ to_yiq @ saturate
+    matrix = torch.as_tensor(
+        colour * (brightness_factor * contrast_factor)[:, None, None],
+        dtype=x.dtype,
+        device=x.device,
+    )
+    offset = per_image(brightness_factor * (1 - contrast_factor), x) * image_mean(luminance(x))
     return (torch.einsum("bij,bjhw->bihw", matrix, x) + offset).clamp_(0, 1)
 
 

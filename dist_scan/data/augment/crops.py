@@ -12,7 +12,7 @@ import numpy as np
 
 from dist_scan.data.hashing import uniform_draws
 
-CROP = 201  # stream of the hash
+CROP = 201  # stream of random numbers, see data/hashing.py
 TRIES = 10  # of a random resized crop, as in torchvision
 
 

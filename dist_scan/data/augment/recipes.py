@@ -25,7 +25,7 @@ from dist_scan.data.augment.crops import CropSpec
 from dist_scan.data.augment.randaugment import randaugment
 from dist_scan.data.hashing import uniform_draws
 
-COLOUR = 301  # stream of the hash
+COLOUR = 301  # stream of random numbers, see data/hashing.py
 NUM_DRAWS = 24
 Draws = np.ndarray
 """[B, NUM_DRAWS] in [0, 1). Columns: 0-7 RandAugment, digits or rotation; 8 whether to jitter the
@@ -45,7 +45,8 @@ class RecipeSpec:
     jitter_p: float = 0.8
     grey_p: float = 0.0
     blur_p: float = 0.0
-    special: Literal["none", "randaugment", "digits"] = "none"
+    first_augmentation: Literal["none", "randaugment", "digits"] = "none"
+    """Before the colours. digits: a random affine map and contrast."""
     cutout_p: float = 0.0
     crop_fractions: tuple[float, ...] = ()
     """Side of the crop as a fraction of the image's shorter side; one of these is drawn."""
@@ -58,14 +59,14 @@ STANDARD = RecipeSpec("random_resized", (0.08, 1.0), flip=0.5)
 SIMCLR = RecipeSpec("random_resized", flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey_p=0.2)
 MMDC_CENTER = RecipeSpec("center", crop_fractions=(20 / 32,), normalise=False)
 MMDC_MNIST_SIDES = (24 / 28, 20 / 28, 16 / 28)
-DIGITS = RecipeSpec("center", special="digits", cutout_p=0.5)
+DIGITS = RecipeSpec("center", first_augmentation="digits", cutout_p=0.5)
 RECIPES: dict[str, RecipeSpec] = {
     "center": RecipeSpec("center"),
     "whole": RecipeSpec("center", crop_fractions=(1.0,)),
     "crop": RecipeSpec("random", flip=0.5),
     "standard": STANDARD,
     "simclr": SIMCLR,
-    "randaugment": RecipeSpec("random", flip=0.5, special="randaugment", cutout_p=1.0),
+    "randaugment": RecipeSpec("random", flip=0.5, first_augmentation="randaugment", cutout_p=1.0),
     "moco_v1": replace(SIMCLR, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0),
     "moco_v2": replace(SIMCLR, blur_p=0.5),
     "moco_cifar": replace(SIMCLR, scale=(0.08, 1.0)),
@@ -151,7 +152,7 @@ class RecipeConfig(StrictModel):
             "share": bool(spec.crop_fractions),
             "degrees": spec.degrees > 0,
             "strength": spec.jitter is not None,
-            "cutout": spec.special == "randaugment",
+            "cutout": spec.first_augmentation == "randaugment",
             "colour": spec.jitter is not None,
         }
         for setting, has_effect in effects.items():
@@ -193,37 +194,31 @@ class Recipe:
                 f"{list(images.shape)} and {len(index)} rows"
             )
         draws = uniform_draws(seed, epoch, index, view, NUM_DRAWS, COLOUR)
-        x = self._special(images.permute(0, 3, 1, 2).contiguous().float(), draws).div_(255)
+        x = self._augment_first(images.permute(0, 3, 1, 2).contiguous().float(), draws).div_(255)
         x = self._colour(x, draws)
         if self.spec.normalise:
             x = x.sub_(self.mean.to(x.device)).div_(self.std.to(x.device))
         return self._cutout(x, draws)
 
-    def _special(self, x: Tensor, draws: Draws) -> Tensor:
-        """RandAugment, the affine map and contrast of digits, or a rotation; x in 0..255."""
-        if self.spec.special == "randaugment":
+    def _augment_first(self, x: Tensor, draws: Draws) -> Tensor:
+        """The first augmentation, or without one the rotation; x in 0..255."""
+        if self.spec.first_augmentation == "randaugment":
             return randaugment(x, draws[:, :8])
-        if self.spec.special == "digits":
-            x = warp.digits_affine(x, draws[:, :6])
-            mean = colour.image_mean(x)
-            contrast = colour.per_image(0.5 + draws[:, 6], x)
-            return (mean + (x - mean) * contrast).clamp_(0, 255)
+        if self.spec.first_augmentation == "digits":
+            return _augment_digits(x, draws)
         if self.spec.degrees:
-            angles = self.spec.degrees * (2 * draws[:, 0] - 1)
-            return warp.warp_bilinear(x, warp.rotation(angles))
+            return _rotate(x, draws, self.spec.degrees)
         return x
 
     def _colour(self, x: Tensor, draws: Draws) -> Tensor:
         """Colour jitter, greyscale and blur, each of some images; x in 0..1."""
         spec = self.spec
-        # Colour jitter
         if spec.jitter is not None:
             rows = np.flatnonzero(draws[:, 8] < spec.jitter_p)
             jitter = colour.jitter_fused if self.fused else colour.jitter
             selected = torch.from_numpy(rows).to(x.device)
             if len(rows):
                 x[selected] = jitter(x[selected], draws[rows, 9:17], spec.jitter)
-        # Greyscale, then blur
         if spec.grey_p:
             x = colour.random_greyscale(x, draws[:, 17], spec.grey_p)
         if spec.blur_p:
@@ -235,7 +230,7 @@ class Recipe:
         if not self.spec.cutout_p or not self.max_cutout:
             return x
         size = x.shape[2]
-        if self.spec.special == "digits":
+        if self.spec.first_augmentation == "digits":
             # Side uniform between 1/8 and 1/2 of the image
             side = 2 * np.rint(size * (1 / 8 + 3 / 8 * draws[:, 20]) / 2).astype(np.int64)
         else:
@@ -244,6 +239,20 @@ class Recipe:
         side = np.where(draws[:, 21] < self.spec.cutout_p, side, 0)
         row, column = np.floor(draws[:, 22:24].T * size).astype(np.int64)
         return colour.cutout(x, side, row, column)
+
+
+def _augment_digits(x: Tensor, draws: Draws) -> Tensor:
+    """Random affine map, then contrast with a factor of 0.5 to 1.5; x in 0..255."""
+    x = warp.digits_affine(x, draws[:, :6])
+    mean = colour.image_mean(x)
+    contrast = colour.per_image(0.5 + draws[:, 6], x)
+    return (mean + (x - mean) * contrast).clamp_(0, 255)
+
+
+def _rotate(x: Tensor, draws: Draws, degrees: float) -> Tensor:
+    """Rotate about the centre by an angle uniform in [-degrees, degrees)."""
+    angles = degrees * (2 * draws[:, 0] - 1)
+    return warp.warp_bilinear(x, warp.rotation(angles))
 
 
 def build_recipe(

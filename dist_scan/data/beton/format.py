@@ -143,8 +143,8 @@ def write_file(path: Path, before: bytes, after: bytes, images: Iterator[bytes])
     write_atomic(path, write)
 
 
-def check_beton(path: str | Path, verify_images: bool = False) -> np.ndarray:
-    """[N] STORED_IMAGE: the images of a file, after its tables are verified.
+def read_image_table(path: str | Path, verify_images: bool = False) -> np.ndarray:
+    """Read and verify a file's tables; returns [N] STORED_IMAGE. Call it before native code reads.
 
     verify_images: also read every image and verify its checksum.
     Raises InvalidBetonError if the file is unfinished, truncated, inconsistent, damaged or not of
@@ -176,7 +176,7 @@ def check_beton(path: str | Path, verify_images: bool = False) -> np.ndarray:
         if found != before or file.read() != after:
             raise InvalidBetonError(path, "its tables are not consistent")
     # And those that were written at the build
-    images["checksum"] = _read_checksums(path, before + after, num_images)
+    images["checksum"] = _verified_checksums(path, before + after, num_images)
     if verify_images:
         data = np.memmap(path, np.uint8, "r")
         for i, image in enumerate(images):
@@ -215,29 +215,29 @@ def _check_sizes(path: Path, images: np.ndarray) -> None:
         raise InvalidBetonError(path, "has an image whose size does not fit its bytes")
 
 
-def _read_checksums(path: Path, tables: bytes, num_images: int) -> np.ndarray:
-    """The images' checksums [N], if they and the tables are those that were written.
+def _verified_checksums(path: Path, tables: bytes, num_images: int) -> np.ndarray:
+    """The images' checksums [N], after these and the tables' own checksum are verified.
 
     This finds a flipped label or width, and sidecar files of another build.
     """
     metadata = read_metadata(path)
     file = sidecar(path, "sums.npy")
     try:
-        sums = np.load(file)
+        checksums = np.load(file)
     except (OSError, ValueError, EOFError):
         raise InvalidBetonError(path, f"{file.name} beside it is missing or damaged") from None
     if metadata.get("tables") != checksum(tables):
         raise InvalidBetonError(
             path, "its tables have changed on disk, or the files beside it are of another build"
         )
-    if len(sums) != num_images or metadata.get("sums") != checksum(sums.tobytes()):
+    if len(checksums) != num_images or metadata.get("sums") != checksum(checksums.tobytes()):
         raise InvalidBetonError(path, f"{file.name} beside it is damaged or of another build")
-    return sums
+    return checksums
 
 
 def read_labels(path: str | Path) -> np.ndarray:
     """[N] int64 class of each image; -1 if unknown."""
-    return check_beton(path)["label"]
+    return read_image_table(path)["label"]
 
 
 def read_names(path: str | Path) -> list[str]:
@@ -256,7 +256,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def write_sidecars(
-    path: Path, names: list[str], sums: np.ndarray, metadata: dict[str, Any]
+    path: Path, names: list[str], checksums: np.ndarray, metadata: dict[str, Any]
 ) -> None:
     """Write the files beside a .beton. The .beton is written last: then everything is complete."""
     import pyarrow as pa
@@ -264,5 +264,5 @@ def write_sidecars(
 
     table = pa.table({"name": pa.array(names, pa.string())})
     write_atomic(sidecar(path, "names.parquet"), lambda file: pq.write_table(table, file))
-    write_npy(sidecar(path, "sums.npy"), sums)
+    write_npy(sidecar(path, "sums.npy"), checksums)
     write_json(sidecar(path, "json"), metadata)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dist_scan.data.augment.crops import CropSpec, crop_boxes
-from dist_scan.data.beton.format import InvalidBetonError, check_beton, read_names
+from dist_scan.data.beton.format import InvalidBetonError, read_image_table, read_names
 from dist_scan.data.encode import JPEG
 from dist_scan.data.order import check_rows
 
 PREFETCH = 3  # batches that are decoded while one is in use
 
-Views = tuple[Tensor, ...]
+Crops = tuple[Tensor, ...]
 """One uint8 tensor [b, S_v, S_v, 3] per view."""
 
 
@@ -28,14 +28,14 @@ class _Pending(NamedTuple):
     """A batch that is being decoded."""
 
     rows: np.ndarray
-    views: Views
+    crops: Crops
     parts: list[Future]
 
-    def wait(self) -> tuple[np.ndarray, Views]:
-        """(rows, views) when all parts are decoded; raises the error of a part."""
+    def wait(self) -> tuple[np.ndarray, Crops]:
+        """(rows, crops) when all parts are decoded; raises the error of a part."""
         for part in self.parts:
             part.result()
-        return self.rows, self.views
+        return self.rows, self.crops
 
 
 class BetonLoader:
@@ -48,7 +48,7 @@ class BetonLoader:
     def __init__(
         self,
         path: str | Path,
-        views: tuple[CropSpec, ...],
+        crop_specs: tuple[CropSpec, ...],
         *,
         seed: int,
         batch_size: int,
@@ -58,11 +58,11 @@ class BetonLoader:
         from dist_scan.data.beton.crop_kernel import PROBLEMS, crop_views
 
         self.path = Path(path)
-        self.views = views
+        self.crop_specs = crop_specs
         self.seed = seed
         self.batch_size = batch_size
         self.num_threads = num_threads
-        self.images = check_beton(self.path)
+        self.images = read_image_table(self.path)
         self.num_images = len(self.images)
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  open as long as the loader
         self._crop_views = crop_views
@@ -74,12 +74,12 @@ class BetonLoader:
         self._decoded_bytes = 3 * int((jpegs["height"] * jpegs["width"]).max(initial=1))
 
     def batches(
-        self, rows: np.ndarray, epoch: int, views: tuple[int, ...] | None = None
-    ) -> Iterator[tuple[np.ndarray, Views]]:
-        """(rows [b], views) of the dataset rows [n] in order; the last batch may be smaller.
+        self, rows: np.ndarray, epoch: int, view_numbers: tuple[int, ...] | None = None
+    ) -> Iterator[tuple[np.ndarray, Crops]]:
+        """(rows [b], crops) of the dataset rows [n] in order; the last batch may be smaller.
 
-        views: which of the loader's views, by number, in any order and also repeated; None: all.
-        Randomness depends on a view's position here, not on its number.
+        view_numbers: positions in `crop_specs`, in any order and also repeated; None: all.
+        Randomness depends on a view's position in `view_numbers`, not on its number.
 
         The tensors belong to the caller. Threads end when the iterator is closed. Raises ValueError
         for rows out of range (before anything is read), and InvalidBetonError with the name of an
@@ -87,12 +87,14 @@ class BetonLoader:
         """
         rows = np.asarray(rows, np.int64).reshape(-1)
         check_rows(rows, self.num_images, self.path)
-        specs = self.views if views is None else tuple(self.views[v] for v in views)
+        specs = self.crop_specs
+        if view_numbers is not None:
+            specs = tuple(self.crop_specs[v] for v in view_numbers)
         return self._batches(rows, epoch, specs)
 
     def _batches(
         self, rows: np.ndarray, epoch: int, specs: tuple[CropSpec, ...]
-    ) -> Iterator[tuple[np.ndarray, Views]]:
+    ) -> Iterator[tuple[np.ndarray, Crops]]:
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="beton")
         pending: deque[_Pending] = deque()
         try:

@@ -45,8 +45,8 @@ class BetonReport(NamedTuple):
     """Result of a build."""
 
     num_images: int
-    num_bad: int
-    bad_path: Path
+    num_unreadable: int
+    unreadable_list: Path
 
 
 def storage_fingerprint(source: str, config: DataConfig) -> str:
@@ -55,7 +55,7 @@ def storage_fingerprint(source: str, config: DataConfig) -> str:
 
 
 def write_beton(
-    source: Source, out: Path, config: DataConfig, workers: int = 1, show: bool = True
+    source: Source, out: Path, config: DataConfig, workers: int = 1, show_progress: bool = True
 ) -> BetonReport:
     """Build `out`; the bytes are the same for any number of worker processes (0: one per core).
 
@@ -67,7 +67,7 @@ def write_beton(
     build.open_parts(storage_fingerprint(source_fingerprint, config))
     missing = build.missing_chunks()
     done = len(source) - sum(len(build.rows(chunk)) for chunk in missing)
-    with Progress(out.name, len(source), "images", done=done, enabled=show) as progress:
+    with Progress(out.name, len(source), "images", done=done, enabled=show_progress) as progress:
         for count in _encode_chunks(build, missing, workers or available_cores()):
             progress.advance(count)
     report = _assemble(build, source_fingerprint, out)
@@ -83,13 +83,13 @@ class _Build:
     config: DataConfig
     parts: Path
 
-    def open_parts(self, content: str) -> None:
+    def open_parts(self, build_fingerprint: str) -> None:
         """Empty the folder unless its chunks have this fingerprint."""
         file = self.parts / "fingerprint"
-        if not file.is_file() or file.read_text() != content:
+        if not file.is_file() or file.read_text() != build_fingerprint:
             shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True)
-            write_text(file, content)
+            write_text(file, build_fingerprint)
 
     def chunks(self) -> range:
         return range(-(-len(self.source) // CHUNK))
@@ -143,11 +143,7 @@ class _Build:
         return len(rows)
 
     def _encode(self, data: bytes) -> EncodedImage:
-        """See encode.
-
-        A JPEG that is passed through must decode without a warning: here it can still be encoded
-        again, in training it could not.
-        """
+        """`encode`, but a JPEG that the loader cannot decode without a warning is encoded again."""
         image = encode(data, self.config)
         is_original = self.config.stored == "original" and image.data is data
         if is_original and not can_decode(image.data, image.height, image.width):
@@ -179,8 +175,8 @@ def _encode_chunks(build: _Build, missing: list[int], workers: int) -> Iterator[
         except BrokenProcessPool:
             raise ValueError(
                 "a process that encodes images was killed (out of memory?); the same command "
-                f"resumes from the finished chunks, and needs less memory with fewer workers than "
-                f"{workers}"
+                "resumes from the finished chunks. It needs less memory with fewer processes than "
+                f"{workers}: lower --workers, or in a run runtime.loader_threads"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -219,17 +215,17 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
     merged = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     names = merged["names"].tolist()
     unreadable = merged["bad"].tolist()
-    sums = merged["images"]["checksum"]
+    checksums = merged["images"]["checksum"]
     # List the unreadable images, and stop if they are too many
-    bad_path = sidecar(out, "bad.csv")
-    _write_csv(bad_path, [["row", "name", "reason"], *unreadable])
+    unreadable_list = sidecar(out, "bad.csv")
+    _write_csv(unreadable_list, [["row", "name", "reason"], *unreadable])
     fraction = len(unreadable) / len(build.source)
     if fraction > config.max_bad_share or not names:
         first = "; ".join(f"{name}: {reason}" for _, name, reason in unreadable[:3])
         raise ConfigError(
             f"{len(unreadable)} of {len(build.source)} images ({fraction:.1%}) cannot be read, "
             f"more than data.max_bad_share = {config.max_bad_share:g} allows: {first}. "
-            f"All are listed in {bad_path}; repair the source, or raise data.max_bad_share"
+            f"All are listed in {unreadable_list}; repair the source, or raise data.max_bad_share"
         )
     # Write the metadata, then the file
     before, after = build_tables(merged["images"])
@@ -244,13 +240,13 @@ def _assemble(build: _Build, source_fingerprint: str, out: Path) -> BetonReport:
         "max_side": config.max_side,
         "quality": config.quality,
         "tables": checksum(before + after),
-        "sums": checksum(sums.tobytes()),
+        "sums": checksum(checksums.tobytes()),
     }
-    write_sidecars(out, names, sums, metadata)
+    write_sidecars(out, names, checksums, metadata)
     write_file(
         out, before, after, _read_images(build, [chunk["images"]["size"] for chunk in chunks])
     )
-    return BetonReport(len(names), len(unreadable), bad_path)
+    return BetonReport(len(names), len(unreadable), unreadable_list)
 
 
 def _read_images(build: _Build, sizes: list[np.ndarray]) -> Iterator[bytes]:

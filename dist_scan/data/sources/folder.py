@@ -26,7 +26,7 @@ class FolderSource(Source):
         folders = sorted({_top(name) for name, _ in self.files if "/" in name})
         if classes is not None:
             folders = self._select(classes, folders)
-        # Images beside the folders: the folders are no classes
+        # If images lie beside the folders, the folders are not classes
         if any("/" not in name for name, _ in self.files):
             folders = []
         self.class_names = folders or None
@@ -40,7 +40,8 @@ class FolderSource(Source):
         if missing:
             raise ConfigError(
                 f"source '{self.root}': no folder for class '{missing[0]}' "
-                f"({len(missing)} of {len(classes)} are missing)"
+                f"({len(missing)} of {len(classes)} are missing); "
+                "correct the list of classes, or the folder"
             )
         wanted = set(classes)
         self.files = [(name, size) for name, size in self.files if _top(name) in wanted]

@@ -25,10 +25,15 @@ DIGITS = "sklearn:digits"
 def open_source(split: SplitConfig) -> Source:
     """The source of a split. Raises ConfigError if it is missing, empty or of another format."""
     kind, files = _find_files(split)
-    if kind == "unknown" or split.format not in ("auto", kind):
+    if kind == "unknown":
         raise ConfigError(
-            f"source '{split.source}': format '{split.format}' does not fit; "
+            f"source '{split.source}': '{files[0].suffix}' is not the ending of a known format; "
             f"allowed: a folder of images, *.parquet, *.tar, or {DIGITS}"
+        )
+    if split.format not in ("auto", kind):
+        raise ConfigError(
+            f"source '{split.source}': format '{split.format}' is wrong, its format is '{kind}'; "
+            "remove the setting, or give another source"
         )
     source = _make_source(kind, files, split.classes)
     if split.classes is not None and kind != "folder":

@@ -13,6 +13,7 @@ import numpy as np
 
 from dist_scan.config.base import ConfigError
 from dist_scan.data.sources.base import IMAGE_ENDINGS, Sample, Source
+from dist_scan.storage.atomic import error_reason
 
 LABEL_ENDINGS = ("cls", "json")
 
@@ -29,7 +30,7 @@ class _Member(NamedTuple):
 class TarSource(Source):
     """webdataset shards: members KEY.jpg (or .png ...) with an optional label beside them.
 
-    The label is the number in KEY.cls, or `label` in the JSON object KEY.json.
+    The label is the number in KEY.cls, or `label` or `cls` in the JSON object KEY.json.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -41,7 +42,9 @@ class TarSource(Source):
                 with tarfile.open(file) as tar:
                     self._add_members(tar, number)
             except (tarfile.TarError, OSError, EOFError) as error:
-                raise ConfigError(f"source '{file}' is not a readable tar file: {error}") from None
+                raise ConfigError(
+                    f"source '{file}' is not a readable tar file: {error_reason(error)}"
+                ) from None
         self.rows = np.arange(len(self.members))
 
     def _add_members(self, tar: tarfile.TarFile, number: int) -> None:
@@ -67,9 +70,9 @@ class TarSource(Source):
         if ignored:
             more = ", ..." if len(ignored) > 3 else ""
             warnings.warn(
-                f"source '{self.files[number]}': {len(ignored)} more images of samples that have "
-                f"one, or with dots in their names, are ignored ({', '.join(ignored[:3])}{more}); "
-                "a sample is KEY.jpg, and KEY has no dot",
+                f"source '{self.files[number]}': {len(ignored)} images are ignored "
+                f"({', '.join(ignored[:3])}{more}): second images of a sample, or names with a "
+                "dot in KEY; a sample is one image KEY.jpg, and KEY has no dot",
                 stacklevel=2,
             )
         self.members += images.values()
