@@ -34,7 +34,7 @@ from dist_scan.engine.optimizer import (
 from dist_scan.engine.precision import Precision, autocast, in_precision, seed_step
 from dist_scan.engine.stop import NonRetryableError, StopFlag
 from dist_scan.engine.train_state import Checkpointer, TrainState
-from dist_scan.methods.base import Embed, Method, Step
+from dist_scan.methods.base import Embed, Method, StepResult
 from dist_scan.models.batch_norm import sync_running_stats
 from dist_scan.monitoring.bottleneck import TrainingSetup
 from dist_scan.monitoring.log import StageLog
@@ -188,6 +188,7 @@ class Trainer:
             state.epoch_begun = True
             if reinitialised:
                 self._save()
+        self.method.load_targets()
         self.epoch_rows = self.method.epoch_rows(state.epoch, self.job.feed.rows)
         self.method.train()
         if not self.is_ddp_warm:
@@ -262,12 +263,12 @@ class Trainer:
             self.metrics_log.write_row(state.step, {**agreed.metrics, "lr": lr, **counts})
         return agreed
 
-    def _forward(self, batch: Batch) -> Step:
+    def _forward(self, batch: Batch) -> StepResult:
         precision = self.job.settings.precision
         with autocast(precision, current().device):
             return self.network(replace(batch, views=in_precision(precision, batch.views)))
 
-    def _all_reduce(self, step: Step) -> AgreedStep:
+    def _all_reduce(self, step: StepResult) -> AgreedStep:
         """Combine the ranks' results in one message, so that all ranks do the same at each step."""
         loss = step.loss.detach()
         gradients = []
@@ -287,7 +288,7 @@ class Trainer:
             save_due=due_ranks > 0,
         )
 
-    def _count_non_finite(self, batch: Batch, step: Step) -> None:
+    def _count_non_finite(self, batch: Batch, step: StepResult) -> None:
         """Count a skipped update. Raises DivergedError after too many in a row. Collective then."""
         self.state.non_finite += 1
         self.state.non_finite_in_a_row += 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import at_least_fp32
-from dist_scan.methods.base import Method, MethodConfig, MethodInputs, Step
+from dist_scan.methods.base import Method, MethodConfig, MethodInputs, StepResult
 from dist_scan.storage.tensors import save_tensors
 
 OUTPUT = "features"
@@ -92,7 +92,7 @@ class LayerProbes(Method):
             logits.append(head(features.to(head.weight.dtype)))
         return logits
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         labels = self.labels[batch.index].to(batch.views[0].device)
         losses = []
         metrics = {}
@@ -100,7 +100,7 @@ class LayerProbes(Method):
             losses.append(F.cross_entropy(at_least_fp32(logits), labels))
             metrics[f"accuracy_{name}"] = (logits.argmax(1) == labels).double().mean()
         # No parameter is shared, so the sum trains every probe as if it were alone.
-        return Step(torch.stack(losses).sum(), metrics)
+        return StepResult(torch.stack(losses).sum(), metrics)
 
     def publish(self, out: Path) -> None:
         """Write the classifiers into probes.safetensors."""

@@ -1,4 +1,4 @@
-"""Parts that methods share which cluster the training images and learn from the assignment."""
+"""Shared parts of the methods that cluster the training images and learn from the assignment."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class AssignmentHistory(MemoryBank):
 
 
 class ClusteringMethod(NetworkMethod):
-    """Trains a network on assignments of all images, which a memory bank remembers.
+    """Trains a network on assignments of all images, which are kept in a memory bank.
 
     A run that resumes inside an epoch therefore need not cluster again.
     """
 
-    statistics: ClassVar[tuple[str, ...]]
+    statistic_names: ClassVar[tuple[str, ...]]
     """Names of the values in the buffer ``last_statistics``, which are logged."""
     last_statistics: Tensor
 
@@ -68,26 +68,25 @@ class ClusteringMethod(NetworkMethod):
         self.memory_banks["assignment"] = self.assignment
         self.history: AssignmentHistory | None = None
         self.register_buffer(
-            "last_statistics", torch.full((len(self.statistics),), torch.nan).double()
+            "last_statistics", torch.full((len(self.statistic_names),), torch.nan).double()
         )
-        # Targets of all images, on every rank; read from the bank before each epoch.
+        # Targets of all images, on every rank; `load_targets` reads them from the bank.
         self.targets = torch.full((inputs.num_images, *shape), -1)
 
     def track_history(self, every: int = 1) -> None:
-        """Remember every clustering, to publish them."""
+        """Keep every clustering in a memory bank, to publish them."""
         self.history = AssignmentHistory(self.inputs.num_images, self.inputs.epochs, every)
         self.memory_banks["history"] = self.history
 
-    def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray | None:
+    def load_targets(self) -> None:
         self.targets = self.assignment.whole().long()
-        return None
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        values = zip(self.statistics, self.last_statistics.tolist())
+        values = zip(self.statistic_names, self.last_statistics.tolist())
         return {name: value for name, value in values if not np.isnan(value)}
 
     def prepare_publish(self) -> None:
-        self.targets = self.assignment.whole().long()
+        self.load_targets()
         if self.history is not None:
             self.history.gather()
 

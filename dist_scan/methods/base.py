@@ -52,8 +52,8 @@ class NetworkConfig(MethodConfig):
         check_groups(self.bn_groups, world_size, global_batch)
 
 
-class Step(NamedTuple):
-    """Result of ``Method.forward``."""
+class StepResult(NamedTuple):
+    """What ``Method.forward`` returns for one optimizer step."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ class Step(NamedTuple):
     for_end_step: dict[str, Tensor] = {}
     """Detached tensors that ``end_step`` needs, such as keys to enqueue."""
     skip: bool = False
-    """True (on all ranks alike): make no update. Skipped steps are counted."""
+    """Make no update in this step. Equal on all ranks; skipped steps are counted."""
 
 
 class ParameterGroup(NamedTuple):
@@ -144,7 +144,8 @@ class Method(nn.Module, Kind, ABC):
 
     config: MethodConfig
     memory_banks: dict[str, MemoryBank]
-    """Memory banks by name. A checkpoint stores their shards; the number of ranks may change."""
+    """Memory banks by name, for checkpoints. The constructor of a method with a bank registers it:
+    ``self.memory_banks[name] = bank``. The number of ranks may change between save and load."""
 
     def __init__(self, config: MethodConfig, inputs: MethodInputs) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class Method(nn.Module, Kind, ABC):
         return None
 
     @abstractmethod
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         """Loss of this rank's part of the batch.
 
         Whatever concerns the global batch (entropy, negatives, counts) uses collectives. The mean
@@ -181,15 +182,21 @@ class Method(nn.Module, Kind, ABC):
         """
         return ()
 
-    def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray | None:
-        """Image rows [n] that the epoch visits, in order, chosen from ``rows`` [n]. Collective.
+    def load_targets(self) -> None:
+        """Read what ``forward`` needs from memory banks. Collective.
 
-        None: every row once, shuffled. Called after ``begin_epoch`` and again after a resume, so it
-        must depend on saved state only, and be equal on all ranks.
+        Called after ``begin_epoch``, and also when a run resumes inside an epoch.
+        """
+
+    def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray | None:
+        """Image rows [n] that the epoch visits, in order, out of ``rows`` [n]. Collective.
+
+        None: every row once, shuffled. Called after ``load_targets``; must depend on saved state
+        only, and be equal on all ranks.
         """
         return None
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         """Update moving averages, queues and memory banks after the optimizer's update.
 
         Called without gradients, as ``end_epoch`` is.

@@ -34,7 +34,7 @@ from dist_scan.methods.base import (
     MethodInputs,
     NetworkConfig,
     ParameterGroup,
-    Step,
+    StepResult,
 )
 from dist_scan.search.agreement import assignment_nmi
 from dist_scan.search.kmeans import kmeans
@@ -55,8 +55,9 @@ class DeepClusterConfig(NetworkConfig):
 
     kind: Literal["deepcluster"] = "deepcluster"
     num_clusters: int = Field(default=10_000, ge=2)
-    """Number of clusters of k-means. pic finds its own number: then the size of the top layer, and
-    images of the smallest clusters beyond it are left out for an epoch and counted."""
+    """kmeans: number of clusters. pic finds its own number of clusters; this is then the number of
+    outputs of the top layer, and images of the smallest clusters beyond it are left out for an
+    epoch and counted."""
     clustering: Literal["kmeans", "pic"] = "kmeans"
     """pic: power iteration clustering."""
     whiten_dim: int | None = Field(default=256, ge=1)
@@ -93,12 +94,12 @@ class Clustering(NamedTuple):
 
 
 class DeepClusterMethod(ClusteringMethod):
-    """Classifies the clusters by a top layer, of which only the first ``used`` rows take part."""
+    """Classifies the clusters by a top layer; ``used``: number of clusters, and of rows in use."""
 
     Config = DeepClusterConfig
     recipes = ("deepcluster",)
     publishes = ("backbone", "clusters")
-    statistics = (
+    statistic_names = (
         "clusters",
         "empty_clusters",
         "split_clusters",
@@ -137,9 +138,11 @@ class DeepClusterMethod(ClusteringMethod):
         # Cluster the features of all images (Eq. 2).
         previous = self.assignment.whole().numpy()
         assignment, statistics = self._cluster(embed(self.backbone), epoch)
-        # Compare with the clustering before (Eq. 3).
+        # Compare with the previous clustering (Eq. 3).
         statistics["nmi_previous"] = assignment_nmi(previous, assignment) if epoch else np.nan
-        self.last_statistics.copy_(torch.tensor([statistics[name] for name in self.statistics]))
+        self.last_statistics.copy_(
+            torch.tensor([statistics[name] for name in self.statistic_names])
+        )
         # Make the clusters the targets.
         self.used.fill_(int(assignment.max()) + 1)
         self.assignment.fill(torch.from_numpy(assignment))
@@ -154,7 +157,6 @@ class DeepClusterMethod(ClusteringMethod):
         return list(self.top.parameters())
 
     def epoch_rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        super().epoch_rows(epoch, rows)
         sample = SAMPLERS[self.config.sampler]
         return sample(rows, self.targets.numpy()[rows], self.inputs.seed, epoch)
 
@@ -182,9 +184,7 @@ class DeepClusterMethod(ClusteringMethod):
             ),
             stop_requested=self.inputs.stop_requested,
         )
-        return renumber_clusters(
-            result.assignment, config.num_clusters, config.num_clusters, result.num_splits
-        )
+        return self._use_largest(result.assignment, config.num_clusters, result.num_splits)
 
     def _power_iteration(self, table: FeatureTable, folder: Path) -> Clustering:
         """Power iteration clustering of the graph of nearest neighbours."""
@@ -205,21 +205,39 @@ class DeepClusterMethod(ClusteringMethod):
             teleport=config.pic_teleport,
             stop_requested=self.inputs.stop_requested,
         )
-        return renumber_clusters(result.assignment, result.num_clusters, config.num_clusters, 0)
+        return self._use_largest(result.assignment, result.num_clusters, num_splits=0)
 
-    def forward(self, batch: Batch) -> Step:
+    def _use_largest(
+        self, assignment: np.ndarray, num_clusters: int, num_splits: int
+    ) -> Clustering:
+        """The clusters for which the top layer has an output, and what to log.
+
+        num_splits: number of empty clusters that k-means refilled by a split.
+        """
+        sizes = np.bincount(assignment, minlength=num_clusters)
+        renumbered = renumber_clusters(assignment, sizes, self.config.num_clusters)
+        statistics = {
+            "clusters": int(renumbered.max()) + 1,
+            "empty_clusters": int((sizes == 0).sum()),
+            "split_clusters": num_splits,
+            "largest_cluster": float(sizes.max() / sizes.sum()),
+            "images_left_out": int((renumbered < 0).sum()),
+        }
+        return Clustering(renumbered, statistics)
+
+    def forward(self, batch: Batch) -> StepResult:
         features = self.backbone(batch.views[0])
         # The last ReLU belongs to the classifier: clusters are of the features before it.
         if getattr(self.backbone, "ends_before_relu", False):
             features = F.relu(features)
-        # Classify the pseudo-labels (Eq. 1) with the rows of the top layer that have a cluster.
+        # Classify the pseudo-labels (Eq. 1) with the rows of the top layer that are in use.
         targets = self.targets[batch.index].to(features.device)
         num_used = int(self.used)
         weight, bias = self.top.weight[:num_used], self.top.bias[:num_used]
         with torch.autocast(features.device.type, enabled=False):
             logits = F.linear(features.to(weight.dtype), weight, bias)
             loss, accuracy = classification_loss(logits, targets)
-        return Step(loss, {"pseudo_accuracy": accuracy})
+        return StepResult(loss, {"pseudo_accuracy": accuracy})
 
     def publish(self, out: Path) -> None:
         """Write the backbone and the last assignment; images left out count as cluster 0."""
@@ -227,27 +245,17 @@ class DeepClusterMethod(ClusteringMethod):
         Assignments(self.targets.clamp(min=0).numpy(), max(int(self.used), 1)).save(out)
 
 
-def renumber_clusters(
-    assignment: np.ndarray, num_clusters: int, max_clusters: int, num_splits: int
-) -> Clustering:
-    """The assignment [N] with ids without gaps, in the old order, and its statistics.
+def renumber_clusters(assignment: np.ndarray, sizes: np.ndarray, max_clusters: int) -> np.ndarray:
+    """The assignment [N] int32 with ids without gaps, in the old order; sizes [C] of its clusters.
 
-    If more than ``max_clusters`` hold images, only the largest keep them (the first of equal size).
-    ``num_splits`` is the number of empty clusters that k-means filled by a split.
+    If more than ``max_clusters`` hold images, only the largest keep them (the first of equal size);
+    the other images get -1.
     """
     # The clusters that keep their images, in the old order.
-    sizes = np.bincount(assignment, minlength=num_clusters)
     non_empty = np.flatnonzero(sizes)
     largest_first = np.argsort(-sizes[non_empty], kind="stable")
     used = np.sort(non_empty[largest_first[:max_clusters]])
     # Their new ids; the others get -1.
-    new_id = np.full(num_clusters, -1, np.int32)
+    new_id = np.full(len(sizes), -1, np.int32)
     new_id[used] = np.arange(len(used), dtype=np.int32)
-    statistics = {
-        "clusters": len(used),
-        "empty_clusters": num_clusters - len(non_empty),
-        "split_clusters": num_splits,
-        "largest_cluster": float(sizes.max() / sizes.sum()),
-        "images_left_out": int(sizes.sum() - sizes[used].sum()),
-    }
-    return Clustering(new_id[assignment], statistics)
+    return new_id[assignment]

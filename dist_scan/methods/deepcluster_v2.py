@@ -1,9 +1,9 @@
-"""DeepCluster-v2: several classifiers whose weights are centroids of remembered projections.
+"""DeepCluster-v2: several classifiers whose weights are centroids of stored projections.
 
 Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, NeurIPS
 2020 (the SwAV paper, which describes DeepCluster-v2 as a baseline) and its released
 main_deepclusterv2.py. Changes since DeepCluster: no pass over the data to cluster, since the
-projections come from the epoch before; spherical k-means, whose centroids are the classifier;
+projections are those of the previous epoch; spherical k-means, whose centroids are the classifier;
 several views.
 
 The released code drops the gradient of the classifier for 300,000 iterations, longer than any of
@@ -37,7 +37,7 @@ from dist_scan.methods.base import (
     MethodConfig,
     MethodInputs,
     NetworkConfig,
-    Step,
+    StepResult,
 )
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.layers import Projector
@@ -84,7 +84,7 @@ class DeepClusterV2Method(ClusteringMethod):
     Config = DeepClusterV2Config
     recipes = ("dcv2", "dcv2")
     publishes = ("backbone", "clusters")
-    statistics = ("nmi_previous", "empty_clusters", "split_clusters")
+    statistic_names = ("nmi_previous", "empty_clusters", "split_clusters")
     config: DeepClusterV2Config
     projector: nn.Module
 
@@ -111,7 +111,7 @@ class DeepClusterV2Method(ClusteringMethod):
         return cls.recipes + cls.recipes[:1] * config.small_crops
 
     def begin_epoch(self, epoch: int, embed: Embed) -> Sequence[nn.Parameter]:
-        # Fill the bank once; later epochs use the projections of the epoch before.
+        # Fill the bank once; later epochs use the projections of the previous epoch.
         if epoch == 0:
             dim = self.config.projection_dim
             self._remember(embed(ProjectionNetwork(self.backbone, self.projector, dim)))
@@ -137,7 +137,7 @@ class DeepClusterV2Method(ClusteringMethod):
         return [self.prototypes]
 
     def _cluster(self, table: FeatureTable, epoch: int, head: int) -> KMeansResult:
-        """Spherical k-means for one head; heads take turns in the view they look at."""
+        """Spherical k-means for one head; head h clusters view h mod 2."""
         options = KMeansOptions(
             iterations=self.config.iterations,
             init="random",
@@ -175,7 +175,7 @@ class DeepClusterV2Method(ClusteringMethod):
         barrier()
         return FeatureTable.open(folder)
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         # Project all views onto the unit sphere, views of one size in one pass.
         z = torch.cat(
             [
@@ -195,9 +195,11 @@ class DeepClusterV2Method(ClusteringMethod):
         # Remember the projections of the large crops [b, 2, D].
         b = len(batch.index)
         large = z.detach()[: NUM_REMEMBERED_VIEWS * b].view(NUM_REMEMBERED_VIEWS, b, -1)
-        return Step(loss, {"pseudo_accuracy": accuracy}, {"projections": large.transpose(0, 1)})
+        return StepResult(
+            loss, {"pseudo_accuracy": accuracy}, {"projections": large.transpose(0, 1)}
+        )
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         self.projections.write(batch.index, step.for_end_step["projections"])
 
     def publish(self, out: Path) -> None:

@@ -31,8 +31,9 @@ from dist_scan.methods.base import (
     MethodInputs,
     NetworkConfig,
     ParameterGroup,
-    Step,
+    StepResult,
 )
+from dist_scan.methods.rotnet import NUM_ROTATIONS
 from dist_scan.models.backbone import save_backbone
 from dist_scan.models.cluster_model import ClusterModel, save_cluster_model
 from dist_scan.models.layers import FeatureNorm
@@ -46,7 +47,6 @@ from dist_scan.world.world import current
 
 WEAK, STRONG, ROTATED = 0, 1, 2
 """Index of each recipe in ``MMDCMethod.recipes``."""
-NUM_ROTATIONS = 4
 
 
 class MMDCConfig(NetworkConfig):
@@ -112,7 +112,7 @@ class CodeNetwork(nn.Module):
     def __init__(self, backbone: nn.Module, feature_dim: int, dim: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = small_linear(feature_dim, dim)
+        self.head = linear_as_released(feature_dim, dim)
         self.num_features = dim
 
     def forward(self, images: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class MMDCMethod(Method):
         self.network = CodeNetwork(inputs.network(config), inputs.feature_dim, self.codes.dim)
         self.rotation_head = None
         if config.rotation:
-            self.rotation_head = small_linear(inputs.feature_dim, NUM_ROTATIONS)
+            self.rotation_head = linear_as_released(inputs.feature_dim, NUM_ROTATIONS)
         self.target_id = MemoryBank(inputs.num_images, dtype=torch.int64)
         self.target_id.fill(torch.arange(inputs.num_images))
         self.memory_banks["target_id"] = self.target_id
@@ -217,12 +217,12 @@ class MMDCMethod(Method):
         similarity = outputs.double().cpu().numpy() @ self.codes.means.T
         return torch.from_numpy(similarity.argmax(1).astype(np.int32))
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         if self.is_rotation_epoch(batch.epoch):
             return self._rotation_step(batch)
         return self._code_step(batch)
 
-    def _rotation_step(self, batch: Batch) -> Step:
+    def _rotation_step(self, batch: Batch) -> StepResult:
         """Predict the rotation; the four copies of an image have crops of their own."""
         assert self.rotation_head is not None
         # Rotate view k by k quarter turns, counter-clockwise.
@@ -232,9 +232,9 @@ class MMDCMethod(Method):
         # Classify the rotation.
         logits = self.rotation_head(self.network.backbone(images))
         loss, accuracy = classification_loss(logits, rotation)
-        return Step(loss + zero_loss(self.network.head), {"rotation_accuracy": accuracy})
+        return StepResult(loss + zero_loss(self.network.head), {"rotation_accuracy": accuracy})
 
-    def _code_step(self, batch: Batch) -> Step:
+    def _code_step(self, batch: Batch) -> StepResult:
         """Match targets to the weak view's outputs, then pull the strong view's outputs to them."""
         target_ids = self.target_id.read(batch.index)
         metrics: dict[str, Tensor] = {}
@@ -250,7 +250,7 @@ class MMDCMethod(Method):
         outputs = self.network(batch.views[-1])
         targets = torch.from_numpy(self.codes.codes(target_ids.numpy())).to(outputs)
         loss = mmdc_loss(outputs, targets)
-        return Step(loss + zero_loss(self.rotation_head), metrics, for_end_step)
+        return StepResult(loss + zero_loss(self.rotation_head), metrics, for_end_step)
 
     @torch.no_grad()
     def _eval_outputs(self, images: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class MMDCMethod(Method):
     def _component(self, target_ids: Tensor) -> np.ndarray:
         return self.codes.component(target_ids.numpy())
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         # Targets move only if the update was made.
         if step.for_end_step:
             self.target_id.write(batch.index, step.for_end_step["target_id"])
@@ -317,7 +317,7 @@ class MMDCMethod(Method):
             self.history.save(out)
 
 
-def small_linear(in_dim: int, out_dim: int) -> nn.Linear:
+def linear_as_released(in_dim: int, out_dim: int) -> nn.Linear:
     """Linear layer with weights N(0, 0.01) and bias 0, as in the released code."""
     layer = nn.Linear(in_dim, out_dim)
     nn.init.normal_(layer.weight, 0, 0.01)

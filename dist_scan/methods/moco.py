@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import info_nce, on_unit_sphere
-from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, StepResult
 from dist_scan.models.layers import MomentumCopy, Projector
 from dist_scan.models.memory_bank import Queue, check_queue
 from dist_scan.world.collectives import all_rows
@@ -64,7 +64,7 @@ class MoCoMethod(NetworkMethod):
         )
         self.queue = Queue(config.queue_size, config.projection_dim, inputs.seed)
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         first, second = batch.views
         loss, keys = self._query_against_keys(first, second, 2 * batch.step)
         if self.config.symmetric:
@@ -72,34 +72,35 @@ class MoCoMethod(NetworkMethod):
             other_loss, other_keys = self._query_against_keys(second, first, 2 * batch.step + 1)
             loss = (loss + other_loss) / 2
             keys = torch.stack([keys, other_keys], 1).flatten(0, 1)
-        return Step(loss, for_end_step={"keys": keys})
+        return StepResult(loss, for_end_step={"keys": keys})
 
     def _query_against_keys(
-        self, query_view: Tensor, key_view: Tensor, shuffle: int
+        self, query_view: Tensor, key_view: Tensor, permutation_number: int
     ) -> tuple[Tensor, Tensor]:
-        """Loss of one direction and this rank's keys [b, d]; ``shuffle`` selects a permutation."""
+        """Loss of one direction and this rank's keys [b, d]; the number selects a permutation."""
         # Queries from the trained encoder.
         queries = on_unit_sphere(self.projector(self.backbone(query_view)))
         # Keys from the key encoder, without gradient.
-        keys = self._encode_keys(key_view, shuffle)
+        keys = self._encode_keys(key_view, permutation_number)
         # Eq. 1: the own key is the positive, the queue holds the negatives.
         return info_nce(queries, keys, self.queue.rows, self.config.temperature), keys
 
     @torch.no_grad()
-    def _encode_keys(self, images: Tensor, shuffle: int) -> Tensor:
+    def _encode_keys(self, images: Tensor, permutation_number: int) -> Tensor:
         """Keys [b, d] of this rank's images, with shuffled batch norm (Sec. 3.3)."""
         if self.config.bn_groups == 1:
             return on_unit_sphere(self.key_encoder(images))
         b = len(images)
         start = current().rank * b
         # Shuffle: this rank encodes a random part of the global batch.
-        order = permutation(b * current().world_size, self.inputs.seed, shuffle).to(images.device)
+        num_rows = b * current().world_size
+        order = permutation(num_rows, self.inputs.seed, permutation_number).to(images.device)
         shuffled_images = all_rows(images)[order[start : start + b]]
         shuffled_keys = on_unit_sphere(self.key_encoder(shuffled_images))
         # Undo the shuffle: every key returns to the rank of its image.
         return all_rows(shuffled_keys)[order.argsort()[start : start + b]]
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         # Eq. 2: key = m * key + (1 - m) * query, parameters only.
         self.key_encoder.update(nn.ModuleList([self.backbone, self.projector]))
         # Alg. 1: the keys replace the oldest ones after the update.

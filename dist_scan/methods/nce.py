@@ -1,12 +1,13 @@
-"""Instance discrimination (NCE): every image is its own class, against a memory of all images.
+"""Instance discrimination: every image is its own class, against a memory of all images.
 
 Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018:
 Sec. 3.1: Eq. 2 (softmax over all images) and the memory bank. A pretext task in SCAN,
 Table 2.
 
-The full softmax is used instead of noise samples, as the released code recommends for CIFAR-10. It
-is exact for large sets too: the memory is sharded, each rank scores the global batch against its
-own rows, and two numbers per image are exchanged.
+The paper samples negatives (noise-contrastive estimation, hence the name `nce`). Here the softmax
+is over all images, as the released code recommends for CIFAR-10. It is exact for large sets too:
+the memory is sharded, each rank scores the global batch against its own rows, and two numbers per
+image are exchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import on_unit_sphere
-from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, StepResult
 from dist_scan.models.layers import Projector
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.world.collectives import all_max, all_rows, all_sum
@@ -55,21 +56,21 @@ class NCEMethod(NetworkMethod):
             generator = torch.Generator().manual_seed(inputs.seed * 4099 + shard)
             rows.copy_(on_unit_sphere(torch.randn(rows.shape, generator=generator)))
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         # Project the images onto the unit sphere.
         z = on_unit_sphere(self.projector(self.backbone(batch.views[0])))
         # Read each image's own row, and the shards of the memory that this rank holds.
         own_rows = self.memory.read(batch.index).to(z)
         # Eq. 2: softmax over all images.
         loss = instance_loss(z, own_rows, self._local_memory(z), self.config.temperature)
-        return Step(loss, for_end_step={"projections": z.detach(), "rows": own_rows})
+        return StepResult(loss, for_end_step={"projections": z.detach(), "rows": own_rows})
 
     def _local_memory(self, like: Tensor) -> Tensor:
         """Rows [M, D] of the memory that this rank holds, with the device and type of ``like``."""
         shards = list(self.memory.shards.values())
         return torch.cat(shards).to(like) if shards else like.new_zeros((0, like.shape[1]))
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         # Move the rows of the batch towards the new projections.
         m = self.config.memory_momentum
         rows, projections = step.for_end_step["rows"], step.for_end_step["projections"]

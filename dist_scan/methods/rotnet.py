@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import classification_loss
-from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, StepResult
 
 NUM_ROTATIONS = 4
 
@@ -34,12 +34,12 @@ class RotNetMethod(NetworkMethod):
         super().__init__(config, inputs)
         self.head = nn.Linear(inputs.feature_dim, NUM_ROTATIONS)
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         # Rotate every image four times.
         images, rotation = rotate_by_quarter_turns(batch.views[0])
         # Classify the rotation (Eq. 3).
         loss, accuracy = classification_loss(self.head(self.backbone(images)), rotation)
-        return Step(loss, {"rotation_accuracy": accuracy})
+        return StepResult(loss, {"rotation_accuracy": accuracy})
 
 
 def rotate_by_quarter_turns(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """SCAN: an image and its neighbour belong to one cluster, and all clusters are used.
 
 Van Gansbeke et al., SCAN: Learning to Classify Images without Labels, ECCV 2020: Sec. 2.2 and Eq. 2
-(loss). The readable form of the loss is ``losses.scan_loss``; training uses its fused form for
-linear heads. The draw of a neighbour, and the released code's self-pairs, are settings of the train
-stage.
+(loss). ``ScanMethod.forward`` computes the loss by ``scan_heads_loss`` of ``heads/autograd.py``,
+which has the formula; its readable form is ``losses.scan_loss``. The draw of a neighbour, and the
+released code's self-pairs, are settings of the train stage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_scan.heads.linear import NumClusters, head_sizes
 from dist_scan.heads.split_clusters import scan_clusters_loss
 from dist_scan.losses import ScanTerms
 from dist_scan.methods._heads import HeadsMethod
-from dist_scan.methods.base import MethodInputs, NetworkConfig, Step
+from dist_scan.methods.base import MethodInputs, NetworkConfig, StepResult
 from dist_scan.models.layers import Normalise
 from dist_scan.world.world import current
 
@@ -80,11 +80,12 @@ class ScanMethod(HeadsMethod):
         if self.heads.row_sharding is not None:
             self.sharded_state = dict.fromkeys(SHARDED_STATE, self.heads.row_sharding)
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         # Features of the images and of one random neighbour of each.
         anchors, neighbours = self.features.pair(batch.views[0], batch.views[-1])
         self.last_features = self._local_rows(anchors.detach())
-        # Eq. 2 for every head; heads are independent, so their losses are summed.
+        # Eq. 2 for every head: -mean log <p, q> - entropy_weight * H(mean p), with p and q the
+        # softmax of anchor and neighbour. Heads are independent, so their losses are summed.
         terms = self._loss_terms(anchors, neighbours)
         loss = terms.total.sum()
         num_parts = 1
@@ -93,12 +94,13 @@ class ScanMethod(HeadsMethod):
             # with the gradient of this rank's own sum.
             num_parts = current().world_size
             loss = loss + (num_parts - 1) * loss.detach()
-        # Log the mean over heads.
+        # Log total, consistency and entropy, each as the mean over heads; the training loop logs
+        # the sum of the totals as `loss`.
         metrics = {
             name: value.detach().sum() * num_parts / len(self.heads.sizes)
             for name, value in terms._asdict().items()
         }
-        return Step(loss, metrics)
+        return StepResult(loss, metrics)
 
     def _local_rows(self, features_BD: Tensor) -> Tensor:
         """This rank's rows, also if every rank has the whole global batch."""
@@ -107,7 +109,7 @@ class ScanMethod(HeadsMethod):
         return features_BD.tensor_split(current().world_size)[current().rank]
 
     def _loss_terms(self, anchors_BD: Tensor, neighbours_BD: Tensor) -> ScanTerms:
-        """Eq. 2 per head, of this rank's part of the batch, of the heads or of their clusters."""
+        """Terms [H] of Eq. 2, for this rank's part of the batch, the heads or their clusters."""
         heads, entropy_weight = self.heads, self.config.entropy_weight
         if heads.partition == "clusters":
             return scan_clusters_loss(
@@ -130,7 +132,7 @@ class ScanMethod(HeadsMethod):
         )
 
     def end_epoch(self, epoch: int, held_out: HeldOut | None) -> dict[str, float]:
-        # Select head and epoch by the held-out loss; keep the network of the best epoch.
+        # Select head and epoch by the held-out loss; store the network of the best epoch.
         metrics, is_best = self.select(epoch, self.heads, held_out)
         if is_best and self.best_network is not None:
             assert self.features.backbone is not None

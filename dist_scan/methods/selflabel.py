@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_scan.data.batch import Batch, HeldOut
 from dist_scan.losses import confident_cross_entropy
-from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, Step
+from dist_scan.methods.base import Method, MethodInputs, NetworkConfig, StepResult
 from dist_scan.models.batch_norm import convert_batch_norm
 from dist_scan.models.cluster_model import ClusterModel, load_cluster_model, save_cluster_model
 from dist_scan.models.layers import MomentumCopy
@@ -51,7 +51,8 @@ class SelfLabelMethod(Method):
     """The first view is weakly, the second strongly augmented.
 
     A step without a confident image on any rank is skipped. Buffers count confident images per
-    cluster: ``confident`` and ``seen`` in the current epoch, ``last_*`` in the epoch before.
+    cluster: ``confident`` and ``seen`` in the current epoch, ``last_*`` in the last complete one.
+    ``collapsing_epochs`` is the number of all epochs that looked like a collapse.
     """
 
     Config = SelfLabelConfig
@@ -83,7 +84,7 @@ class SelfLabelMethod(Method):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("best_share", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         weak, strong = batch.views
         # Pseudo-labels from the weak view, with batch norm in train mode as in the released code.
         labeller = self.model if self.teacher is None else self.teacher
@@ -100,9 +101,9 @@ class SelfLabelMethod(Method):
             "confident_share": result.num_confident / self.inputs.global_batch,
             "clusters_in_batch": (result.per_cluster > 0).sum(),
         }
-        return Step(result.loss, metrics, skip=not bool(result.num_confident > 0))
+        return StepResult(result.loss, metrics, skip=not bool(result.num_confident > 0))
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         if self.teacher is not None:
             self.teacher.update(self.model)
         if self.ema_model is not None:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dist_scan.data.batch import Batch
 from dist_scan.losses import nt_xent, on_unit_sphere
-from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, Step
+from dist_scan.methods.base import MethodInputs, NetworkConfig, NetworkMethod, StepResult
 from dist_scan.models.layers import Projector
 
 
@@ -40,11 +40,11 @@ class SimCLRMethod(NetworkMethod):
         super().__init__(config, inputs)
         self.projector = Projector(inputs.feature_dim, config.projection_dim)
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         # Interleave the views: rows 2i and 2i + 1 show image i.
         images = torch.stack(batch.views, 1).flatten(0, 1)
         # Project onto the unit sphere.
         z = on_unit_sphere(self.projector(self.backbone(images)))
         # Eq. 1: the positive of a view is the other view of its image.
         first, second = z[0::2], z[1::2]
-        return Step(nt_xent(first, second, self.config.temperature, self.config.symmetric))
+        return StepResult(nt_xent(first, second, self.config.temperature, self.config.symmetric))

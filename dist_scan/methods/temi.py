@@ -22,7 +22,7 @@ from dist_scan.heads.autograd import TemiObjective, mean_probabilities, temi_hea
 from dist_scan.heads.linear import ClusterHeads, NumClusters
 from dist_scan.heads.products import concatenate_views
 from dist_scan.methods._heads import HeadsMethod
-from dist_scan.methods.base import MethodConfig, MethodInputs, ParameterGroup, Step
+from dist_scan.methods.base import MethodConfig, MethodInputs, ParameterGroup, StepResult
 from dist_scan.models.layers import MomentumCopy, Normalise
 
 
@@ -60,7 +60,7 @@ class TemiMethod(HeadsMethod):
         uniform = [torch.full((size,), 1 / size) for size in self.heads.sizes]
         self.register_buffer("marginal", torch.cat(uniform))
 
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: Batch) -> StepResult:
         # Features of the images and of one random neighbour of each.
         first, second = self.features.pair(batch.views[0], batch.views[-1])
         self.last_features = first.detach()
@@ -75,7 +75,9 @@ class TemiMethod(HeadsMethod):
             self.config.temperature,
         )
         losses = temi_heads_loss(first, second, heads.weight, heads.bias, heads.sizes, objective)
-        return Step(losses.sum(), {"total": losses.detach().mean()}, {"marginal": marginal})
+        # Logged `total` is the mean over heads; the loop logs the sum as `loss`.
+        metrics = {"total": losses.detach().mean()}
+        return StepResult(losses.sum(), metrics, {"marginal": marginal})
 
     @torch.no_grad()
     def _teacher(self, features_XD: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -91,7 +93,7 @@ class TemiMethod(HeadsMethod):
         means, _ = mean_probabilities(sums, len(features_XD))
         return log_p, torch.lerp(torch.cat(means), self.marginal, self.config.marginal_momentum)
 
-    def end_step(self, batch: Batch, step: Step) -> None:
+    def end_step(self, batch: Batch, step: StepResult) -> None:
         self.marginal.copy_(step.for_end_step["marginal"])
         # teacher = momentum * teacher + (1 - momentum) * student
         self.teacher.update(self.heads)

@@ -29,7 +29,7 @@ RESNETS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
-IN_HOUSE = ("resnet_small", "vgg_small", "alexnet_bn", "vgg16_deep", "pixels")
+NOT_IN_TIMM = ("resnet_small", "vgg_small", "alexnet_bn", "vgg16_deep", "pixels")
 """Networks that timm does not have."""
 
 Stem = Literal["imagenet", "cifar", "stl"]
@@ -60,12 +60,12 @@ class BackboneConfig(StrictModel):
     @field_validator("name")
     @classmethod
     def _exists(cls, name: str) -> str:
-        if name in RESNETS or name in IN_HOUSE:
+        if name in RESNETS or name in NOT_IN_TIMM:
             return name
         import timm
 
         if not timm.is_model(name):
-            known = [*IN_HOUSE, *RESNETS]
+            known = [*NOT_IN_TIMM, *RESNETS]
             hint = suggest(name, [*known, *timm.list_models()])
             raise ValueError(
                 f"no backbone '{name}'; allowed: {', '.join(known)}, or a timm name{hint}"
@@ -100,7 +100,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     Raises ValueError if settings contradict each other or the checkpoint does not fit.
     """
     if config.sobel and config.name == "pixels":
-        raise ValueError("sobel: pixels are a baseline of the image itself; remove it")
+        raise ValueError("sobel: the backbone `pixels` takes no Sobel filter; remove sobel")
     if config.stem != "imagenet" and config.name not in RESNETS:
         raise ValueError(
             f"stem: '{config.stem}' is for {', '.join(RESNETS)}, not {config.name}; remove it"

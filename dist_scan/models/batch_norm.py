@@ -16,10 +16,10 @@ from dist_scan.world.world import current
 class GroupedBatchNorm(_BatchNorm):
     """Batch norm with the statistics of `groups` contiguous equal parts of the global batch.
 
-    The global batch is the rows of all ranks in rank order. groups=1 is SyncBN (PyTorch's refuses
-    the CPU), groups=W the ordinary batch norm of W ranks, and more groups than ranks MoCo's split
-    batch norm. Of groups and ranks, one must divide the other. Running statistics move by the mean
-    over groups.
+    The global batch is the rows of all ranks in rank order. groups=1 is SyncBN (PyTorch's does
+    not run on a CPU), groups=W the ordinary batch norm of W ranks, and more groups than ranks
+    MoCo's split batch norm. Of groups and ranks, one must divide the other. Running statistics
+    move by the mean over groups.
     """
 
     def __init__(self, *args: Any, groups: int = 1, **kwargs: Any) -> None:
@@ -42,8 +42,8 @@ class GroupedBatchNorm(_BatchNorm):
                 out = self._normalise_groups_of_ranks(x, mean, var)
         return out if self.after is None else self.after(out)
 
-    def _next_momentum(self) -> float:
-        """Count a batch; the weight of its statistics in the running ones."""
+    def _count_batch_and_momentum(self) -> float:
+        """Count a batch; returns the weight of its statistics in the running statistics."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -53,7 +53,7 @@ class GroupedBatchNorm(_BatchNorm):
     ) -> Tensor:
         """Every group is a part of this rank's rows."""
         count = self.groups // current().world_size
-        momentum = self._next_momentum()
+        momentum = self._count_batch_and_momentum()
         if count == 1:
             return F.batch_norm(
                 x, running_mean, running_var, self.weight, self.bias, True, momentum, self.eps
@@ -75,7 +75,7 @@ class GroupedBatchNorm(_BatchNorm):
     ) -> Tensor:
         """Every group is the rows of world_size / groups ranks."""
         out, mean, var = _BatchNormOverRanks.apply(x, self.weight, self.bias, self.eps, self.groups)
-        momentum = self._next_momentum()
+        momentum = self._count_batch_and_momentum()
         with torch.no_grad():
             rows = x.numel() // x.shape[1] * (current().world_size // self.groups)
             unbiased_var = var.mean(0) * (rows / max(rows - 1, 1))

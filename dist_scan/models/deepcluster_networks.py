@@ -14,7 +14,7 @@ from torch import Tensor, nn
 HIDDEN = 4096
 
 
-class DeepNet(nn.Module):
+class DeepClusterNet(nn.Module):
     """Images [B, channels, S, S] -> features [B, 4096] before the ReLU.
 
     Made for 224 px; other sizes are pooled to the same grid. Raises ValueError for images so small
@@ -29,11 +29,11 @@ class DeepNet(nn.Module):
         layers: dict[str, nn.Module],
         channels: int,
         grid: int,
-        smallest: int,
+        min_size: int,
         first_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.smallest = smallest
+        self.min_size = min_size
         self.features = nn.Sequential()
         for name, layer in layers.items():
             self.features.add_module(name, layer)
@@ -52,9 +52,9 @@ class DeepNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         size = min(images.shape[2:])
-        if size < self.smallest:
+        if size < self.min_size:
             raise ValueError(
-                f"images of {size} px are too small for this network; allowed: {self.smallest} px "
+                f"images of {size} px are too small for this network; allowed: {self.min_size} px "
                 "or more (it was made for 224). Raise data.size, or take resnet18 with stem: cifar"
             )
         return self.hidden(self.pool(self.features(images)).flatten(1))
@@ -83,7 +83,7 @@ def _convolution(
     )
 
 
-def alexnet_bn(channels: int = 3) -> DeepNet:
+def alexnet_bn(channels: int = 3) -> DeepClusterNet:
     """96-256-384-384-256 channels, with batch norm instead of local response normalisation.
 
     The first linear layer has 9216 inputs.
@@ -98,10 +98,10 @@ def alexnet_bn(channels: int = 3) -> DeepNet:
         "conv5": _convolution(384, 256, 3),
         "pool5": nn.MaxPool2d(3, 2),
     }
-    return DeepNet(layers, channels=256, grid=6, smallest=63, first_dropout=True)
+    return DeepClusterNet(layers, channels=256, grid=6, min_size=63, first_dropout=True)
 
 
-def vgg16_deep(channels: int = 3) -> DeepNet:
+def vgg16_deep(channels: int = 3) -> DeepClusterNet:
     """The thirteen convolutions of VGG-16; the first linear layer has 25088 inputs."""
     layers: dict[str, nn.Module] = {}
     number = 0
@@ -111,4 +111,4 @@ def vgg16_deep(channels: int = 3) -> DeepNet:
             layers[f"conv{number}"] = _convolution(channels, width, 3)
             channels = width
         layers[f"pool{block}"] = nn.MaxPool2d(2)
-    return DeepNet(layers, channels=512, grid=7, smallest=32)
+    return DeepClusterNet(layers, channels=512, grid=7, min_size=32)

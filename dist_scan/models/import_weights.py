@@ -32,7 +32,7 @@ HEADS = ("fc.", "classifier.", "head.", "contrastive_head.", "cluster_head.", "p
 def read_file(path: str | Path) -> Any:
     """Content of a file of weights, read without running any code in it.
 
-    Raises ValueError if the file does not exist or cannot be read so.
+    Raises ValueError if the file does not exist or cannot be read without running code.
     """
     path = Path(path)
     if not path.is_file():

@@ -83,7 +83,8 @@ class FeatureNorm(nn.Module):
             center = torch.zeros(dim) if mean is None else torch.tensor(mean, dtype=torch.float32)
             scale = torch.ones(dim) if std is None else torch.tensor(std, dtype=torch.float32)
             self.register_buffer("mean", center)
-            # A dimension that never varies must not be blown up: its scale stays near the others'.
+            # A dimension that never varies must not be divided by almost 0: its scale is at least
+            # 1e-4 of the mean scale.
             self.register_buffer("std", scale.clamp(min=max(1e-6, 1e-4 * float(scale.mean()))))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What methods remember about images: a queue of recent keys, and a bank with a row per image."""
+"""State of methods about images: a queue of recent keys, and a memory bank with a row per image."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class MemoryBank:
             positions = (shard_of == shard).nonzero()[:, 0]
             local_rows = all_index[positions] - self.starts[shard]
             found[positions.to(self.device)] = stored[local_rows.to(self.device)]
-        # Keep the rows that this rank asked for.
+        # Only the rows at this rank's own index.
         start = sum(counts[: current().rank])
         return all_sum(found)[start : start + len(index)]
 
@@ -133,7 +133,7 @@ class MemoryBank:
 
         For narrow rows such as ids, not for features.
         """
-        # Every row is on one rank: the sum over ranks puts the bank together.
+        # Every row is on one rank and 0 on the others: the sum over ranks is the complete bank.
         rows = torch.zeros((self.num_rows, *self.shape), dtype=self.dtype)
         for shard, stored in self.shards.items():
             rows.split(self.sizes)[shard].copy_(stored)
@@ -150,7 +150,7 @@ class MemoryBank:
     def load(self, parts: Sequence[dict[str, Any]]) -> None:
         """Take this rank's shards from the states of all ranks of a checkpoint.
 
-        Their number need not be that of today's ranks. Raises ValueError if a shard is missing.
+        The number of ranks may have changed. Raises ValueError if a shard is missing.
         """
         for part in parts:
             if (part["num_rows"], part["num_shards"]) != (self.num_rows, self.num_shards):
@@ -164,7 +164,7 @@ class MemoryBank:
         if missing:
             raise ValueError(
                 f"the checkpoint's memory bank lacks shards {missing[:8]}; "
-                "restore its bank files or remove the checkpoint"
+                "restore its files bank-*.pt, or remove the checkpoint's folder"
             )
         for shard, stored in self.shards.items():
             stored.copy_(saved[shard])

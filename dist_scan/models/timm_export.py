@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_scan.models.backbone import IN_HOUSE, RESNETS, BackboneConfig, adapt_stem
+from dist_scan.models.backbone import NOT_IN_TIMM, RESNETS, BackboneConfig, adapt_stem
 from dist_scan.models.cluster_model import ClusterModel
 
 STEM_LINES = {
@@ -69,7 +69,7 @@ def fold_normalisation(model: ClusterModel) -> tuple[Tensor, Tensor]:
 def loading_lines(model: ClusterModel) -> list[str]:
     """Python that loads an exported folder (the current one) and applies it to `images`.
 
-    Uses timm, torch and safetensors only; in-house backbones are loaded with dist_scan.
+    Uses timm, torch and safetensors only; backbones that timm lacks are loaded with dist_scan.
     """
     if is_in_house(model):
         return [
@@ -92,7 +92,7 @@ def loading_lines(model: ClusterModel) -> list[str]:
 
 def is_in_house(model: ClusterModel) -> bool:
     """True if timm does not have the backbone."""
-    return _backbone_config(model).name in IN_HOUSE
+    return _backbone_config(model).name in NOT_IN_TIMM
 
 
 @torch.inference_mode()

@@ -139,6 +139,7 @@ def train(settings: dict[str, Any], folder: Path) -> Trained:
     losses, targets, visited = [], [], []
     for epoch in range(2):
         reset_optimizer_state(optimizer, method.begin_epoch(epoch, embed))
+        method.load_targets()
         order = method.epoch_rows(epoch, np.arange(NUM_IMAGES))
         if order is None:
             order = np.random.default_rng(epoch).permutation(NUM_IMAGES)
@@ -177,6 +178,7 @@ def test_several_ranks_equal_one(name: str, tmp_path: Path) -> None:
 def test_pic_leaves_out_the_smallest_clusters_beyond_the_top_layer(tmp_path: Path) -> None:
     method = make(PIC, tmp_path)
     method.begin_epoch(0, EmbedImages(tmp_path))
+    method.load_targets()
     order = method.epoch_rows(0, np.arange(NUM_IMAGES))
     targets, logged = method.targets.numpy(), method.end_epoch(0, None)
     assert logged["clusters"] == 3
@@ -194,7 +196,7 @@ def test_every_clustering_has_a_new_top_layer_and_ids_without_gaps(tmp_path: Pat
     assert not bias.any()
     assert 0.005 < float(weight.detach().std()) < 0.015
     first_weight = weight.detach().clone()
-    method.epoch_rows(0, np.arange(NUM_IMAGES))
+    method.load_targets()
     num_used = int(method.used)
     assert set(method.targets.numpy()) == set(range(num_used))
     assert method.end_epoch(0, None)["empty_clusters"] == 40 - num_used
@@ -253,7 +255,7 @@ def test_v2_targets_are_the_nearest_centroids_of_the_view_of_a_head(tmp_path: Pa
     method.projections.write(all_rows, F.normalize(torch.randn(NUM_IMAGES, 2, 8), dim=2))
     (reset,) = method.begin_epoch(1, EmbedImages(tmp_path))
     assert reset is method.prototypes
-    method.epoch_rows(1, np.arange(NUM_IMAGES))
+    method.load_targets()
     for head in range(3):
         projections = method.projections.whole()[:, head % 2]
         nearest = (projections @ method.prototypes[head].float().T).argmax(1)
@@ -263,7 +265,7 @@ def test_v2_targets_are_the_nearest_centroids_of_the_view_of_a_head(tmp_path: Pa
 def test_v2_views_share_the_targets_and_large_ones_are_remembered(tmp_path: Path) -> None:
     method = make(V2, tmp_path)
     method.begin_epoch(0, EmbedImages(tmp_path))
-    method.epoch_rows(0, np.arange(NUM_IMAGES))
+    method.load_targets()
     method.eval()
     rows = torch.arange(GLOBAL_BATCH)
     views = make_views(make_images()[rows])

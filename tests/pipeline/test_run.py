@@ -199,7 +199,7 @@ METHOD = textwrap.dedent("""
 
     from safetensors.torch import save_file
 
-    from dist_scan.methods.base import Method, MethodConfig, Step
+    from dist_scan.methods.base import Method, MethodConfig, StepResult
 
     class MineConfig(MethodConfig):
         kind: Literal["mine"] = "mine"
@@ -214,7 +214,7 @@ METHOD = textwrap.dedent("""
 
         def forward(self, batch):
             a, b = (self.backbone(view) for view in batch.views)
-            return Step(((a - b) ** 2).mean() + (a.std(0) - 1).abs().mean())
+            return StepResult(((a - b) ** 2).mean() + (a.std(0) - 1).abs().mean())
 
         def publish(self, out):
             weights = {k: v.contiguous() for k, v in self.backbone.state_dict().items()}

@@ -109,7 +109,7 @@ def test_sobel_networks_see_edges_only_and_can_be_published(
 
 
 def test_sobel_of_pixels_is_refused() -> None:
-    with pytest.raises(ValueError, match="sobel: pixels are a baseline"):
+    with pytest.raises(ValueError, match="sobel: the backbone `pixels` takes no"):
         build_backbone(BackboneConfig(name="pixels", sobel=True))
 
 

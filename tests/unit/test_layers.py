@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_scan.heads.linear import ClusterHeads
-from dist_scan.models.batch_norm import GroupedBatchNorm, convert_batch_norm
+from dist_scan.models.batch_norm import GroupedBatchNorm, check_groups, convert_batch_norm
 from dist_scan.models.layers import FeatureNorm, MomentumCopy, Sobel
 
 
@@ -53,8 +53,8 @@ def test_batch_norm_with_one_group_is_ordinary_batch_norm() -> None:
 
 
 def test_groups_must_divide_the_batch() -> None:
-    with pytest.raises(ValueError, match="divisor of global_batch"):
-        convert_batch_norm(nn.BatchNorm2d(3), 3)(torch.randn(8, 3, 4, 4))
+    with pytest.raises(ValueError, match="3 does not divide global_batch 8"):
+        check_groups(groups=3, world_size=1, global_batch=8)
 
 
 def test_converting_batch_norm_keeps_names_and_tensors() -> None:
@@ -98,7 +98,7 @@ def test_feature_norm() -> None:
     standardised = FeatureNorm("standardise", 4, x.mean(0), x.std(0))(features)
     std = standardised[:, :3].std(0, correction=0)
     torch.testing.assert_close(std, torch.ones(3), rtol=1e-4, atol=1e-4)
-    assert standardised[:, 3].abs().max() < 0.1, "a constant dimension is not blown up"
+    assert standardised[:, 3].abs().max() < 0.1, "a constant dimension stays small"
     assert torch.allclose(FeatureNorm("l2", 4)(features).norm(dim=1), torch.ones(50))
     assert FeatureNorm("none", 4)(features) is features
 
