@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="of a view in pixels")
     job = parser.add_argument_group("for the ranks of a job")
     job.add_argument("--folder", type=Path, help="a folder that all nodes see")
-    job.add_argument("--images", type=int, default=2000, help="at most so many")
+    job.add_argument("--images", type=int, default=2000, help="largest number of images")
     args = parser.parse_args(argv)
     if "RANK" in os.environ:
         measure_over_job(args)

@@ -98,7 +98,7 @@ def instance_discrimination_loss(
     return F.cross_entropy(logits, index_B)
 
 
-# --- classification of targets that a method makes itself ------------------------------------
+# --- classification with targets that a method computes --------------------------------------
 
 
 class ClassificationLoss(NamedTuple):
@@ -244,7 +244,6 @@ def confident_cross_entropy(
     else:
         weights = 1 / per_cluster.sum().clamp(min=1).expand(len(labels))
     row_losses = F.cross_entropy(strong, labels, reduction="none")
-    # The weights are those of the global batch, so the sum over ranks is the loss; DDP takes a
-    # mean.
+    # The weights are for the global batch, so the sum over ranks is the loss; DDP averages.
     loss = current().world_size * (row_losses * weights * mask).sum()
     return ConfidentLoss(loss, per_cluster.sum(), labels, mask, per_cluster)

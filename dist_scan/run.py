@@ -160,8 +160,8 @@ def _report_fatal_error(markers: RunMarkers, text: str) -> int:
             )
         except OSError as error:  # The exit code still tells the launcher, unless it is srun's.
             print_line(
-                f"error: {marker} cannot be written ({error.strerror}), so the launcher may start "
-                f"the run again in vain; stop it, and free some space in {folder}"
+                f"error: {marker} cannot be written ({error.strerror}), so the launcher may "
+                f"restart the run, which cannot help; stop it and free some space in {folder}"
             )
     markers.release()
     return FATAL_ERROR

@@ -22,6 +22,6 @@ def main(args: argparse.Namespace) -> int:
     run = open_finished_run(args.run)
     choice = run.choose_model(args.stage)
     lines = export_model(run, choice, args.out)
-    print(f"{args.out}: the model of stage {choice.stage}. To use it from there:")
+    print(f"{args.out}: the model of stage {choice.stage}. To load it:")
     print("\n".join(f"  {line}" for line in lines))
     return 0

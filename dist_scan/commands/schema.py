@@ -1,4 +1,4 @@
-"""Print the JSON schema of a config, by which editors complete and check YAML."""
+"""Print the JSON schema of a config, with which editors complete and check YAML."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ value_error comes from our validators, which name the value where it helps.
 def validate_settings(model: type[Model], tree: Any, name: str = "config") -> Model:
     """A validated model from raw settings.
 
-    Raises ConfigError that lists every error on a line of its own; `name` says where they are from.
+    name: source of the settings, for the message. Raises ConfigError with one line per error.
     """
     tree = _lists_to_tuples(tree)
     try:
@@ -33,7 +33,7 @@ def validate_settings(model: type[Model], tree: Any, name: str = "config") -> Mo
 
 
 def _lists_to_tuples(value: Any) -> Any:
-    """Settings are frozen, so their sequences are tuples; strict validation converts nothing."""
+    """Raw settings with tuples for lists, which strict validation does not convert."""
     if isinstance(value, dict):
         return {key: _lists_to_tuples(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -91,7 +91,7 @@ def _user_path(loc: tuple[int | str, ...], tree: Any) -> str:
 
 
 def _blocks(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[dict[str, Any]]:
-    """JSON schemas of the blocks of settings that may stand at loc: several for a union."""
+    """JSON schemas of the blocks of settings that are allowed at loc: several for a union."""
     schema = model.model_json_schema()
     options = [schema]
     for part in loc:

@@ -1,4 +1,4 @@
-"""Classes found by file name: `kind: moco` is the class in methods/moco.py, no list to edit."""
+"""Classes found by file name: `kind: moco` selects the class in methods/moco.py."""
 
 from __future__ import annotations
 

@@ -107,14 +107,14 @@ class LayerProbes(Method):
         save_tensors(out / "probes.safetensors", self.heads.state_dict())
 
 
-def pool_to_grid(features: Tensor, most_features: int) -> Tensor:
-    """[b, C, H, W] averaged down to the largest g x g grid with C g g <= most_features, flat.
+def pool_to_grid(features: Tensor, max_values: int) -> Tensor:
+    """[b, C, H, W] averaged down to the largest g x g grid with C g g <= max_values, flat.
 
     [b, D] is returned as it is.
     """
     if features.ndim == 2:
         return features
-    grid = max(1, int((most_features / features.shape[1]) ** 0.5 + 1e-9))
+    grid = max(1, int((max_values / features.shape[1]) ** 0.5 + 1e-9))
     return F.adaptive_avg_pool2d(features, min(grid, *features.shape[2:])).flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""Loading what predicts: a cluster model of the run, and the network of its feature table."""
+"""Loads the predictor: a cluster model of the run, and the network of its feature table."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ GPU_BATCH = 2048
 def choose_features(run: FinishedRun, wanted: str | None) -> str | None:
     """The embed stage whose features novelty is measured against; None for no novelty.
 
-    It must hold centre crops of the training images. Raises ConfigError if the wanted one does
-    not.
+    It must have features of centre crops of the training images. Raises ConfigError if the wanted
+    one does not.
     """
     suitable = [name for name in run.stages_of_kind("embed") if _is_suitable(run, name)]
     if wanted == "none":
@@ -54,7 +54,7 @@ def load_predictor(
     images: StoredImages,
     options: PredictOptions,
 ) -> Predictor:
-    """A Predictor of these images that computes as the run did.
+    """A Predictor for these images with the recipe and precision of the run.
 
     features: the embed stage whose network also embeds each image, for novelty.
     """
@@ -80,7 +80,7 @@ def load_predictor(
 
 
 def _load_embedder(run: FinishedRun, features: str, device: torch.device) -> Embedder:
-    """The network that made a run's feature table."""
+    """The network that computed a run's feature table."""
     settings = run.settings(features)
     backbone = run.artifacts[run.inputs(features)["backbone"]].path
     network = load_embedder(backbone, settings["projection"])

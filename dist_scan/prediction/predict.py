@@ -14,7 +14,7 @@ from dist_scan.world.world import device_for
 
 
 class Prediction(NamedTuple):
-    """What was predicted: rows written, images that could not be read, and by whose model."""
+    """Numbers of rows written and of unreadable images, and the stage whose model was used."""
 
     num_images: int
     num_bad: int
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
 def predict(options: PredictOptions) -> Prediction:
     """Predict clusters, and the novelty of each image, with a finished run.
 
-    An interrupted call keeps the encoded images in `options.work_dir` and the same call uses them.
+    An interrupted call leaves the encoded images in `options.work_dir`; the same call uses them.
     Raises ConfigError before any work if the options cannot be fulfilled.
     """
     options.prepare_output()

@@ -21,14 +21,14 @@ from dist_scan.search.novelty import fraction_nearer, nearest_row, training_dist
 from dist_scan.storage.atomic import write_atomic
 
 BLOCK = 131_072
-"""Rows that are held in memory and written at a time."""
+"""Rows that are collected in memory and written at a time."""
 
 
 class NoveltyColumns:
     """Columns about the nearest training image, by the features of an embed stage.
 
     novelty: cosine distance to it; nearest: its row; novelty_share: share of the training images
-    that are nearer to their own nearest neighbour, if the run searched these with cosine.
+    with a smaller distance to their nearest neighbour, if the run searched with cosine.
     """
 
     def __init__(self, run: FinishedRun, features: str) -> None:
@@ -112,7 +112,7 @@ def _concatenate(parts: list[BatchPrediction]) -> BatchPrediction:
 def _columns(
     names: list[str], index: np.ndarray, predicted: BatchPrediction
 ) -> dict[str, Sequence[str] | np.ndarray | pa.Array]:
-    """The columns of the model: name, place in the source, clusters and their probabilities."""
+    """Name, row in the source, clusters and their probabilities."""
     top, probability = predicted.top, predicted.probability
     return {
         "name": names,

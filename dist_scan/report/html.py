@@ -78,7 +78,7 @@ class Report:
     stages: Sequence[Mapping[str, Any]] = ()
     """name, kind, state, seconds, fingerprint; peak_host_bytes and peak_gpu_bytes if known."""
     timings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """timing.json by train stage. If ``profiled``, its verdict is shown at the top of the page."""
+    """timing.json by train stage. If ``profiled``, its bottleneck is shown at the top."""
     curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     """Rows of metrics.jsonl by stage."""
     cluster_sizes: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Report:
     warnings: Sequence[str] = ()
     """Warnings of the stages (a collapse, say), with a remedy."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the data: num_images, bad_images, num_labelled and so on."""
+    """About the data: num_images, bad_images, num_labelled and so on."""
     config_yaml: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     best: str | None = None
@@ -128,7 +128,7 @@ class ThumbnailBudget:
         self.left_out = 0
 
     def thumbnail(self, image: np.ndarray) -> str | None:
-        """Data URI of the thumbnail; None if the page has no room for it."""
+        """Data URI of the thumbnail; None if the page is full."""
         if self.bytes_left <= 0:
             self.left_out += 1
             return None
@@ -137,7 +137,7 @@ class ThumbnailBudget:
         return uri
 
     def thumbnails(self, images: Sequence[np.ndarray]) -> list[str]:
-        """Data URIs of the images for which there is room."""
+        """Data URIs of the images that fit on the page."""
         uris = [self.thumbnail(image) for image in images]
         return [uri for uri in uris if uri]
 
@@ -184,7 +184,7 @@ def _highest_scores(report: Report) -> dict[str, float]:
 
 
 def _bottlenecks(report: Report) -> list[tuple[str, str]]:
-    """Stage and verdict of every profiled training."""
+    """Name and bottleneck of every profiled training."""
     return [
         (name, timing["bottleneck"])
         for name, timing in report.timings.items()
@@ -290,7 +290,7 @@ def _confusion(report: Report) -> str | None:
     names = [str(i) for i in range(num_classes)]
     if len(report.label_names) == num_classes:
         names = list(report.label_names)
-    # The last column holds clusters without a class; it is left out if there are none.
+    # The last column is for clusters without a class; it is omitted if it is empty.
     if not counts[:, -1].any():
         return figures.confusion(counts[:, :-1], names, names)
     return figures.confusion(counts, names, [*names, "none"])

@@ -45,7 +45,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def subject_name(name: str) -> str:
-    """'k-means on pixels' for ``kmeans_pixels``; other names lose their underscores only."""
+    """'k-means on pixels' for ``kmeans_pixels``; other names get spaces for underscores."""
     return SUBJECT_NAMES.get(name, name.replace("_", " "))
 
 

@@ -1,4 +1,4 @@
-"""What the stages that write assignments.npz have in common."""
+"""Functions shared by the stages that write assignments.npz."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_scan.world.world import World
 def rank_batches(num_rows: int, batch: int, world: World) -> list[np.ndarray]:
     """This rank's batches of row numbers: contiguous over ranks, in order.
 
-    The batches are the same for any number of ranks, hence so are the bits of what is computed.
+    The batches are the same for any number of ranks, so results are bitwise equal.
     """
     starts = np.array_split(np.arange(0, num_rows, batch), world.world_size)[world.rank]
     return [np.arange(start, min(start + batch, num_rows)) for start in starts]

@@ -1,4 +1,4 @@
-"""Base class of stages. A stage makes one folder from other folders; the pipeline runs it."""
+"""Base class of stages. A stage reads the folders of other stages and writes its own."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Stage(Kind, ABC, Generic[C]):
     def run(self) -> None:
         """Write the stage's files into `context.out`. Collective.
 
-        Resumes what an interrupted call has left there. Raises StopRequested after a stop request.
+        Resumes an interrupted call. Raises StopRequested after a stop request.
         """
 
 

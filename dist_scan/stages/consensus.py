@@ -25,7 +25,7 @@ from dist_scan.world.collectives import barrier
 
 
 class ConsensusConfig(StageConfig):
-    """Settings of an assignment that can be evaluated beside that of the selected head."""
+    """Settings of assignments to compare with those of the selected head."""
 
     kind: Literal["consensus"] = "consensus"
     model: Ref
@@ -33,7 +33,7 @@ class ConsensusConfig(StageConfig):
     features: Ref
     """View 0 of this embed stage, computed by the same backbone."""
     num_clusters: int | None = Field(default=None, ge=2)
-    """Which heads, if there are several numbers of clusters (default: the first)."""
+    """Use the heads with this number of clusters (default: that of the first head)."""
     head: int | None = Field(default=None, ge=0)
     """Use the head of this number in the report's table instead of the consensus."""
     batch: int = Field(default=4096, ge=1)

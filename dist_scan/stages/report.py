@@ -1,4 +1,4 @@
-"""What a user looks at: report.html, report.json, assignments.parquet and summary.txt."""
+"""The files for users: report.html, report.json, assignments.parquet and summary.txt."""
 
 from __future__ import annotations
 

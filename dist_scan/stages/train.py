@@ -205,9 +205,8 @@ class TrainInputs:
     def embed(self, network: nn.Module, recipe: str | int = "center") -> FeatureTable:
         """Embed all images with a network in training; see `methods.base.Embed`. Collective.
 
-        recipe: a name, or the number of one of the stage's recipes. The features are computed anew
-        in each call; only shards that an interrupted call has written with the same weights are
-        reused.
+        recipe: a name, or the number of one of the stage's recipes. Each call computes all
+        features, except shards that an interrupted call has written with the same weights.
         """
         context, config = self.context, self.config
         if isinstance(recipe, str):

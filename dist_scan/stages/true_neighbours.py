@@ -46,7 +46,7 @@ class TrueNeighboursStage(Stage[TrueNeighboursConfig]):
     Config = TrueNeighboursConfig
 
     def run(self) -> None:
-        """Rank 0 works. Raises ValueError if no image has a label."""
+        """Rank 0 writes the table. Raises ValueError if no image has a label."""
         on_rank_0(self._write)
 
     def _write(self) -> None:
@@ -81,7 +81,7 @@ def keep_true(
     row_labels = labels[rows][:, None]
     is_true = (labels[ids] == row_labels) & (row_labels >= 0)
     num_true = is_true.sum(1, keepdims=True)
-    # Columns of the true neighbours first, in their order; then these columns again and again.
+    # Columns of the true neighbours first, in their order; then the same columns repeated.
     true_first = np.argsort(~is_true, axis=1, kind="stable")
     repeated = np.arange(ids.shape[1])[None] % np.maximum(num_true, 1)
     columns = np.take_along_axis(true_first, repeated, axis=1)
