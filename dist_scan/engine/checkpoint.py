@@ -32,7 +32,7 @@ from dist_scan.engine.stop import NonRetryableError
 from dist_scan.models.memory_bank import MemoryBank
 from dist_scan.monitoring.watchdog import watched
 from dist_scan.storage.artifacts import MANIFEST, sha256_of
-from dist_scan.storage.atomic import fsync_dir, write_json
+from dist_scan.storage.atomic import error_reason, fsync_dir, write_json
 from dist_scan.world.collectives import barrier, broadcast_object, gather_objects, on_every_rank
 from dist_scan.world.world import current
 
@@ -146,7 +146,8 @@ class CheckpointStore:
         try:
             _unlink(path)
         except OSError as error:
-            self.log(f"checkpoint: cannot remove {path}, which is not needed any more ({error})")
+            reason = error_reason(error)
+            self.log(f"checkpoint: cannot remove {path}, which is not needed any more ({reason})")
 
     def _set_aside(self, path: Path, problem: str, then: str) -> str:
         """Rename a damaged checkpoint to bad-*; returns its new name."""
@@ -156,7 +157,8 @@ class CheckpointStore:
             _unlink(aside)
             path.rename(aside)
         except OSError as error:
-            self.log(f"checkpoint: cannot rename {path} to {aside.name} ({error}); ignoring it")
+            reason = error_reason(error)
+            self.log(f"checkpoint: cannot rename {path} to {aside.name} ({reason}); ignoring it")
             return path.name
         return aside.name
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dist_scan.storage.arrays import write_npz
+from dist_scan.storage.atomic import error_reason
 from dist_scan.world.collectives import broadcast_object
 from dist_scan.world.world import current
 
@@ -94,7 +95,7 @@ class KMeansCheckpoint:
             ]
             message = f"was written with other {', '.join(sorted(differing))}"
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            message = f"cannot be read ({error})"
+            message = f"cannot be read ({error_reason(error)})"
         print(f"{path} {message}; k-means starts from the beginning", flush=True)
         return {}
 
@@ -148,4 +149,5 @@ class KMeansCheckpoint:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_npz(self.path, arrays)
         except OSError as error:
-            print(f"{self.path}: the state of k-means cannot be written ({error})", flush=True)
+            reason = error_reason(error)
+            print(f"{self.path}: the state of k-means cannot be written ({reason})", flush=True)

@@ -40,7 +40,7 @@ def limit_threads(processes: int) -> None:
 
 
 def free_port(address: str = LOOPBACK) -> int:
-    """A port on which nobody listens now."""
+    """A port that is free now."""
     with socket.socket() as listener:
         listener.bind((address, 0))
         return listener.getsockname()[1]

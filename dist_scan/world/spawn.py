@@ -55,7 +55,7 @@ def error_text(error: ValueError | OSError) -> str:
 def _set_slurm_environment() -> bool:
     """Set the variables that `open_world` reads from those of srun.
 
-    Returns False if this process is no task of a Slurm step of several tasks.
+    Returns False if this process is not a task of a Slurm step with several tasks.
     """
     env = os.environ
     is_step = "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env

@@ -50,7 +50,7 @@ STORED_IMAGE = np.dtype(
         ("label", np.int64),
     ]
 )
-"""What is known of an image: its bytes in the file, height and width in pixels, its class."""
+"""One image: place and checksum of its bytes, their mode, height and width in pixels, class."""
 ROWS_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
