@@ -37,7 +37,7 @@ def bytes_per_image(network: nn.Module, sample: Tensor) -> int:
 
 
 def fitting_batch(wanted: int, image_bytes: int, free_bytes: int) -> int:
-    """`wanted` if so many images fit into free memory, else the largest power of two that fits.
+    """`wanted` if that many images fit into free memory, else the largest power of two that fits.
 
     At least 1. free_bytes: 0 if not known; `wanted` is then taken to fit.
     """

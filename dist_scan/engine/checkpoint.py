@@ -11,7 +11,7 @@ rank may be killed at any point of a save: the older checkpoints stay valid. A l
 checkpoint that verifies; damaged ones are renamed to bad-*. torch.load does not notice a flipped
 bit; the sha256 in the manifest does.
 
-A stop signal (engine/stop.py) makes a checkpoint too: all ranks agree on it at the end of a step.
+After a stop signal (engine/stop.py) all ranks agree at the end of a step to save a checkpoint too.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class CheckpointStore:
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        """Remove a file or folder; a failure costs space but no checkpoint, and is only logged."""
+        """Remove a file or folder. A failure is only logged, as it harms no checkpoint."""
         try:
             _unlink(path)
         except OSError as error:
@@ -308,7 +308,7 @@ def find_problem(folder: Path, step: int, load_files: bool = False) -> str:
                     raise ValueError(f"{name} contains no dict")
     except MemoryError:
         raise  # Too little memory does not mean that the checkpoint is damaged.
-    except Exception as error:  # A damaged file may make its reader raise anything.
+    except Exception as error:  # A damaged file may raise any error in its reader.
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 

@@ -20,7 +20,7 @@ from dist_scan.world.collectives import any_rank, barrier, broadcast_object
 from dist_scan.world.world import current
 
 EMBEDDING_EPOCH = -1
-"""In the place of the epoch in random draws: no training draws the same views."""
+"""Used instead of an epoch in random draws, so that no epoch of a training has the same views."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class EmbedOptions:
     dim: int
     """Width of the network's features."""
     num_shards: int = 16
-    """Unit of work and of resuming."""
+    """Part of the table that is computed at once; a resumed stage skips complete shards."""
     seed: int = 0
-    """Of random recipes."""
+    """Seed of recipes with random crops or colours."""
     precision: Precision = "fp32"
     name: str = "embed"
     """Name of the progress line."""

@@ -53,7 +53,7 @@ class HeadFeatures(nn.Module):
         return self.norm(view)
 
     def pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of two views. Cached features that are halves of one tensor stay so."""
+        """Features of two views. Cached features that are halves of one tensor are not copied."""
         both = as_one_tensor(first, second) if self.backbone is None else None
         if both is None:
             return self(first), self(second)

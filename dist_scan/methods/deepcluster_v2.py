@@ -48,8 +48,8 @@ from dist_scan.search.options import KMeansOptions
 from dist_scan.world.collectives import barrier
 from dist_scan.world.world import current
 
-NUM_REMEMBERED_VIEWS = 2
-"""Views whose projections are remembered: the large crops."""
+NUM_STORED_VIEWS = 2
+"""Views whose projections are stored: the large crops."""
 
 
 class DeepClusterV2Config(NetworkConfig):
@@ -67,7 +67,7 @@ class DeepClusterV2Config(NetworkConfig):
     iterations: int = Field(default=10, ge=1)
     """Iterations of spherical k-means, which starts from random images."""
     small_crops: int = Field(default=0, ge=0)
-    """Number of views beside the two that are remembered, trained on the same targets."""
+    """Number of views besides the two whose projections are stored, trained on the same targets."""
     track: bool = False
     """Publish every clustering of the first head, not only the last one (4 bytes per image each),
     for evaluation."""
@@ -98,9 +98,7 @@ class DeepClusterV2Method(ClusteringMethod):
             torch.zeros(config.num_heads, config.num_clusters, config.projection_dim),
             requires_grad=False,
         )
-        self.projections = MemoryBank(
-            inputs.num_images, (NUM_REMEMBERED_VIEWS, config.projection_dim)
-        )
+        self.projections = MemoryBank(inputs.num_images, (NUM_STORED_VIEWS, config.projection_dim))
         self.memory_banks["projections"] = self.projections
         if config.track:
             self.track_history()
@@ -114,8 +112,8 @@ class DeepClusterV2Method(ClusteringMethod):
         # Fill the bank once; later epochs use the projections of the previous epoch.
         if epoch == 0:
             dim = self.config.projection_dim
-            self._remember(embed(ProjectionNetwork(self.backbone, self.projector, dim)))
-        # Cluster the remembered projections once per head.
+            self._store_projections(embed(ProjectionNetwork(self.backbone, self.projector, dim)))
+        # Cluster the stored projections once per head.
         previous = self.assignment.whole().numpy()
         table = self._projection_table()
         results = [self._cluster(table, epoch, head) for head in range(self.config.num_heads)]
@@ -142,7 +140,7 @@ class DeepClusterV2Method(ClusteringMethod):
             iterations=self.config.iterations,
             init="random",
             spherical=True,
-            view=head % NUM_REMEMBERED_VIEWS,
+            view=head % NUM_STORED_VIEWS,
             seed=hashed_seed(self.inputs.seed, KMEANS_STREAM, epoch, head),
         )
         return kmeans(
@@ -152,7 +150,7 @@ class DeepClusterV2Method(ClusteringMethod):
             stop_requested=self.inputs.stop_requested,
         )
 
-    def _remember(self, table: FeatureTable) -> None:
+    def _store_projections(self, table: FeatureTable) -> None:
         """Fill the bank: the projection of the centre crop stands for both views."""
         for shard, rows in self.projections.shards.items():
             start, stop = self.projections.starts[shard : shard + 2].tolist()
@@ -165,7 +163,7 @@ class DeepClusterV2Method(ClusteringMethod):
         if current().rank == 0:
             FeatureTable.create(
                 folder,
-                (self.inputs.num_images, NUM_REMEMBERED_VIEWS, self.config.projection_dim),
+                (self.inputs.num_images, NUM_STORED_VIEWS, self.config.projection_dim),
                 self.projections.num_shards,
             )
         barrier()
@@ -192,9 +190,9 @@ class DeepClusterV2Method(ClusteringMethod):
             losses = [F.cross_entropy(logits, t) for logits, t in zip(logits_HBC, targets.T)]
             loss = torch.stack(losses).mean()
         accuracy = (targets == logits_HBC.detach().argmax(2).T).double().mean()
-        # Remember the projections of the large crops [b, 2, D].
+        # Store the projections of the large crops [b, 2, D].
         b = len(batch.index)
-        large = z.detach()[: NUM_REMEMBERED_VIEWS * b].view(NUM_REMEMBERED_VIEWS, b, -1)
+        large = z.detach()[: NUM_STORED_VIEWS * b].view(NUM_STORED_VIEWS, b, -1)
         return StepResult(
             loss, {"pseudo_accuracy": accuracy}, {"projections": large.transpose(0, 1)}
         )

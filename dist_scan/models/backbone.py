@@ -36,7 +36,7 @@ Stem = Literal["imagenet", "cifar", "stl"]
 
 
 class BackboneConfig(StrictModel):
-    """Which network makes features."""
+    """The network that computes features, and the file of its initial weights."""
 
     name: str
     """resnet18 ... resnet152 (torchvision's layout, which MoCo and SCAN use), any timm name,

@@ -36,7 +36,7 @@ class StageTimer:
         return self.earlier_s + time.monotonic() - self.started
 
     def stop(self) -> float:
-        """Seconds so far, after which nothing is written any more.
+        """Stop recording; returns the seconds so far.
 
         Waits for a write in progress: the caller removes the folder, which fails while a slow
         disk still writes into it.

@@ -1,4 +1,4 @@
-"""Watchdog: ends a process that makes no progress, and leaves the stacks of all threads on disk.
+"""Watchdog: ends a process that makes no progress, and writes the stacks of all threads to disk.
 
 Limits hold for each step of a training, each shard or iteration of long work (whatever shows
 `Progress`), each save and each load. gloo notices a killed peer at once, but a suspended one only

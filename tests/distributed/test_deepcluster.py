@@ -380,7 +380,7 @@ def test_a_run_resumed_inside_an_epoch_does_not_cluster_again(
 def test_a_crash_right_after_clustering_resumes_from_the_checkpoint_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the same step there is also a checkpoint from the end of the epoch before."""
+    """Of the same step there is also a checkpoint from the end of the previous epoch."""
     embed = EmbedImages(tmp_path)
     # A checkpoint at every step, also at the last one of the epoch.
     with pytest.raises(StopRequested):
