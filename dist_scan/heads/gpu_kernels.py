@@ -3,8 +3,8 @@
 Computes what `torch_head.TorchHead` does; formulas and names are explained there. The logits
 become the gradients in three passes. Beside them there are two numbers per row and a partial
 column sum per block of rows; probabilities are never stored. Every softmax subtracts its row's
-maximum, that of a + n too: nothing underflows and no row needs to be recomputed. Without atomics the
-result is bitwise equal each time.
+maximum, that of a + n too: nothing underflows and no row needs to be recomputed. There
+are no atomics, so the result is bitwise equal each time.
 """
 
 # Pointers and numbers of a kernel have no Python type, and are passed one by one.
