@@ -27,7 +27,10 @@ class ComparisonConfig(StrictModel):
     seeds: tuple[int, ...] = Field(min_length=1)
     members: dict[str, MemberConfig] = Field(min_length=1)
     rows: dict[str, str] = Field(min_length=1)
-    """Rows of the table: name -> MEMBER.SUBJECT, a subject of the member's evaluate stage."""
+    """Rows of the table: name -> result to show, MEMBER.SUBJECT.
+
+    SUBJECT is one of the `subjects` of the member's evaluate stage.
+    """
     baseline: str
     """Name of the row that the others are compared with."""
 
@@ -43,19 +46,19 @@ class ComparisonConfig(StrictModel):
         if self.baseline not in self.rows:
             allowed = ", ".join(self.rows)
             raise ValueError(f"baseline: '{self.baseline}' is not a row; allowed: {allowed}")
-        for row, target in self.rows.items():
-            member, _ = split_target(target)
+        for row, result in self.rows.items():
+            member, _ = split_result(result)
             if member not in self.members:
                 allowed = ", ".join(f"{name}.SUBJECT" for name in self.members)
                 raise ValueError(
-                    f"rows.{row}: '{target}' does not begin with a member; allowed: {allowed}"
+                    f"rows.{row}: '{result}' does not begin with a member; allowed: {allowed}"
                 )
         return self
 
 
-def split_target(target: str) -> tuple[str, str]:
-    """Member and subject of `member.subject`."""
-    member, _, subject = target.partition(".")
+def split_result(result: str) -> tuple[str, str]:
+    """Member and subject of MEMBER.SUBJECT."""
+    member, _, subject = result.partition(".")
     return member, subject
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dist_scan.compare.config import ComparisonConfig, split_target
+from dist_scan.compare.config import ComparisonConfig, split_result
 from dist_scan.compare.runs import Runs, is_finished
 from dist_scan.report.comparison import Comparison, Row, markdown, write_comparison
 from dist_scan.storage.atomic import write_json, write_text
@@ -22,8 +22,8 @@ def write_results(comparison: ComparisonConfig, runs: Runs, out: Path) -> str:
         if is_finished(run)
     }
     rows = []
-    for name, target in comparison.rows.items():
-        member, subject = split_target(target)
+    for name, result in comparison.rows.items():
+        member, subject = split_result(result)
         seeds = [seed for seed in comparison.seeds if (member, seed) in reports]
         rows.append(Row(name, {seed: reports[member, seed][subject] for seed in seeds}))
     num_images = next(iter(reports.values()))["num_images"] if reports else 0

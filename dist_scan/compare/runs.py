@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_scan.compare.config import ComparisonConfig, split_target
+from dist_scan.compare.config import ComparisonConfig, split_result
 from dist_scan.config import ConfigError, RunConfig, dump
 from dist_scan.config.stage import BETON
 from dist_scan.preflight import check_sizes, fingerprints, inspect_data
@@ -33,8 +33,8 @@ def plan_runs(comparison: ComparisonConfig, configs: Path, out: Path) -> Runs:
                 f"runtime.cache_dir={out / 'data'}",
             ]
             runs[name, seed] = load_config(configs / member.config, overrides)
-    for row, target in comparison.rows.items():
-        name, subject = split_target(target)
+    for row, result in comparison.rows.items():
+        name, subject = split_result(result)
         subjects = _subjects(runs[name, comparison.seeds[0]])
         if subject not in subjects:
             allowed = ", ".join(f"{name}.{known}" for known in subjects)

@@ -49,8 +49,10 @@ class TrainConfig(TrainingStageConfig):
     Has no effect with held_out_neighbours, which names the images to select on.
     """
     held_out_features: Ref | None = None
-    """Select heads on the features of this stage: those of the held-out images, or with
-    held_out_neighbours a set of its own."""
+    """Select heads on the features of this stage.
+
+    It embeds the held-out images or, with held_out_neighbours, the images of that table.
+    """
     held_out_neighbours: Ref | None = None
     """Neighbours among the images on which heads are selected."""
     held_out_images: Images | None = None

@@ -85,7 +85,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
         return results
 
     def _subject(self, name: str, labels: np.ndarray) -> dict[str, Any]:
-        """Scores of one assignment [N] against labels [N], and what needs no labels."""
+        """Scores of one assignment [N] against labels [N], and statistics that need no labels."""
         folder = self.context.inputs[f"subjects.{name}"]
         assignments = Assignments.load(folder)
         if len(assignments.cluster) != len(labels):
@@ -113,10 +113,7 @@ class EvaluateStage(Stage[EvaluateConfig]):
         return {str(k): neighbour_purity(ids, labels, k) for k in counts}
 
     def _heads(self, labels: np.ndarray) -> Any:
-        """The table of heads.
-
-        With scores of every head if a subject is a consensus of these heads.
-        """
+        """The table of heads; with scores of each if a subject is a consensus of these heads."""
         folder = self.context.inputs["heads"]
         if not (folder / "heads.json").is_file():
             return None
