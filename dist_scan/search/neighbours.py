@@ -4,8 +4,8 @@ Ids and scores are bitwise equal for any number of ranks and any partition of th
 are ordered by (score descending, id ascending).
 
 Algorithm. Shards of query rows are distributed over the ranks and searched in rounds. In a round a
-rank holds its queries with their running top K, and all rows of the table pass by in chunks that
-their readers broadcast (chunks.py). For each chunk
+rank holds its queries with their running top K, and all rows of the table are broadcast in chunks,
+each by a rank that can read it (chunks.py). For each chunk
 
 1. faiss proposes K + 16 candidates per query from float32 scores;
 2. candidates that may enter the top K are scored again in float64, which is exact (exact_rows.py);
