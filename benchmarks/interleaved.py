@@ -138,7 +138,7 @@ class RankGroup:
             )
             self.ranks.append(
                 context.Process(
-                    target=_run_rank,
+                    target=_run_group_rank,
                     args=(environment, make, args, requests, self.results),
                     daemon=True,
                 )
@@ -230,7 +230,7 @@ class RankEnvironment:
             open_world("cpu")
 
 
-def _run_rank(
+def _run_group_rank(
     environment: RankEnvironment,
     make: Callable[..., Work],
     args: tuple[Any, ...],

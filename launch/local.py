@@ -79,7 +79,7 @@ def run_until_done(run_dir: Path, processes: int, relaunches: int) -> int:
     start = fruitless_starts = 0
     while True:
         digest = recovery.prepare_start(run_dir)
-        code = run_ranks(run_dir, processes)
+        code = run_one_start(run_dir, processes)
         decision = recovery.decide(run_dir, digest, start, relaunches, fruitless_starts)
         if decision.action != "relaunch":
             break
@@ -108,7 +108,7 @@ def run_until_done(run_dir: Path, processes: int, relaunches: int) -> int:
     return 128 + (number if number in set(signal.Signals) else signal.SIGTERM)
 
 
-def run_ranks(run_dir: Path, processes: int) -> int:
+def run_one_start(run_dir: Path, processes: int) -> int:
     """One start of the ranks, until all have ended.
 
     Signals that ask the run to stop are passed on to the ranks. Returns 0, or the exit code of the

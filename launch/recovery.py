@@ -289,7 +289,7 @@ def _print_decision(decision: LaunchDecision) -> int:
         print(f"{decision.action} {decision.fruitless_starts}\n{reason}", flush=True)
     except BrokenPipeError:
         # The batch script was killed in the meantime (its node died). Python flushes stdout once
-        # more at its exit; send that to nowhere.
+        # more at its exit; discard that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -244,7 +244,7 @@ requeue() {
   log "the job could not be requeued; submit the same command again to resume the run"
   exit 1
 }
-on_term() {  # the job ends soon: this script may be killed any moment
+on_term() {  # the job ends soon: this script may be killed at any time
   term_received=yes
   if ended_by_slurm; then
     log "requeue: Slurm ends the job before the ranks have stopped"

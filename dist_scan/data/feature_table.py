@@ -129,7 +129,7 @@ class FeatureTable(ShardedTable):
                 f"{self.path}: rows are {list(self.shape[1:])}, got {list(rows.shape[1:])}"
             )
         flat = rows.reshape(len(rows), -1)
-        remedy = "look at these images, or at what made the features"
+        remedy = "check these images and the network that made the features"
         self._refuse_rows(shard, ~np.isfinite(flat).all(1), f"NaN or Inf; {remedy}")
         self._refuse_rows(
             shard,

@@ -120,7 +120,7 @@ def prepare_rows(
     if non_finite:
         raise ValueError(
             f"features of rows {non_finite[:MAX_LISTED]} of {table.path} are NaN or Inf; "
-            "look at these images, or at what made the features"
+            "check these images and the network that made the features"
         )
     if normalise and zero:
         raise ValueError(

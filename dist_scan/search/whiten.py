@@ -80,7 +80,7 @@ class Whitening:
         if len(bad):
             raise ValueError(
                 f"rows {bad[:MAX_LISTED].tolist()} to be whitened are NaN or Inf; "
-                "look at what made them"
+                "check the code that computed them"
             )
         # Twice the components, on the rows' grid: x and axes have norms below 4 and about 2, so
         # that their products are exact.

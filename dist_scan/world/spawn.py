@@ -83,7 +83,7 @@ def first_host(nodes: str) -> str:
 
 def _fork(work: Callable[[], int], processes: int) -> int:
     errors = CONTEXT.SimpleQueue()
-    ranks = start_ranks(partial(_run_rank, work, errors), processes, free_port())
+    ranks = start_ranks(partial(_run_work, work, errors), processes, free_port())
 
     def forward(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGINT:  # Ctrl-C has reached every process of the terminal.
@@ -97,7 +97,7 @@ def _fork(work: Callable[[], int], processes: int) -> int:
     return code
 
 
-def _run_rank(work: Callable[[], int], errors: SimpleQueue[str], rank: int) -> None:
+def _run_work(work: Callable[[], int], errors: SimpleQueue[str], rank: int) -> None:
     """Run ``work`` and end this process; an error in its input goes into the queue."""
     try:
         code = work()

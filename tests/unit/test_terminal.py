@@ -80,7 +80,7 @@ def test_a_closed_terminal_stops_the_ranks_unless_under_nohup(
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else lambda *_: sent.append((0, 0)))
     try:
-        assert local.run_ranks(tmp_path, 1) == 0
+        assert local.run_one_start(tmp_path, 1) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
