@@ -218,8 +218,11 @@ def _assumptions(run: RunConfig, tflops: float | None) -> str:
 
 
 def _format_bytes(size: float) -> str:
-    """`1.28 GB`; `-` for 0."""
-    return f"{size / 1e9:.3g} GB" if size else "-"
+    """`1.28 GB` or `460 KB`; `-` for 0."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} B" if size else "-"
 
 
 def _format_hours(seconds: float) -> str:

@@ -258,7 +258,8 @@ def main(argv: list[str]) -> int:
     decide RUN DIGEST START RELAUNCHES FRUITLESS_STARTS
                       prints "ACTION FRUITLESS_STARTS", then the reason
 
-    Returns 1, after one line on stderr, if the run folder cannot be written.
+    Returns, after one line on stderr, 1 if the run folder cannot be written and 2 for an unknown
+    command.
     """
     command = argv[0]
     if command == "port":
@@ -266,6 +267,13 @@ def main(argv: list[str]) -> int:
         return 0
     if command == "prepare":
         return _print_prepare(Path(argv[1]))
+    if command != "decide":
+        print(
+            f"recovery.py: unknown command '{command}'; allowed: prepare, port, decide. The batch "
+            "script is of another version: cancel the job and submit it again",
+            file=sys.stderr,
+        )
+        return 2
     decision = decide(Path(argv[1]), argv[2], *map(int, argv[3:]))
     return _print_decision(decision)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -62,7 +63,8 @@ def _message(error: ErrorDetails, model: type[BaseModel]) -> str:
         blocks = _blocks(error["loc"][:-1], model)
         allowed = [name for block in blocks for name in block["properties"]]
         hint = suggest(str(error["loc"][-1]), allowed) or "; remove it"
-        return f"unknown setting (value {error['input']!r}); allowed: {', '.join(allowed)}{hint}"
+        value = reprlib.repr(error["input"])
+        return f"unknown setting (value {value}); allowed: {', '.join(allowed)}{hint}"
     if error["type"] in UNKNOWN_KIND:
         kind = error["ctx"].get("tag")
         allowed = [block["properties"]["kind"]["const"] for block in _blocks(error["loc"], model)]

@@ -123,7 +123,7 @@ def read_settings(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _other_files(path: Path) -> str:
     """Hint for a missing file: the YAML files near it, or the shipped one of that name."""
     folder = path if path.is_dir() else path.parent
-    near = sorted(file.name for file in folder.glob("*.yaml"))
+    near = sorted(file.name for file in folder.glob("[!.]*.yaml"))
     if near:
         return f"; there are: {', '.join(near)}"
     shipped = Path(__file__).parents[2] / path

@@ -141,3 +141,10 @@ def test_the_command_line_of_the_batch_script(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_command_of_another_version_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert recovery.main(["begin", "runs/x"]) == 2
+    assert "unknown command 'begin'" in capsys.readouterr().err
