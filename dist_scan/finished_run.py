@@ -109,12 +109,12 @@ def open_finished_run(run_dir: str | Path) -> FinishedRun:
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
-            f"'{folder}' is not a run folder (no config.yaml); give one, as runs/NAME"
+            f"'{folder}' is not a run folder (no config.yaml); give one, such as runs/NAME"
         )
     if not (folder / "DONE").is_file():
         raise ConfigError(
             f"the run in '{folder}' is not finished (no DONE); "
-            "start it again with the command that began it, which resumes it"
+            "the command that started it resumes it"
         )
     return FinishedRun(folder, _read_config(folder / "config.yaml"), _read_artifacts(folder))
 

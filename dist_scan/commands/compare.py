@@ -10,7 +10,9 @@ from dist_scan.commands import _arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The comparison's file, its output, and how its runs share this machine."""
-    parser.add_argument("config", type=Path, help="a YAML file, as configs/compare_digits.yaml")
+    parser.add_argument(
+        "config", type=Path, help="a YAML file, such as configs/compare_digits.yaml"
+    )
     parser.add_argument(
         "--out", type=Path, help="folder of the runs, the table and the page (default runs/<name>)"
     )
@@ -25,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with more than one their output goes to RUN/output.txt",
     )
     parser.add_argument(
-        "overrides", nargs="*", help="dotted.path=value of the comparison, as in seeds=[0]"
+        "overrides",
+        nargs="*",
+        help="settings of the comparison, dotted.path=value, such as seeds=[0]",
     )
 
 

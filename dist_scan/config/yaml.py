@@ -87,7 +87,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> None:
         *parents, last = dotted.split(".")
         if not equals or not all((*parents, last)):
             raise ConfigError(
-                f"override '{assignment}': expected dotted.path=value, as in stages.heads.epochs=5"
+                f"override '{assignment}': expected dotted.path=value (stages.heads.epochs=5)"
             )
         block = tree
         for depth, key in enumerate(parents, 1):
