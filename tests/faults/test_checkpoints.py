@@ -103,9 +103,9 @@ def test_with_only_damaged_ones_it_never_starts_again_at_step_0(
 
 
 KILLED_IN_A_SAVE = textwrap.dedent("""
-    import os, signal, sys, torch
+    import os, pathlib, signal, sys, torch
     from dist_scan.engine import checkpoint
-    folder, place = sys.argv[1], sys.argv[2]
+    folder, place = pathlib.Path(sys.argv[1]), sys.argv[2]
     def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
     store = checkpoint.CheckpointStore(folder, 2)
     def save(step): store.save(step, {"train_state": {"step": step}, "w": torch.ones(1000)}, {})
