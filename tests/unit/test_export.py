@@ -61,6 +61,7 @@ def write_finished_run(
     save_cluster_model(stage, model)
     (stage / "manifest.json").write_text(json.dumps(MANIFEST))
     (folder / "config.yaml").write_text(SETTINGS)
+    (folder / "stages.json").write_text(json.dumps({"heads": MANIFEST["fingerprint"]}))
     (folder / "DONE").write_text("")
     return model
 
