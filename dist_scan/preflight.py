@@ -77,7 +77,8 @@ def fingerprints(run: RunConfig, data_fingerprints: Mapping[str, str]) -> dict[s
 
     Hashed are kind, version and settings of the stage, the seed, `size`, `mean` and `std` of the
     data, and the fingerprints of the stage's inputs; not `name`, `runtime` and `slurm`. For a
-    beton stage: kind, version, the storage settings and the fingerprint of the images.
+    beton stage: kind, version, how images are stored, `limit`, `max_bad_share` and the fingerprint
+    of the images.
     """
     found: dict[str, str] = {}
     for name, stage in all_stages(run).items():

@@ -33,7 +33,7 @@ from dist_scan.world.world import World
 
 @dataclass(frozen=True)
 class NeighbourSampler:
-    """Draws one of the nearest neighbours of each row, a new one every epoch."""
+    """Draws one of the K nearest neighbours of each row uniformly, a new one every epoch."""
 
     table: NeighbourTable
     num_neighbours: int | None = None

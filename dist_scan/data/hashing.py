@@ -6,6 +6,7 @@ after every restart. Each key is mixed into a 64-bit state with the finaliser of
 
 A stream is a key that separates the random numbers of one use from those of all others:
 
+    0        stages/train.py           initial weights (torch's generators)
     1-2      engine/training_loop.py   torch's generators in an epoch and a step
     101-107  data/order.py             order, neighbours, cached views, held-out rows, samplers
     201      data/augment/crops.py     crops and flips

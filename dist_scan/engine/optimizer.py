@@ -120,9 +120,9 @@ def reset_optimizer_state(
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """True if all gradients are finite; a bool tensor on their device.
 
-    Maximum norms decide. On a CPU they would cost a tenth of a step of ResNet-18 at 64 px, and L2
-    norms a seventh of that; so L2 norms are tried first there, and maximum norms follow only where
-    squares overflow fp32. On a GPU a second try would wait for the first.
+    A finite L2 norm proves that all values are finite, and on a CPU it is seven times cheaper than
+    the maximum norm (which takes a tenth of a step of ResNet-18 at 64 px). It may overflow, so the
+    maximum norm decides then. On a GPU a second try would wait for the first.
     """
     if not gradients:
         return torch.tensor(True)

@@ -42,6 +42,7 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         # Slurm may send SIGTERM while the run saves after SIGUSR2; it must be requeued anyway.
         if self.signal != signal.SIGUSR2:
             self.signal = number

@@ -17,8 +17,9 @@ lines in PyTorch; `cpu_loops` and `gpu_kernels` compute the same, faster.
 
 `temi_heads_loss` is TEMI's loss. `losses.scan_loss` and `losses.temi_loss` are the readable forms,
 with autograd. A head's logits become, in place, its probabilities and then its gradients by the
-logits, which are multiplied with the features at once. Peak memory is the gradient plus one group's
-logits, whatever the number of heads. Shapes as in the package's docstring.
+logits, which are multiplied with the features at once. Of the logits only one group's are in
+memory; the gradients are those of all weights and, if features need them, of all features for each
+head. Shapes as in the package's docstring.
 """
 
 from __future__ import annotations

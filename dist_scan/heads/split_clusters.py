@@ -98,8 +98,8 @@ def clusters_to_gradients_(
     those of `torch_head`, whose names p, q and r are used here.
     """
     b = len(logits[0]) // 2
-    # Row maxima over all ranks: of the logits, then of the sums a + n
     # Softmax in place, step by step: `separate` becomes p and q, `joint` becomes r.
+    # First the row maxima over all ranks: of the logits, then of the sums a + n.
     maxima = all_max(torch.stack([separate.amax(1) for separate in logits]))
     joints = []
     for separate, maximum in zip(logits, maxima):

@@ -208,7 +208,8 @@ class LloydRun:
             num_moved = self._assign()
             objective = self._objective()
             progress.advance(1, f"objective {objective:.6g}")
-            # Converged: no assignment changed, or the objective hardly fell.
+            # Converged: no assignment changed, or the objective hardly fell. It is infinite before
+            # the first iteration, where the comparison is false: infinity, or NaN for tolerance 0.
             gain = checkpoint.objective - objective
             if num_moved == 0 or gain < tolerance * checkpoint.objective:
                 break
@@ -293,12 +294,13 @@ class LloydRun:
     def _update_centroids(self) -> None:
         """Move the centroids to the means of their clusters, and refill empty clusters.
 
-        An empty cluster takes half of a large one, as in faiss: both get its mean, moved apart by a
-        factor of 1 +- 1/1024 whose sign alternates over the dimensions, and half of its rows.
+        An empty cluster splits another, as in faiss: that one is drawn with probability
+        proportional to its size minus one. Both get its mean, moved apart by a factor of
+        1 +- 1/1024 whose sign alternates over the dimensions; the next assignment divides the rows.
         """
         # Means of the clusters; the sums of an empty cluster are zero.
         means = self.sums / np.maximum(self.counts, 1)[:, None]
-        # Refill each empty cluster by splitting a large one.
+        # Refill each empty cluster by splitting another.
         counts = self.counts.copy()
         nudge = np.where(np.arange(self.dim) % 2 == 0, 1 + SPLIT_NUDGE, 1 - SPLIT_NUDGE)
         for empty in np.flatnonzero(counts == 0):

@@ -195,7 +195,7 @@ class RunningSearch:
     """The top K of a fixed set of queries over all chunks added so far.
 
     ids [n] (the row that is never its own neighbour), values [n, D] float32. Free places of the top
-    K have the id `num_rows`.
+    K have a score of minus infinity and an id that is no row's.
     """
 
     def __init__(

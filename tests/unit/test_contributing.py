@@ -49,7 +49,7 @@ def test_methods_and_stage_run_from_their_config(examples: Path, tmp_path: Path)
         folder = str(examples / "dist_scan" / name)
         lines += [f"import dist_scan.{name}", f"dist_scan.{name}.__path__.append({folder!r})"]
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
-    config = examples / "configs" / "whitened.yaml"
+    config = examples / "configs" / "invariant.yaml"
     done = subprocess.run(
         [*LOCAL, str(config), f"runtime.run_dir={tmp_path / 'run'}"],
         env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"),
