@@ -114,7 +114,7 @@ def test_the_watchdog_ends_a_stopped_rank_and_a_hanging_loader(
     stacks = [(logs / f"stacks-rank0000{rank}.txt").read_text() for rank in (0, 1)]
     assert stacks[0].count("pretext: no progress for") == 2
     assert "all_reduce" in stacks[0]
-    assert "was stopped" in stacks[1], "a stopped rank writes its stacks when it continues"
+    assert "was suspended" in stacks[1], "a stopped rank writes its stacks when it continues"
     assert "limit: 6 s" in stacks[1]
     assert "loader.py" in stacks[1]
     faults = recorded_faults(result)

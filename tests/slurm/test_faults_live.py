@@ -112,7 +112,7 @@ def test_the_watchdog_ends_a_stopped_rank_and_a_stuck_loader(
     assert waiting.count("pretext: no progress for") == 2
     assert "all_reduce" in waiting
     assert "limit: 8 s" in waiting
-    assert "was stopped" in faulty
+    assert "was suspended" in faulty
     assert "loader.py" in faulty
     logged = [json.loads(line) for line in (logs / "faults.jsonl").read_text().splitlines()]
     assert ["Stuck" in fault["fault"] for fault in logged] == [True, True]
