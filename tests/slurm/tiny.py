@@ -20,9 +20,9 @@ STAGES = PRETEXT + LONG
 SUBMIT_WITH_PORT = """
 import sys
 from launch import slurm
-original = slurm.script
+original = slurm.build_script
 replacement = "$([ $num_steps = 0 ] && echo {port} || recovery port)"
-slurm.script = lambda job: original(job).replace("$(recovery port)", replacement)
+slurm.build_script = lambda job: original(job).replace("$(recovery port)", replacement)
 sys.exit(slurm.main())
 """
 
