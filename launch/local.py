@@ -11,10 +11,10 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
 
-# This file is run by its path, from a checkout.
+# This file is run by its path, from a checkout; the imports below need the checkout in sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig, dump  # noqa: E402  needs the path above
+from dist_scan.config import FATAL_ERROR, ConfigError, RunConfig, dump  # noqa: E402
 from dist_scan.storage import atomic  # noqa: E402
 from dist_scan.world.processes import (  # noqa: E402
     limit_threads,

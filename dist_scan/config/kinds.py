@@ -81,8 +81,8 @@ class AnyKind:
             Annotated[kind_class(self.package, kind).Config, Tag(kind)]
             for kind in kinds(self.package)
         )
-        # Union[members] and not `|`: the members are known at run time only.
-        return handler.generate_schema(Annotated[Union[members], Discriminator(_kind_of)])  # noqa: UP007
+        any_member: Any = Union[members]  # noqa: UP007  members are known at run time only
+        return handler.generate_schema(Annotated[any_member, Discriminator(_kind_of)])
 
 
 def _kind_of(value: object) -> str | None:

@@ -13,21 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pipeline import QUICK
 from tests.support.ranks import CONTEXT, ONE_THREAD_NO_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
-SMALL = [
-    "data.train.limit=400",
-    "stages.pretext.epochs=2",
-    "stages.pretext.network.width=8",
-    "stages.pretext.global_batch=96",
-    "stages.heads.epochs=4",
-    "stages.heads.global_batch=96",
-    "stages.selflabelling.epochs=1",
-    "stages.selflabelling.global_batch=96",
-    "stages.selflabelling.method.threshold=0.2",
-]
+SMALL = QUICK
 """Overrides that make the quickstart small."""
 MEASURED = ("seconds", "stage_seconds", "stage_memory", "stage_timing")
 """Keys of report.json that differ between equal runs."""
